@@ -1,0 +1,1 @@
+"""Saving, finding, loading and resuming the state of one run."""

@@ -1,0 +1,85 @@
+"""Weights and optimizer state through megatron-core's dist_checkpointing: saved in one layout, loaded in any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from megatron_kd.checkpoint.store import CheckpointInfo, PendingCheckpoint, prune
+from megatron_kd.checkpoint.writer import InProcessSave
+from megatron_kd.config import ConfigError
+
+# One layout-independent form of the distributed optimizer's state; for the plain optimizer it means nothing.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class OptimizerState(Protocol):
+    """What of an optimizer a checkpoint needs."""
+
+    inner: Any
+
+    def loading_any_layout(self) -> AbstractContextManager[None]:
+        """Entered while state saved in another layout is loaded."""
+        ...
+
+
+def save_checkpoint(
+    checkpoints: Path, info: CheckpointInfo, models: Sequence[GPTModel], optimizer: OptimizerState, *, keep_last: int
+) -> Path:
+    """Write one checkpoint and drop old ones. Collective over the world; every rank returns once it is committed."""
+    pending = PendingCheckpoint(checkpoints, info.step)
+    first = dist.get_rank() == 0
+    if first:
+        pending.start()
+    dist.barrier()
+    state = _model_state(models)
+    state["optimizer"] = optimizer.inner.sharded_state_dict(state, metadata=_METADATA)
+    dist_checkpointing.save(state, str(pending.folder), InProcessSave())
+    dist.barrier()
+    if first:
+        pending.commit(info)
+        prune(checkpoints, keep_last)
+    dist.barrier()
+    return pending.final
+
+
+def load_weights(folder: Path, models: Sequence[GPTModel], *, what: str) -> None:
+    """Fill the models' parameters from a checkpoint saved in any layout. Collective over the world."""
+    loaded = _load(_model_state(models), folder, what)
+    _into_models(models, loaded)
+
+
+def load_training_state(folder: Path, models: Sequence[GPTModel], optimizer: OptimizerState, *, what: str) -> None:
+    """Fill parameters and optimizer state from a checkpoint saved in any layout. Collective over the world."""
+    state = _model_state(models)
+    state["optimizer"] = optimizer.inner.sharded_state_dict(state, is_loading=True, metadata=_METADATA)
+    loaded = _load(state, folder, what)
+    _into_models(models, loaded)
+    with optimizer.loading_any_layout():
+        optimizer.inner.load_state_dict(loaded["optimizer"])
+
+
+def _model_state(models: Sequence[GPTModel]) -> dict[str, Any]:
+    return {f"model{index}": model.sharded_state_dict(metadata=_METADATA) for index, model in enumerate(models)}
+
+
+def _into_models(models: Sequence[GPTModel], loaded: dict[str, Any]) -> None:
+    for index, model in enumerate(models):
+        model.load_state_dict(loaded[f"model{index}"])
+
+
+def _load(state: dict[str, Any], folder: Path, what: str) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
+    except (CheckpointingException, OSError, KeyError, RuntimeError) as error:
+        raise ConfigError(
+            f"{what}: checkpoint {folder} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+        ) from error
+    return loaded

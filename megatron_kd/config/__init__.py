@@ -1,0 +1,40 @@
+"""One run's configuration: frozen sections, a run file with overrides, and nothing that needs torch."""
+
+from megatron_kd.config.dump import dump_toml
+from megatron_kd.config.load import load_config
+from megatron_kd.config.run import ConfigError, RunConfig
+from megatron_kd.config.sections import (
+    AlphaSchedule,
+    BatchSection,
+    CheckpointSection,
+    DataSection,
+    DistillSection,
+    ModelSection,
+    OptimizerSection,
+    ParallelSection,
+    RunSection,
+    Section,
+    TeacherSection,
+    TelemetrySection,
+    TrainSection,
+)
+
+__all__ = [
+    "AlphaSchedule",
+    "BatchSection",
+    "CheckpointSection",
+    "ConfigError",
+    "DataSection",
+    "DistillSection",
+    "ModelSection",
+    "OptimizerSection",
+    "ParallelSection",
+    "RunConfig",
+    "RunSection",
+    "Section",
+    "TeacherSection",
+    "TelemetrySection",
+    "TrainSection",
+    "dump_toml",
+    "load_config",
+]

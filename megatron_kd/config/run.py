@@ -1,0 +1,106 @@
+"""RunConfig: the complete, frozen description of one run, and the relations between its sections."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from megatron_kd.config.sections import (
+    BatchSection,
+    CheckpointSection,
+    DataSection,
+    DistillSection,
+    ModelSection,
+    OptimizerSection,
+    ParallelSection,
+    RunSection,
+    Section,
+    TeacherSection,
+    TelemetrySection,
+    TrainSection,
+)
+
+
+class ConfigError(ValueError):
+    """A run file, override or input that cannot work; the message says what is wrong and what to do."""
+
+
+class RunConfig(Section):
+    """One run: complete, frozen, and written into run.directory/config.toml."""
+
+    model: ModelSection = Field(description="Shape of the student.")
+    teacher: TeacherSection = Field(default_factory=TeacherSection, description="Where distillation targets come from.")
+    distill: DistillSection = Field(default_factory=DistillSection, description="The distillation loss.")
+    data: DataSection = Field(description="Token datasets and tokenizer.")
+    batch: BatchSection = Field(description="Sizes of one step.")
+    optimizer: OptimizerSection = Field(description="Adam and the learning-rate schedule.")
+    parallel: ParallelSection = Field(default_factory=ParallelSection, description="Layout over the ranks.")
+    train: TrainSection = Field(description="The loop.")
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="Saving and starting.")
+    telemetry: TelemetrySection = Field(default_factory=TelemetrySection, description="What is measured and written.")
+    run: RunSection = Field(description="Where the run lives.")
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> RunConfig:
+        """Checks that need no world size, file or device. One line per problem."""
+        problems = self._problems()
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _problems(self) -> list[str]:
+        model, parallel, batch, opt, train = self.model, self.parallel, self.batch, self.optimizer, self.train
+        tensor, chunks = parallel.tensor, parallel.pipeline * parallel.virtual_pipeline
+        groups = model.num_query_groups or model.num_attention_heads
+        sizes = [
+            ("model.hidden_size", model.hidden_size, "parallel.tensor", tensor),
+            ("model.num_attention_heads", model.num_attention_heads, "parallel.tensor", tensor),
+            ("model.num_query_groups", groups, "parallel.tensor", tensor),
+            ("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tensor", tensor),
+            ("model.vocab_size_multiple", model.vocab_size_multiple, "parallel.tensor", tensor),
+            ("model.num_layers", model.num_layers, "parallel.pipeline * parallel.virtual_pipeline", chunks),
+            ("batch.global_batch_size", batch.global_batch_size, "batch.micro_batch_size", batch.micro_batch_size),
+        ]
+        if parallel.sequence_parallel:
+            sizes.append(("batch.sequence_length", batch.sequence_length, "parallel.tensor (sequence_parallel)", tensor))
+        found = [f"{name} ({size}) must be a multiple of {by} ({divisor})" for name, size, by, divisor in sizes if size % divisor]
+        if model.vocab_size is None and self.data.tokenizer is None:
+            found.append("set model.vocab_size or data.tokenizer: one of them must give the vocabulary size")
+        if model.vocab_size is not None and self.distill.top_k > model.vocab_size and self.teacher.source != "none":
+            found.append(f"distill.top_k ({self.distill.top_k}) must be at most model.vocab_size ({model.vocab_size})")
+        if opt.warmup_steps > train.steps:
+            found.append(f"optimizer.warmup_steps ({opt.warmup_steps}) must be at most train.steps ({train.steps})")
+        if opt.schedule == "wsd" and opt.warmup_steps + opt.decay_steps > train.steps:
+            found.append(
+                f"optimizer.warmup_steps ({opt.warmup_steps}) + optimizer.decay_steps ({opt.decay_steps}) "
+                f"must be at most train.steps ({train.steps})"
+            )
+        if parallel.overlap_param_gather and not (opt.distributed and parallel.overlap_grad_reduce):
+            found.append("parallel.overlap_param_gather needs optimizer.distributed and parallel.overlap_grad_reduce")
+        return found
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Data-parallel size on `world_size` ranks; ConfigError where the sizes do not divide."""
+        model_ranks = self.parallel.tensor * self.parallel.pipeline
+        if world_size % model_ranks:
+            raise ConfigError(
+                f"{world_size} processes cannot be split into parallel.tensor * parallel.pipeline = {model_ranks}: "
+                f"start a multiple of {model_ranks} processes"
+            )
+        size = world_size // model_ranks
+        per_round = self.batch.micro_batch_size * size
+        if self.batch.global_batch_size % per_round:
+            raise ConfigError(
+                f"batch.global_batch_size ({self.batch.global_batch_size}) must be a multiple of batch.micro_batch_size "
+                f"* data-parallel size = {self.batch.micro_batch_size} * {size} = {per_round}"
+            )
+        microbatches = self.batch.global_batch_size // per_round
+        if self.parallel.virtual_pipeline > 1 and microbatches % self.parallel.pipeline:
+            raise ConfigError(
+                f"the interleaved schedule needs the microbatches per step ({microbatches}) to be a multiple of "
+                f"parallel.pipeline ({self.parallel.pipeline}): change batch.global_batch_size or batch.micro_batch_size"
+            )
+        return size
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Forward passes of one data-parallel rank in one step."""
+        return self.batch.global_batch_size // (self.batch.micro_batch_size * self.data_parallel_size(world_size))

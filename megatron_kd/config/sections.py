@@ -1,0 +1,305 @@
+"""The sections of a run file: one frozen pydantic model each, checked for itself.
+
+Relations between sections are checked in `run.py`. No module here imports torch, so that a run file can be
+checked on a login node in milliseconds. Every field says its unit and range: `--help` prints these texts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and a key that is not a field is an error.
+
+    The message of a section's own check starts with the name of the field it is about, so that the section's name fits in front of it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Shape of the student: a Llama-style decoder (RoPE, RMSNorm, SwiGLU, grouped-query attention)."""
+
+    hidden_size: int = Field(gt=0, description="Width of the residual stream. Multiple of parallel.tensor.")
+    num_layers: int = Field(gt=0, description="Decoder layers. Divides by parallel.pipeline * parallel.virtual_pipeline.")
+    num_attention_heads: int = Field(gt=0, description="Query heads. Multiple of parallel.tensor.")
+    num_query_groups: int | None = Field(
+        default=None,
+        gt=0,
+        description="Key/value heads (grouped-query attention). Unset: as many as query heads.",
+    )
+    head_dim: int | None = Field(default=None, gt=0, description="Width of one head, even. Unset: hidden_size / num_attention_heads.")
+    ffn_hidden_size: int = Field(gt=0, description="Inner width of the SwiGLU block. Multiple of parallel.tensor.")
+    vocab_size: int | None = Field(default=None, gt=1, description="True vocabulary size (ids). Unset: that of data.tokenizer.")
+    vocab_size_multiple: int = Field(
+        default=128,
+        gt=0,
+        description="The vocabulary is padded to a multiple of this (never to one of the layout, so checkpoints move between layouts). "
+        "Padding ids take no probability.",
+    )
+    tied_embeddings: bool = Field(default=False, description="Share the input embedding with the output head.")
+    qk_norm: bool = Field(default=False, description="RMSNorm on queries and keys, per head (Qwen3).")
+    qkv_bias: bool = Field(default=False, description="Bias on the query/key/value projection (Qwen2).")
+    norm_eps: float = Field(default=1e-5, gt=0, description="Epsilon of RMSNorm.")
+    rope_base: float = Field(default=10000.0, gt=1, description="Base of the rotary position embedding.")
+    init_std: float = Field(
+        default=0.02,
+        gt=0,
+        description="Standard deviation of initial weights; output projections use init_std / sqrt(2 * num_layers).",
+    )
+    hidden_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout after attention and MLP, probability in [0, 1).")
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on attention weights, probability in [0, 1).")
+    recompute: Literal["none", "full"] = Field(
+        default="none",
+        description="Activation recomputation in the backward pass: none, or every layer (saves memory, costs a forward).",
+    )
+    mcore: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further fields of megatron-core's TransformerConfig, passed through by name.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSection:
+        groups = self.num_query_groups or self.num_attention_heads
+        if self.num_attention_heads % groups:
+            raise ValueError(f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_query_groups ({groups})")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads ({self.num_attention_heads}), or set head_dim"
+            )
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if head_dim % 2:
+            raise ValueError(f"head_dim ({head_dim}) must be even: rotary embedding turns pairs")
+        return self
+
+
+class TeacherSection(Section):
+    """Where the distillation targets come from."""
+
+    source: Literal["none", "online"] = Field(
+        default="none",
+        description='"none": plain pretraining. "online": a frozen teacher runs forward in every step.',
+    )
+    checkpoint: Path | None = Field(
+        default=None,
+        description="Checkpoint of the teacher: a run directory, its checkpoints folder, or one step-* folder. Needed for online.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TeacherSection:
+        if self.source == "online" and self.checkpoint is None:
+            raise ValueError('source = "online" needs teacher.checkpoint')
+        return self
+
+
+AlphaSchedule = Literal["constant", "linear_up", "linear_down", "wsd"]
+
+
+class DistillSection(Section):
+    """The distillation loss: total = (1 - alpha) * ce + alpha * kd + z_loss * logsumexp^2, nats per token."""
+
+    alpha: float = Field(
+        default=0.9,
+        ge=0,
+        le=1,
+        description="Largest weight of the distillation loss, in [0, 1]. Unused without a teacher.",
+    )
+    alpha_schedule: AlphaSchedule = Field(
+        default="constant",
+        description="Alpha over the run: constant; linear_up 0 to alpha; linear_down alpha to 0; wsd (linear warm-up, stable, cosine decay "
+        "to 0).",
+    )
+    alpha_warmup_fraction: float = Field(default=0.1, ge=0, le=1, description="wsd: share of the steps that warm alpha up, in [0, 1].")
+    alpha_decay_fraction: float = Field(default=0.01, ge=0, le=1, description="wsd: share of the steps that decay alpha, in [0, 1].")
+    temperature: float = Field(default=1.0, gt=0, description="Divides the logits of teacher and student in the distillation loss, > 0.")
+    temperature_squared: bool = Field(default=False, description="Multiply the distillation loss by temperature^2.")
+    top_k: int = Field(default=64, gt=0, description="Teacher entries kept per token over the whole vocabulary, at most vocab_size.")
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Then keep the smallest prefix whose teacher mass (at temperature) reaches top_p, in (0, 1].",
+    )
+    min_k: int = Field(default=1, gt=0, description="Never keep fewer entries than this, at most top_k.")
+    tail: Literal["drop", "renormalize", "bucket", "uniform"] = Field(
+        default="renormalize",
+        description="Teacher mass outside the kept entries: drop it; rescale the kept mass to 1; one bucket on both sides; spread evenly "
+        "over the other ids.",
+    )
+    z_loss: float = Field(default=0.0, ge=0, description="Coefficient of the squared logsumexp of the student, >= 0.")
+    chunk_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="Tokens whose logits exist at one time in the output head. Unset: chosen from the vocabulary shard, never from free "
+        "memory.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillSection:
+        if self.min_k > self.top_k:
+            raise ValueError(f"min_k ({self.min_k}) must be at most top_k ({self.top_k})")
+        warmup, decay = self.alpha_warmup_fraction, self.alpha_decay_fraction
+        if warmup + decay > 1:
+            raise ValueError(f"alpha_warmup_fraction ({warmup}) + alpha_decay_fraction ({decay}) must be at most 1")
+        return self
+
+
+class DataSection(Section):
+    """Token datasets in Megatron's .bin/.idx format, and the tokenizer that made them."""
+
+    tokenizer: Path | None = Field(
+        default=None,
+        description="SentencePiece .model file. Its digest is compared with the teacher's and the data's, its size gives model.vocab_size.",
+    )
+    train: tuple[str, ...] = Field(min_length=1, description="Prefixes of the training data (path without .bin/.idx).")
+    train_weights: tuple[float, ...] | None = Field(
+        default=None,
+        description="Sampling weight of each train prefix, > 0, any scale. Unset: in proportion to their tokens.",
+    )
+    valid: dict[str, str] = Field(default_factory=dict, description="Validation sets: name = prefix. Each is reported on its own.")
+    index_cache: Path | None = Field(
+        default=None,
+        description="Folder for the sample order's index files, seen by all ranks. Unset: run.directory/index_cache.",
+    )
+    mask_end_of_document: bool = Field(default=False, description="No loss for predicting what follows an end-of-document token.")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        weights = self.train_weights
+        if weights is not None and (len(weights) != len(self.train) or min(weights) <= 0):
+            raise ValueError(f"train_weights ({list(weights)}) needs one weight > 0 for each of data.train's {len(self.train)} entries")
+        return self
+
+
+class BatchSection(Section):
+    """Sizes of one step, in sequences and tokens."""
+
+    global_batch_size: int = Field(
+        gt=0,
+        description="Sequences per step over all ranks. Multiple of micro_batch_size * data-parallel size.",
+    )
+    micro_batch_size: int = Field(gt=0, description="Sequences per forward pass of one data-parallel rank.")
+    sequence_length: int = Field(gt=0, description="Tokens per sequence. Multiple of parallel.tensor under sequence_parallel.")
+
+
+class OptimizerSection(Section):
+    """Adam with decoupled weight decay, and its learning-rate schedule (a function of the step alone)."""
+
+    learning_rate: float = Field(gt=0, description="Peak learning rate.")
+    min_learning_rate: float = Field(default=0.0, ge=0, description="Learning rate at the end of the schedule, at most learning_rate.")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine",
+        description="Learning rate after warm-up: cosine or linear to min_learning_rate, constant, or wsd (stable, then decay_steps of "
+        "decay).",
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up from 0.")
+    decay_steps: int = Field(default=0, ge=0, description="wsd: steps of cosine decay at the end.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam's first moment decay.")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="Adam's second moment decay.")
+    eps: float = Field(default=1e-8, gt=0, description="Adam's epsilon.")
+    weight_decay: float = Field(default=0.1, ge=0, description="Decoupled weight decay; never on norms and biases.")
+    clip_grad: float = Field(default=1.0, ge=0, description="Global gradient norm is clipped to this; 0 turns clipping off.")
+    distributed: bool = Field(default=False, description="Shard the optimizer state over data-parallel ranks (ZeRO-1).")
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerSection:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate ({self.min_learning_rate}) must be at most learning_rate ({self.learning_rate})")
+        if self.schedule == "wsd" and self.decay_steps == 0:
+            raise ValueError('schedule = "wsd" needs optimizer.decay_steps > 0')
+        return self
+
+
+class ParallelSection(Section):
+    """How the student is laid out over the ranks; the data-parallel size is what remains."""
+
+    tensor: int = Field(default=1, gt=0, description="Tensor-parallel size: ranks that share each layer.")
+    pipeline: int = Field(default=1, gt=0, description="Pipeline-parallel size: stages.")
+    virtual_pipeline: int = Field(default=1, gt=0, description="Model chunks per stage (interleaved schedule). Above 1 needs pipeline > 1.")
+    sequence_parallel: bool = Field(
+        default=False,
+        description="Split activations outside tensor-parallel regions over the tensor group. Needs tensor > 1.",
+    )
+    overlap_grad_reduce: bool = Field(default=False, description="Reduce gradients while the backward pass runs.")
+    overlap_param_gather: bool = Field(
+        default=False,
+        description="Gather updated weights while the forward pass runs. Needs optimizer.distributed and overlap_grad_reduce.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelSection:
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(f"virtual_pipeline ({self.virtual_pipeline}) above 1 needs pipeline > 1")
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError("sequence_parallel needs tensor > 1")
+        return self
+
+
+class TrainSection(Section):
+    """The loop."""
+
+    steps: int = Field(gt=0, description="Optimizer updates in the whole run.")
+    seed: int = Field(
+        default=1234,
+        ge=0,
+        lt=2**31,
+        description="Seed of weights, data order and dropout. Weights do not depend on the layout.",
+    )
+    precision: Literal["bf16", "fp32"] = Field(
+        default="bf16",
+        description="Type of weights and activations; bf16 keeps fp32 main weights and gradients.",
+    )
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        default="auto",
+        description="auto takes CUDA (NCCL) where there is one, else CPU (gloo).",
+    )
+    nonfinite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="A loss or gradient that is not finite never reaches the weights: stop the run, or skip the step and count it.",
+    )
+    max_nonfinite_steps: int = Field(default=10, ge=0, description="skip: stop after this many skipped steps.")
+    evaluate_interval: int = Field(default=0, ge=0, description="Steps between evaluations on data.valid; 0: only at the end.")
+    evaluate_batches: int = Field(default=8, gt=0, description="Global batches per validation set and evaluation.")
+    timeout_seconds: float = Field(default=600.0, gt=0, description="A collective that waits longer than this stops the run, seconds.")
+
+
+class CheckpointSection(Section):
+    """Saving and starting."""
+
+    interval: int = Field(default=0, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    keep_last: int = Field(default=2, gt=0, description="Newest checkpoints kept.")
+    initialize_from: Path | None = Field(
+        default=None,
+        description="Start from the weights of this checkpoint (step 0, fresh optimizer). "
+        "Ignored once the run has a checkpoint of its own.",
+    )
+    resume: bool = Field(
+        default=True,
+        description="Continue from the newest checkpoint in run.directory. False refuses a directory that has one.",
+    )
+
+
+class TelemetrySection(Section):
+    """What is measured and written."""
+
+    log_interval: int = Field(default=1, gt=0, description="Steps between rows of metrics.jsonl and TensorBoard.")
+    tensorboard: bool = Field(default=True, description="Write TensorBoard event files.")
+    peak_tflops: float | None = Field(
+        default=None,
+        gt=0,
+        description="Peak of one device for MFU, 1e12 FLOP/s. Unset: known GPUs by name; on CPU a matrix product is timed at start.",
+    )
+    progress: Literal["auto", "bar", "lines", "off"] = Field(
+        default="auto",
+        description="auto: a bar on a terminal, sparse lines elsewhere.",
+    )
+
+
+class RunSection(Section):
+    """Where the run lives."""
+
+    directory: Path = Field(description="Everything the run writes: config.toml, metrics.jsonl, status.json, tensorboard/, checkpoints/.")

@@ -1,0 +1,302 @@
+"""The sample order: which tokens are sample 0, 1, 2, ... of a run, made by megatron-core's GPTDataset.
+
+The order is a function of the data's document lengths, the seed, the sequence length, the weights and the number of samples,
+and of nothing else: not of paths, ranks, batch sizes or earlier runs. GPTDataset shuffles whole epochs, so the number of
+samples asked for is part of the order. Ask for what the complete run consumes, steps * global_batch_size; a run that is
+stopped and resumed asks for the same number, and so keeps its order.
+
+Four habits of megatron-core 0.16.1 are worked around: its cache of index arrays is keyed by path and not by content, is
+written in place, and is read with pickles allowed; its blended dataset needs a process group whenever it has a cache folder;
+its blend may ask for more samples than it built; and its padding id of -1 turns a -1 in the data into a silently masked 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_kd.config.run import ConfigError
+from megatron_kd.data.indexed import read_index, sync_folder
+from megatron_kd.parallel.collectives import raise_together
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+# No id of an integer token file up to int32, the widest that Megatron writes, can equal this.
+_PADDING = int(np.iinfo(np.int64).min)
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The little of a tokenizer that GPTDataset asks for. It adds nothing to the cache key: the order does not depend on it."""
+
+    vocab_size: int
+    eod: int
+    pad: int = _PADDING
+    unique_identifiers: ClassVar[dict[str, int]] = {}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One prefix of a data set and what its order depends on."""
+
+    prefix: str
+    lengths: np.ndarray
+    sequence_length: int
+    seed: int
+    vocabulary: _Vocabulary
+    mask_end_of_document: bool
+
+    def open(self, num_samples: int | None, cache: Path) -> GPTDataset:
+        """The samples of this prefix (None: one pass over it), by way of a complete folder in `cache`."""
+        digest = hashlib.sha256(self.lengths.tobytes()).hexdigest()
+        folder = cache / _key("order", digest, self.sequence_length, self.seed, num_samples)
+        _complete(folder, lambda temporary: self._build(digest, num_samples, temporary))
+        _refuse_damaged(folder, 3)
+        return self._build(digest, num_samples, folder)
+
+    def _build(self, digest: str, num_samples: int | None, folder: Path) -> GPTDataset:
+        """megatron-core loads the arrays in `folder`, or makes them; the digest in place of the path keys them by content."""
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+        from megatron.core.datasets.utils import Split
+
+        config = GPTDatasetConfig(
+            random_seed=self.seed,
+            sequence_length=self.sequence_length,
+            blend=([self.prefix], None),
+            split="1,0,0",
+            path_to_cache=str(folder),
+            tokenizer=self.vocabulary,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=self.mask_end_of_document,
+            create_attention_mask=False,
+        )
+        tokens = GPTDataset.build_low_level_dataset(self.prefix, config)
+        indices = np.arange(len(self.lengths), dtype=np.int32)
+        return GPTDataset(tokens, digest, indices, num_samples, Split.train, config)
+
+
+class TokenDataset(torch.utils.data.Dataset):
+    """`len(dataset)` samples in a fixed order; reading one needs no other.
+
+    Attributes:
+        name: what the configuration calls this data; used in messages.
+        sequence_length: tokens of one sample.
+        num_tokens: ids in the data, over all prefixes.
+        epochs: passes that the samples make over the data, the largest among the prefixes.
+    """
+
+    def __init__(
+        self, name: str, parts: Sequence[tuple[str, GPTDataset]], blend: tuple[np.ndarray, np.ndarray] | None, num_samples: int
+    ) -> None:
+        self.name = name
+        self.sequence_length = int(parts[0][1].config.sequence_length)
+        self._parts = parts
+        self._blend = blend
+        self._num_samples = num_samples
+        sizes = [int(part.dataset.sequence_lengths.sum(dtype=np.int64)) for _, part in parts]
+        counts = _counts(blend, len(parts), num_samples)
+        self.num_tokens = sum(sizes)
+        self.epochs = max(count * self.sequence_length / size for count, size in zip(counts, sizes, strict=True))
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+        """One sample: tokens, labels (shifted), position_ids: int64 [S]; loss_mask: fp32 [S], 0 where the label does not count.
+
+        Raises:
+            IndexError: `sample` is not in [0, len(self)).
+        """
+        _, part, index = self._place(sample)
+        return part[index]
+
+    def describe(self, sample: int) -> str:
+        """Where the tokens of a sample come from, for messages."""
+        prefix, part, index = self._place(sample)
+        _, documents = part._query_document_sample_shuffle_indices(index)
+        listed = ", ".join(map(str, documents[:4])) + (", ..." if len(documents) > 4 else "")
+        return f"sample {sample} of {self.name} (document {listed} of {prefix})"
+
+    def _place(self, sample: int) -> tuple[str, GPTDataset, int]:
+        if not 0 <= sample < self._num_samples:
+            raise IndexError(f"sample {sample} is outside the {self._num_samples} samples of {self.name}")
+        if self._blend is None:
+            return *self._parts[0], sample
+        part, index = self._blend
+        return *self._parts[int(part[sample])], int(index[sample])
+
+
+def build_dataset(
+    prefixes: Sequence[str],
+    weights: Sequence[float] | None,
+    *,
+    num_samples: int,
+    sequence_length: int,
+    seed: int,
+    index_cache: str | Path,
+    end_of_document: int | None,
+    vocab_size: int,
+    mask_end_of_document: bool = False,
+    name: str = "data.train",
+    repeat: bool = True,
+) -> TokenDataset:
+    """Build the sample order of one data set; every rank calls this, with the same arguments.
+
+    Global rank 0 writes the index arrays into `index_cache`, nothing is written beside the data. With torch.distributed
+    initialised the ranks agree twice (`raise_together`), so that a failure on one is raised on all; else there is one process.
+
+    Args:
+        prefixes: token files, already checked by `check_token_file`; `name` is what the configuration calls them.
+        weights: share of the samples from each prefix, > 0, any scale; None: in proportion to tokens.
+        num_samples: samples the complete run consumes, steps * global_batch_size. The order depends on it.
+        sequence_length: tokens per sample; a sample reads one more, for its last label.
+        index_cache: folder seen by all ranks.
+        end_of_document: id between documents; `mask_end_of_document` (no loss on what follows it) needs it.
+        repeat: True gives exactly `num_samples`, passing over the data as often as needed. False (validation; one prefix) gives at
+            most one pass; its order does not depend on `num_samples`, so a smaller set is the beginning of a larger one.
+
+    Raises:
+        ConfigError: fewer than sequence_length + 1 tokens, or an index cache that cannot be written, seen by all ranks or read.
+    """
+    if mask_end_of_document and end_of_document is None:
+        raise ConfigError("data.mask_end_of_document needs data.tokenizer, which says what the end-of-document id is")
+    if num_samples < 1 or not prefixes or len(weights or prefixes) != len(prefixes) or (len(prefixes) > 1 and not repeat):
+        raise ValueError("build_dataset needs num_samples >= 1, a prefix, a weight for each (or None), and one prefix without repeat")
+    vocabulary = _Vocabulary(vocab_size, -1 if end_of_document is None else end_of_document)
+    lengths = [_usable_lengths(prefix, sequence_length, name) for prefix in prefixes]
+    sources = [_Source(str(p), n, sequence_length, seed, vocabulary, mask_end_of_document) for p, n in zip(prefixes, lengths, strict=True)]
+    shares = np.array(weights or [part.sum(dtype=np.int64) for part in lengths], dtype=np.float64)
+    cache = Path(index_cache)
+
+    def assemble() -> TokenDataset:
+        blend = None if len(sources) == 1 else _open_blend(shares / shares.sum(), num_samples, cache)
+        counts = _counts(blend, len(sources), num_samples)
+        parts = [(source.prefix, source.open(count if repeat else None, cache)) for source, count in zip(sources, counts, strict=True)]
+        return TokenDataset(name, parts, blend, num_samples if repeat else min(num_samples, len(parts[0][1])))
+
+    with _quiet_megatron():
+        return _rank_zero_first(assemble)
+
+
+def _usable_lengths(prefix: str, sequence_length: int, name: str) -> np.ndarray:
+    index = read_index(prefix)
+    if index.num_tokens < sequence_length + 1:
+        raise ConfigError(
+            f"{name}: {prefix} has {index.num_tokens} tokens, but one sample needs batch.sequence_length + 1 = {sequence_length + 1}: "
+            "use more data or a smaller batch.sequence_length"
+        )
+    return index.lengths
+
+
+def _open_blend(shares: np.ndarray, num_samples: int, cache: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Which prefix each sample comes from, int16 [num_samples], and which sample of that prefix it is, int64 [num_samples]."""
+
+    def write(folder: Path) -> None:
+        from megatron.core.datasets.helpers import build_blending_indices
+
+        part, index = np.zeros(num_samples, dtype=np.int16), np.zeros(num_samples, dtype=np.int64)
+        build_blending_indices(part, index, shares, len(shares), num_samples, False)
+        np.save(folder / "part.npy", part)
+        np.save(folder / "index.npy", index)
+
+    folder = cache / _key("blend", num_samples, shares.tolist())
+    _complete(folder, write)
+    _refuse_damaged(folder, 2)
+    return np.load(folder / "part.npy", mmap_mode="r"), np.load(folder / "index.npy", mmap_mode="r")
+
+
+def _counts(blend: tuple[np.ndarray, np.ndarray] | None, num_parts: int, num_samples: int) -> list[int]:
+    """Samples taken from each prefix, exactly."""
+    return [num_samples] if blend is None else np.bincount(blend[0], minlength=num_parts).tolist()
+
+
+def _key(kind: str, *values: object) -> str:
+    return f"{kind}-{hashlib.sha256(json.dumps(values).encode()).hexdigest()[:24]}"
+
+
+def _complete(folder: Path, write: Callable[[Path], object]) -> None:
+    """Make sure `folder` exists with all its content: rank 0 writes it under another name, then renames it."""
+    if folder.is_dir():
+        return
+    if _rank() != 0:
+        raise ConfigError(f"rank {_rank()} does not see {folder}, which rank 0 wrote: set data.index_cache to a folder shared by all nodes")
+    temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for path in temporary.iterdir():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+        # A run beside this one may have been faster; its folder has the same content.
+        if not folder.is_dir():
+            os.rename(temporary, folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise ConfigError(f"cannot write {folder} ({error}): set data.index_cache to a writable folder with free space") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_damaged(folder: Path, num_arrays: int) -> None:
+    """Open every array once without pickles, which megatron-core would run."""
+    try:
+        found = [np.load(path, mmap_mode="r", allow_pickle=False) for path in folder.glob("*.npy")]
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"the index cache {folder} is damaged ({error}): delete this folder and start again") from error
+    if len(found) != num_arrays:
+        raise ConfigError(f"the index cache {folder} has {len(found)} arrays in place of {num_arrays}: delete this folder and start again")
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _rank_zero_first(assemble: Callable[[], TokenDataset]) -> TokenDataset:
+    """Run `assemble` on rank 0, then on the others; what fails on one rank is raised on every rank."""
+    dataset: TokenDataset | None = None
+    for turn in (True, False):
+        problem: Exception | None = None
+        if (_rank() == 0) == turn:
+            try:
+                dataset = assemble()
+            except Exception as error:
+                problem = error
+        try:
+            raise_together(None if problem is None else _sentence(problem), ConfigError)
+        except ConfigError as shared:
+            raise shared from problem
+    assert dataset is not None
+    return dataset
+
+
+def _sentence(problem: Exception) -> str:
+    return str(problem) if isinstance(problem, ConfigError) else f"the sample order cannot be made: {type(problem).__name__}: {problem}"
+
+
+@contextmanager
+def _quiet_megatron() -> Iterator[None]:
+    """Keep megatron-core's import warnings and progress messages out of the run's output, for this call only."""
+    logger = logging.getLogger("megatron.core")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,70 @@
+"""What a microbatch's hidden states are worth: a loss sum, a token count and a report, never a mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_kd.losses.head import head_loss
+from megatron_kd.losses.rows import HEALTH
+from megatron_kd.losses.types import LossSpec
+from megatron_kd.parallel.collectives import Group
+from megatron_kd.targets.sparse import SparseTarget
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Mixes next-token cross-entropy with the distillation loss inside the output head.
+
+    vocab_size: true number of ids. tp_group, sequence_parallel: how hidden states and weight are laid out. health: also
+    report the columns of `losses.rows.HEALTH`, which costs one more pass over each chunk.
+    """
+
+    spec: LossSpec
+    vocab_size: int
+    tp_group: Group = None
+    sequence_parallel: bool = False
+    chunk_tokens: int | None = None
+    health: bool = False
+
+    def __call__(
+        self, hidden: Tensor, *, weight: Tensor, labels: Tensor, loss_mask: Tensor, target: SparseTarget | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """One microbatch, in megatron-core's form: (loss_sum, num_tokens, report); it divides by the global tokens once.
+
+        Args:
+            hidden: [S, B, H] (this rank's slice of S under sequence parallelism). weight: [V/tp, H].
+            labels, loss_mask: [B, S]. target: SparseTarget [S, B, K], or None for plain cross-entropy.
+        Returns:
+            loss_sum: fp32 scalar, nats. num_tokens: int32 scalar. report: name -> fp32 [2] = (sum, count).
+        """
+        mask = loss_mask.t().contiguous()
+        spec = self.spec if target is not None else LossSpec(alpha=0.0, z_loss=self.spec.z_loss)
+        loss, health = head_loss(
+            hidden,
+            weight,
+            labels.t().contiguous(),
+            target,
+            spec,
+            loss_mask=mask,
+            vocab_size=self.vocab_size,
+            tp_group=self.tp_group,
+            sequence_parallel=self.sequence_parallel,
+            chunk_tokens=self.chunk_tokens,
+            health=self.health,
+        )
+        loss_sum, count = loss.total.sum(), mask.sum()
+        report = {
+            "total_loss": torch.stack([loss_sum.detach(), count]),
+            "ce_loss": torch.stack([(loss.ce * mask).sum(), count]),
+        }
+        if target is not None:
+            report["kd_loss"] = torch.stack([(loss.kd * mask).sum(), count])
+        if health is not None:
+            for name, column in zip(HEALTH, health.unbind(-1), strict=True):
+                if target is not None or name == "student_entropy":
+                    known = mask * ~column.isnan()
+                    report[name] = torch.stack([(column.nan_to_num() * known).sum(), known.sum()])
+        return loss_sum, count.to(torch.int32), {name: value.float() for name, value in report.items()}

@@ -1,0 +1,71 @@
+"""What every distillation loss takes and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_kd.targets.sparse import TAILS, SparseTarget, check_target
+
+IGNORED_LABEL = -100
+
+
+class KDLoss(NamedTuple):
+    """Per token, nats, unreduced, identical on every tensor-parallel rank; `ce` and `kd` are detached.
+
+    total = ((1 - alpha) * ce + alpha * kd + z_loss * logsumexp^2) * loss_mask. A label of -100 makes all three zero.
+    """
+
+    total: Tensor
+    ce: Tensor
+    kd: Tensor
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """The scalars of the loss.
+
+    alpha in [0, 1] is the weight of the distillation loss; temperature > 0 divides both models' logits in it;
+    temperature_squared multiplies it by temperature^2; tail says what becomes of the teacher's mass outside the kept ids;
+    z_loss >= 0 weighs the squared logsumexp of the student.
+    """
+
+    alpha: float
+    temperature: float = 1.0
+    temperature_squared: bool = False
+    tail: str = "renormalize"
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha must be in [0, 1], not {self.alpha}")
+        if not 0.0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be > 0, not {self.temperature}")
+        if self.tail not in TAILS:
+            raise ValueError(f"tail must be one of {', '.join(TAILS)}, not {self.tail!r}")
+        if not 0.0 <= self.z_loss < float("inf"):
+            raise ValueError(f"z_loss must be >= 0, not {self.z_loss}")
+
+    @property
+    def kd_scale(self) -> float:
+        """Factor of the distillation loss: temperature^2 or 1."""
+        return self.temperature**2 if self.temperature_squared else 1.0
+
+
+def check_inputs(labels: Tensor, target: SparseTarget | None, loss_mask: Tensor | None, spec: LossSpec, *, vocab_size: int) -> None:
+    """ValueError for what cannot be a loss, on every rank alike and before any collective. Values are read on CPU only."""
+    if labels.dtype.is_floating_point or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, not {labels.dtype}")
+    if loss_mask is not None and loss_mask.shape != labels.shape:
+        raise ValueError(f"loss_mask {tuple(loss_mask.shape)} must have the labels' shape {tuple(labels.shape)}")
+    if target is None and spec.alpha != 0.0:
+        raise ValueError(f"alpha = {spec.alpha} needs a target: without one alpha must be 0")
+    if target is not None:
+        check_target(target, labels.shape, vocab_size=vocab_size)
+    if labels.is_cpu and labels.numel():
+        wrong = ((labels < 0) | (labels >= vocab_size)) & (labels != IGNORED_LABEL)
+        if bool(wrong.any()):
+            raise ValueError(f"label {int(labels[wrong][0])} is not in the vocabulary (0..{vocab_size - 1}) nor {IGNORED_LABEL} (ignored)")

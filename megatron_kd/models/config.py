@@ -1,0 +1,86 @@
+"""From a run file's model section to megatron-core's TransformerConfig: one explicit mapping, field by field."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_kd.config import ConfigError, ModelSection, ParallelSection
+from megatron_kd.parallel.platform import Platform
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def transformer_config(model: ModelSection, parallel: ParallelSection, platform: Platform, *, precision: str) -> TransformerConfig:
+    """The TransformerConfig of a Llama-style decoder. ConfigError for [model.mcore] keys that are not its fields."""
+    dtype = DTYPES[precision]
+    virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+    settings: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups or model.num_attention_heads,
+        "kv_channels": model.head_dim or model.hidden_size // model.num_attention_heads,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": model.qkv_bias,
+        "qk_layernorm": model.qk_norm,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": precision == "bf16",
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": virtual,
+        "sequence_parallel": parallel.sequence_parallel,
+        # One division, by the global number of tokens: cutting a batch into other microbatches changes nothing.
+        "calculate_per_token_loss": True,
+        # Weights are filled by name (models/initialize.py), so that they do not depend on the layout. Asking for no
+        # initialization at all would also lose the marks of sharded weights, and with them their share of the gradient norm.
+        "init_method": _leave,
+        "output_layer_init_method": _leave,
+        "embedding_init_method": _leave,
+        # Two stages that each hold two chunks exchange two messages per step with the same peer; batched together they
+        # are swapped and the gradients are silently wrong.
+        "overlap_p2p_comm": virtual is not None,
+        "batch_p2p_comm": virtual is None,
+        # Freeing an activation once its send has been issued is safe in a CUDA stream's order. gloo still reads the memory:
+        # under the interleaved schedule, which does not wait for sends, the next stage would get whatever came there since.
+        "deallocate_pipeline_outputs": platform.is_cuda or virtual is None,
+        "persist_layer_norm": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": platform.is_cuda,
+        "gradient_accumulation_fusion": False,
+    }
+    if model.recompute == "full":
+        settings.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    settings.update(_extra(model, settings))
+    config = TransformerConfig(**settings)
+    if virtual is not None and (config.batch_p2p_comm or not config.overlap_p2p_comm):
+        raise ConfigError(
+            "parallel.virtual_pipeline > 1 with batch_p2p_comm gives wrong gradients without an error: "
+            "remove overlap_p2p_comm and batch_p2p_comm from [model.mcore]"
+        )
+    return config
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _extra(model: ModelSection, settings: dict[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in fields(TransformerConfig)}
+    for name in model.mcore:
+        if name not in known:
+            raise ConfigError(f"model.mcore.{name} is not a field of megatron-core's TransformerConfig")
+        if name in settings and not name.endswith("p2p_comm"):
+            raise ConfigError(f"model.mcore.{name} is set by the run file's own keys: change it there")
+    return dict(model.mcore)

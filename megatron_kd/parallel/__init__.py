@@ -1,0 +1,1 @@
+"""Process groups, shard ranges and collectives. Only `groups.py` and `platform.py` import megatron-core."""

@@ -1,0 +1,110 @@
+"""Process groups of a run. The only reader of megatron-core's `parallel_state`: everybody else is handed a Groups."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_kd.config import ParallelSection
+from megatron_kd.parallel.platform import Platform
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place in the layout. `tp` is None for tensor-parallel size 1, so single-rank code costs no collective."""
+
+    platform: Platform
+    world_size: int
+    rank: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    virtual_pipeline: int
+    collection: ProcessGroupCollection
+
+    @property
+    def tp(self) -> dist.ProcessGroup | None:
+        """The tensor-parallel group, None where it has one rank."""
+        return self.collection.tp if self.tensor_size > 1 else None
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output head."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def reports_loss(self) -> bool:
+        """One rank per data-parallel replica: the loss is the same on all tensor-parallel ranks of the last stage."""
+        return self.is_last_stage and self.tensor_rank == 0
+
+
+def world_from_environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun sets them; a process started alone is a world of one."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+
+
+def start_groups(platform: Platform, parallel: ParallelSection, *, timeout_seconds: float, rendezvous: str | None = None) -> Groups:
+    """Join the world (torchrun's environment, or `rendezvous` such as "file:///...") and build every group.
+
+    Collective over the whole world. Sizes must have been checked (`RunConfig.data_parallel_size`).
+    """
+    rank, world_size, _ = world_from_environment()
+    timeout = timedelta(seconds=timeout_seconds)
+    if not dist.is_initialized():
+        if rendezvous is None and world_size == 1:
+            dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
+        else:
+            dist.init_process_group(platform.backend, init_method=rendezvous or "env://", rank=rank, world_size=world_size, timeout=timeout)
+    stop_model_groups()
+    virtual = parallel.virtual_pipeline
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        create_gloo_process_groups=False,
+    )
+    groups = Groups(
+        platform=platform,
+        world_size=world_size,
+        rank=rank,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel.tensor,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel.pipeline,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        virtual_pipeline=virtual,
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    seed_step(0, 0, groups)  # building layers needs the generators to exist
+    return groups
+
+
+def stop_model_groups() -> None:
+    """Forget the model-parallel groups of an earlier layout in this process."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+
+
+def stop_groups() -> None:
+    """Leave the world. Call on every rank, also after an error, so that no peer waits for this one."""
+    stop_model_groups()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_step(seed: int, step: int, groups: Groups) -> None:
+    """Seed dropout for one step as a function of (seed, step, rank) alone: resuming needs no saved generator."""
+    mixed = (seed * 1_000_003 + step * 7_919) % (2**31 - 2**20) + 131 * groups.data_rank + 17 * groups.pipeline_rank
+    torch.manual_seed(mixed)
+    model_parallel_cuda_manual_seed(mixed, tp_rank=groups.tensor_rank, ep_rank=0, etp_rank=0)

@@ -1,0 +1,37 @@
+"""Which vocabulary rows a tensor-parallel rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Rows [start, start + valid) of the vocabulary, the first `valid` of the `rows` this rank stores.
+
+    The remaining rows are padding: they take no probability and get exactly zero gradient.
+    """
+
+    start: int
+    valid: int
+    rows: int
+    vocab_size: int
+
+
+def vocab_shard(rows: int, *, rank: int, size: int, vocab_size: int | None) -> VocabShard:
+    """The shard of `rank` when every one of `size` ranks stores `rows` rows in id order.
+
+    `vocab_size` is the true number of ids (None: rows * size, no padding). Raises ValueError where the shards
+    cannot hold it.
+    """
+    if vocab_size is None:
+        vocab_size = rows * size
+    if not 0 < vocab_size <= rows * size:
+        raise ValueError(f"vocab_size ({vocab_size}) must be in [1, {rows * size}]: {size} rank(s) hold {rows} vocabulary rows each")
+    start = rank * rows
+    return VocabShard(start=start, valid=min(max(vocab_size - start, 0), rows), rows=rows, vocab_size=vocab_size)
+
+
+def padded_vocab_size(vocab_size: int, multiple: int) -> int:
+    """Smallest multiple of `multiple` that holds `vocab_size` ids."""
+    return -(-vocab_size // multiple) * multiple

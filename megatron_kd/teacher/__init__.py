@@ -1,0 +1,1 @@
+"""Where distillation targets come from."""

@@ -1,0 +1,91 @@
+"""A frozen teacher in the student's job: its own forward-only pipeline, run before the student's schedule.
+
+Only sparse targets survive it, so nothing of megatron-core is patched, the student may use any schedule, and the teacher
+never meets gradients, the optimizer or the student's checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch import Tensor
+
+from megatron_kd.config import ModelSection, ParallelSection
+from megatron_kd.data.batches import Microbatch
+from megatron_kd.models.config import transformer_config
+from megatron_kd.models.model import build_chunks, output_weight
+from megatron_kd.parallel.groups import Groups
+from megatron_kd.targets import SparseTarget, TopSelection, linear_targets
+
+
+class OnlineTeacher:
+    """A frozen GPT in the student's tensor- and pipeline-parallel layout (without virtual stages).
+
+    Weights are uninitialised on construction: load them into `models` before the first `targets`.
+    """
+
+    def __init__(
+        self,
+        model: ModelSection,
+        parallel: ParallelSection,
+        groups: Groups,
+        selection: TopSelection,
+        *,
+        precision: str,
+        vocab_size: int,
+        sequence_length: int,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        self.groups, self.selection = groups, selection
+        self.vocab_size, self.sequence_length, self.chunk_tokens = vocab_size, sequence_length, chunk_tokens
+        # The forward-only pass needs no interleaving; the same groups serve one chunk per stage.
+        plain = parallel.model_copy(update={"virtual_pipeline": 1})
+        self.config = transformer_config(model, plain, groups.platform, precision=precision)
+        self.models: list[GPTModel] = build_chunks(model, self.config, groups, vocab_size=vocab_size, sequence_length=sequence_length)
+        for chunk in self.models:
+            chunk.requires_grad_(False)
+            chunk.eval()
+
+    @torch.no_grad()
+    def targets(self, microbatches: Sequence[Microbatch]) -> list[SparseTarget | None]:
+        """See TeacherSource. One forward-only pipeline over the microbatches; collective over the model-parallel groups."""
+        schedule = get_forward_backward_func(pp_size=self.groups.pipeline_size, vp_size=None)
+        found = schedule(
+            forward_step_func=self._forward_step,
+            data_iterator=iter(microbatches),
+            model=self.models[0],
+            num_microbatches=len(microbatches),
+            seq_length=self.sequence_length,
+            micro_batch_size=microbatches[0].tokens.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+            p2p_communicator=self._communicator(),
+            pg_collection=self.groups.collection,
+        )
+        return found if self.groups.is_last_stage else [None] * len(microbatches)
+
+    def _communicator(self) -> P2PCommunicator | None:
+        return P2PCommunicator(pp_group=self.groups.collection.pp, config=self.config) if self.groups.pipeline_size > 1 else None
+
+    def _forward_step(self, microbatches: Iterator[Microbatch], chunk: GPTModel) -> tuple[Tensor, Any]:
+        microbatch = next(microbatches)
+        hidden = chunk(input_ids=microbatch.tokens, position_ids=microbatch.position_ids, attention_mask=None)
+        return hidden, partial(self._select, chunk=chunk)
+
+    def _select(self, hidden: Tensor, *, chunk: GPTModel, non_loss_data: bool = True) -> SparseTarget:
+        """The last stage's hidden states [S, B, H] become a target [S, B, K]."""
+        return linear_targets(
+            hidden,
+            output_weight(chunk),
+            self.selection,
+            vocab_size=self.vocab_size,
+            tp_group=self.groups.tp,
+            sequence_parallel=self.config.sequence_parallel,
+            chunk_tokens=self.chunk_tokens,
+        )

@@ -1,0 +1,164 @@
+"""What a run leaves on disk: metrics.jsonl, TensorBoard scalars, status.json and config.toml.
+
+A killed run leaves rows that are newer than its last checkpoint. `begin` drops them, so that the resumed run's
+curves have each step once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TextIO, get_args
+
+State = Literal["running", "finished", "stopped", "failed"]
+
+
+class RunWriter:
+    """Writes a run's files on rank 0. With enabled=False every method does nothing, so callers need no rank test.
+
+    Args:
+        directory: the run directory; made where it is missing.
+        tensorboard: also write TensorBoard event files below directory/tensorboard.
+        enabled: True on rank 0 only.
+    """
+
+    def __init__(self, directory: Path | str, *, tensorboard: bool, enabled: bool) -> None:
+        self._directory = Path(directory)
+        self._tensorboard = tensorboard
+        self._enabled = enabled
+        self._rows: TextIO | None = None
+        self._events: Any = None
+        self._steps: int | None = None
+        if enabled:
+            self._directory.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def begin(self, *, step: int, steps: int) -> None:
+        """Open the files for a run that has done `step` of `steps` updates, and set the status to running.
+
+        Rows after `step` are dropped from metrics.jsonl and hidden in TensorBoard. At step 0 nothing an earlier
+        attempt wrote is kept.
+        """
+        if not self._enabled:
+            return
+        self.close()
+        self._steps = steps
+        path = self._directory / "metrics.jsonl"
+        _keep_rows_until(path, step)
+        self._rows = path.open("a", encoding="utf-8")
+        if self._tensorboard:
+            # Imported here: it takes a second, and ranks other than 0 never need it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self._directory / "tensorboard"), purge_step=step + 1 if step else 0)
+        self.status("running", step=step)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Append one row; needs `begin`. Values that are not finite are written as null and left out of TensorBoard.
+
+        A row with a "split" is a validation row (TensorBoard: validation/<split>/<name>), any other a training row
+        (train/<name>).
+        """
+        if not self._enabled:
+            return
+        if self._rows is None:
+            raise RuntimeError("RunWriter.row before RunWriter.begin")
+        clean = _without_nonfinite(dict(row))
+        if not isinstance(clean.get("step"), int):
+            raise ValueError(f"a row needs an integer 'step', got {clean.get('step')!r}")
+        # One write of the whole line: a reader, or a kill, sees at most the last line torn.
+        self._rows.write(json.dumps(clean, allow_nan=False) + "\n")
+        self._rows.flush()
+        if self._events is not None:
+            prefix = f"validation/{clean['split']}" if "split" in clean else "train"
+            for name, value in clean.items():
+                if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
+                    self._events.add_scalar(f"{prefix}/{name}", value, clean["step"])
+            self._events.flush()
+
+    def status(self, state: State, *, step: int, message: str = "") -> None:
+        """Replace status.json: state, step, steps (null before `begin`), time (ISO 8601, UTC) and message."""
+        if state not in get_args(State):
+            raise ValueError(f"state must be one of {', '.join(get_args(State))}, not {state!r}")
+        if not self._enabled:
+            return
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        content = {"state": state, "step": step, "steps": self._steps, "time": now, "message": message}
+        _write_atomically(self._directory / "status.json", json.dumps(content, indent=2) + "\n")
+
+    def write_config(self, text: str) -> None:
+        """Replace config.toml, the complete configuration of the run."""
+        if self._enabled:
+            _write_atomically(self._directory / "config.toml", text)
+
+    def close(self) -> None:
+        """Flush and close; the status is left as it is. May be called twice."""
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+
+def _without_nonfinite(value: Any) -> Any:
+    """JSON has no NaN or infinity, and readers other than Python's refuse them: they become None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nonfinite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nonfinite(inner) for inner in value]
+    return value
+
+
+def _keep_rows_until(path: Path, step: int) -> None:
+    """Rewrite a metrics.jsonl without rows after `step` (all rows at step 0) and without a torn last line."""
+    if not path.exists():
+        return
+    if step == 0:
+        _write_atomically(path, "")
+        return
+    lines = path.read_bytes().split(b"\n")
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            keep = json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise ValueError(f"{path} line {number} is not a row with a step; repair the file or move it away, then resume") from None
+        if keep:
+            kept.append(line.decode() + "\n")
+    _write_atomically(path, "".join(kept))
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """Readers see the old or the new content, never a part, whenever the process or the machine dies."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

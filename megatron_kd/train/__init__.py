@@ -1,0 +1,1 @@
+"""Wiring, one step, the loop around it, and evaluation. No loss arithmetic here."""

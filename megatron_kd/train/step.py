@@ -1,0 +1,68 @@
+"""One optimizer update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_kd.data.batches import Microbatch
+from megatron_kd.losses.objective import Objective
+from megatron_kd.models.model import output_weight
+from megatron_kd.targets.sparse import SparseTarget
+from megatron_kd.telemetry.metrics import reduce_reports
+from megatron_kd.train.build import Run
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """metrics: means over the step's unmasked tokens, equal on every rank (None: not measured). updated: False where the
+    loss or the gradient norm was not finite and the weights stayed as they were.
+    """
+
+    metrics: dict[str, float | None]
+    grad_norm: float
+    learning_rate: float
+    alpha: float
+    updated: bool
+
+
+def train_step(run: Run) -> StepReport:
+    """Advance the student by one optimizer update over one global batch. Collective over the world."""
+    learning_rate, alpha = run.learning_rate, run.alpha
+    microbatches = run.train_data.microbatches(run.progress.consumed_samples)
+    targets = run.teacher.targets(microbatches)
+    run.student.zero_grad()
+    run.optimizer.zero_grad()
+    step = partial(forward_step, objective=run.objective_now())
+    reports = run.student.run_schedule(step, list(zip(microbatches, targets, strict=True)))
+    metrics = reduce_step(run, reports)
+    run.optimizer.set_learning_rate(learning_rate)
+    updated, grad_norm = run.optimizer.step(allowed=math.isfinite(metrics["total_loss"] or 0.0))
+    batch = run.config.batch
+    run.progress.advance(samples=batch.global_batch_size, tokens=batch.global_batch_size * batch.sequence_length, updated=updated)
+    return StepReport(metrics, grad_norm, learning_rate, alpha, updated)
+
+
+def forward_step(batches: Iterator[tuple[Microbatch, SparseTarget | None]], chunk: Any, *, objective: Objective) -> tuple[Tensor, Any]:
+    """Forward of the next microbatch through one chunk, and what its output is worth: megatron-core's forward step."""
+    microbatch, target = next(batches)
+    output = chunk(input_ids=microbatch.tokens, position_ids=microbatch.position_ids, attention_mask=None)
+    return output, partial(_loss, chunk=chunk, microbatch=microbatch, target=target, objective=objective)
+
+
+def _loss(hidden: Tensor, *, chunk: Any, microbatch: Microbatch, target: SparseTarget | None, objective: Objective) -> Any:
+    weight = output_weight(chunk.module)
+    return objective(hidden, weight=weight, labels=microbatch.labels, loss_mask=microbatch.loss_mask, target=target)
+
+
+def reduce_step(run: Run, reports: list[dict[str, Tensor]]) -> dict[str, float | None]:
+    """Sums and counts of every rank in one all-reduce over the world, divided once."""
+    groups = run.groups
+    world = dist.group.WORLD if groups.world_size > 1 else None
+    return reduce_reports(reports, contribute=groups.reports_loss, group=world, device=groups.platform.device)

@@ -1,0 +1,40 @@
+"""Packaging. Exact versions that were tested together are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = next(line.split('"')[1] for line in (HERE / "megatron_kd/__init__.py").read_text().splitlines() if line.startswith("__version__"))
+
+setup(
+    name="megatron-kd",
+    version=VERSION,
+    description="Pretraining of language models with knowledge distillation on megatron-core",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_kd", "megatron_kd.*"]),
+    install_requires=[
+        "torch>=2.10",
+        "megatron-core>=0.16.1,<0.20",
+        "numpy",
+        # megatron-core's checkpoint writer hangs without it and does not declare it.
+        "psutil",
+        "pydantic>=2.9",
+        "pydantic-settings>=2.6",
+        "sentencepiece",
+        "tensorboard",
+        "tqdm",
+        "safetensors",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]"],
+        "huggingface": ["transformers>=5.3", "tokenizers"],
+        "preprocess": ["datatrove", "orjson"],
+        "deepspeed": ["deepspeed"],
+        "report": ["matplotlib"],
+        "test": ["pytest", "pytest-timeout", "ruff", "mypy", "matplotlib"],
+    },
+)

@@ -1,0 +1,206 @@
+"""The tokenizer, and the tools that train one and turn text into token files; on a few of Python's own sources."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from megatron_kd.config import ConfigError
+from megatron_kd.data.indexed import check_token_file
+from megatron_kd.data.tokenizer import find_text_files, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+STDLIB = Path(json.__file__).parent
+EOD = 2
+
+
+def load_tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses looks its module up by name.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+preprocess_data = load_tool("preprocess_data")
+train_tokenizer = load_tool("train_tokenizer")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer trained on part of the standard library."""
+    output = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    arguments = ["--input", str(STDLIB), "--pattern", "*.py", "--vocab-size", "400", "--output", str(output)]
+    assert train_tokenizer.main(arguments) == 0
+    return output
+
+
+def test_tokenizer_round_trips_source_text(model: Path) -> None:
+    processor, info = load_tokenizer(model)
+    texts = [path.read_text(encoding="utf-8") for path in STDLIB.glob("*.py")]
+    texts += ["def f(x):\n\tif x:\n\t\treturn  'a\tb'\r\n    # é 漢 😀 \x00 end \n\n"]
+    texts += [" lead", "trail ", "\n", "\t", "   ", "<s>", "a\n\n\nb"]
+    for text in texts:
+        assert processor.decode(processor.encode(text)) == text
+    assert info.vocab_size == 400 and info.end_of_document == processor.eos_id() == 2
+    assert any("\n" in processor.id_to_piece(i) for i in range(info.vocab_size)), "no newline was learned"
+
+
+def test_tokenizer_digest_is_of_the_vocabulary(model: Path, tmp_path: Path) -> None:
+    _, info = load_tokenizer(model)
+    other_bytes = tmp_path / "same.model"
+    # A field that the format does not know (number 15, a varint): another file, the same vocabulary.
+    other_bytes.write_bytes(model.read_bytes() + bytes([15 << 3, 1]))
+    assert load_tokenizer(other_bytes)[1] == info
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{i} green bottles hanging on the wall number {i * i}" for i in range(3000)))
+    assert train_tokenizer.main(["--input", str(text), "--vocab-size", "310", "--output", str(tmp_path / "a.model")]) == 0
+    text.write_text("\n".join(f"{i} ships came sailing by on monday morning {i * i}" for i in range(3000)))
+    assert train_tokenizer.main(["--input", str(text), "--vocab-size", "310", "--output", str(tmp_path / "b.model")]) == 0
+    first, second = load_tokenizer(tmp_path / "a.model")[1], load_tokenizer(tmp_path / "b.model")[1]
+    assert first.vocab_size == second.vocab_size and first.digest != second.digest
+
+
+def test_training_a_tokenizer_is_deterministic(model: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.model"
+    train_tokenizer.main(["--input", str(STDLIB), "--pattern", "*.py", "--vocab-size", "400", "--output", str(again)])
+    assert again.read_bytes() == model.read_bytes()
+
+
+def test_unusable_tokenizers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the tokenizer .*missing.model"):
+        load_tokenizer(tmp_path / "missing.model")
+    for content in (b"", b"hello world", b"{}"):
+        (tmp_path / "bad.model").write_bytes(content)
+        with pytest.raises(ConfigError, match="is not a SentencePiece model"):
+            load_tokenizer(tmp_path / "bad.model")
+    text = iter(["some words to learn from, and some more words"] * 50)
+    settings = dict(vocab_size=30, model_type="bpe", eos_id=-1, hard_vocab_limit=False, minloglevel=2)
+    with open(tmp_path / "no_eos.model", "wb") as stream:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=text, model_writer=stream, **settings)
+    with pytest.raises(ConfigError, match="no end-of-sentence id"):
+        load_tokenizer(tmp_path / "no_eos.model")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--vocab-size", "90000"], "Vocabulary size too high"),
+        (["--vocab-size", "400", "--pattern", "*.nothing"], "no file matches"),
+        (["--vocab-size", "400", "--input", "/does/not/exist"], "does not exist"),
+    ],
+)
+def test_training_errors_leave_no_output(extra: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "tokenizer.model"
+    assert train_tokenizer.main(["--input", str(STDLIB), "--pattern", "*.py", "--output", str(output), *extra]) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokenizer_training_samples_long_and_jsonl_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"text": f"line {i} of many lines\u2028with words"}, ensure_ascii=False) for i in range(20000)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    arguments = ["--input", str(tmp_path / "data.jsonl"), "--vocab-size", "300", "--max-megabytes", "0.4"]
+    assert train_tokenizer.main([*arguments, "--output", str(tmp_path / "t.model")]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["unreadable_pieces"] == 0 and 0.1 < summary["megabytes"] < 0.6
+    assert '"' not in "".join(load_tokenizer(tmp_path / "t.model")[0].id_to_piece(list(range(259, 300)))), "JSON syntax was learned"
+
+
+def test_finding_text_files_is_ordered_and_filtered(tmp_path: Path) -> None:
+    for name in ("b/two.py", "a.py", "a/one.py", "site-packages/x.py", "a/note.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = find_text_files([tmp_path, tmp_path / "a.py"], ["*.py"], ["site-packages"])
+    assert [file.key for file in found] == ["a.py", "a/one.py", "b/two.py"]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    (folder / "sub").mkdir(parents=True)
+    for number in range(40):
+        (folder / "sub" / f"f{number:02}.py").write_text(f"def f{number}():\n\treturn '{'x' * number}'\n")
+    (folder / "latin.py").write_bytes(b"# caf\xe9\n")
+    (folder / "empty.py").write_text("")
+    rows = [{"text": f"row {number} é"} for number in range(30)] + [{"other": 1}, {"text": "\ud800"}]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\nnot json\n")
+    return folder
+
+
+def read_documents(prefix: Path, processor: sentencepiece.SentencePieceProcessor) -> list[str]:
+    """Decoded documents of a token file, read with plain numpy; each must end with the end-of-document id."""
+    raw = Path(f"{prefix}.idx").read_bytes()
+    (count,) = struct.unpack_from("<Q", raw, 18)
+    tokens = np.fromfile(f"{prefix}.bin", "<u2")
+    parts = np.split(tokens, np.cumsum(np.frombuffer(raw, "<i4", count, 34)))[:-1]
+    assert all(part[-1] == EOD for part in parts)
+    return [processor.decode(part[:-1].tolist()) for part in parts]
+
+
+def test_preprocessing_writes_every_document_once(corpus: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arguments = ["--input", str(corpus), "--tokenizer", str(model), "--workers", "1", "--holdout", "valid=0.2"]
+    arguments += ["--output", str(out / "train")]
+    assert preprocess_data.main(arguments) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["empty"] == 1 and summary["unreadable"] == 4 and summary["unreadable_documents"][0] == "latin.py"
+    processor, info = load_tokenizer(model)
+    train, valid = read_documents(out / "train", processor), read_documents(out / "valid", processor)
+    expected = {path.read_text() for path in corpus.glob("sub/*.py")} | {f"row {number} é" for number in range(30)}
+    assert len(train) + len(valid) == 70 and set(train) | set(valid) == expected and 5 <= len(valid) <= 25
+    sidecar = json.loads((out / "valid.json").read_text())
+    assert sidecar == summary["outputs"][str(out / "valid")]
+    assert sidecar["tokenizer_digest"] == info.digest and sidecar["vocab_size"] == 400 and sidecar["documents"] == len(valid)
+    assert sidecar["bytes"] == sum(len(text.encode()) for text in valid) and sidecar["dtype"] == "uint16"
+    assert check_token_file(out / "valid", vocab_size=400, tokenizer_digest=info.digest).num_tokens == sidecar["tokens"]
+    # A file keeps its side when others come or go.
+    preprocess_data.main([*arguments, "--exclude", "f0*", "--no-append-eod"])
+    tokens = np.fromfile(out / "valid.bin", "<u2")
+    excluded = tuple(f"def f{number}(" for number in range(10))
+    assert any(text.startswith(excluded) for text in valid) and EOD not in tokens
+    assert processor.decode(tokens.tolist()) == "".join(text for text in valid if not text.startswith(excluded))
+
+
+def test_preprocessing_does_not_depend_on_workers(
+    corpus: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--input", str(corpus), "--tokenizer", str(model), "--holdout", "valid=0.2"]
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *arguments, "--workers", "2"]
+    command += ["--output", str(tmp_path / "two" / "train")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == "" and json.loads(done.stdout)["unreadable"] == 4
+    monkeypatch.setattr(preprocess_data, "_JSONL_RANGE", 37)
+    assert preprocess_data.main([*arguments, "--workers", "1", "--output", str(tmp_path / "one" / "train")]) == 0
+    for name in ("train.bin", "train.idx", "train.json", "valid.bin", "valid.idx", "valid.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--strict"], "latin.py cannot be read as text"),
+        (["--holdout", "valid=0.000001"], "no document went into .*valid"),
+        (["--tokenizer", "/does/not/exist"], "cannot read the tokenizer"),
+    ],
+)
+def test_preprocessing_errors_leave_no_output(
+    extra: list[str], message: str, corpus: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--input", str(corpus), "--tokenizer", str(model), "--workers", "1", "--output", str(tmp_path / "out" / "train"), *extra]
+    assert preprocess_data.main(arguments) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.glob("out/*"))
