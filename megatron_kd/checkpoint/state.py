@@ -16,8 +16,13 @@ from megatron_kd.checkpoint.store import CheckpointInfo, PendingCheckpoint, prun
 from megatron_kd.checkpoint.writer import InProcessSave
 from megatron_kd.config import ConfigError
 
-# One layout-independent form of the distributed optimizer's state; for the plain optimizer it means nothing.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+def _metadata() -> dict[str, Any]:
+    """One layout-independent form of the distributed optimizer's state; the plain optimizer has no other.
+
+    Made anew for each call: megatron-core writes the process group of its first use into it.
+    """
+    return {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class OptimizerState(Protocol):
@@ -40,7 +45,7 @@ def save_checkpoint(
         pending.start()
     dist.barrier()
     state = _model_state(models)
-    state["optimizer"] = optimizer.inner.sharded_state_dict(state, metadata=_METADATA)
+    state["optimizer"] = optimizer.inner.sharded_state_dict(state, metadata=_metadata())
     dist_checkpointing.save(state, str(pending.folder), InProcessSave())
     dist.barrier()
     if first:
@@ -59,7 +64,7 @@ def load_weights(folder: Path, models: Sequence[GPTModel], *, what: str) -> None
 def load_training_state(folder: Path, models: Sequence[GPTModel], optimizer: OptimizerState, *, what: str) -> None:
     """Fill parameters and optimizer state from a checkpoint saved in any layout. Collective over the world."""
     state = _model_state(models)
-    state["optimizer"] = optimizer.inner.sharded_state_dict(state, is_loading=True, metadata=_METADATA)
+    state["optimizer"] = optimizer.inner.sharded_state_dict(state, is_loading=True, metadata=_metadata())
     loaded = _load(state, folder, what)
     _into_models(models, loaded)
     with optimizer.loading_any_layout():
@@ -67,7 +72,7 @@ def load_training_state(folder: Path, models: Sequence[GPTModel], optimizer: Opt
 
 
 def _model_state(models: Sequence[GPTModel]) -> dict[str, Any]:
-    return {f"model{index}": model.sharded_state_dict(metadata=_METADATA) for index, model in enumerate(models)}
+    return {f"model{index}": model.sharded_state_dict(metadata=_metadata()) for index, model in enumerate(models)}
 
 
 def _into_models(models: Sequence[GPTModel], loaded: dict[str, Any]) -> None:

@@ -48,6 +48,8 @@ def kd_cross_entropy(
     if labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels {tuple(labels.shape)} must have the logits' leading shape {tuple(logits.shape[:-1])}")
     check_inputs(labels, target, None, spec, vocab_size=shard.vocab_size)
+    if not torch.is_grad_enabled():  # a leaf asks for its gradient even then
+        logits = logits.detach()
     total, ce, kd = _GivenLogits.apply(  # type: ignore[no-untyped-call]
         logits, labels.reshape(-1), target and target.flatten(), spec, shard, tp_group
     )

@@ -116,6 +116,9 @@ def head_loss(
     if tuple(labels.shape) != expected:
         raise ValueError(f"labels {tuple(labels.shape)} must be {expected}: the full sequence of hidden {tuple(hidden.shape)}")
     check_inputs(labels, target, loss_mask, spec, vocab_size=shard.vocab_size)
+    chunk_tokens = chunk_size(chunk_tokens, shard.valid, labels.numel(), on_cuda=hidden.is_cuda)
+    if not torch.is_grad_enabled():  # a parameter asks for its gradient even then
+        hidden, weight = hidden.detach(), weight.detach()
     call = _Call(spec, shard, tp_group, sequence_parallel, schedule, chunk_tokens, health)
     flat_mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
     total, ce, kd, extra = _Head.apply(  # type: ignore[no-untyped-call]
@@ -134,7 +137,7 @@ class _Call:
     group: Group
     sequence_parallel: bool
     schedule: str
-    chunk_tokens: int | None
+    chunk_tokens: int
     health: bool
 
 
@@ -158,7 +161,7 @@ def _walk(
     full = gather_sequence(hidden, call.group) if call.sequence_parallel else hidden
     rows = full.reshape(-1, full.shape[-1])
     tokens = rows.shape[0]
-    size = chunk_size(call.chunk_tokens, call.shard.valid, tokens, on_cuda=rows.is_cuda)
+    size = call.chunk_tokens
     buffer = head.new_buffer(size)
     losses, healths = buffer.new_zeros((3, tokens)), []
     d_rows = buffer.new_empty(rows.shape) if gradient else None
@@ -216,7 +219,7 @@ class _Head(torch.autograd.Function):
                     'schedule="chunk" formed its gradients in the forward for a sum of `total`: give per-token weights as '
                     'loss_mask, or use schedule="recompute"'
                 )
-            again = _walk(hidden, weight, token_weight * upstream.to(token_weight.dtype), labels, ctx.target, call, gradient=True)
+            again = _walk(hidden, weight, token_weight.to(upstream.dtype) * upstream, labels, ctx.target, call, gradient=True)
             d_hidden, d_weight = again.hidden_gradient, again.weight_gradient
         assert d_hidden is not None and d_weight is not None
         return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), None, None, None, None

@@ -117,8 +117,8 @@ class ChunkLoss:
         rest, rest_t = (rows.rest_logsumexp - rows.logsumexp).exp(), (rows.rest_logsumexp_t - rows.logsumexp_t).exp()
         bucket = torch.where(self.others > 0, s * self.tail_mass, 0.0) if spec.tail == "bucket" else torch.zeros_like(s)
         # exp() of this rank's rest is relative to its own maximum: bring it to the softmax over all of the rest.
-        here = _scale(rows.local_shift - rows.shift - rows.rest_logsumexp)
-        here_t = _scale((rows.local_shift - rows.shift) / spec.temperature - rows.rest_logsumexp_t)
+        below = (rows.local_shift - rows.rest_shift).clamp(max=0.0)  # above 0 only where this shard has no rest at all
+        here, here_t = below.exp() / rows.rest_mass, (below / spec.temperature).exp() / rows.rest_mass_t
         if rows.exp_t is rows.exp:
             gradient = rows.exp.mul_((((a + b) * rest - bucket) * here).unsqueeze(1))
         else:
@@ -159,8 +159,3 @@ class ChunkLoss:
         agrees = (rows.support.gather(1, best).squeeze(1) >= 0).to(lp.dtype)
         teacher_entropy = target.entropy.to(lp.dtype) if target.entropy is not None else nothing
         return torch.stack([mass, teacher_entropy, student_entropy, agrees, kl], 1)
-
-
-def _scale(exponent: Tensor) -> Tensor:
-    """exp of what is at most 0 up to rounding; larger only where a shard has no rest at all, whose entries are zero anyway."""
-    return exponent.clamp(max=0.0).exp()

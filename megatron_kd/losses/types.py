@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_kd.targets.sparse import TAILS, SparseTarget, check_target
+from megatron_kd.targets.sparse import TAILS, SparseTarget, check_target, check_temperature
 
 IGNORED_LABEL = -100
 
@@ -65,6 +65,7 @@ def check_inputs(labels: Tensor, target: SparseTarget | None, loss_mask: Tensor 
         raise ValueError(f"alpha = {spec.alpha} needs a target: without one alpha must be 0")
     if target is not None:
         check_target(target, labels.shape, vocab_size=vocab_size)
+        check_temperature(target, temperature=spec.temperature, tail=spec.tail)
     if labels.is_cpu and labels.numel():
         wrong = ((labels < 0) | (labels >= vocab_size)) & (labels != IGNORED_LABEL)
         if bool(wrong.any()):

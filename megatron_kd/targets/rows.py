@@ -27,7 +27,8 @@ class RowStatistics:
     shift [C]: the row's largest logit. support [C, K]: support logits - shift, -inf in unused slots. label [C]: label's
     logit - shift. logsumexp, rest_logsumexp [C]: over all ids / over ids outside the support, minus shift; the _t pair is
     of (logits - shift) / temperature. local_shift [C] and exp [C, n + 1] (and exp_t): on this rank, exp(logit - local_shift)
-    of the rest, zero on the support. rest_sum [C] and entropy [C] where asked for.
+    of the rest, zero on the support. rest_shift [C]: the largest logit of the rest (0 if it has none); rest_mass [C] (and
+    rest_mass_t): sum of exp(logit - rest_shift) over the rest, at least 1. rest_sum [C] and entropy [C] where asked for.
     """
 
     shift: Tensor
@@ -38,6 +39,9 @@ class RowStatistics:
     rest_logsumexp: Tensor
     logsumexp_t: Tensor
     rest_logsumexp_t: Tensor
+    rest_shift: Tensor
+    rest_mass: Tensor
+    rest_mass_t: Tensor
     exp: Tensor
     exp_t: Tensor
     rest_sum: Tensor | None = None
@@ -110,12 +114,19 @@ def _merge(parts: Tensor, temperature: float, *, rest_sum: bool, entropy: bool) 
     shift = torch.where(here, local_shift, -torch.inf).amax(0)
     if support.shape[1]:
         shift = torch.maximum(shift, support.amax(1))
+    # The rest has a shift of its own: far below the support, its logsumexp relative to `shift` has no digits for its shape.
+    rest_shift = torch.where(here, local_shift, -torch.inf).amax(0)
+    below = torch.where(here, local_shift - rest_shift, -torch.inf)
+    rest_mass, rest_mass_t = (mass * below.exp()).sum(0), (mass_t * (below / temperature).exp()).sum(0)
+    rest = rest_mass.log() + (rest_shift - shift)
+    rest_t = rest_mass_t.log() + (rest_shift - shift) / temperature
     away = torch.where(here, local_shift - shift, -torch.inf)
-    rest = (mass.log() + away).logsumexp(0) if parts.shape[0] > 1 else (mass.log() + away)[0]
-    rest_t = (mass_t.log() + away / temperature).logsumexp(0) if parts.shape[0] > 1 else (mass_t.log() + away / temperature)[0]
     relative = support - shift.unsqueeze(1)
     merged = {
         "shift": shift,
+        "rest_shift": torch.where(here.any(0), rest_shift, 0.0),
+        "rest_mass": rest_mass.clamp(min=1.0),
+        "rest_mass_t": rest_mass_t.clamp(min=1.0),
         "support": relative,
         "label": label - shift,
         "rest_logsumexp": rest,

@@ -67,6 +67,9 @@ def _top_indices(buffer: Tensor, top_k: int, shard: VocabShard, group: Group) ->
     """Global ids [C, top_k] of each row's largest logits, by (logit descending, id ascending). One all-gather."""
     count = min(top_k, shard.valid)
     values, columns = torch.topk(buffer[:, : shard.valid], count, dim=1)
+    if buffer.is_cpu and count:  # a GPU's radix select takes equal values in column order; a CPU's takes any
+        columns = _smallest_columns(buffer[:, : shard.valid], values, columns)
+        values = buffer.gather(1, columns)
     ids = columns + shard.start
     if group_size(group) > 1:
         # The vocabulary is split: every rank offers top_k candidates (short shards pad with -inf), ids as bits of a value.
@@ -81,6 +84,19 @@ def _top_indices(buffer: Tensor, top_k: int, shard: VocabShard, group: Group) ->
     values = values.gather(1, order)
     order = values.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     return ids.gather(1, order)
+
+
+def _smallest_columns(logits: Tensor, values: Tensor, columns: Tensor) -> Tensor:
+    """`columns` [C, k] of topk, in any order, with entries equal to the k-th value taken from the smallest columns."""
+    last = values[:, -1:]
+    equal = logits == last
+    split = (equal.sum(1) > (values == last).sum(1)).nonzero().squeeze(1)
+    if split.numel():
+        above = ~(logits[split] <= last[split])  # with NaN, which topk puts first
+        room = values.shape[1] - above.sum(1, keepdim=True)
+        chosen = above | (equal[split] & (equal[split].cumsum(1) <= room))
+        columns[split] = chosen.nonzero()[:, 1].view(-1, values.shape[1])
+    return columns
 
 
 Selection = TopSelection
@@ -142,6 +158,8 @@ def linear_targets(
     if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must end in the same width")
     shard = _shard(weight.shape[0], selection, vocab_size, tp_group)
+    tokens = hidden.shape[:-1].numel() * (group_size(tp_group) if sequence_parallel else 1)
+    size = chunk_size(chunk_tokens, shard.valid, tokens, on_cuda=hidden.is_cuda)
     head = OutputWeight(weight, shard)
     full = gather_sequence(hidden.detach(), tp_group) if sequence_parallel else hidden.detach()
     rows = full.reshape(-1, full.shape[-1])
@@ -149,7 +167,6 @@ def linear_targets(
     def fill(buffer: Tensor, start: int, stop: int) -> Tensor:
         return head.logits_into(buffer, rows[start:stop])
 
-    size = chunk_size(chunk_tokens, shard.valid, rows.shape[0], on_cuda=rows.is_cuda)
     return _select(fill, head.new_buffer(size), rows.shape[0], full.shape[:-1], selection, shard, tp_group)
 
 

@@ -79,6 +79,15 @@ def _check_values(target: SparseTarget, vocab_size: int) -> None:
         raise ValueError("a row of target has no kept entry: every token needs at least one id with a finite log-probability")
 
 
+def check_temperature(target: SparseTarget, *, temperature: float, tail: str) -> None:
+    """ValueError unless `target` says what `tail` needs at the loss temperature."""
+    if (tail != "renormalize" or target.sampled) and target.temperature != temperature:
+        what = "was sampled" if target.sampled else f"knows its tail, which tail={tail!r} needs,"
+        raise ValueError(f"the target {what} at temperature {target.temperature}, not at {temperature}: make it at the loss temperature")
+    if tail != "renormalize" and not target.sampled and target.log_tail is None and temperature != 1.0:
+        raise ValueError(f"tail={tail!r} at temperature {temperature} needs target.log_tail")
+
+
 def kept_distribution(target: SparseTarget, *, temperature: float, tail: str) -> tuple[Tensor, Tensor]:
     """The teacher's kept entries and tail at the loss temperature: (log_q [..., K], log_tail [...]), natural log.
 
@@ -86,9 +95,7 @@ def kept_distribution(target: SparseTarget, *, temperature: float, tail: str) ->
     Unused slots are -inf. ValueError where the target does not hold what that needs: the mass outside the kept ids is
     known at one temperature only, and draws made at one temperature say nothing exact about another.
     """
-    if (tail != "renormalize" or target.sampled) and target.temperature != temperature:
-        what = "was sampled" if target.sampled else f"knows its tail, which tail={tail!r} needs,"
-        raise ValueError(f"the target {what} at temperature {target.temperature}, not at {temperature}: make it at the loss temperature")
+    check_temperature(target, temperature=temperature, tail=tail)
     used = target.indices >= 0
     log_q = torch.where(used, target.logprobs, -torch.inf)
     none = torch.full_like(log_q[..., 0], -torch.inf)
@@ -97,8 +104,6 @@ def kept_distribution(target: SparseTarget, *, temperature: float, tail: str) ->
     if tail == "renormalize":
         return torch.log_softmax(log_q / temperature, dim=-1), none
     if target.log_tail is None:
-        if temperature != 1.0:
-            raise ValueError(f"tail={tail!r} at temperature {temperature} needs target.log_tail")
         kept = torch.logsumexp(log_q, dim=-1).clamp(max=0.0)
         return log_q, torch.log(-torch.expm1(kept))
     log_tail = target.log_tail.to(log_q.dtype).clamp(max=0.0)

@@ -49,10 +49,10 @@ def write_tokens(folder: Path, *, tokens: int = 20_000, seed: int = 0, vocab: in
     return str(prefix)
 
 
-def tiny(directory: Path, data: str, **overrides: Any) -> RunConfig:
+def tiny(directory: Path, tokens: str, /, **overrides: Any) -> RunConfig:
     """A RunConfig from BASE with overrides such as parallel={"tensor": 2}; sections are merged key by key."""
     content = copy.deepcopy(BASE)
-    content["data"] = {"train": [data]}
+    content["data"] = {"train": [tokens]}
     content["run"] = {"directory": str(directory)}
     for section, keys in overrides.items():
         content.setdefault(section, {}).update(keys)
