@@ -30,8 +30,8 @@ class OptimizerState(Protocol):
 
     inner: Any
 
-    def loading_any_layout(self) -> AbstractContextManager[None]:
-        """Entered while state saved in another layout is loaded."""
+    def loading(self) -> AbstractContextManager[None]:
+        """Entered while saved state is read and loaded."""
         ...
 
 
@@ -64,10 +64,10 @@ def load_weights(folder: Path, models: Sequence[GPTModel], *, what: str) -> None
 def load_training_state(folder: Path, models: Sequence[GPTModel], optimizer: OptimizerState, *, what: str) -> None:
     """Fill parameters and optimizer state from a checkpoint saved in any layout. Collective over the world."""
     state = _model_state(models)
-    state["optimizer"] = optimizer.inner.sharded_state_dict(state, is_loading=True, metadata=_metadata())
-    loaded = _load(state, folder, what)
-    _into_models(models, loaded)
-    with optimizer.loading_any_layout():
+    with optimizer.loading():
+        state["optimizer"] = optimizer.inner.sharded_state_dict(state, is_loading=True, metadata=_metadata())
+        loaded = _load(state, folder, what)
+        _into_models(models, loaded)
         optimizer.inner.load_state_dict(loaded["optimizer"])
 
 

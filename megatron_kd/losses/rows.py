@@ -102,7 +102,7 @@ class ChunkLoss:
             log_r = rows.rest_logsumexp_t - rows.logsumexp_t
             kd = kd + torch.where(outside, self.tail_mass * (self.log_tail - log_r), 0.0)
         if spec.tail == "uniform" and rows.rest_sum is not None:
-            others = self.others.clamp(min=1)
+            others = self.others.clamp(min=1).to(self.log_tail.dtype)  # log() of integers is fp32
             share = self.tail_mass / others
             log_p_sum = (rows.rest_sum - self.others * rows.shift) / spec.temperature - self.others * rows.logsumexp_t
             kd = kd + torch.where(outside, share * (self.others * (self.log_tail - others.log()) - log_p_sum), 0.0)

@@ -16,9 +16,21 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def transformer_config(model: ModelSection, parallel: ParallelSection, platform: Platform, *, precision: str) -> TransformerConfig:
     """The TransformerConfig of a Llama-style decoder. ConfigError for [model.mcore] keys that are not its fields."""
-    dtype = DTYPES[precision]
-    virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
-    settings: dict[str, Any] = {
+    settings = {**_shape(model), **_layout(parallel, platform, DTYPES[precision])}
+    if model.recompute == "full":
+        settings.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    settings.update(_extra(model, settings))
+    config = TransformerConfig(**settings)
+    if config.virtual_pipeline_model_parallel_size is not None and (config.batch_p2p_comm or not config.overlap_p2p_comm):
+        raise ConfigError(
+            "parallel.virtual_pipeline > 1 with batch_p2p_comm gives wrong gradients without an error: "
+            "remove overlap_p2p_comm and batch_p2p_comm from [model.mcore]"
+        )
+    return config
+
+
+def _shape(model: ModelSection) -> dict[str, Any]:
+    return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "ffn_hidden_size": model.ffn_hidden_size,
@@ -34,20 +46,29 @@ def transformer_config(model: ModelSection, parallel: ParallelSection, platform:
         "qk_layernorm": model.qk_norm,
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
+        # Weights are filled by name (models/initialize.py), so that they do not depend on the layout. Asking for no
+        # initialization at all would also lose the marks of sharded weights, and with them their share of the gradient norm.
+        "init_method": _leave,
+        "output_layer_init_method": _leave,
+        "embedding_init_method": _leave,
+        "persist_layer_norm": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+    }
+
+
+def _layout(parallel: ParallelSection, platform: Platform, dtype: torch.dtype) -> dict[str, Any]:
+    virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+    return {
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
-        "bf16": precision == "bf16",
+        "bf16": dtype == torch.bfloat16,
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": virtual,
         "sequence_parallel": parallel.sequence_parallel,
         # One division, by the global number of tokens: cutting a batch into other microbatches changes nothing.
         "calculate_per_token_loss": True,
-        # Weights are filled by name (models/initialize.py), so that they do not depend on the layout. Asking for no
-        # initialization at all would also lose the marks of sharded weights, and with them their share of the gradient norm.
-        "init_method": _leave,
-        "output_layer_init_method": _leave,
-        "embedding_init_method": _leave,
         # Two stages that each hold two chunks exchange two messages per step with the same peer; batched together they
         # are swapped and the gradients are silently wrong.
         "overlap_p2p_comm": virtual is not None,
@@ -55,21 +76,8 @@ def transformer_config(model: ModelSection, parallel: ParallelSection, platform:
         # Freeing an activation once its send has been issued is safe in a CUDA stream's order. gloo still reads the memory:
         # under the interleaved schedule, which does not wait for sends, the next stage would get whatever came there since.
         "deallocate_pipeline_outputs": platform.is_cuda or virtual is None,
-        "persist_layer_norm": False,
-        "masked_softmax_fusion": False,
         "bias_activation_fusion": platform.is_cuda,
-        "gradient_accumulation_fusion": False,
     }
-    if model.recompute == "full":
-        settings.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    settings.update(_extra(model, settings))
-    config = TransformerConfig(**settings)
-    if virtual is not None and (config.batch_p2p_comm or not config.overlap_p2p_comm):
-        raise ConfigError(
-            "parallel.virtual_pipeline > 1 with batch_p2p_comm gives wrong gradients without an error: "
-            "remove overlap_p2p_comm and batch_p2p_comm from [model.mcore]"
-        )
-    return config
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:

@@ -87,6 +87,7 @@ def quiet_megatron() -> None:
         import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer  # noqa: F401
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|megatron\.core")
     for text in (
         "When using async grad allreduce",

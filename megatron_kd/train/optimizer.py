@@ -25,7 +25,7 @@ class Optimizer:
 
     def __init__(self, run: RunConfig, student: Student) -> None:
         section = run.optimizer
-        self.clip_grad = section.clip_grad
+        self.clip_grad, self.weight_decay = section.clip_grad, section.weight_decay
         config = OptimizerConfig(
             optimizer="adam",
             lr=section.learning_rate,
@@ -50,9 +50,11 @@ class Optimizer:
         return getattr(self.inner, "chained_optimizers", [self.inner])
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Use `learning_rate` from the next step on."""
+        """Use `learning_rate`, and the run's weight decay, from the next step on."""
         for group in self.inner.param_groups:
             group["lr"] = learning_rate
+            # megatron-core leaves this to its own scheduler; without it norms and biases would decay like everything else.
+            group["weight_decay"] = self.weight_decay * group["wd_mult"]
 
     @torch.no_grad()
     def step(self, *, allowed: bool = True) -> tuple[bool, float]:
@@ -77,20 +79,26 @@ class Optimizer:
         self.inner.zero_grad()
 
     @contextmanager
-    def loading_any_layout(self) -> Iterator[None]:
-        """While state saved in another layout is loaded: torch's Adam keeps a `step` tensor per parameter.
+    def loading(self) -> Iterator[None]:
+        """Entered while saved state is read and loaded: what megatron-core's distributed optimizer misses for torch's Adam.
 
-        The distributed optimizer copies every tensor a parameter's state holds from what was read, where the step is not
-        (it is stored once, with the parameter groups, which have set it by then): give it the one already there.
+        torch keeps a `step` tensor per parameter where fused optimizers keep one per group. So the state must exist before it
+        can be described; state from another layout comes without `step` (it is stored once and set from there); and what is
+        set is one tensor for all parameters, which every update would then advance once for each of them.
         """
-        patched = [part for part in self.parts if isinstance(part, DistributedOptimizer)]
-        for part in patched:
+        parts = [part for part in self.parts if isinstance(part, DistributedOptimizer)]
+        for part in parts:
+            if not part.optimizer.state:
+                part._init_optimizer_states_with_dummy_values()
             part._set_main_param_and_optimizer_states = _keeping_step(part)
         try:
             yield
         finally:
-            for part in patched:
+            for part in parts:
                 del part._set_main_param_and_optimizer_states
+                for state in part.optimizer.state.values():
+                    if isinstance(state.get("step"), torch.Tensor):
+                        state["step"] = state["step"].clone()
 
 
 def _keeping_step(part: DistributedOptimizer) -> Any:

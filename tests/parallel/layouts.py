@@ -43,10 +43,10 @@ def run_all(rendezvous: str, jobs: list[tuple[RunConfig, int, bool]]) -> list[Tr
 
 
 def worst_loss(one: Trained, other: Trained) -> float:
-    """Largest relative difference of the two runs' losses over the steps that both made."""
+    """Largest difference of the two runs' losses over the steps that both made, relative to the step's total loss."""
     theirs = {row["step"]: row for row in other.rows}
     names = [name for name in ("total_loss", "ce_loss", "kd_loss") if one.rows[0][name] is not None]
-    return max(abs(row[name] / theirs[row["step"]][name] - 1) for row in one.rows for name in names)
+    return max(abs(row[name] - theirs[row["step"]][name]) / theirs[row["step"]]["total_loss"] for row in one.rows for name in names)
 
 
 def worst_weight(one: Trained, other: Trained) -> float:

@@ -1,0 +1,47 @@
+"""The same GPT in thirty lines of torch, trained by torch's own AdamW: what the engine must agree with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+from megatron_kd.config import ModelSection
+
+
+def plain_logits(weights: dict[str, Tensor], model: ModelSection, tokens: Tensor) -> Tensor:
+    """tokens [B, S] -> logits [B, S, vocab_size], from whole weights under their checkpoint names."""
+    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    size = model.head_dim or model.hidden_size // heads
+    x = weights["embedding.word_embeddings.weight"][tokens]
+    for layer in range(model.num_layers):
+        w = {name.removeprefix("decoder.layers."): value[layer] for name, value in weights.items() if name.startswith("decoder.layers.")}
+        y = rms_norm(x, x.shape[-1:], w["self_attention.linear_qkv.layer_norm_weight"], model.norm_eps)
+        qkv = (y @ w["self_attention.linear_qkv.weight"].T).unflatten(-1, (groups, heads // groups + 2, size))
+        q, k, v = qkv.split([heads // groups, 1, 1], dim=3)
+        q, k, v = (t.flatten(2, 3).transpose(1, 2) for t in (q, k, v))
+        q, k = rotate(q, model.rope_base), rotate(k, model.rope_base)
+        k, v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
+        attended = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + attended @ w["self_attention.linear_proj.weight"].T
+        y = rms_norm(x, x.shape[-1:], w["mlp.linear_fc1.layer_norm_weight"], model.norm_eps)
+        gate, up = (y @ w["mlp.linear_fc1.weight"].T).chunk(2, -1)
+        x = x + (silu(gate) * up) @ w["mlp.linear_fc2.weight"].T
+    x = rms_norm(x, x.shape[-1:], weights["decoder.final_layernorm.weight"], model.norm_eps)
+    return x @ weights["output_layer.weight"][: model.vocab_size].T
+
+
+def rotate(x: Tensor, base: float) -> Tensor:
+    """Rotary position embedding [B, h, S, d], halves paired (arXiv 2104.09864)."""
+    half = x.shape[-1] // 2
+    angles = torch.outer(torch.arange(x.shape[-2], dtype=x.dtype), base ** (-torch.arange(half, dtype=x.dtype) / half))
+    one, two = x[..., :half], x[..., half:]
+    return torch.cat([one * angles.cos() - two * angles.sin(), two * angles.cos() + one * angles.sin()], -1)
+
+
+def plain_adamw(weights: dict[str, Tensor], *, weight_decay: float, lr: float, eps: float) -> torch.optim.AdamW:
+    """AdamW with the run's defaults; norms are not decayed."""
+    norms = [value for name, value in weights.items() if "norm" in name]
+    others = [value for name, value in weights.items() if "norm" not in name]
+    groups = [{"params": others, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps)
