@@ -4,7 +4,6 @@
 set -euo pipefail
 
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-files="$repo/examples/quickstart"
 
 usage() {
     cat <<END
@@ -26,7 +25,8 @@ END
 }
 
 say() { printf '%s\n' "$*"; }
-die() {
+die() { # the reason says what to do, so the trap below adds nothing
+    trap - EXIT
     printf 'quickstart: %s\n' "$*" >&2
     exit 1
 }
@@ -58,11 +58,19 @@ scale="${scale:-1}"
 [[ $scale =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)$ && $scale =~ [1-9] ]] || die "--steps-scale must be a number above 0, got $scale"
 [[ -z $seed || $seed =~ ^[0-9]+$ ]] || die "--seed must be a whole number, got $seed"
 [[ $directory == /* ]] || directory="$PWD/$directory"
+[[ $directory != *[\"\\]* ]] || die "--directory must be a name without quotes and backslashes"
+cd "$repo"
 
 # --- stages -------------------------------------------------------------------------------------------------------------------
 
 stage="starting"
-trap 'status=$?; [[ $status -eq 0 ]] || printf "quickstart: stopped in stage \"%s\" (exit status %s); the reason is above. Running the same command again continues there.\n" "$stage" "$status" >&2' EXIT
+explain() {
+    local status=$?
+    [[ $status -eq 0 ]] && return
+    printf 'quickstart: stopped in stage "%s" (exit status %s); the reason is above. ' "$stage" "$status" >&2
+    printf 'Running the same command again continues there.\n' >&2
+}
+trap explain EXIT
 
 begin() {
     stage="$1"
@@ -92,17 +100,137 @@ find_python() {
 
 # installed: true when this checkout and everything it asks for is in .venv. pip installs the package itself last.
 installed() {
-    "$python" - "$repo" >/dev/null 2>&1 <<'END'
-import pathlib, sys
+    (cd / && "$python" - "$repo") >/dev/null 2>&1 <<'END'
+import sys
 from importlib.metadata import requires, version
 from importlib.util import find_spec
+from pathlib import Path
+
 from packaging.requirements import Requirement
 
-# Not from the current folder, which would find the package without its being installed.
-sys.path = [entry for entry in sys.path if entry not in ("", sys.argv[1])] if version("megatron-kd") else []
-for line in requires("megatron-kd"):
-    wanted = Requirement(line)
+assert Path(find_spec("megatron_kd").origin).resolve().parents[1] == Path(sys.argv[1]).resolve()
+for wanted in map(Requirement, requires("megatron-kd")):
     if wanted.marker is None or wanted.marker.evaluate({"extra": "report"}):
-        assert wanted.specifier.contains(version(wanted.name), prereleases=True), line
+        assert wanted.specifier.contains(version(wanted.name), prereleases=True), wanted
 END
 }
+
+install() {
+    begin "1 of 6: install into .venv"
+    if [[ ! -x $python ]]; then
+        local base
+        base="$(find_python)"
+        say "making .venv with $base ($("$base" --version))"
+        "$base" -m venv "$repo/.venv"
+    fi
+    if installed; then
+        say "already installed"
+    else
+        # setuptools builds the editable install; later Pythons leave it out of a new environment.
+        "$python" -m pip install --disable-pip-version-check --quiet -c constraints.txt setuptools wheel
+        say "installing megatron_kd with torch and megatron-core; this is most of the waiting before the training"
+        "$python" -m pip install --disable-pip-version-check --quiet --no-build-isolation --use-pep517 \
+            -c constraints.txt -e ".[report]"
+    fi
+    end
+}
+
+# The corpus: the sources of Python's own library, which every machine has. Left out: tests, what the package manager installed,
+# and tables and texts that are not code. Whole files are held out, so validation never sees a neighbouring line of training.
+text() {
+    local corpus
+    corpus="$("$python" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
+    chosen=(--input "$corpus" --pattern '*.py'
+        --exclude test tests idle_test site-packages dist-packages encodings pydoc_data __pycache__ 'config-*')
+}
+
+tokenizer() {
+    begin "2 of 6: train the tokenizer"
+    kept "$data/tokenizer.done" "$vocabulary" && return
+    "$python" tools/train_tokenizer.py "${chosen[@]}" --vocab-size "$vocabulary" --output "$data/tokenizer.model"
+    printf '%s\n' "$vocabulary" >"$data/tokenizer.done"
+    end
+}
+
+tokens() {
+    begin "3 of 6: write token files"
+    kept "$data/tokens.done" "$vocabulary" && return
+    "$python" tools/preprocess_data.py "${chosen[@]}" --tokenizer "$data/tokenizer.model" \
+        --output "$data/train" --holdout heldout=0.03
+    printf '%s\n' "$vocabulary" >"$data/tokens.done"
+    end
+}
+
+# scaled FILE: overrides that multiply the step counts in a run file by --steps-scale; none for 1.
+scaled() {
+    "$python" - "$1" "$scale" "$smoke" <<'END'
+import sys
+import tomllib
+
+with open(sys.argv[1], "rb") as stream:
+    run, scale = tomllib.load(stream), float(sys.argv[2])
+if scale != 1:
+    steps = max(4, round(run["train"]["steps"] * scale))
+    print("--train.steps", steps, "--optimizer.warmup_steps", round(run["optimizer"]["warmup_steps"] * steps / run["train"]["steps"]))
+    print("--train.evaluate_interval", max(1, round(run["train"]["evaluate_interval"] * steps / run["train"]["steps"])))
+    print("--telemetry.log_interval", min(run["telemetry"]["log_interval"], max(1, steps // 20)))
+if sys.argv[3] == "yes":
+    print("--train.evaluate_batches", 4)
+END
+}
+
+# train TITLE NAME FILE [OVERRIDE ...]: one run on two processes, each with one thread. An interrupted run continues from its
+# last checkpoint: that is what the program does by itself.
+train() {
+    local title="$1" name="$2" file="$3" settings overrides
+    shift 3
+    begin "$title"
+    overrides="$(scaled "$file")"
+    settings="$(cksum <"$file") $overrides $*"
+    # One stamp from before the run, against continuing under other settings, and one from after it.
+    if [[ -e $directory/$name/settings ]]; then
+        kept "$directory/$name/settings" "$settings" >/dev/null
+    fi
+    kept "$directory/$name/done" "$settings" && return
+    mkdir -p "$directory/$name"
+    printf '%s\n' "$settings" >"$directory/$name/settings"
+    # shellcheck disable=SC2086  # the overrides are words
+    OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_kd.pretrain --config "$file" \
+        --data.tokenizer "$data/tokenizer.model" --data.train "[\"$data/train\"]" --data.valid "{\"heldout\": \"$data/heldout\"}" \
+        --data.index_cache "$data/index_cache" --run.directory "$directory/$name" $overrides "$@"
+    printf '%s\n' "$settings" >"$directory/$name/done"
+    end
+}
+
+report() {
+    stage="report"
+    say
+    "$python" tools/report.py "$directory"/{teacher,student,distilled} --labels teacher "student alone" "student distilled" \
+        --output "$directory/curves.png" --json "$directory/report.json"
+    say
+    say "curves: $directory/curves.png"
+    say "numbers: $directory/report.json; every step: $directory/{teacher,student,distilled}/metrics.jsonl"
+    say "all stages together: $SECONDS s"
+}
+
+python="$repo/.venv/bin/python"
+data="$directory/data"
+vocabulary=1024
+install
+if [[ $fresh == yes ]]; then
+    # Only what this script writes: the folder may be the user's own.
+    rm -rf "$data" "$directory"/{teacher,student,distilled} "$directory"/{curves.png,report.json}
+fi
+mkdir -p "$data"
+chosen=()
+text
+tokenizer
+tokens
+seeded=()
+[[ -z $seed ]] || seeded=(--train.seed "$seed")
+train "4 of 6: train the teacher" teacher examples/quickstart/teacher.toml
+train "5 of 6: train the student alone" student examples/quickstart/student.toml ${seeded[@]+"${seeded[@]}"}
+# The same run file: the teacher is the only difference.
+train "6 of 6: train the student with the teacher" distilled examples/quickstart/student.toml ${seeded[@]+"${seeded[@]}"} \
+    --teacher.source online --teacher.checkpoint "$directory/teacher"
+report

@@ -77,6 +77,7 @@ class _GivenLogits(torch.autograd.Function):
             losses[0, part], losses[1, part], losses[2, part] = loss.total, loss.ce, loss.kd
             if gradient is not None:
                 gradient[part, : shard.valid] = chunk.gradient().to(gradient.dtype)
+            del chunk, buffer  # before the next one is made
         ctx.gradient, ctx.shape = gradient, logits.shape
         total, ce, kd = losses.unbind()
         ctx.mark_non_differentiable(ce, kd)

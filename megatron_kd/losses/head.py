@@ -180,6 +180,8 @@ def _walk(
             d_logits = chunk.gradient()
             d_rows[part] = head.hidden_gradient(d_logits)
             head.add_weight_gradient_(d_weight, d_logits, x)
+            del d_logits
+        del chunk  # its buffers must not outlive it into the next one
     if d_rows is not None:
         d_rows = d_rows.view(full.shape)
         d_rows = scatter_sequence_sum(d_rows, call.group) if call.sequence_parallel else all_reduce_sum_(d_rows, call.group)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,6 +13,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_kd.config import ParallelSection
 from megatron_kd.parallel.platform import Platform
+from megatron_kd.parallel.world import world_from_environment
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,6 @@ class Groups:
     def reports_loss(self) -> bool:
         """One rank per data-parallel replica: the loss is the same on all tensor-parallel ranks of the last stage."""
         return self.is_last_stage and self.tensor_rank == 0
-
-
-def world_from_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun sets them; a process started alone is a world of one."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
 
 
 def start_groups(platform: Platform, parallel: ParallelSection, *, timeout_seconds: float, rendezvous: str | None = None) -> Groups:

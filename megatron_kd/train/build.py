@@ -1,55 +1,30 @@
-"""From a RunConfig to a Run: every check first, on every rank alike and before any collective; then groups, models, data."""
+"""From a RunConfig to a Run: the checks first, then groups, models, optimizer, teacher and data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from megatron_kd import __version__
 from megatron_kd.checkpoint.state import load_training_state, load_weights, save_checkpoint
-from megatron_kd.checkpoint.store import (
-    CheckpointInfo,
-    check_same_model,
-    check_same_vocabulary,
-    complete_steps,
-    find_checkpoint,
-    read_info,
-    step_folder,
-)
-from megatron_kd.config import ConfigError, RunConfig
+from megatron_kd.checkpoint.store import CheckpointInfo
+from megatron_kd.config import RunConfig
 from megatron_kd.data.batches import BatchSource
 from megatron_kd.data.dataset import build_dataset
-from megatron_kd.data.indexed import check_token_file, read_index
-from megatron_kd.data.tokenizer import TokenizerInfo, load_tokenizer
 from megatron_kd.losses.objective import Objective
 from megatron_kd.losses.schedules import alpha_at, learning_rate_at
 from megatron_kd.losses.types import LossSpec
 from megatron_kd.models.student import Student
-from megatron_kd.parallel.groups import Groups, start_groups, world_from_environment
+from megatron_kd.parallel.groups import Groups, start_groups
 from megatron_kd.parallel.platform import start_platform
+from megatron_kd.parallel.world import world_from_environment
 from megatron_kd.targets import TopSelection
 from megatron_kd.teacher.online import OnlineTeacher
 from megatron_kd.teacher.source import NoTeacher, TeacherSource
+from megatron_kd.train.inputs import Inputs, check_inputs, checkpoints_folder
 from megatron_kd.train.optimizer import Optimizer
 from megatron_kd.train.progress import RunProgress
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the checks before the first collective have found."""
-
-    vocab_size: int
-    tokenizer: TokenizerInfo | None
-    teacher: tuple[Path, CheckpointInfo] | None
-    resume: tuple[Path, CheckpointInfo] | None
-    initial: Path | None
-
-    @property
-    def digest(self) -> str | None:
-        """Digest of the tokenizer's vocabulary."""
-        return self.tokenizer.digest if self.tokenizer else None
 
 
 @dataclass(frozen=True)
@@ -99,66 +74,10 @@ class Run:
         save_checkpoint(checkpoints_folder(config), info, self.student.models, self.optimizer, keep_last=config.checkpoint.keep_last)
 
 
-def checkpoints_folder(config: RunConfig) -> Path:
-    """Where this run's checkpoints are."""
-    return config.run.directory / "checkpoints"
-
-
-def check_inputs(config: RunConfig) -> Inputs:
-    """Everything that can be known to be wrong before ranks talk to each other. ConfigError with one sentence."""
-    tokenizer = load_tokenizer(config.data.tokenizer)[1] if config.data.tokenizer else None
-    vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
-    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-        raise ConfigError(f"model.vocab_size ({vocab_size}) is smaller than the vocabulary of data.tokenizer ({tokenizer.vocab_size} ids)")
-    if config.teacher.source != "none" and config.distill.top_k > vocab_size:
-        raise ConfigError(f"distill.top_k ({config.distill.top_k}) must be at most the vocabulary size ({vocab_size})")
-    digest = tokenizer.digest if tokenizer else None
-    for prefix in (*config.data.train, *config.data.valid.values()):
-        check_token_file(prefix, vocab_size=vocab_size, tokenizer_digest=digest)
-        if read_index(prefix).num_tokens < config.batch.sequence_length + 1:
-            raise ConfigError(
-                f"{prefix} holds {read_index(prefix).num_tokens} tokens, fewer than one sequence of batch.sequence_length + 1 = "
-                f"{config.batch.sequence_length + 1}: use more data or a shorter sequence"
-            )
-    teacher = None
-    if config.teacher.source == "online" and config.teacher.checkpoint is not None:
-        folder = find_checkpoint(config.teacher.checkpoint, what="teacher.checkpoint")
-        teacher = folder, read_info(folder, what="teacher.checkpoint")
-        check_same_vocabulary(teacher[1], vocab_size=vocab_size, tokenizer=digest, folder=folder, what="teacher.checkpoint")
-    resume = _checkpoint_to_resume(config, vocab_size, digest)
-    initial = None
-    if resume is None and config.checkpoint.initialize_from is not None:
-        initial = find_checkpoint(config.checkpoint.initialize_from, what="checkpoint.initialize_from")
-        info = read_info(initial, what="checkpoint.initialize_from")
-        check_same_model(info, config.model, vocab_size=vocab_size, tokenizer=digest, folder=initial, what="checkpoint.initialize_from")
-    return Inputs(vocab_size, tokenizer, teacher, resume, initial)
-
-
-def _checkpoint_to_resume(config: RunConfig, vocab_size: int, digest: str | None) -> tuple[Path, CheckpointInfo] | None:
-    steps = complete_steps(checkpoints_folder(config))
-    if not steps:
-        return None
-    if not config.checkpoint.resume:
-        raise ConfigError(
-            f"run.directory {config.run.directory} already holds a checkpoint of step {steps[-1]}: "
-            "choose another directory, or set checkpoint.resume = true to continue it"
-        )
-    folder = step_folder(checkpoints_folder(config), steps[-1])
-    info = read_info(folder, what="run.directory")
-    check_same_model(info, config.model, vocab_size=vocab_size, tokenizer=digest, folder=folder, what="run.directory")
-    if info.distributed_optimizer != config.optimizer.distributed:
-        raise ConfigError(
-            f"run.directory: {folder} was saved with optimizer.distributed = {str(info.distributed_optimizer).lower()}: "
-            "continue with the same"
-        )
-    return folder, info
-
-
 def build_run(config: RunConfig, *, rendezvous: str | None = None) -> Run:
     """Check, join the world, build and load. Collective over the world after the checks."""
     _, world_size, local_rank = world_from_environment()
-    config.data_parallel_size(world_size)
-    inputs = check_inputs(config)
+    inputs = check_inputs(config, world_size=world_size)
     platform = start_platform(config.train.device, local_rank)
     groups = start_groups(platform, config.parallel, timeout_seconds=config.train.timeout_seconds, rendezvous=rendezvous)
     student = Student(config, groups, vocab_size=inputs.vocab_size)

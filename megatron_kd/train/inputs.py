@@ -1,0 +1,91 @@
+"""What can be known to be wrong before ranks talk to each other, or torch is imported: each rank finds it by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_kd.checkpoint.store import (
+    CheckpointInfo,
+    check_same_model,
+    check_same_vocabulary,
+    complete_steps,
+    find_checkpoint,
+    read_info,
+    step_folder,
+)
+from megatron_kd.config import ConfigError, RunConfig
+from megatron_kd.data.indexed import check_token_file, read_index
+from megatron_kd.data.tokenizer import TokenizerInfo, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the checks before the first collective have found."""
+
+    vocab_size: int
+    tokenizer: TokenizerInfo | None
+    teacher: tuple[Path, CheckpointInfo] | None
+    resume: tuple[Path, CheckpointInfo] | None
+    initial: Path | None
+
+    @property
+    def digest(self) -> str | None:
+        """Digest of the tokenizer's vocabulary."""
+        return self.tokenizer.digest if self.tokenizer else None
+
+
+def checkpoints_folder(config: RunConfig) -> Path:
+    """Where this run's checkpoints are."""
+    return config.run.directory / "checkpoints"
+
+
+def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
+    """Check sizes, tokenizer, data and checkpoints. ConfigError with one sentence, the same on every rank; no collective."""
+    config.data_parallel_size(world_size)
+    tokenizer = load_tokenizer(config.data.tokenizer)[1] if config.data.tokenizer else None
+    vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise ConfigError(f"model.vocab_size ({vocab_size}) is smaller than the vocabulary of data.tokenizer ({tokenizer.vocab_size} ids)")
+    if config.teacher.source != "none" and config.distill.top_k > vocab_size:
+        raise ConfigError(f"distill.top_k ({config.distill.top_k}) must be at most the vocabulary size ({vocab_size})")
+    digest = tokenizer.digest if tokenizer else None
+    for prefix in (*config.data.train, *config.data.valid.values()):
+        check_token_file(prefix, vocab_size=vocab_size, tokenizer_digest=digest)
+        if read_index(prefix).num_tokens < config.batch.sequence_length + 1:
+            raise ConfigError(
+                f"{prefix} holds {read_index(prefix).num_tokens} tokens, fewer than one sequence of batch.sequence_length + 1 = "
+                f"{config.batch.sequence_length + 1}: use more data or a shorter sequence"
+            )
+    teacher = None
+    if config.teacher.source == "online" and config.teacher.checkpoint is not None:
+        folder = find_checkpoint(config.teacher.checkpoint, what="teacher.checkpoint")
+        teacher = folder, read_info(folder, what="teacher.checkpoint")
+        check_same_vocabulary(teacher[1], vocab_size=vocab_size, tokenizer=digest, folder=folder, what="teacher.checkpoint")
+    resume = _checkpoint_to_resume(config, vocab_size, digest)
+    initial = None
+    if resume is None and config.checkpoint.initialize_from is not None:
+        initial = find_checkpoint(config.checkpoint.initialize_from, what="checkpoint.initialize_from")
+        info = read_info(initial, what="checkpoint.initialize_from")
+        check_same_model(info, config.model, vocab_size=vocab_size, tokenizer=digest, folder=initial, what="checkpoint.initialize_from")
+    return Inputs(vocab_size, tokenizer, teacher, resume, initial)
+
+
+def _checkpoint_to_resume(config: RunConfig, vocab_size: int, digest: str | None) -> tuple[Path, CheckpointInfo] | None:
+    steps = complete_steps(checkpoints_folder(config))
+    if not steps:
+        return None
+    if not config.checkpoint.resume:
+        raise ConfigError(
+            f"run.directory {config.run.directory} already holds a checkpoint of step {steps[-1]}: "
+            "choose another directory, or set checkpoint.resume = true to continue it"
+        )
+    folder = step_folder(checkpoints_folder(config), steps[-1])
+    info = read_info(folder, what="run.directory")
+    check_same_model(info, config.model, vocab_size=vocab_size, tokenizer=digest, folder=folder, what="run.directory")
+    if info.distributed_optimizer != config.optimizer.distributed:
+        raise ConfigError(
+            f"run.directory: {folder} was saved with optimizer.distributed = {str(info.distributed_optimizer).lower()}: "
+            "continue with the same"
+        )
+    return folder, info

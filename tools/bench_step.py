@@ -1,0 +1,251 @@
+"""Time of one training step: language-model loss only, with an online teacher, and the teacher's forward alone.
+
+    python tools/bench_step.py                                         # one process, CPU or GPU
+    torchrun --nproc-per-node 2 tools/bench_step.py --tensor 2         # any layout
+
+All three are measured in one process, in turn, round after round, so that a slow moment of the machine hits each alike; the
+ratio is formed within a round. An online step should cost no more than a plain step and a bare teacher forward together: what
+is above 1 is the price of choosing targets and of the distillation loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_kd.config import ConfigError, RunConfig
+from megatron_kd.data.indexed import TokenFileWriter, optimal_dtype
+from megatron_kd.parallel.world import world_from_environment
+
+
+def main() -> int:
+    """Run the benchmark; rank 0 prints a table, or JSON."""
+    arguments = _parser().parse_args()
+    rank, _, local_rank = world_from_environment()
+    from megatron_kd.parallel.platform import start_platform
+
+    try:
+        start_platform(arguments.device, local_rank)
+        result = measure(arguments)
+    except ConfigError as error:
+        print(f"bench_step: error: {error}", file=sys.stderr)
+        return 2
+    if rank == 0:
+        if arguments.output:
+            Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(result, indent=2) if arguments.json else _table(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--rounds", type=int, default=9, help="measured rounds; one more comes first and is not counted")
+    parser.add_argument("--hidden", type=int, default=256, help="width of the student")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the student")
+    parser.add_argument("--teacher-hidden", type=int, default=384)
+    parser.add_argument("--teacher-layers", type=int, default=6)
+    parser.add_argument("--vocab", type=int, default=8192, help="true vocabulary size")
+    parser.add_argument("--sequence", type=int, default=256, help="tokens per sequence")
+    parser.add_argument("--batch", type=int, default=16, help="sequences per step")
+    parser.add_argument("--micro-batch", type=int, default=4, help="sequences per microbatch")
+    parser.add_argument("--top-k", type=int, default=64)
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size")
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel size")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--output", help="also write JSON to this file")
+    return parser
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Build a student with and without a teacher once, and time the three in turn. Collective over the world."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_kd.parallel.groups import stop_groups
+    from megatron_kd.train.build import build_run
+    from megatron_kd.train.step import train_step
+
+    with tempfile.TemporaryDirectory() as folder:
+        online, plain = (_config(arguments, Path(folder), kind) for kind in ("online", "plain"))
+        runs = {"plain": build_run(plain), "online": _with_random_teacher(build_run(_without_teacher(online)), online, arguments)}
+        device = runs["plain"].groups.platform.device
+
+        def bare() -> None:
+            run = runs["online"]
+            microbatches = run.train_data.microbatches(run.progress.consumed_samples)
+            _bare_forward(run.teacher, microbatches)
+
+        tasks: dict[str, Callable[[], object]] = {
+            "plain": lambda: train_step(runs["plain"]),
+            "online": lambda: train_step(runs["online"]),
+            "teacher": bare,
+        }
+        times: dict[str, list[float]] = {name: [] for name in tasks}
+        for counted in [False] + [True] * arguments.rounds:
+            for name, task in tasks.items():
+                dist.barrier()
+                begin = time.perf_counter()
+                task()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if counted:
+                    times[name].append(time.perf_counter() - begin)
+        stop_groups()
+    return _result(arguments, times, str(device))
+
+
+def _bare_forward(teacher: Any, microbatches: Any) -> None:
+    """The teacher's layers and its logits, chunk by chunk, and nothing made of them."""
+    import torch
+
+    from megatron_kd.models.model import output_weight
+    from megatron_kd.parallel.collectives import gather_sequence
+    from megatron_kd.parallel.shards import vocab_shard
+    from megatron_kd.targets.logits import OutputWeight, chunk_size
+
+    groups = teacher.groups
+
+    def only_logits(hidden: Any, *, chunk: Any, non_loss_data: bool = True) -> None:
+        weight = output_weight(chunk)
+        head = OutputWeight(
+            weight, vocab_shard(weight.shape[0], rank=groups.tensor_rank, size=groups.tensor_size, vocab_size=teacher.vocab_size)
+        )
+        full = gather_sequence(hidden, groups.tp) if teacher.config.sequence_parallel else hidden
+        rows = full.reshape(-1, full.shape[-1])
+        size = chunk_size(teacher.chunk_tokens, head.shard.valid, rows.shape[0], on_cuda=rows.is_cuda)
+        buffer = head.new_buffer(size)
+        for start in range(0, rows.shape[0], size):
+            part = rows[start : start + size]
+            head.logits_into(buffer[: part.shape[0]], part)
+
+    chosen, teacher._select = teacher._select, only_logits
+    try:
+        with torch.no_grad():
+            teacher.targets(microbatches)
+    finally:
+        teacher._select = chosen
+
+
+def _with_random_teacher(run: Any, config: RunConfig, arguments: argparse.Namespace) -> Any:
+    """The run with an untrained teacher: its weights cost as much as trained ones."""
+    from dataclasses import replace
+
+    from megatron_kd.models.initialize import initialize_weights
+    from megatron_kd.targets import TopSelection
+    from megatron_kd.teacher.online import OnlineTeacher
+
+    shape = config.model.model_copy(
+        update={
+            "hidden_size": arguments.teacher_hidden,
+            "num_layers": arguments.teacher_layers,
+            "ffn_hidden_size": 3 * arguments.teacher_hidden,
+            "num_attention_heads": arguments.teacher_hidden // 32,
+        }
+    )
+    teacher = OnlineTeacher(
+        shape,
+        config.parallel,
+        run.groups,
+        TopSelection(config.distill.top_k),
+        precision=config.train.precision,
+        vocab_size=run.inputs.vocab_size,
+        sequence_length=config.batch.sequence_length,
+    )
+    initialize_weights(teacher.models, shape, vocab_size=run.inputs.vocab_size, seed=1)
+    return replace(run, config=config, teacher=teacher)
+
+
+def _without_teacher(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"source": "none", "checkpoint": None})})
+
+
+def _config(arguments: argparse.Namespace, folder: Path, kind: str) -> RunConfig:
+    content: dict[str, Any] = {
+        "model": {
+            "hidden_size": arguments.hidden,
+            "num_layers": arguments.layers,
+            "num_attention_heads": arguments.hidden // 32,
+            "ffn_hidden_size": 3 * arguments.hidden,
+            "vocab_size": arguments.vocab,
+        },
+        "data": {"train": [_tokens(arguments, folder / kind)], "index_cache": str(folder / "cache")},
+        "batch": {
+            "global_batch_size": arguments.batch,
+            "micro_batch_size": arguments.micro_batch,
+            "sequence_length": arguments.sequence,
+        },
+        "optimizer": {"learning_rate": 1e-4, "schedule": "constant"},
+        "parallel": {"tensor": arguments.tensor, "pipeline": arguments.pipeline},
+        "train": {"steps": arguments.rounds + 2, "precision": arguments.precision, "device": arguments.device},
+        "distill": {"alpha": 0.9, "top_k": arguments.top_k, "tail": "bucket"},
+        "run": {"directory": str(folder / f"run-{kind}")},
+    }
+    if kind == "online":
+        content["teacher"] = {"source": "online", "checkpoint": str(folder)}
+    return RunConfig.model_validate(content)
+
+
+def _tokens(arguments: argparse.Namespace, prefix: Path) -> str:
+    """Random tokens for every measured step, the same on each rank."""
+    count = (arguments.rounds + 2) * arguments.batch * arguments.sequence + 1
+    ids = np.random.default_rng(0).integers(0, arguments.vocab, count)
+    with TokenFileWriter(prefix, optimal_dtype(arguments.vocab)) as writer:
+        writer.add(ids.astype(writer.dtype), np.array([count], dtype=np.int32))
+        writer.commit(tokenizer_digest=None, vocab_size=arguments.vocab)
+    Path(f"{prefix}.json").unlink()
+    return str(prefix)
+
+
+def _result(arguments: argparse.Namespace, times: dict[str, list[float]], device: str) -> dict[str, Any]:
+    import torch
+
+    ratios = [online / (plain + teacher) for plain, online, teacher in zip(times["plain"], times["online"], times["teacher"], strict=True)]
+    return {
+        "settings": vars(arguments),
+        "device": torch.cuda.get_device_name()
+        if device.startswith("cuda")
+        else f"CPU {platform.machine()}, {torch.get_num_threads()} threads a rank",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "commit": _commit(),
+        "seconds": {name: _spread(values) for name, values in times.items()},
+        "online / (plain + teacher)": _spread(ratios),
+        "online / plain": _spread([a / b for a, b in zip(times["online"], times["plain"], strict=True)]),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+def _table(result: dict[str, Any]) -> str:
+    names = {"plain": "step, language-model loss only", "teacher": "bare teacher forward", "online": "step with the online teacher"}
+    lines = [f"{result['device']}, torch {result['versions']['torch']}, commit {result['commit']}", ""]
+    for name, title in names.items():
+        spread = result["seconds"][name]
+        lines.append(f"{title:34} {spread['median'] * 1e3:9.1f} ms   ({spread['min'] * 1e3:.1f} .. {spread['max'] * 1e3:.1f})")
+    for name in ("online / (plain + teacher)", "online / plain"):
+        spread = result[name]
+        lines.append(f"{name:34} {spread['median']:9.3f}      ({spread['min']:.3f} .. {spread['max']:.3f})")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
