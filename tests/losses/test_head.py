@@ -1,0 +1,199 @@
+"""The fused head and the loss on given logits against the fp64 reference, for everything a caller can choose."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_kd.losses import kd_cross_entropy, reference_kd_cross_entropy
+from megatron_kd.targets import SparseTarget, TopSelection, select_targets
+from tests.losses.cases import (
+    TAILS,
+    Outcome,
+    Problem,
+    errors,
+    extreme_problem,
+    fresh_seed,
+    given_logits_outcome,
+    hand_target,
+    head_outcome,
+    make_problem,
+    oracle_outcome,
+    reference_outcome,
+    relative_error,
+    say,
+)
+
+CHUNK = 17  # does not divide the 40 tokens
+SCHEDULES = ("chunk", "recompute", "auto")
+LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def check(found: Outcome, expected: Outcome, limit: float, seed: int, *what: object) -> None:
+    by_name = errors(found, expected)
+    assert max(by_name.values()) < limit, say(seed, *what, by_name)
+
+
+def check_head(problem: Problem, target: SparseTarget | None, dtype: torch.dtype, schedule: str, **scalars: Any) -> None:
+    """One combination, without and with a mask; with it a random upstream gradient where the schedule takes one."""
+    exact = problem.rounded_to(dtype)
+    same = torch.full_like(problem.upstream, 0.37)
+    for mask, upstream in ((None, same), (exact.mask, same if schedule == "chunk" else exact.upstream)):
+        expected = reference_outcome(exact, target, upstream, mask, **scalars)
+        head_mask = None if mask is None else mask.float()
+        found = head_outcome(exact, target, upstream, head_mask, dtype, schedule=schedule, chunk_tokens=CHUNK, **scalars)
+        assert found.total.dtype == dtype
+        check(found, expected, LIMITS[dtype], problem.seed, schedule, dtype, "mask" if mask is not None else "", scalars)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_every_tail_temperature_and_alpha(schedule: str, dtype: torch.dtype) -> None:
+    seed = fresh_seed()
+    problem = make_problem(seed)
+    for temperature, tail in product((1.0, 2.0), TAILS):
+        target = hand_target(problem.teacher, top_k=8, temperature=temperature, dtype=dtype)
+        for alpha, squared, z_loss in ((0.0, False, 1e-2), (0.5, True, 1e-2), (0.5, False, 0.0), (1.0, True, 0.0), (1.0, False, 1e-2)):
+            scalars = dict(alpha=alpha, temperature=temperature, temperature_squared=squared, tail=tail, z_loss=z_loss)
+            check_head(problem, target, dtype, schedule, **scalars)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_given_logits(dtype: torch.dtype) -> None:
+    seed = fresh_seed()
+    problem = make_problem(seed)
+    exact = problem.rounded_to(dtype)
+    for temperature, tail, squared in product((1.0, 2.0), TAILS, (False, True)):
+        target = hand_target(problem.teacher, top_k=8, temperature=temperature, dtype=dtype)
+        for alpha, z_loss in ((0.0, 0.0), (0.5, 1e-2), (1.0, 0.0)):
+            scalars = dict(alpha=alpha, temperature=temperature, temperature_squared=squared, tail=tail, z_loss=z_loss)
+            found = given_logits_outcome(exact, target, exact.upstream, exact.mask, dtype, **scalars)
+            check(found, reference_outcome(exact, target, exact.upstream, exact.mask, **scalars), LIMITS[dtype], seed, dtype, scalars)
+
+
+def test_given_logits_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """150 tokens in chunks of 64, the smallest that a shard's width can ask for; and targets chosen from them."""
+    monkeypatch.setattr("megatron_kd.targets.logits.CHUNK_LOGITS", 1)
+    seed = fresh_seed()
+    problem = make_problem(seed, tokens=150)
+    for temperature, tail in product((1.0, 2.0), TAILS):
+        chosen = select_targets(problem.teacher, TopSelection(8, temperature=temperature))
+        target = hand_target(problem.teacher, top_k=8, temperature=temperature, ragged=False)
+        assert torch.equal(chosen.indices, target.indices), say(seed, temperature)
+        scalars = dict(alpha=0.5, temperature=temperature, tail=tail, z_loss=1e-2)
+        expected = oracle_outcome(problem, target, problem.upstream, problem.mask, **scalars)
+        for given in (chosen, target):
+            found = given_logits_outcome(problem, given, problem.upstream, problem.mask, torch.float64, **scalars)
+            check(found, expected, 1e-12, seed, scalars)
+
+
+def test_against_the_dense_loss_directly() -> None:
+    """Once without the reference between: the fp64 head is the loss over whole rows."""
+    seed = fresh_seed()
+    problem = make_problem(seed)
+    for temperature, tail in product((1.0, 2.0), TAILS):
+        target = hand_target(problem.teacher, top_k=8, temperature=temperature)
+        scalars = dict(alpha=0.6, temperature=temperature, temperature_squared=True, tail=tail, z_loss=1e-2)
+        expected = oracle_outcome(problem, target, problem.upstream, problem.mask, **scalars)
+        for run in (head_outcome, given_logits_outcome):
+            check(run(problem, target, problem.upstream, problem.mask, torch.float64, **scalars), expected, 1e-12, seed, run, scalars)
+
+
+def test_logits_of_ten_thousand() -> None:
+    """Where the rest lies 2e4 below the support its softmax must keep its digits: the bucket's gradient is all there."""
+    seed = fresh_seed()
+    problem = extreme_problem(seed, top_k=8)
+    assert problem.logits().abs().max() > 9e3
+    for temperature, tail, alpha in product((1.0, 2.0), TAILS, (0.0, 0.5, 1.0)):
+        target = hand_target(problem.teacher, top_k=8, temperature=temperature, dtype=torch.float32, ragged=False)
+        scalars = dict(alpha=alpha, temperature=temperature, tail=tail)
+        expected = reference_outcome(problem, target, problem.upstream, problem.mask, **scalars)
+        for schedule in ("recompute", "auto"):
+            found = head_outcome(problem, target, problem.upstream, problem.mask.float(), schedule=schedule, chunk_tokens=CHUNK, **scalars)
+            check(found, expected, 1e-5, seed, schedule, scalars)
+        check(given_logits_outcome(problem, target, problem.upstream, problem.mask, **scalars), expected, 1e-5, seed, "given", scalars)
+
+
+def test_bfloat16() -> None:
+    """Against fp64 on the same bf16 values. Computed in fp32, so a gradient is off by its own rounding: 2^-9 of each entry.
+
+    Given bf16 logits, the upstream gradient and its product are rounded as well; losses stay fp32.
+    """
+    seed = fresh_seed()
+    problem = make_problem(seed).rounded_to(torch.bfloat16)
+    same = torch.ones_like(problem.upstream)
+    for temperature, tail in product((1.0, 2.0), TAILS):
+        target = hand_target(problem.teacher, top_k=8, temperature=temperature, dtype=torch.float32)
+        scalars = dict(alpha=0.5, temperature=temperature, tail=tail, z_loss=1e-2)
+        for schedule in SCHEDULES:
+            upstream = same if schedule == "chunk" else problem.upstream
+            options = dict(schedule=schedule, chunk_tokens=CHUNK, **scalars)
+            found = head_outcome(problem, target, upstream, problem.mask.float(), torch.bfloat16, **options)
+            by_name = errors(found, reference_outcome(problem, target, upstream, problem.mask, **scalars))
+            assert max(by_name[name] for name in ("total", "ce", "kd")) < 1e-5, say(seed, options, by_name)
+            assert max(by_name[name] for name in ("hidden", "weight")) < 2**-8, say(seed, options, by_name)
+
+
+def test_bfloat16_given_logits() -> None:
+    """The gradient of the bf16 logits themselves: 2^-9 for a sum, three roundings for any upstream gradient."""
+    seed = fresh_seed()
+    problem = make_problem(seed)
+    narrow = problem.logits().bfloat16()
+    for (temperature, tail), (upstream, limit) in product(
+        product((1.0, 2.0), TAILS), ((torch.ones_like(problem.upstream), 2**-8), (problem.upstream, 3 * 2**-9))
+    ):
+        target = hand_target(problem.teacher, top_k=8, temperature=temperature, dtype=torch.float32)
+        scalars = dict(alpha=0.5, temperature=temperature, tail=tail)
+        ours, wide = narrow.clone().requires_grad_(), narrow.double().requires_grad_()
+        found = kd_cross_entropy(ours, problem.labels, target, **scalars)
+        expected = reference_kd_cross_entropy(wide, problem.labels, target, **scalars)
+        found.total.backward(upstream.float())
+        expected.total.backward(upstream)
+        assert found.total.dtype == torch.float32 and ours.grad is not None and ours.grad.dtype == torch.bfloat16
+        assert relative_error(found.total.detach(), expected.total.detach()) < 1e-5, say(seed, scalars)
+        assert wide.grad is not None and relative_error(ours.grad, wide.grad) < limit, say(seed, scalars, limit)
+
+
+def test_sampled_targets_and_no_target() -> None:
+    seed = fresh_seed()
+    problem = make_problem(seed)
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(1, 20, (40, 6), generator=generator).float()
+    ids = torch.rand(40, 90, generator=generator).argsort(1)[:, :6].int()
+    sampled = SparseTarget(ids, (counts / counts.sum(1, keepdim=True)).log(), temperature=2.0, sampled=True)
+    for tail in TAILS:
+        for schedule in SCHEDULES:
+            check_head(problem, sampled, torch.float32, schedule, alpha=0.5, temperature=2.0, tail=tail)
+    for schedule in SCHEDULES:
+        check_head(problem, None, torch.float32, schedule, alpha=0.0, z_loss=1e-2)
+
+
+def test_sequence_by_batch_layout() -> None:
+    """[S, B, H] is [N, H] with the same tokens in the same order; losses come back as [S, B]."""
+    seed = fresh_seed()
+    problem = make_problem(seed)
+    target = hand_target(problem.teacher, top_k=8, dtype=torch.float32)
+    flat = head_outcome(problem, target, problem.upstream, problem.mask.float(), alpha=0.5, tail="bucket", chunk_tokens=CHUNK)
+    shaped = Problem(
+        seed,
+        problem.hidden.view(20, 2, -1),
+        problem.weight,
+        problem.labels.view(20, 2),
+        problem.mask.view(20, 2),
+        problem.upstream,
+        problem.teacher,
+    )
+    found = head_outcome(
+        shaped,
+        target.map(lambda t: t.view(20, 2, *t.shape[1:])),
+        problem.upstream,
+        shaped.mask.float(),
+        alpha=0.5,
+        tail="bucket",
+        chunk_tokens=CHUNK,
+    )
+    assert found.hidden.shape == (20, 2, 16)
+    assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(found, flat, strict=True)), say(seed)
