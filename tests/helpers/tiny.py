@@ -24,7 +24,7 @@ BASE: dict[str, Any] = {
         "vocab_size": VOCAB,
         "vocab_size_multiple": 8,
     },
-    "batch": {"global_batch_size": 8, "micro_batch_size": 2, "sequence_length": 24},
+    "batch": {"global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 24},
     "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
     "train": {"steps": 20, "seed": 7, "precision": "fp32", "device": "cpu", "timeout_seconds": 60.0},
     "telemetry": {"tensorboard": False, "progress": "off", "peak_tflops": 1.0},

@@ -22,14 +22,14 @@ class Trained:
 
 def run_all(rendezvous: str, jobs: list[tuple[RunConfig, int, bool]]) -> list[Trained]:
     """Each (config, stop after this step, save there) in turn in one world; a directory with a checkpoint is resumed."""
-    from megatron_kd.parallel.groups import seed_step, stop_model_groups
+    from megatron_kd.parallel.groups import seed_step, stop_groups
     from megatron_kd.train.build import build_run
     from megatron_kd.train.evaluate import evaluate
     from megatron_kd.train.step import train_step
 
     found = []
-    for config, stop, save in jobs:
-        run = build_run(config, rendezvous=rendezvous)
+    for number, (config, stop, save) in enumerate(jobs):
+        run = build_run(config, rendezvous=f"{rendezvous}-{number}")
         rows = []
         while run.progress.step < stop:
             seed_step(config.train.seed, run.progress.step, run.groups)
@@ -38,7 +38,8 @@ def run_all(rendezvous: str, jobs: list[tuple[RunConfig, int, bool]]) -> list[Tr
         if save:
             run.save()
         found.append(Trained(rows, full_weights(run.student.models), evaluate(run)))
-        stop_model_groups()
+        # All of them: every group keeps threads, and those of thirty layouts would fight for the cores.
+        stop_groups()
     return found
 
 

@@ -17,17 +17,19 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 STEPS = 20
 LOSS_FP32, LOSS_BF16, WEIGHT_FP32 = 1e-5, 2e-3, 1e-4
 
-DISTILL = {"alpha": 0.7, "top_k": 8, "tail": "bucket", "temperature": 2.0, "temperature_squared": True, "chunk_tokens": 17}
+DISTILL = {"alpha": 0.7, "top_k": 8, "tail": "bucket", "temperature": 2.0, "temperature_squared": True, "chunk_tokens": 30}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"parallel": {"tensor": 2}},
     "tp2_sp": {"parallel": {"tensor": 2, "sequence_parallel": True}},
     "pp2": {"parallel": {"pipeline": 2}},
     "dp2": {},
-    "pp2_vp2": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
+    # Four microbatches: with two, messages of the interleaved schedule cannot be swapped or overwritten.
+    "pp2_vp2": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "batch": {"micro_batch_size": 1}},
     "dp2_distributed": {"optimizer": {"distributed": True}},
     "dp2_overlap": {
         "optimizer": {"distributed": True},
         "parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+        "batch": {"micro_batch_size": 1},
     },
     "tp2_other_microbatches": {"parallel": {"tensor": 2}, "batch": {"micro_batch_size": 4}},
 }
