@@ -60,6 +60,7 @@ def start_groups(platform: Platform, parallel: ParallelSection, *, timeout_secon
             dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
         else:
             dist.init_process_group(platform.backend, init_method=rendezvous or "env://", rank=rank, world_size=world_size, timeout=timeout)
+    _forget_model_groups()
     virtual = parallel.virtual_pipeline
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -84,10 +85,15 @@ def start_groups(platform: Platform, parallel: ParallelSection, *, timeout_secon
     return groups
 
 
-def stop_groups() -> None:
-    """Leave the world. Call on every rank, also after an error, so that no peer waits for this one."""
+def _forget_model_groups() -> None:
+    """megatron-core knows one layout at a time; a second run in this process takes its place."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+
+
+def stop_groups() -> None:
+    """Leave the world. Call on every rank, also after an error, so that no peer waits for this one."""
+    _forget_model_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
 

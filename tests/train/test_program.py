@@ -71,7 +71,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     shared: dict[str, Any] = {
         "parallel": {"tensor": 2},
         "data": {"valid": {"held_out": valid}},
-        "train": {"steps": 120, "evaluate_interval": 50},
+        "train": {"steps": 60, "evaluate_interval": 25},
         "checkpoint": {"interval": 16, "keep_last": 2},
         "telemetry": {"tensorboard": True},
     }
@@ -82,7 +82,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     victim = start(command(broken, ranks=2))
     log = tmp_path / "broken/metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) >= 40) and time.monotonic() < deadline and victim.poll() is None:
+    while not (log.exists() and len(log.read_text().splitlines()) >= 25) and time.monotonic() < deadline and victim.poll() is None:
         time.sleep(0.02)
     kill_tree(victim)
     finish(victim)
@@ -92,7 +92,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
 
     strip = [[{k: v for k, v in row.items() if k not in RATES} for row in rows(tmp_path / name)] for name in ("whole", "broken")]
     assert strip[0] == strip[1]
-    assert sorted(p.name for p in (tmp_path / "broken/checkpoints").iterdir()) == ["step-00000112", "step-00000120"]
+    assert sorted(p.name for p in (tmp_path / "broken/checkpoints").iterdir()) == ["step-00000048", "step-00000060"]
     assert json.loads((tmp_path / "broken/status.json").read_text())["state"] == "finished"
     wanted = {"step", "total_loss", "ce_loss", "kd_loss", "grad_norm", "learning_rate", "alpha", "tokens", "tokens_per_second"}
     assert wanted <= rows(tmp_path / "whole")[0].keys()
@@ -100,8 +100,8 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     assert list((tmp_path / "whole/tensorboard").iterdir()) and (tmp_path / "whole/config.toml").exists()
 
     # The finished run again does nothing; a longer one goes on from its end.
-    code, output = finish(start(command(whole, "--train.steps", "124", ranks=2)))
-    assert code == 0 and rows(tmp_path / "whole")[-1]["step"] == 124, output
+    code, output = finish(start(command(whole, "--train.steps", "62", ranks=2)))
+    assert code == 0 and rows(tmp_path / "whole")[-1]["step"] == 62, output
 
 
 def test_nan_stops_before_the_weights(tmp_path: Path) -> None:
