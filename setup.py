@@ -35,6 +35,7 @@ setup(
         "preprocess": ["datatrove", "orjson"],
         "deepspeed": ["deepspeed"],
         "report": ["matplotlib"],
-        "test": ["pytest", "pytest-timeout", "ruff", "mypy", "matplotlib"],
+        # triton: its interpreter runs the kernels on CPU tensors in the tests.
+        "test": ["pytest", "pytest-timeout", "ruff", "mypy", "matplotlib", "triton; platform_system == 'Linux'"],
     },
 )

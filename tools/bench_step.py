@@ -112,24 +112,24 @@ def _bare_forward(teacher: Any, microbatches: Any) -> None:
     import torch
 
     from megatron_kd.models.model import output_weight
-    from megatron_kd.parallel.collectives import gather_sequence
     from megatron_kd.parallel.shards import vocab_shard
+    from megatron_kd.targets.chunks import HiddenChunks, TokenChunks
     from megatron_kd.targets.logits import OutputWeight, chunk_size
 
     groups = teacher.groups
 
-    def only_logits(hidden: Any, *, chunk: Any, non_loss_data: bool = True) -> None:
+    def only_logits(hidden: Any, *, chunk: Any, **_: Any) -> None:
         weight = output_weight(chunk)
         head = OutputWeight(
             weight, vocab_shard(weight.shape[0], rank=groups.tensor_rank, size=groups.tensor_size, vocab_size=teacher.vocab_size)
         )
-        full = gather_sequence(hidden, groups.tp) if teacher.config.sequence_parallel else hidden
-        rows = full.reshape(-1, full.shape[-1])
-        size = chunk_size(teacher.chunk_tokens, head.shard.valid, rows.shape[0], on_cuda=rows.is_cuda)
-        buffer = head.new_buffer(size)
-        for start in range(0, rows.shape[0], size):
-            part = rows[start : start + size]
-            head.logits_into(buffer[: part.shape[0]], part)
+        states = hidden.reshape(-1, hidden.shape[-1])
+        slices = groups.tensor_size if teacher.config.sequence_parallel else 1
+        tokens = len(states) * slices
+        chunks = TokenChunks(tokens, slices, chunk_size(teacher.chunk_tokens, head.shard.valid, tokens, on_cuda=states.is_cuda))
+        buffer = head.new_buffer(chunks.largest)
+        for _, part in HiddenChunks(states, chunks, groups.tp):
+            head.logits(part, buffer)
 
     chosen, teacher._select = teacher._select, only_logits
     try:

@@ -65,7 +65,8 @@ class RunConfig(Section):
         found = [f"{name} ({size}) must be a multiple of {by} ({divisor})" for name, size, by, divisor in sizes if size % divisor]
         if model.vocab_size is None and self.data.tokenizer is None:
             found.append("set model.vocab_size or data.tokenizer: one of them must give the vocabulary size")
-        if model.vocab_size is not None and self.distill.top_k > model.vocab_size and self.teacher.source != "none":
+        chooses = self.teacher.source != "none" and self.distill.num_draws is None
+        if chooses and model.vocab_size is not None and self.distill.top_k > model.vocab_size:
             found.append(f"distill.top_k ({self.distill.top_k}) must be at most model.vocab_size ({model.vocab_size})")
         if opt.warmup_steps > train.steps:
             found.append(f"optimizer.warmup_steps ({opt.warmup_steps}) must be at most train.steps ({train.steps})")

@@ -125,12 +125,23 @@ class DistillSection(Section):
         description="Then keep the smallest prefix whose teacher mass (at temperature) reaches top_p, in (0, 1].",
     )
     min_k: int = Field(default=1, gt=0, description="Never keep fewer entries than this, at most top_k.")
+    num_draws: int | None = Field(
+        default=None,
+        gt=0,
+        description="Draw this many ids per token at random from the teacher (at temperature) in place of taking the likeliest: unbiased. "
+        "Unset: top_k, top_p. The draws depend on train.seed, the sample and the position alone.",
+    )
     tail: Literal["drop", "renormalize", "bucket", "uniform"] = Field(
         default="renormalize",
         description="Teacher mass outside the kept entries: drop it; rescale the kept mass to 1; one bucket on both sides; spread evenly "
         "over the other ids.",
     )
     z_loss: float = Field(default=0.0, ge=0, description="Coefficient of the squared logsumexp of the student, >= 0.")
+    head_schedule: Literal["auto", "save", "chunk", "direct", "recompute"] = Field(
+        default="auto",
+        description="When the output head forms its gradients (losses/head.py). auto: save where all logits are few, else chunk. direct: "
+        "least memory at full speed. recompute: least memory of all, one product more.",
+    )
     chunk_tokens: int | None = Field(
         default=None,
         gt=0,
@@ -142,6 +153,10 @@ class DistillSection(Section):
     def _check(self) -> DistillSection:
         if self.min_k > self.top_k:
             raise ValueError(f"min_k ({self.min_k}) must be at most top_k ({self.top_k})")
+        if self.num_draws is not None and {"top_k", "top_p", "min_k"} & self.model_fields_set:
+            raise ValueError("num_draws draws at random: leave top_k, top_p and min_k unset, or unset num_draws")
+        if self.num_draws is not None and self.tail in ("bucket", "uniform"):
+            raise ValueError(f'tail = "{self.tail}" needs the mass outside the kept ids, which draws do not know: use "renormalize"')
         warmup, decay = self.alpha_warmup_fraction, self.alpha_decay_fraction
         if warmup + decay > 1:
             raise ValueError(f"alpha_warmup_fraction ({warmup}) + alpha_decay_fraction ({decay}) must be at most 1")

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_kd.losses.rows import ChunkLoss
+from megatron_kd.kernels import PUNCHED, buffer_width, chunk_rows
+from megatron_kd.losses.rows import TokenLoss
 from megatron_kd.losses.types import KDLoss, LossSpec, check_inputs
 from megatron_kd.parallel.collectives import Group, group_rank, group_size
 from megatron_kd.parallel.shards import VocabShard, vocab_shard
@@ -66,18 +67,19 @@ class _GivenLogits(torch.autograd.Function):
         size = chunk_size(None, shard.valid, tokens, on_cuda=rows.is_cuda)
         losses = rows.new_zeros((3, tokens), dtype=compute_dtype(rows.dtype))
         gradient = torch.zeros_like(rows) if logits.requires_grad else None
+        buffer = losses.new_empty((size, buffer_width(shard.valid)))
         for start in range(0, tokens, size):
             part = slice(start, min(start + size, tokens))
-            buffer = losses.new_empty((part.stop - part.start, shard.valid + 1))
-            buffer[:, :-1] = rows[part, : shard.valid]
+            chunk = buffer[: part.stop - part.start]
+            chunk[:, : shard.valid] = rows[part, : shard.valid]
+            logits_of = chunk_rows(chunk.clamp_(min=PUNCHED), shard.valid)  # masked-out ids come as -inf
             ones = torch.ones_like(losses[0, part])
             rows_of = target.rows(part.start, part.stop) if target is not None else None
-            chunk = ChunkLoss(buffer, labels[part], ones, rows_of, spec, shard, group)
-            loss = chunk.loss()
+            token_loss = TokenLoss(logits_of, labels[part], ones, rows_of, spec, shard, group)
+            loss = token_loss.loss()
             losses[0, part], losses[1, part], losses[2, part] = loss.total, loss.ce, loss.kd
             if gradient is not None:
-                gradient[part, : shard.valid] = chunk.gradient().to(gradient.dtype)
-            del chunk, buffer  # before the next one is made
+                gradient[part, : shard.valid] = token_loss.gradient(logits_of, start=shard.start).to(gradient.dtype)
         ctx.gradient, ctx.shape = gradient, logits.shape
         total, ce, kd = losses.unbind()
         ctx.mark_non_differentiable(ce, kd)

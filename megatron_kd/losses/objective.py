@@ -26,6 +26,7 @@ class Objective:
     vocab_size: int
     tp_group: Group = None
     sequence_parallel: bool = False
+    schedule: str = "auto"
     chunk_tokens: int | None = None
     health: bool = False
 
@@ -52,6 +53,7 @@ class Objective:
             vocab_size=self.vocab_size,
             tp_group=self.tp_group,
             sequence_parallel=self.sequence_parallel,
+            schedule=self.schedule,
             chunk_tokens=self.chunk_tokens,
             health=self.health,
         )

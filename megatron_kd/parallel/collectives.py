@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -29,27 +31,39 @@ def all_gather(tensor: Tensor, group: Group) -> Tensor:
     return gathered.view(size, *tensor.shape)
 
 
-def all_reduce_sum_(tensor: Tensor, group: Group) -> Tensor:
-    """Sum over the group, in place. One all-reduce."""
-    if group_size(group) > 1:
-        dist.all_reduce(tensor, group=group)
-    return tensor
+@dataclass
+class Pending:
+    """A tensor that a collective is still filling; keeps what it reads alive."""
+
+    tensor: Tensor
+    work: dist.Work | None = None
+    source: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """The tensor, filled (on a GPU: for whatever the current stream does next)."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = self.source = None
+        return self.tensor
 
 
-def gather_sequence(tensor: Tensor, group: Group) -> Tensor:
-    """[S/T, ...] slices of a sequence -> [S, ...] on every rank. One all-gather."""
-    return all_gather(tensor, group).flatten(0, 1) if group_size(group) > 1 else tensor
+def start_all_gather(tensor: Tensor, group: Group) -> Pending:
+    """`all_gather` that goes on behind other work: [...] -> [T, ...]."""
+    tensor, size = tensor.contiguous(), group_size(group)
+    gathered = tensor.new_empty((size * tensor.shape[0], *tensor.shape[1:]))
+    work = dist.all_gather_into_tensor(gathered, tensor, group=group, async_op=True)
+    return Pending(gathered.view(size, *tensor.shape), work, tensor)
 
 
-def scatter_sequence_sum(tensor: Tensor, group: Group) -> Tensor:
-    """[S, ...] partial sums on every rank -> this rank's [S/T, ...] slice of the total. One reduce-scatter."""
-    size = group_size(group)
-    if size == 1:
-        return tensor
+def start_all_reduce_sum(tensor: Tensor, group: Group) -> Pending:
+    """Sum over the group, in place, behind other work; `tensor` must be contiguous."""
+    return Pending(tensor, dist.all_reduce(tensor, group=group, async_op=True))
+
+
+def start_reduce_scatter_sum(mine: Tensor, tensor: Tensor, group: Group) -> Pending:
+    """[T * c, ...] partial sums on every rank -> this rank's [c, ...] of the total, in `mine`, behind other work."""
     tensor = tensor.contiguous()
-    mine = tensor.new_empty((tensor.shape[0] // size, *tensor.shape[1:]))
-    dist.reduce_scatter_tensor(mine, tensor, group=group)
-    return mine
+    return Pending(mine, dist.reduce_scatter_tensor(mine, tensor, group=group, async_op=True), tensor)
 
 
 def raise_together(problem: str | None, error: type[Exception], group: Group = None) -> None:

@@ -1,14 +1,17 @@
-"""Logits of one chunk of tokens, in fp32 or fp64, in a buffer with a spare column."""
+"""Logits of one chunk of tokens, in fp32 or fp64, in a buffer that is used again for the next one."""
 
 from __future__ import annotations
+
+from copy import copy
 
 import torch
 from torch import Tensor
 
+from megatron_kd.kernels import ChunkRows, buffer_width, chunk_rows
 from megatron_kd.parallel.shards import VocabShard
 
-# Logits that exist at one time: 2^26 are 256 MiB in fp32.
-CHUNK_LOGITS = 1 << 26
+# Logits that exist at one time in fp32: 256 MiB on a GPU, 64 MiB on a CPU.
+CHUNK_LOGITS_CUDA, CHUNK_LOGITS_CPU = 1 << 26, 1 << 24
 # Below this the fp32 accumulation of the weight gradient, not the arithmetic, bounds a GPU.
 MIN_CHUNK_CUDA = 2048
 
@@ -18,7 +21,8 @@ def chunk_size(chunk_tokens: int | None, columns: int, tokens: int, *, on_cuda: 
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
     if chunk_tokens is None:
-        chunk_tokens = max(CHUNK_LOGITS // max(columns, 1), MIN_CHUNK_CUDA if on_cuda else 64)
+        logits = CHUNK_LOGITS_CUDA if on_cuda else CHUNK_LOGITS_CPU
+        chunk_tokens = max(logits // max(columns, 1), MIN_CHUNK_CUDA if on_cuda else 64)
     return max(1, min(chunk_tokens, tokens))
 
 
@@ -40,26 +44,39 @@ class OutputWeight:
         self.narrow = valid.is_cuda and valid.dtype != self.dtype
         self.rows = valid if self.narrow else valid.to(self.dtype)
 
-    def new_buffer(self, tokens: int) -> Tensor:
-        """Uninitialised [tokens, valid + 1]: the last column takes what belongs to other ranks."""
-        return self.rows.new_empty((tokens, self.shard.valid + 1), dtype=self.dtype)
+    def slab(self, part: slice) -> OutputWeight:
+        """The same for some of the rows."""
+        slab = copy(self)
+        slab.rows = self.rows[part]
+        slab.shard = VocabShard(self.shard.start + part.start, part.stop - part.start, part.stop - part.start, self.shard.vocab_size)
+        return slab
 
-    def logits_into(self, buffer: Tensor, hidden: Tensor) -> Tensor:
-        """hidden [C, H] -> logits in buffer[:, :valid]; returns the buffer."""
+    def new_buffer(self, tokens: int) -> Tensor:
+        """Uninitialised [tokens, W] for `logits`."""
+        return self.rows.new_empty((tokens, buffer_width(self.shard.valid)), dtype=self.dtype)
+
+    def logits(self, hidden: Tensor, buffer: Tensor) -> ChunkRows:
+        """hidden [C, H] -> its logits, in the first C rows of `buffer`."""
+        buffer = buffer[: hidden.shape[0]]
+        out = buffer[:, : self.shard.valid]
         if self.narrow:
-            buffer[:, :-1] = torch.mm(hidden, self.rows.t(), out_dtype=self.dtype)
+            torch.mm(hidden, self.rows.t(), out_dtype=self.dtype, out=out)
         else:
-            torch.mm(hidden.to(self.dtype), self.rows.t(), out=buffer[:, :-1])
-        return buffer
+            torch.mm(hidden.to(self.dtype), self.rows.t(), out=out)
+        return chunk_rows(buffer, self.shard.valid)
 
     def hidden_gradient(self, logit_gradient: Tensor) -> Tensor:
-        """[C, valid] -> this rank's part of the gradient of hidden, [C, H]."""
-        return logit_gradient.to(self.rows.dtype) @ self.rows
-
-    def add_weight_gradient_(self, gradient: Tensor, logit_gradient: Tensor, hidden: Tensor) -> None:
-        """gradient [V/tp, H] (fp32) += logit_gradient^T hidden, on the valid rows."""
-        valid = gradient[: self.shard.valid]
+        """[C, n] -> this rank's part of the gradient of hidden, [C, H] in fp32 (fp64)."""
         if self.narrow:
-            valid.add_(torch.mm(logit_gradient.to(hidden.dtype).t(), hidden, out_dtype=gradient.dtype))
+            return torch.mm(logit_gradient.to(self.rows.dtype), self.rows, out_dtype=self.dtype)
+        return logit_gradient @ self.rows
+
+    def add_weight_gradient_(self, gradient: Tensor, logit_gradient: Tensor, hidden: Tensor, *, first: bool = False) -> None:
+        """gradient [V/tp, H] (fp32, fp64) += logit_gradient^T hidden, on the valid rows; `first` overwrites what is there."""
+        valid = gradient[: self.shard.valid]
+        beta = 0.0 if first else 1.0
+        if self.narrow:
+            transposed = logit_gradient.to(hidden.dtype).t()
+            torch.addmm(valid, transposed, hidden, out_dtype=gradient.dtype, beta=beta, out=valid)
         else:
-            valid.addmm_(logit_gradient.t(), hidden.to(gradient.dtype))
+            valid.addmm_(logit_gradient.t(), hidden.to(gradient.dtype), beta=beta)

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_kd.parallel.collectives import Group, all_gather, gather_sequence, group_rank, group_size
+from megatron_kd.kernels import PUNCHED, ChunkRows, buffer_width, chunk_rows
+from megatron_kd.parallel.collectives import Group, all_gather, group_rank, group_size
 from megatron_kd.parallel.shards import VocabShard, vocab_shard
+from megatron_kd.targets.chunks import HiddenChunks, TokenChunks
 from megatron_kd.targets.logits import OutputWeight, chunk_size, compute_dtype
-from megatron_kd.targets.rows import row_statistics
+from megatron_kd.targets.rows import row_logsumexp, row_statistics
 from megatron_kd.targets.sparse import SparseTarget
+
+
+class Selection(Protocol):
+    """How a chunk of logits becomes a SparseTarget: `TopSelection`, `SampleSelection`."""
+
+    def check(self, vocab_size: int) -> None:
+        """ValueError where a vocabulary of this size cannot serve; called on every rank before any collective."""
+
+    def __call__(self, rows: ChunkRows, keys: Tensor, shard: VocabShard, group: Group) -> SparseTarget:
+        """The target of one chunk of C tokens, the same on every rank. keys: int64 [C], what a random choice may depend on."""
 
 
 @dataclass(frozen=True)
@@ -35,74 +48,60 @@ class TopSelection:
         if not self.temperature > 0.0:
             raise ValueError(f"temperature must be > 0, not {self.temperature}")
 
-    def __call__(self, buffer: Tensor, first_row: int, shard: VocabShard, group: Group) -> SparseTarget:
-        """One chunk: `buffer` [C, n + 1] of logits and a sink column, overwritten."""
-        indices = _top_indices(buffer, self.top_k, shard, group)
+    def check(self, vocab_size: int) -> None:
+        """ValueError: top_k past the vocabulary."""
+        if self.top_k > vocab_size:
+            raise ValueError(f"top_k ({self.top_k}) is past the vocabulary ({vocab_size} ids)")
+
+    def __call__(self, rows: ChunkRows, keys: Tensor, shard: VocabShard, group: Group) -> SparseTarget:
+        """One chunk. Collectives: all-gathers of [C, 2K] and [C, K + 6], and of [2, C] where top_p < 1."""
+        values, indices = _top(rows, self.top_k, shard, group)
         if self.top_p < 1.0:
-            indices = self._keep_prefix(buffer, indices, shard, group)
-        return target_of(buffer, indices, shard, group, temperature=self.temperature)
-
-    def _keep_prefix(self, buffer: Tensor, indices: Tensor, shard: VocabShard, group: Group) -> Tensor:
-        target = target_of(buffer.clone(), indices, shard, group, temperature=self.temperature)
-        kept = target.logprobs / self.temperature
-        if target.log_tail is not None and self.temperature != 1.0:
-            kept = kept.log_softmax(-1) + torch.log(-torch.expm1(target.log_tail)).unsqueeze(-1)
-        mass = kept.exp()
-        before = mass.cumsum(-1) - mass
-        keep = before < self.top_p
-        keep[:, : self.min_k] = True
-        return torch.where(keep, indices, -1)
+            logsumexp = row_logsumexp(rows, temperature=self.temperature, group=group)
+            mass = (values / self.temperature - logsumexp.unsqueeze(1)).exp()
+            keep = mass.cumsum(-1) - mass < self.top_p
+            keep[:, : self.min_k] = True
+            indices = torch.where(keep, indices, -1)
+        return target_of(rows, indices, shard, group, temperature=self.temperature)
 
 
-def target_of(buffer: Tensor, indices: Tensor, shard: VocabShard, group: Group, *, temperature: float) -> SparseTarget:
-    """The target that keeps `indices` [C, K] of the rows of `buffer` [C, n + 1] (overwritten). One all-gather."""
+def target_of(rows: ChunkRows, indices: Tensor, shard: VocabShard, group: Group, *, temperature: float) -> SparseTarget:
+    """The target that keeps `indices` [C, K], which are lifted out of `rows`. One all-gather of [C, K + 6]."""
     nowhere = torch.full_like(indices[:, 0], -1)
-    rows = row_statistics(buffer, indices, nowhere, vocab_start=shard.start, temperature=temperature, group=group, entropy=True)
-    logprobs = rows.support - rows.logsumexp.unsqueeze(1)
-    log_tail = rows.rest_logsumexp_t - rows.logsumexp_t
-    return SparseTarget(indices.to(torch.int32), logprobs, log_tail, rows.entropy, temperature)
+    split = row_statistics(rows, indices, nowhere, vocab_start=shard.start, temperature=temperature, group=group, entropy=True)
+    logprobs = split.support - split.logsumexp.unsqueeze(1)
+    log_tail = split.rest_logsumexp_t - split.logsumexp_t
+    return SparseTarget(indices.to(torch.int32), logprobs, log_tail, split.entropy, temperature)
 
 
-def _top_indices(buffer: Tensor, top_k: int, shard: VocabShard, group: Group) -> Tensor:
-    """Global ids [C, top_k] of each row's largest logits, by (logit descending, id ascending). One all-gather."""
+def _top(rows: ChunkRows, top_k: int, shard: VocabShard, group: Group) -> tuple[Tensor, Tensor]:
+    """Values and global ids [C, top_k] of each row's largest logits, by (logit falling, id rising). One all-gather."""
     count = min(top_k, shard.valid)
-    values, columns = torch.topk(buffer[:, : shard.valid], count, dim=1)
-    if buffer.is_cpu and count:  # a GPU's radix select takes equal values in column order; a CPU's takes any
-        columns = _smallest_columns(buffer[:, : shard.valid], values, columns)
-        values = buffer.gather(1, columns)
+    values, columns = rows.top(count)
     ids = columns + shard.start
-    if group_size(group) > 1:
-        # The vocabulary is split: every rank offers top_k candidates (short shards pad with -inf), ids as bits of a value.
-        padding = (0, top_k - count)
-        values = torch.nn.functional.pad(values, padding, value=-torch.inf)
-        ids = torch.nn.functional.pad(ids, padding, value=torch.iinfo(torch.int32).max)
-        as_bits = torch.int32 if values.dtype == torch.float32 else torch.int64
-        packed = all_gather(torch.cat([values.view(as_bits), ids.to(as_bits)], dim=1), group)
-        values = packed[..., :top_k].contiguous().view(values.dtype).transpose(0, 1).flatten(1)
-        ids = packed[..., top_k:].transpose(0, 1).flatten(1).long()
-    ids, order = ids.sort(dim=1)
-    values = values.gather(1, order)
-    order = values.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    return ids.gather(1, order)
+    if group_size(group) == 1:
+        return values, ids
+    # The vocabulary is split: every rank offers top_k candidates (short shards pad with -inf), ids as bits of a value.
+    padding = (0, top_k - count)
+    values = torch.nn.functional.pad(values, padding, value=-torch.inf)
+    ids = torch.nn.functional.pad(ids, padding, value=torch.iinfo(torch.int32).max)
+    as_bits = torch.int32 if values.dtype == torch.float32 else torch.int64
+    packed = all_gather(torch.cat([values.view(as_bits), ids.to(as_bits)], dim=1), group)
+    values = packed[..., :top_k].contiguous().view(values.dtype).transpose(0, 1).flatten(1)
+    ids = packed[..., top_k:].transpose(0, 1).flatten(1).long()
+    # Ranks hold rising ids, so that a stable sort leaves equal values by rising id.
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return values[:, :top_k], ids.gather(1, order[:, :top_k])
 
 
-def _smallest_columns(logits: Tensor, values: Tensor, columns: Tensor) -> Tensor:
-    """`columns` [C, k] of topk, in any order, with entries equal to the k-th value taken from the smallest columns."""
-    last = values[:, -1:]
-    equal = logits == last
-    split = (equal.sum(1) > (values == last).sum(1)).nonzero().squeeze(1)
-    if split.numel():
-        above = ~(logits[split] <= last[split])  # with NaN, which topk puts first
-        room = values.shape[1] - above.sum(1, keepdim=True)
-        chosen = above | (equal[split] & (equal[split].cumsum(1) <= room))
-        columns[split] = chosen.nonzero()[:, 1].view(-1, values.shape[1])
-    return columns
-
-
-Selection = TopSelection
-
-
-def select_targets(teacher_logits: Tensor, selection: Selection, *, vocab_size: int | None = None, tp_group: Group = None) -> SparseTarget:
+def select_targets(
+    teacher_logits: Tensor,
+    selection: Selection,
+    *,
+    vocab_size: int | None = None,
+    tp_group: Group = None,
+    row_keys: Tensor | None = None,
+) -> SparseTarget:
     """A SparseTarget from the teacher's logits.
 
     Args:
@@ -111,23 +110,29 @@ def select_targets(teacher_logits: Tensor, selection: Selection, *, vocab_size: 
         selection: which entries to keep.
         vocab_size: true vocabulary size; later columns are padding and take no probability. None: all columns are real.
         tp_group: ranks that hold the other shards; None: unsharded.
+        row_keys: int64 [...], what random draws of a token depend on besides the seed: name the token by its sample and
+            position and it is drawn alike in any batch and layout. None: its place in this call.
     Returns:
         SparseTarget with leading shape [...], identical on every rank of the group.
     Raises:
         ValueError: top_k past the vocabulary, shards that cannot hold it; on every rank, before any collective.
-    Collectives: two all-gathers of [C, 2K] and [C, K + 6] per chunk of C tokens.
+    Collectives: a few small all-gathers per chunk of C tokens, see the selection.
     """
-    rows = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
-    shard = _shard(rows.shape[-1], selection, vocab_size, tp_group)
-    dtype = compute_dtype(rows.dtype)
+    logits = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
+    shard = vocab_shard(logits.shape[-1], rank=group_rank(tp_group), size=group_size(tp_group), vocab_size=vocab_size)
+    selection.check(shard.vocab_size)
+    tokens = logits.shape[0]
+    chunks = TokenChunks(tokens, 1, chunk_size(None, shard.valid, tokens, on_cuda=logits.is_cuda))
+    _check_keys(row_keys, teacher_logits.shape[:-1])
+    buffer = logits.new_empty((chunks.largest, buffer_width(shard.valid)), dtype=compute_dtype(logits.dtype))
 
-    def fill(buffer: Tensor, start: int, stop: int) -> Tensor:
-        buffer[:, :-1] = rows[start:stop, : shard.valid]
-        return buffer
+    def rows() -> Iterator[tuple[slice, ChunkRows]]:
+        for part in chunks:
+            chunk = buffer[: part.stop - part.start]
+            chunk[:, : shard.valid] = logits[part, : shard.valid]
+            yield part, chunk_rows(chunk.clamp_(min=PUNCHED), shard.valid)  # masked-out ids come as -inf
 
-    size = chunk_size(None, shard.valid, rows.shape[0], on_cuda=rows.is_cuda)
-    buffer = rows.new_empty((size, shard.valid + 1), dtype=dtype)
-    return _select(fill, buffer, rows.shape[0], teacher_logits.shape[:-1], selection, shard, tp_group)
+    return _select(rows(), chunks, teacher_logits.shape[:-1], row_keys, selection, shard, tp_group)
 
 
 def linear_targets(
@@ -139,6 +144,7 @@ def linear_targets(
     tp_group: Group = None,
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
+    row_keys: Tensor | None = None,
 ) -> SparseTarget:
     """A SparseTarget from the teacher's final hidden states and output weight; logits exist for one chunk of tokens only.
 
@@ -146,59 +152,58 @@ def linear_targets(
         hidden: [S, B, H] or [N, H], any float type. Replicated over `tp_group`, or this rank's slice of S under
             sequence_parallel.
         weight: [V/tp, H], this rank's rows in id order.
-        selection, vocab_size, tp_group: as in `select_targets`.
-        sequence_parallel: hidden is a slice; it is gathered once.
+        selection, vocab_size, tp_group, row_keys: as in `select_targets`; keys are [S, B] (or [N]) of the full sequence.
+        sequence_parallel: hidden is a slice; it is gathered chunk by chunk.
         chunk_tokens: tokens per chunk; None: from the shard's width.
     Returns:
         SparseTarget with leading shape [S, B] (or [N]) of the full sequence, identical on every rank.
     Raises:
         ValueError: as `select_targets`; shapes that do not fit.
-    Collectives: one all-gather of hidden under sequence_parallel, then two small all-gathers per chunk.
+    Collectives: per chunk small all-gathers, see the selection, and one of hidden under sequence_parallel.
     """
     if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must end in the same width")
-    shard = _shard(weight.shape[0], selection, vocab_size, tp_group)
-    tokens = hidden.shape[:-1].numel() * (group_size(tp_group) if sequence_parallel else 1)
-    size = chunk_size(chunk_tokens, shard.valid, tokens, on_cuda=hidden.is_cuda)
+    shard = vocab_shard(weight.shape[0], rank=group_rank(tp_group), size=group_size(tp_group), vocab_size=vocab_size)
+    selection.check(shard.vocab_size)
+    slices = group_size(tp_group) if sequence_parallel else 1
+    shape = torch.Size((hidden.shape[0] * slices, *hidden.shape[1:-1]))
+    chunks = TokenChunks(shape.numel(), slices, chunk_size(chunk_tokens, shard.valid, shape.numel(), on_cuda=hidden.is_cuda))
+    _check_keys(row_keys, shape)
     head = OutputWeight(weight, shard)
-    full = gather_sequence(hidden.detach(), tp_group) if sequence_parallel else hidden.detach()
-    rows = full.reshape(-1, full.shape[-1])
+    states, buffer = hidden.detach().reshape(-1, hidden.shape[-1]), head.new_buffer(chunks.largest)
 
-    def fill(buffer: Tensor, start: int, stop: int) -> Tensor:
-        return head.logits_into(buffer, rows[start:stop])
+    def rows() -> Iterator[tuple[slice, ChunkRows]]:
+        for part, x in HiddenChunks(states, chunks, tp_group):
+            yield part, head.logits(x, buffer)
 
-    return _select(fill, head.new_buffer(size), rows.shape[0], full.shape[:-1], selection, shard, tp_group)
+    return _select(rows(), chunks, shape, row_keys, selection, shard, tp_group)
 
 
-def _shard(rows: int, selection: Selection, vocab_size: int | None, group: Group) -> VocabShard:
-    shard = vocab_shard(rows, rank=group_rank(group), size=group_size(group), vocab_size=vocab_size)
-    if selection.top_k > shard.vocab_size:
-        raise ValueError(f"top_k ({selection.top_k}) is past the vocabulary ({shard.vocab_size} ids)")
-    return shard
+def _check_keys(row_keys: Tensor | None, shape: torch.Size) -> None:
+    if row_keys is not None and (row_keys.shape != shape or row_keys.dtype != torch.int64):
+        raise ValueError(f"row_keys must be int64 {tuple(shape)}, one for each token, not {row_keys.dtype} {tuple(row_keys.shape)}")
 
 
 @torch.no_grad()
 def _select(
-    fill: Callable[[Tensor, int, int], Tensor],
-    buffer: Tensor,
-    tokens: int,
+    rows: Iterator[tuple[slice, ChunkRows]],
+    chunks: TokenChunks,
     shape: torch.Size,
+    row_keys: Tensor | None,
     selection: Selection,
     shard: VocabShard,
     group: Group,
 ) -> SparseTarget:
-    """Chunk by chunk through one buffer. `fill(buffer, start, stop)` puts the logits of those tokens in."""
-    size = buffer.shape[0]
-    parts = []
-    for start in range(0, tokens, size):
-        stop = min(start + size, tokens)
-        parts.append(selection(fill(buffer[: stop - start], start, stop), start, shard, group))
-    first = parts[0]
-
-    def join(name: str) -> Tensor:
-        joined = torch.cat([getattr(part, name) for part in parts])
-        return joined.reshape(*shape, *joined.shape[1:])
-
-    tail = None if first.log_tail is None else join("log_tail")
-    entropy = None if first.entropy is None else join("entropy")
-    return replace(first, indices=join("indices"), logprobs=join("logprobs"), log_tail=tail, entropy=entropy)
+    """The targets of all chunks, in the order of the sequence."""
+    keys = None if row_keys is None else row_keys.flatten()
+    joined: SparseTarget | None = None
+    for part, logits in rows:
+        if keys is None:
+            keys = torch.arange(chunks.tokens, device=logits.buffer.device)
+        found = selection(logits, chunks.take(keys, part), shard, group)
+        if joined is None:
+            joined = found.map(lambda t: t.new_empty((chunks.tokens, *t.shape[1:])))
+        for whole, piece in zip(joined.tensors(), found.tensors(), strict=True):
+            chunks.put(whole, part, piece)
+    assert joined is not None
+    return joined.map(lambda t: t.view(*shape, *t.shape[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -30,10 +31,14 @@ class SparseTarget:
     temperature: float = 1.0
     sampled: bool = False
 
-    def map(self, function: object) -> SparseTarget:
+    def map(self, function: Callable[[Tensor], Tensor]) -> SparseTarget:
         """The same target with `function` applied to every tensor."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: function(t) for name, t in tensors.items() if isinstance(t, Tensor)})  # type: ignore[operator]
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(t) for name, t in named.items() if isinstance(t, Tensor)})  # type: ignore[arg-type]
+
+    def tensors(self) -> list[Tensor]:
+        """Those of the tensors that there are, in order."""
+        return [t for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)]
 
     def flatten(self) -> SparseTarget:
         """[..., K] -> [N, K] and [...] -> [N]."""

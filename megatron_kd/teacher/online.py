@@ -21,7 +21,7 @@ from megatron_kd.data.batches import Microbatch
 from megatron_kd.models.config import transformer_config
 from megatron_kd.models.model import build_chunks, output_weight
 from megatron_kd.parallel.groups import Groups
-from megatron_kd.targets import SparseTarget, TopSelection, linear_targets
+from megatron_kd.targets import Selection, SparseTarget, linear_targets
 
 
 class OnlineTeacher:
@@ -35,7 +35,7 @@ class OnlineTeacher:
         model: ModelSection,
         parallel: ParallelSection,
         groups: Groups,
-        selection: TopSelection,
+        selection: Selection,
         *,
         precision: str,
         vocab_size: int,
@@ -76,9 +76,9 @@ class OnlineTeacher:
     def _forward_step(self, microbatches: Iterator[Microbatch], chunk: GPTModel) -> tuple[Tensor, Any]:
         microbatch = next(microbatches)
         hidden = chunk(input_ids=microbatch.tokens, position_ids=microbatch.position_ids, attention_mask=None)
-        return hidden, partial(self._select, chunk=chunk)
+        return hidden, partial(self._select, chunk=chunk, microbatch=microbatch)
 
-    def _select(self, hidden: Tensor, *, chunk: GPTModel, non_loss_data: bool = True) -> SparseTarget:
+    def _select(self, hidden: Tensor, *, chunk: GPTModel, microbatch: Microbatch, non_loss_data: bool = True) -> SparseTarget:
         """The last stage's hidden states [S, B, H] become a target [S, B, K]."""
         return linear_targets(
             hidden,
@@ -88,4 +88,5 @@ class OnlineTeacher:
             tp_group=self.groups.tp,
             sequence_parallel=self.config.sequence_parallel,
             chunk_tokens=self.chunk_tokens,
+            row_keys=microbatch.sample_ids.unsqueeze(0) * self.sequence_length + microbatch.position_ids.t(),
         )

@@ -19,7 +19,7 @@ from megatron_kd.models.student import Student
 from megatron_kd.parallel.groups import Groups, start_groups
 from megatron_kd.parallel.platform import start_platform
 from megatron_kd.parallel.world import world_from_environment
-from megatron_kd.targets import TopSelection
+from megatron_kd.targets import SampleSelection, Selection, TopSelection
 from megatron_kd.teacher.online import OnlineTeacher
 from megatron_kd.teacher.source import NoTeacher, TeacherSource
 from megatron_kd.train.inputs import Inputs, check_inputs, checkpoints_folder
@@ -96,6 +96,7 @@ def build_run(config: RunConfig, *, rendezvous: str | None = None) -> Run:
         inputs.vocab_size,
         tp_group=groups.tp,
         sequence_parallel=config.parallel.sequence_parallel,
+        schedule=distill.head_schedule,
         chunk_tokens=distill.chunk_tokens,
         health=True,
     )
@@ -144,6 +145,13 @@ def _batch_source(
     )
 
 
+def _selection(config: RunConfig) -> Selection:
+    distill = config.distill
+    if distill.num_draws is not None:
+        return SampleSelection(distill.num_draws, config.train.seed, distill.temperature)
+    return TopSelection(distill.top_k, distill.top_p, distill.min_k, distill.temperature)
+
+
 def _build_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> TeacherSource:
     if inputs.teacher is None:
         return NoTeacher()
@@ -153,7 +161,7 @@ def _build_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> Teacher
         info.model_section(),
         config.parallel,
         groups,
-        TopSelection(distill.top_k, distill.top_p, distill.min_k, distill.temperature),
+        _selection(config),
         precision=config.train.precision,
         vocab_size=inputs.vocab_size,
         sequence_length=config.batch.sequence_length,

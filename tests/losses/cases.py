@@ -171,10 +171,17 @@ def dense_loss(
 Loss = Callable[[Tensor, Tensor], KDLoss]
 
 
-def outcome_of(problem: Problem, loss: Loss, upstream: Tensor, *, dtype: torch.dtype = torch.float64) -> Outcome:
-    """Runs `loss(hidden, weight)` in `dtype` and its backward with `upstream` [N] (None: a sum)."""
+def outcome_of(problem: Problem, loss: Loss, upstream: Tensor, *, dtype: torch.dtype = torch.float64, main_grad: bool = False) -> Outcome:
+    """Runs `loss(hidden, weight)` in `dtype` and its backward with `upstream` [N]; `main_grad`: as under megatron-core's DDP."""
     hidden, weight = (t.detach().to(dtype, copy=True).requires_grad_() for t in (problem.hidden, problem.weight))
+    if main_grad:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight, dtype=wide), False
     result = loss(hidden, weight)
+    if main_grad:
+        (result.total * upstream.to(result.total.dtype)).sum().backward()
+        assert weight.grad_added_to_main_grad and hidden.grad is not None
+        return Outcome(*(t.detach().reshape(-1) for t in result), hidden.grad, weight.main_grad)
     (result.total * upstream.to(result.total.dtype).view_as(result.total)).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     assert hidden.grad.dtype == weight.grad.dtype == dtype
@@ -209,7 +216,7 @@ def head_outcome(
     def loss(hidden: Tensor, weight: Tensor) -> KDLoss:
         return linear_kd_cross_entropy(hidden, weight, problem.labels, target, loss_mask=mask, vocab_size=problem.vocab_size, **options)
 
-    return outcome_of(problem, loss, upstream, dtype=dtype)
+    return outcome_of(problem, loss, upstream, dtype=dtype, main_grad=options.get("schedule") == "direct")
 
 
 def given_logits_outcome(

@@ -108,7 +108,7 @@ def loss_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake]:
         for changes, says in _wrong_arguments(vocab_size)
     ]
     only_head: list[tuple[dict[str, Any], str]] = [
-        ({"schedule": "eager"}, "schedule must be one of auto, chunk, recompute, not 'eager'"),
+        ({"schedule": "eager"}, "schedule must be one of auto, save, chunk, direct, recompute, not 'eager'"),
         ({"chunk_tokens": 0}, "chunk_tokens must be at least 1, not 0"),
         ({"weight": torch.randn(ROWS, H + 1)}, "must end in the same width and have the same type"),
         ({"weight": torch.randn(ROWS)}, "must end in the same width and have the same type"),

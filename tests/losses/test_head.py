@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_kd.losses import kd_cross_entropy, reference_kd_cross_entropy
 from megatron_kd.targets import SparseTarget, TopSelection, select_targets
@@ -28,8 +29,20 @@ from tests.losses.cases import (
 )
 
 CHUNK = 17  # does not divide the 40 tokens
-SCHEDULES = ("chunk", "recompute", "auto")
+SCHEDULES = ("save", "chunk", "direct", "recompute", "auto")
+# What a schedule can serve: upstream gradients that differ between tokens, the same for all, or ones.
+UPSTREAM = {"chunk": 0.37, "direct": 1.0}
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+@pytest.fixture(autouse=True)
+def _small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too small for "auto" to keep the logits."""
+    monkeypatch.setattr("megatron_kd.losses.head.SAVED_LOGITS_CPU", 0)
+
+
+def upstream_for(schedule: str, upstream: Tensor) -> Tensor:
+    return torch.full_like(upstream, UPSTREAM[schedule]) if schedule in UPSTREAM else upstream
 
 
 def check(found: Outcome, expected: Outcome, limit: float, seed: int, *what: object) -> None:
@@ -40,8 +53,8 @@ def check(found: Outcome, expected: Outcome, limit: float, seed: int, *what: obj
 def check_head(problem: Problem, target: SparseTarget | None, dtype: torch.dtype, schedule: str, **scalars: Any) -> None:
     """One combination, without and with a mask; with it a random upstream gradient where the schedule takes one."""
     exact = problem.rounded_to(dtype)
-    same = torch.full_like(problem.upstream, 0.37)
-    for mask, upstream in ((None, same), (exact.mask, same if schedule == "chunk" else exact.upstream)):
+    same = torch.full_like(problem.upstream, UPSTREAM.get(schedule, 0.37))
+    for mask, upstream in ((None, same), (exact.mask, upstream_for(schedule, exact.upstream))):
         expected = reference_outcome(exact, target, upstream, mask, **scalars)
         head_mask = None if mask is None else mask.float()
         found = head_outcome(exact, target, upstream, head_mask, dtype, schedule=schedule, chunk_tokens=CHUNK, **scalars)
@@ -76,7 +89,7 @@ def test_given_logits(dtype: torch.dtype) -> None:
 
 def test_given_logits_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """150 tokens in chunks of 64, the smallest that a shard's width can ask for; and targets chosen from them."""
-    monkeypatch.setattr("megatron_kd.targets.logits.CHUNK_LOGITS", 1)
+    monkeypatch.setattr("megatron_kd.targets.logits.CHUNK_LOGITS_CPU", 1)
     seed = fresh_seed()
     problem = make_problem(seed, tokens=150)
     for temperature, tail in product((1.0, 2.0), TAILS):
@@ -124,12 +137,11 @@ def test_bfloat16() -> None:
     """
     seed = fresh_seed()
     problem = make_problem(seed).rounded_to(torch.bfloat16)
-    same = torch.ones_like(problem.upstream)
     for temperature, tail in product((1.0, 2.0), TAILS):
         target = hand_target(problem.teacher, top_k=8, temperature=temperature, dtype=torch.float32)
         scalars = dict(alpha=0.5, temperature=temperature, tail=tail, z_loss=1e-2)
         for schedule in SCHEDULES:
-            upstream = same if schedule == "chunk" else problem.upstream
+            upstream = upstream_for(schedule, problem.upstream)
             options = dict(schedule=schedule, chunk_tokens=CHUNK, **scalars)
             found = head_outcome(problem, target, upstream, problem.mask.float(), torch.bfloat16, **options)
             by_name = errors(found, reference_outcome(problem, target, upstream, problem.mask, **scalars))

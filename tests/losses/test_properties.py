@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_kd.losses import KDLoss, kd_cross_entropy, linear_kd_cross_entropy, reference_kd_cross_entropy
 from megatron_kd.losses.head import head_loss
-from megatron_kd.losses.rows import HEALTH, ChunkLoss
+from megatron_kd.losses.rows import HEALTH, TokenLoss
 from megatron_kd.losses.types import LossSpec
 from megatron_kd.targets import SparseTarget, TopSelection, linear_targets, select_targets
 from tests.losses.cases import (
@@ -29,7 +29,7 @@ from tests.losses.cases import (
     worst,
 )
 
-SCHEDULES = ("chunk", "recompute", "auto")
+SCHEDULES = ("save", "chunk", "recompute", "auto")
 
 
 def test_identical_models_have_a_divergence_of_exactly_zero() -> None:
@@ -288,11 +288,22 @@ def test_twice_the_same_bits() -> None:
 def test_a_second_backward_raises() -> None:
     problem = make_problem(fresh_seed())
     target = hand_target(problem.teacher, top_k=8, dtype=torch.float32)
-    for _, loss in entry_points(problem.labels, alpha=0.5, vocab_size=90):
+    for name, loss in entry_points(problem.labels, alpha=0.5, vocab_size=90):
+        if name == "recompute":
+            continue  # which can: see below
         total = loss(problem.hidden.float().requires_grad_(), problem.weight.float().requires_grad_(), target).total.sum()
         total.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="a second time"):
             total.backward()
+
+
+def test_recompute_can_go_back_again() -> None:
+    problem = make_problem(fresh_seed())
+    target = hand_target(problem.teacher, top_k=8, dtype=torch.float32)
+    hidden, weight = problem.hidden.float().requires_grad_(), problem.weight.float().requires_grad_()
+    total = linear_kd_cross_entropy(hidden, weight, problem.labels, target, alpha=0.5, vocab_size=90, schedule="recompute").total.sum()
+    first, second = (torch.autograd.grad(total, (hidden, weight), retain_graph=True) for _ in "12")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_schedule_chunk_refuses_an_upstream_that_differs_between_tokens() -> None:
@@ -326,10 +337,10 @@ def test_ce_and_kd_have_no_gradient() -> None:
 def test_without_autograd_no_gradient_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A parameter asks for its gradient even in evaluation: three products where one is needed."""
 
-    def refuse(self: ChunkLoss) -> Tensor:
+    def refuse(self: TokenLoss, *arguments: object, **options: object) -> Tensor:
         raise AssertionError("formed a gradient")
 
-    monkeypatch.setattr(ChunkLoss, "gradient", refuse)
+    monkeypatch.setattr(TokenLoss, "gradient", refuse)
     problem = make_problem(fresh_seed())
     target = hand_target(problem.teacher, top_k=8, dtype=torch.float32)
     leaves = problem.hidden.float().requires_grad_(), problem.weight.float().requires_grad_()
@@ -339,4 +350,4 @@ def test_without_autograd_no_gradient_is_formed(monkeypatch: pytest.MonkeyPatch)
     with torch.no_grad():
         kd_cross_entropy(problem.logits().float().requires_grad_(), problem.labels, target, alpha=0.5)
     with pytest.raises(AssertionError, match="formed a gradient"):
-        linear_kd_cross_entropy(*leaves, problem.labels, target, alpha=0.5, vocab_size=90)
+        linear_kd_cross_entropy(*leaves, problem.labels, target, alpha=0.5, vocab_size=90, schedule="chunk")

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kd.losses import KDLoss, kd_cross_entropy, linear_kd_cross_entropy
-from megatron_kd.targets import SparseTarget, TopSelection, linear_targets, select_targets
+from megatron_kd.targets import SampleSelection, Selection, SparseTarget, TopSelection, linear_targets, select_targets
 from tests.losses.cases import TAILS, Outcome, Problem, extreme_problem, hand_target, make_problem
 from tests.losses.mistakes import loss_mistakes, problem_with, selection_mistakes
 
@@ -44,7 +44,7 @@ class LossCase(NamedTuple):
 class SelectionCase(NamedTuple):
     what: str
     problem: Problem
-    selection: TopSelection
+    selection: Selection
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def problems(size: int, seed: int) -> dict[str, Problem]:
 
 def loss_cases(size: int, seed: int) -> list[LossCase]:
     """Every tail and temperature in fp64 and fp32, the schedules taking turns; then logits of +-1e4."""
-    found, turns = [], cycle(("recompute", "chunk", "auto"))
+    found, turns = [], cycle(("recompute", "chunk", "save"))
     for (name, problem), temperature, tail in product(problems(size, seed).items(), (1.0, 2.0), TAILS):
         scalars = dict(alpha=0.6, temperature=temperature, temperature_squared=True, tail=tail, z_loss=1e-2)
         for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
@@ -108,7 +108,7 @@ def loss_cases(size: int, seed: int) -> list[LossCase]:
 
 
 def selection_cases(size: int, seed: int) -> list[SelectionCase]:
-    """top_k within a shard, past it (23 rows a rank) and the whole vocabulary; rows full of equal logits."""
+    """top_k within a shard, past it (23 rows a rank) and the whole vocabulary; draws; rows full of equal logits."""
     found = []
     for name, problem in problems(size, seed).items():
         tied = replace(problem, weight=problem.weight.round(), hidden=problem.hidden.sign())
@@ -117,6 +117,7 @@ def selection_cases(size: int, seed: int) -> list[SelectionCase]:
         for top_k, top_p, temperature in kinds:
             selection = TopSelection(top_k, top_p=top_p, min_k=2, temperature=temperature)
             found.append(SelectionCase(f"{name} {selection}", problem, selection))
+        found += [SelectionCase(f"{name} draws {t}", problem, SampleSelection(40, seed, temperature=t)) for t in (1.0, 2.0)]
         found += [SelectionCase(f"tied {name} {k}", tied, TopSelection(k)) for k in (8, 40, whole)]
     return found
 
@@ -162,7 +163,7 @@ def _run_layout(layout: Layout, seed: int) -> Findings:
         written_to=written_to,
         identical=_run_identical(layout, seed),
         repeats_differ=sum(not torch.equal(a, b) for a, b in zip(first, again, strict=True)),
-        calls={schedule: _count_calls(layout, losses[0], schedule) for schedule in ("chunk", "recompute")},
+        calls={schedule: _count_calls(layout, losses[0], schedule) for schedule in ("chunk", "save", "recompute")},
         refusals=list(_refusals(layout)),
     )
 

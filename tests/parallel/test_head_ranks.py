@@ -97,8 +97,8 @@ def test_given_logits(world: World) -> None:
 
 
 def tensors_of(target: SparseTarget) -> list[Tensor]:
-    assert target.log_tail is not None and target.entropy is not None
-    return [target.logprobs, target.log_tail, target.entropy]
+    assert target.entropy is not None and (target.log_tail is None) == target.sampled
+    return target.tensors()[1:]
 
 
 def test_targets_are_those_of_whole_rows(world: World) -> None:
@@ -126,11 +126,11 @@ def test_identical_models_and_repeats(world: World) -> None:
 
 
 def test_collectives_are_as_few_as_documented(world: World) -> None:
-    """Per walk one all-gather a chunk, and one of hidden if it is split; per call one sum of the gradient of hidden."""
+    """Per chunk one all-gather of statistics, one sum of the gradient of hidden, and one all-gather of hidden if it is split."""
     for layout in world.layouts():
         split = int(layout.sequence_parallel)
-        for schedule, walks in (("chunk", 1), ("recompute", 2)):
-            expected = dict(zip(COLLECTIVES, (walks * (CHUNKS + split), 1 - split, split), strict=True))
+        for schedule, walks in (("chunk", 1), ("save", 2), ("recompute", 2)):
+            expected = dict(zip(COLLECTIVES, (CHUNKS + CHUNKS * split * walks, CHUNKS * (1 - split), CHUNKS * split), strict=True))
             assert [rank.calls[schedule] for rank in layout.ranks] == [expected] * layout.size, (layout.size, split, schedule)
 
 

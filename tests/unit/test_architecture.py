@@ -14,8 +14,8 @@ PACKAGE = ROOT / "megatron_kd"
 LEVELS: list[set[str]] = [
     {"config"},
     {"parallel"},
-    {"targets"},
     {"kernels"},
+    {"targets"},
     {"losses"},
     {"cache", "data", "models", "telemetry"},
     {"teacher", "checkpoint"},
