@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_kd.targets import SparseTarget, TopSelection, linear_targets, select_targets
-from tests.losses.cases import fresh_seed, make_problem, say
+from tests.losses.cases import fresh_seed, make_problem, relative_error, say
 
 
 def dense_target(logits: Tensor, top_k: int, *, top_p: float = 1.0, min_k: int = 1, temperature: float = 1.0) -> SparseTarget:
@@ -115,6 +115,32 @@ def test_equal_logits_go_to_the_smaller_id() -> None:
             both = (found.indices >= 0) & (expected.indices >= 0)
             assert torch.equal(found.indices[both], expected.indices[both]), say(seed, dtype, top_k)
             assert ((found.indices >= 0).sum(1) - (expected.indices >= 0).sum(1)).abs().amax() <= 1
+
+
+def test_a_wide_vocabulary_is_searched_by_tiles() -> None:
+    """Widths around whole tiles; ties within a tile, between tiles and at the edge of what is kept; masked-out ids; one peak."""
+    seed = fresh_seed()
+    generator = torch.Generator().manual_seed(seed)
+    for width, top_k in product((2047, 2048, 4000), (1, 7, 30)):
+        few = torch.randint(0, 1200, (24, width), generator=generator).float()
+        few[:8] = torch.randint(0, 3, (8, width), generator=generator).float()
+        few[8:12] = torch.randn(4, width, generator=generator)
+        few[12] = 1.0
+        few[13:16, : width - top_k - 3] = -torch.inf  # all that counts is in the last tiles
+        few[16, top_k:] = -torch.inf
+        expected = few.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+        found = select_targets(few, TopSelection(top_k))
+        assert torch.equal(found.indices.long(), expected), say(seed, width, top_k)
+        kept = few.double().log_softmax(1).gather(1, expected)
+        assert relative_error(found.logprobs.exp(), kept.exp()) < 1e-5, say(seed, width, top_k)
+
+
+def test_nan_logits_give_nan_targets() -> None:
+    """The trainer stops on what is not finite: it must arrive there."""
+    logits = torch.randn(3, 3000)
+    logits[1, 77] = torch.nan
+    found = select_targets(logits, TopSelection(8))
+    assert found.logprobs[1].isnan().any() and found.logprobs[[0, 2]].isfinite().all()
 
 
 def test_top_p_by_hand() -> None:
