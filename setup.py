@@ -16,6 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_kd", "megatron_kd.*"]),
+    package_data={"megatron_kd.cache": ["FORMAT.md"]},
     install_requires=[
         "torch>=2.10",
         "megatron-core>=0.16.1,<0.20",
@@ -28,6 +29,7 @@ setup(
         "tensorboard",
         "tqdm",
         "safetensors",
+        "pyarrow",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],
@@ -36,6 +38,6 @@ setup(
         "deepspeed": ["deepspeed"],
         "report": ["matplotlib"],
         # triton: its interpreter runs the kernels on CPU tensors in the tests.
-        "test": ["pytest", "pytest-timeout", "ruff", "mypy", "matplotlib", "triton; platform_system == 'Linux'"],
+        "test": ["pytest", "pytest-timeout", "ruff", "mypy", "matplotlib", "hypothesis", "triton; platform_system == 'Linux'"],
     },
 )

@@ -21,7 +21,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceTrainer
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.indexed import write_atomically
+from megatron_kd.config.durable import write_atomically
 from megatron_kd.data.tokenizer import TextFile, find_text_files, load_tokenizer
 
 _CHUNK = 1 << 18

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kd.config import ConfigError, ModelSection
+from megatron_kd.config.durable import sync_path
 
 FORMAT = 1
 _STEP = re.compile(r"step-(\d{8})")
@@ -134,11 +135,11 @@ class PendingCheckpoint:
         content: Mapping[str, Any] = {"format": FORMAT, **asdict(info)}
         (self.folder / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for path in [*self.folder.iterdir(), self.folder]:
-            _sync(path)
+            sync_path(path)
         if self.final.exists():
             shutil.rmtree(self.final)
         os.replace(self.folder, self.final)
-        _sync(self.final.parent)
+        sync_path(self.final.parent)
 
 
 def prune(checkpoints: Path, keep_last: int) -> None:
@@ -148,11 +149,3 @@ def prune(checkpoints: Path, keep_last: int) -> None:
         doomed = checkpoints / f".incomplete-removed-{folder.name}"
         os.replace(folder, doomed)
         shutil.rmtree(doomed)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -28,8 +28,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_kd.config.durable import sync_path
 from megatron_kd.config.run import ConfigError
-from megatron_kd.data.indexed import read_index, sync_folder
+from megatron_kd.data.indexed import read_index
 from megatron_kd.parallel.collectives import raise_together
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ def _complete(folder: Path, write: Callable[[Path], object]) -> None:
         # A run beside this one may have been faster; its folder has the same content.
         if not folder.is_dir():
             os.rename(temporary, folder)
-        sync_folder(folder.parent)
+        sync_path(folder.parent)
     except OSError as error:
         raise ConfigError(f"cannot write {folder} ({error}): set data.index_cache to a writable folder with free space") from error
     finally:

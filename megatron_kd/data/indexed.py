@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_kd.config.durable import write_atomically
 from megatron_kd.config.run import ConfigError
 
 _HEADER = struct.Struct("<9sQBQQ")
@@ -217,30 +218,6 @@ def _locate(index: TokenIndex, position: int) -> tuple[int, int]:
     sequence = int(np.searchsorted(index.offsets, at, side="right")) - 1
     document = int(np.searchsorted(index.documents, sequence, side="right")) - 1
     return document, (at - int(index.offsets[index.documents[document]])) // index.dtype.itemsize
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write `data` so that `path` is absent, old or complete at every moment, a crash of the machine included."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class TokenFileWriter:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TextIO, get_args
+
+from megatron_kd.config.durable import write_atomically
 
 State = Literal["running", "finished", "stopped", "failed"]
 
@@ -94,12 +95,12 @@ class RunWriter:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
         content = {"state": state, "step": step, "steps": self._steps, "time": now, "message": message}
-        _write_atomically(self._directory / "status.json", json.dumps(content, indent=2) + "\n")
+        write_atomically(self._directory / "status.json", (json.dumps(content, indent=2) + "\n").encode())
 
     def write_config(self, text: str) -> None:
         """Replace config.toml, the complete configuration of the run."""
         if self._enabled:
-            _write_atomically(self._directory / "config.toml", text)
+            write_atomically(self._directory / "config.toml", text.encode())
 
     def close(self) -> None:
         """Flush and close; the status is left as it is. May be called twice."""
@@ -127,7 +128,7 @@ def _keep_rows_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     if step == 0:
-        _write_atomically(path, "")
+        write_atomically(path, b"")
         return
     lines = path.read_bytes().split(b"\n")
     kept = []
@@ -142,23 +143,4 @@ def _keep_rows_until(path: Path, step: int) -> None:
             raise ValueError(f"{path} line {number} is not a row with a step; repair the file or move it away, then resume") from None
         if keep:
             kept.append(line.decode() + "\n")
-    _write_atomically(path, "".join(kept))
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Readers see the old or the new content, never a part, whenever the process or the machine dies."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_atomically(path, "".join(kept).encode())

@@ -1,0 +1,112 @@
+"""What a cache holds, compared with what a run wants before step 0."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_kd.cache.codec import VALUE_ENCODINGS
+from megatron_kd.config.durable import write_atomically
+from megatron_kd.targets.select import Selection
+
+FORMAT, SCHEMA_VERSION = "megatron_kd teacher cache", 1
+IDENTITY_FILE = "cache.json"
+
+
+class CacheError(Exception):
+    """Something about a cache that one sentence explains."""
+
+
+class WrongCache(CacheError):
+    """A cache made for something else."""
+
+
+class CorruptCache(CacheError):
+    """Bytes that are not those that were written: names file, record, what was expected and what was found."""
+
+
+class MissingTarget(CacheError):
+    """A sample that the cache does not hold."""
+
+
+class CacheInUse(CacheError):
+    """Another process writes here: names it."""
+
+
+@dataclass(frozen=True)
+class CacheIdentity:
+    """All that decides what a record means; two caches with the same identity are parts of one.
+
+    teacher: digest of its weights, hex; for a teacher caught while training, of its run. tokenizer: digest of its vocabulary,
+    hex, None where none is known. vocab_size: true number of ids. sequence_length: tokens of a sample. selection: how entries
+    were chosen; a selection object stands for its text. value_encoding: see `codec`. teacher_step: its training step, None
+    where each shard says its own. document_attention: "across": tokens see the documents before theirs in the sample;
+    "within": their own only.
+    """
+
+    teacher: str
+    tokenizer: str | None
+    vocab_size: int
+    sequence_length: int
+    selection: str | Selection
+    value_encoding: str = "quantized"
+    teacher_step: int | None = None
+    document_attention: str = "across"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.selection, str):
+            object.__setattr__(self, "selection", repr(self.selection))
+        if self.value_encoding not in VALUE_ENCODINGS:
+            raise ValueError(f"value_encoding must be one of {', '.join(VALUE_ENCODINGS)}, not {self.value_encoding!r}")
+        if self.vocab_size < 1 or self.sequence_length < 1:
+            raise ValueError(f"vocab_size ({self.vocab_size}) and sequence_length ({self.sequence_length}) must be at least 1")
+        if self.document_attention not in ("across", "within"):
+            raise ValueError(f'document_attention must be "across" or "within", not {self.document_attention!r}')
+
+    def to_json(self) -> str:
+        """One line, keys in order: the same identity is the same text."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> CacheIdentity:
+        """The identity in `content`; ValueError for a field that is missing or not known."""
+        names = {field.name for field in fields(CacheIdentity)}
+        if set(content) != names:
+            raise ValueError(f"fields {sorted(set(content) ^ names)} are missing or unknown")
+        return CacheIdentity(**content)
+
+    def check(self, expected: CacheIdentity, where: str) -> None:
+        """WrongCache naming every field in which this identity, of the cache at `where`, is not the expected one."""
+        wrong = [
+            f"{field.name}: the cache has {mine!r}, expected {wanted!r}"
+            for field in fields(self)
+            if (mine := getattr(self, field.name)) != (wanted := getattr(expected, field.name))
+        ]
+        if wrong:
+            raise WrongCache(f"{where} was made for something else ({'; '.join(wrong)}): use another cache, or make one for this run")
+
+
+def write_identity(directory: Path, identity: CacheIdentity) -> None:
+    """Name what `directory` holds; WrongCache where it holds something else already. Several writers may do so at once."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / IDENTITY_FILE
+    if path.exists():
+        parse_identity(path.read_bytes(), str(path)).check(identity, str(directory))
+        return
+    content = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "identity": json.loads(identity.to_json())}
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def parse_identity(data: bytes, path: str) -> CacheIdentity:
+    """The identity in the content of cache.json; CorruptCache for anything else."""
+    try:
+        content = json.loads(data)
+        if content["format"] != FORMAT or content["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(
+                f"it says {content['format']!r} version {content['schema_version']}, expected {FORMAT!r} version {SCHEMA_VERSION}"
+            )
+        return CacheIdentity.from_dict(content["identity"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptCache(f"{path} does not describe a teacher cache: {error}") from error

@@ -1,0 +1,207 @@
+"""Reading a cache: a sample's target by the sample's tokens, from local files or any fsspec URL."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_kd.cache.codec import BadRecord, decode
+from megatron_kd.cache.identity import IDENTITY_FILE, CacheIdentity, CorruptCache, MissingTarget, parse_identity
+from megatron_kd.cache.shard import Record, Shard, ShardInfo, parse_info, readable
+from megatron_kd.targets.keys import KEY_BYTES, sample_key
+from megatron_kd.targets.sparse import SparseTarget
+
+OPEN_BATCHES = 256  # record batches kept at hand; they are views of a memory map
+
+
+class Storage:
+    """The files of one folder: a path, or a URL that fsspec knows (s3://, gs://, memory://, ...)."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.name = str(directory).rstrip("/")
+        self._remote: Any = None
+        if "://" in self.name:
+            import fsspec  # only those who name a URL need it
+
+            self._remote, self._root = fsspec.core.url_to_fs(self.name)
+
+    def list(self) -> list[str]:
+        """Names in the folder, sorted; MissingTarget where there is no such folder."""
+        try:
+            paths = self._remote.ls(self._root, detail=False) if self._remote else [str(path) for path in Path(self.name).iterdir()]
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise MissingTarget(f"there is no teacher cache at {self.name}") from error
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+
+    def path(self, name: str) -> str:
+        """For messages."""
+        return f"{self.name}/{name}"
+
+    def read(self, name: str) -> bytes:
+        """The content of a small file; CorruptCache where it is missing."""
+        try:
+            if self._remote:
+                return bytes(self._remote.cat_file(f"{self._root}/{name}"))
+            return Path(self.name, name).read_bytes()
+        except OSError as error:
+            raise CorruptCache(f"{self.path(name)} cannot be read: {error}") from error
+
+    def open(self, name: str) -> pa.NativeFile:
+        """A large file: mapped into memory where it is local."""
+        with readable(self.path(name)):
+            if self._remote:
+                return pa.PythonFile(self._remote.open(f"{self._root}/{name}", "rb"), mode="r")
+            return pa.memory_map(str(Path(self.name, name)), "r")
+
+
+class Place(NamedTuple):
+    """Where a record is."""
+
+    shard: int
+    batch: int
+    row: int
+
+
+class CacheReader:
+    """Targets by the tokens they belong to. Threads may share it; processes each open their own.
+
+    Opening reads the keys of every record (24 bytes a sample stay in memory) and each shard's size, not its content; every
+    record's checksum is compared when it is read. Shards that were not finished do not exist for it. Where several shards
+    hold a sample, the one of the latest training step is read.
+
+    Args:
+        directory: a path, or a URL for fsspec.
+        expect: what the cache must be; None: whatever it is.
+    Raises:
+        MissingTarget: there is no cache. WrongCache: it is of something else; every difference is named. CorruptCache.
+    """
+
+    def __init__(self, directory: str | Path, *, expect: CacheIdentity | None = None) -> None:
+        self.storage = Storage(directory)
+        names = self.storage.list()
+        if IDENTITY_FILE not in names:
+            raise MissingTarget(f"there is no teacher cache at {self.storage.name}: it has no {IDENTITY_FILE}")
+        self.identity = parse_identity(self.storage.read(IDENTITY_FILE), self.storage.path(IDENTITY_FILE))
+        if expect is not None:
+            self.identity.check(expect, self.storage.name)
+        infos = [name for name in names if name.endswith(".json") and name != IDENTITY_FILE and not name.startswith(".")]
+        self.shards = [self._open_shard(name, set(names)) for name in infos]
+        self._index()
+        self._batches: OrderedDict[tuple[int, int], pa.RecordBatch] = OrderedDict()
+        self._guard = Lock()
+
+    def _open_shard(self, name: str, names: set[str]) -> Shard:
+        info: ShardInfo = parse_info(self.storage.read(name), self.storage.path(name))
+        if info.file not in names:
+            raise CorruptCache(f"{self.storage.path(info.file)} is missing, but {name} says it holds {info.records} records")
+        return Shard(self.storage.path(info.file), self.storage.open(info.file), info, self.identity)
+
+    def _index(self) -> None:
+        """Keys of all records in order, and where each is: the last shard by (step, name) first among equal keys."""
+        order = sorted(range(len(self.shards)), key=lambda n: (self.shards[n].info.step or 0, n), reverse=True)
+        keys, places = [], []
+        for number in order:
+            shard, found = self.shards[number], 0
+            for batch, joined in shard.keys():
+                count = len(joined) // KEY_BYTES
+                keys.append(np.frombuffer(joined, dtype="<u8").reshape(-1, 2))
+                rows = np.arange(count, dtype=np.int32)
+                places.append(np.stack([np.full(count, number, np.int32), np.full(count, batch, np.int32), rows], 1))
+                found += count
+            if found != shard.info.records:
+                raise CorruptCache(f"{shard.path}: {found} records, expected {shard.info.records}")
+        words: NDArray[np.uint64] = np.concatenate(keys) if keys else np.zeros((0, 2), dtype=np.uint64)
+        order_of = np.lexsort((words[:, 1], words[:, 0]))  # stable: among equal keys the latest stays first
+        self._keys = words[order_of]
+        self._places = np.concatenate(places)[order_of] if places else np.zeros((0, 3), dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def find(self, key: bytes) -> Place | None:
+        """Where the record of `key` is; None where there is none."""
+        high, low = np.frombuffer(key, dtype="<u8")
+        start = int(np.searchsorted(self._keys[:, 0], high))
+        while start < len(self._keys) and self._keys[start, 0] == high:
+            if self._keys[start, 1] == low:
+                return Place(*(int(n) for n in self._places[start]))
+            start += 1
+        return None
+
+    def missing(self, keys: Iterable[bytes]) -> list[int]:
+        """Positions in `keys` of those that the cache does not hold."""
+        return [position for position, key in enumerate(keys) if self.find(key) is None]
+
+    def record(self, key: bytes) -> Record:
+        """The record of `key`, its checksum compared. MissingTarget, CorruptCache."""
+        place = self.find(key)
+        if place is None:
+            raise MissingTarget(
+                f"{self.storage.name} holds no target for the sample {key.hex()} among its {len(self)}: it was made from other data, "
+                "with another tokenizer or another sequence length"
+            )
+        shard = self.shards[place.shard]
+        record = shard.record(self._batch(place), place.batch, place.row)
+        if record.key != key:
+            raise CorruptCache(f"{shard.path}: record {place.row} of batch {place.batch} is {record.key.hex()}, expected {key.hex()}")
+        return record
+
+    def _batch(self, place: Place) -> pa.RecordBatch:
+        at = place.shard, place.batch
+        with self._guard:
+            if at in self._batches:
+                self._batches.move_to_end(at)
+                return self._batches[at]
+            batch = self.shards[place.shard].batch(place.batch)
+            self._batches[at] = batch
+            if len(self._batches) > OPEN_BATCHES:
+                self._batches.popitem(last=False)
+            return batch
+
+    def get(self, tokens: Tensor) -> SparseTarget:
+        """The target [S, K] of the sample with these tokens, int [S]. MissingTarget, CorruptCache."""
+        return self.get_key(sample_key(tokens))
+
+    def get_key(self, key: bytes) -> SparseTarget:
+        """The same by `sample_key`."""
+        record = self.record(key)
+        try:
+            target = decode(record.payload)
+        except BadRecord as error:
+            raise CorruptCache(f"{self.storage.name}: record {key.hex()}: {error}") from error
+        if target.indices.shape[0] != record.tokens or int(target.indices.max()) >= self.identity.vocab_size:
+            raise CorruptCache(
+                f"{self.storage.name}: record {key.hex()} has {target.indices.shape[0]} tokens and ids up to {int(target.indices.max())}, "
+                f"expected {record.tokens} tokens and ids below {self.identity.vocab_size}"
+            )
+        return target
+
+
+def stack(targets: list[SparseTarget]) -> SparseTarget:
+    """Targets [S, K] of B samples -> [S, B, K], with K the widest."""
+    slots = max(target.indices.shape[1] for target in targets)
+
+    def wide(name: str, fill: float) -> Tensor:
+        parts = [getattr(target, name) for target in targets]
+        return torch.stack([torch.nn.functional.pad(part, (0, slots - part.shape[1]), value=fill) for part in parts], 1)
+
+    first = targets[0]
+    if any((t.log_tail is None) != (first.log_tail is None) or t.temperature != first.temperature for t in targets):
+        raise CorruptCache("samples of one batch were stored at different temperatures, or some with and some without their tail")
+    return SparseTarget(
+        wide("indices", -1),
+        wide("logprobs", -torch.inf),
+        None if first.log_tail is None else torch.stack([t.log_tail for t in targets if t.log_tail is not None], 1),
+        None if any(t.entropy is None for t in targets) else torch.stack([t.entropy for t in targets if t.entropy is not None], 1),
+        first.temperature,
+        first.sampled,
+    )

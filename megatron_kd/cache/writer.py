@@ -1,0 +1,152 @@
+"""Writing a cache: records into shards, shards committed one by one, and never two writers with one name."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
+
+from megatron_kd.cache.codec import encode
+from megatron_kd.cache.identity import CacheIdentity, CacheInUse, write_identity
+from megatron_kd.cache.shard import Record, ShardInfo, ShardWriter
+from megatron_kd.targets.keys import sample_key
+from megatron_kd.targets.sample import SampleSelection
+from megatron_kd.targets.sparse import SparseTarget
+
+
+class WriterLock:
+    """A file that one process at a time holds; its content names the owner. Freed by the system when the process dies."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(self._descriptor, 1000).decode(errors="replace").strip() or "a process that has not said its name"
+            os.close(self._descriptor)
+            raise CacheInUse(f"{path.parent} is being written by {owner}: wait for it, stop it, or write elsewhere") from error
+        os.ftruncate(self._descriptor, 0)
+        owner = f"process {os.getpid()} of {getpass.getuser()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        os.write(self._descriptor, owner.encode())
+
+    def release(self) -> None:
+        """Let others write. The file stays: removing it would let two processes each hold one of the same name."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
+            os.close(self._descriptor)
+
+
+class CacheWriter:
+    """Adds samples to the cache in `directory`. Use as a context manager: what is open is committed at its end, or dropped by an error.
+
+    Args:
+        directory: made where it is missing; may hold shards of the same identity already.
+        worker: writers at the same time need different numbers.
+        shard: write this one shard, replacing it; None: new shards of `shard_samples` samples one after the other.
+        step: of the teacher's training, noted with every shard.
+    Raises:
+        WrongCache: the directory holds something else. CacheInUse: another process writes as this worker, and which.
+        OSError: the disk is full, or not writable; finished shards stay, of the open one nothing.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        identity: CacheIdentity,
+        *,
+        worker: int = 0,
+        shard: int | None = None,
+        shard_samples: int = 4096,
+        step: int | None = None,
+    ) -> None:
+        if worker < 0 or shard_samples < 1 or (shard is not None and shard < 0):
+            raise ValueError(f"worker ({worker}) and shard ({shard}) count from 0, shard_samples ({shard_samples}) from 1")
+        self.directory, self.identity, self.step = Path(directory), identity, step
+        self._worker, self._fixed, self._shard_samples = worker, shard, shard_samples
+        self._open: ShardWriter | None = None
+        self._added: set[bytes] = set()
+        self.finished: list[ShardInfo] = []
+        write_identity(self.directory, identity)
+        self._lock = WriterLock(self.directory / f".writer-{worker:05d}.lock")
+        for leftover in self.directory.glob(f".{self._prefix}*.partial-*"):  # of a writer that was killed
+            leftover.unlink()
+
+    @property
+    def _prefix(self) -> str:
+        return f"shard-{self._fixed:08d}" if self._fixed is not None else f"worker-{self._worker:05d}-"
+
+    def _new_shard(self) -> ShardWriter:
+        name = self._prefix
+        if self._fixed is None:
+            numbers = [int(path.stem.rsplit("-", 1)[1]) for path in self.directory.glob(f"{name}*.arrow")]
+            name += f"{max(numbers, default=-1) + 1:06d}"
+        return ShardWriter(self.directory, name, self.identity, step=self.step)
+
+    def add(self, tokens: Tensor, target: SparseTarget) -> None:
+        """Add one sample: tokens int [S], its target [S, K]. A sample that this shard holds already is not added again.
+
+        Raises ValueError for what does not fit the cache's identity.
+        """
+        if tokens.shape != (self.identity.sequence_length,) or target.indices.shape[0] != len(tokens):
+            raise ValueError(
+                f"tokens {tuple(tokens.shape)} with a target {tuple(target.indices.shape)}: this cache holds samples of "
+                f"{self.identity.sequence_length} tokens with one row of K entries each"
+            )
+        target = target.map(lambda t: t.detach().cpu())
+        if int(target.indices.max()) >= self.identity.vocab_size:
+            raise ValueError(f"id {int(target.indices.max())} is past the vocabulary of {self.identity.vocab_size} ids")
+        key = sample_key(tokens)
+        if key in self._added:
+            return
+        payload = encode(target, value_encoding=self.identity.value_encoding, num_draws=_draws(self.identity))
+        if self._open is None:
+            self._open = self._new_shard()
+        self._open.add(Record(key, len(tokens), payload))
+        self._added.add(key)
+        if self._fixed is None and self._open.records >= self._shard_samples:
+            self._commit()
+
+    def _commit(self) -> None:
+        if self._open is not None:
+            self.finished.append(self._open.commit())
+            self._open = None
+            self._added.clear()
+
+    def close(self) -> None:
+        """Commit what is open and let others write."""
+        try:
+            self._commit()
+        finally:
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._open is not None:
+            self._open.discard()
+            self._open = None
+        self._lock.release()
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._drop()
+
+
+def _draws(identity: CacheIdentity) -> int | None:
+    """num_draws of a selection by draws: its text says it."""
+    text = str(identity.selection)
+    if not text.startswith(f"{SampleSelection.__name__}(num_draws="):
+        return None
+    return int(text.split("=", 1)[1].split(",", 1)[0])

@@ -1,0 +1,33 @@
+"""What a sample is called: a hash of its token ids, so that the same text has the same name in any order, batch or layout."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KEY_BYTES = 16
+
+
+def sample_key(tokens: Tensor) -> bytes:
+    """128-bit BLAKE2b of the input ids [S] as little-endian int32."""
+    return blake2b(tokens.cpu().numpy().astype("<i4").tobytes(), digest_size=KEY_BYTES).digest()
+
+
+def sample_keys(tokens: Tensor) -> Tensor:
+    """`sample_key` of each row of [B, S] as two int64: [B, 2], on the CPU."""
+    joined = b"".join(sample_key(row) for row in tokens)
+    return torch.from_numpy(np.frombuffer(joined, dtype="<i8").reshape(-1, 2).copy())
+
+
+def key_of(words: Tensor) -> bytes:
+    """The two int64 of `sample_keys` [2] as the key again."""
+    return words.cpu().numpy().astype("<i8").tobytes()
+
+
+def row_keys(keys: Tensor, sequence_length: int) -> Tensor:
+    """int64 [S, B], what random draws of a token depend on besides the seed: its sample [B, 2] and its position in it."""
+    position = torch.arange(sequence_length, device=keys.device)
+    return keys[:, 0].unsqueeze(0) + position.unsqueeze(1)

@@ -1,0 +1,142 @@
+"""A target as bytes and back: exact where that is promised, within the stated error elsewhere, for any shape of target."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_kd.cache.bits import pack, unpack
+from megatron_kd.cache.codec import HEADER, BadRecord, decode, encode
+from megatron_kd.targets import SampleSelection, SparseTarget, TopSelection, select_targets
+from megatron_kd.targets.sparse import check_target
+from tests.losses.cases import fresh_seed, say
+
+STEP = 1 / 24
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 32), max_size=300), st.integers(0, 2**32))
+def test_bits_come_back(widths: list[int], seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    wide = np.array(widths, dtype=np.int64)
+    values = generator.integers(0, 2**32, len(widths), dtype=np.uint64) & ((np.uint64(1) << wide.astype(np.uint64)) - np.uint64(1))
+    data = pack(values, wide)
+    assert len(data) == (wide.sum() + 7) // 8
+    assert np.array_equal(unpack(data, wide), values)
+    expected = sum(int(value) << int(start) for value, start in zip(values, wide.cumsum() - wide, strict=True))
+    assert int.from_bytes(data, "little") == expected
+
+
+def teacher(seed: int, *, tokens: int, vocab_size: int, spread: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    frequency = -torch.arange(1, vocab_size + 1).float().log()
+    return frequency + spread * torch.randn(tokens, vocab_size, generator=generator)
+
+
+def used(target: SparseTarget) -> list[dict[int, float]]:
+    return [
+        {int(i): float(v) for i, v in zip(ids, values, strict=True) if i >= 0}
+        for ids, values in zip(target.indices, target.logprobs, strict=True)
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 40), st.sampled_from([1, 7, 2000, 70000]), st.integers(1, 70), st.floats(0.05, 1.0), st.sampled_from([1.0, 2.0]),
+    st.integers(0, 2**31),
+)  # fmt: skip
+def test_top_targets(tokens: int, vocab_size: int, top_k: int, top_p: float, temperature: float, seed: int) -> None:
+    logits = teacher(seed, tokens=tokens, vocab_size=vocab_size, spread=3.0)
+    target = select_targets(logits, TopSelection(min(top_k, vocab_size), top_p=top_p, temperature=temperature))
+    exact = decode(encode(target, value_encoding="fp32"))
+    for ours, theirs in zip(exact.tensors(), target.tensors(), strict=True):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+    assert (exact.temperature, exact.sampled) == (temperature, False)
+
+    found = decode(encode(target))
+    check_target(found, target.indices.shape[:1], vocab_size=vocab_size)
+    assert found.temperature == temperature and found.indices.shape == target.indices.shape
+    assert torch.equal(found.log_tail, target.log_tail)
+    assert (found.entropy - target.entropy).abs().max() <= 0.5 / 2048 + 1e-6
+    for ours, theirs in zip(used(found), used(target), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert max(abs(ours[i] - theirs[i]) for i in ours) < STEP  # half a step, and the same again for the scaling
+    mass, kept = (t.logprobs.double().exp().sum(1) for t in (found, target))
+    assert torch.allclose(mass, kept, atol=2e-6)
+
+
+def test_the_loss_of_quantization() -> None:
+    """Mean KL between the kept distributions, exact against read back: step^2 / 24 = 7e-5."""
+    seed = fresh_seed()
+    target = select_targets(teacher(seed, tokens=300, vocab_size=20000, spread=2.5), TopSelection(50, top_p=0.95))
+    found = decode(encode(target))
+    order = torch.where(target.indices >= 0, target.indices, 2**31 - 1).argsort(dim=1, stable=True)
+    exact = target.logprobs.gather(1, order).double().log_softmax(1)
+    read = found.logprobs.double().log_softmax(1)
+    divergence = torch.where(exact > -torch.inf, exact.exp() * (exact - read), 0.0).sum(1)
+    assert 0 <= divergence.mean() < 1e-4 and divergence.max() < 3.2e-4, say(seed, divergence.mean(), divergence.max())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 80), st.sampled_from([1, 50, 30000]), st.sampled_from([1.0, 2.0]), st.integers(0, 2**31))
+def test_draws_are_exact(tokens: int, draws: int, vocab_size: int, temperature: float, seed: int) -> None:
+    logits = teacher(seed, tokens=tokens, vocab_size=vocab_size, spread=3.0)
+    target = select_targets(logits, SampleSelection(draws, seed, temperature))
+    for encoding in ("quantized", "fp32"):
+        found = decode(encode(target, value_encoding=encoding, num_draws=draws))
+        assert found.sampled and found.temperature == temperature and found.log_tail is None
+        assert torch.equal(found.indices, target.indices) and torch.equal(found.logprobs, target.logprobs)
+
+
+def test_what_cannot_be_stored_is_refused() -> None:
+    def target(ids: list[list[int]], values: list[list[float]], **more: object) -> SparseTarget:
+        return SparseTarget(torch.tensor(ids, dtype=torch.int32), torch.tensor(values).log(), **more)
+
+    for bad, says in (
+        (target([[-1, -1]], [[0.5, 0.5]]), "has no kept entry"),
+        (target([[1, 2]], [[0.5, float("nan")]]), "not a number"),
+        (target([[3, 3]], [[0.5, 0.5]]), "named twice"),
+        (target([[1, 2]], [[0.5, 0.25]], sampled=True), None),
+        (target([[1, 2]], [[0.7, 0.3]], sampled=True), "not counts of 2 draws"),
+    ):
+        if says is None:
+            continue
+        with pytest.raises(ValueError, match=says):
+            encode(bad)
+    with pytest.raises(ValueError, match="value_encoding must be one of quantized, fp32, not 'int4'"):
+        encode(target([[1]], [[1.0]]), value_encoding="int4")
+
+
+def test_a_target_without_tail_or_entropy() -> None:
+    target = SparseTarget(torch.tensor([[5, 2], [9, -1]], dtype=torch.int32), torch.tensor([[0.5, 0.25], [0.125, 0.0]]).log())
+    for encoding in ("quantized", "fp32"):
+        found = decode(encode(target, value_encoding=encoding))
+        assert found.log_tail is None and found.entropy is None
+        for ours, theirs in zip(used(found), used(target), strict=True):
+            assert ours.keys() == theirs.keys() and max(abs(ours[i] - theirs[i]) for i in ours) < STEP
+        assert torch.allclose(found.logprobs.exp().sum(1), torch.tensor([0.75, 0.125]), atol=1e-6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_other_bytes_are_bad_records_or_targets(data: st.DataObject) -> None:
+    """Without the checksum that guards it, a changed record gives BadRecord or some target, never another error."""
+    target = select_targets(teacher(data.draw(st.integers(0, 9)), tokens=5, vocab_size=500, spread=2.0), TopSelection(9, top_p=0.9))
+    good = bytearray(encode(target, value_encoding=data.draw(st.sampled_from(["quantized", "fp32"]))))
+    kind = data.draw(st.sampled_from(["flip", "cut", "grow", "noise"]))
+    if kind == "flip":
+        good[data.draw(st.integers(0, len(good) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == "cut":
+        del good[data.draw(st.integers(0, len(good) - 1)) :]
+    elif kind == "grow":
+        good += data.draw(st.binary(min_size=1, max_size=9))
+    else:
+        good = bytearray(data.draw(st.binary(max_size=2 * HEADER.size)))
+    try:
+        found = decode(bytes(good))
+    except BadRecord:
+        return
+    assert kind in ("flip", "noise") and found.indices.dim() == 2

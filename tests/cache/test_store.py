@@ -1,0 +1,272 @@
+"""Records found by what they are, in files that are complete or not there; damage and mismatch are named, never read."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_kd.cache import CacheError, CacheIdentity, CacheInUse, CacheReader, CacheWriter, MissingTarget, WrongCache
+from megatron_kd.targets import SparseTarget, TopSelection, select_targets
+from megatron_kd.targets.keys import sample_key, sample_keys
+from tests.losses.cases import fresh_seed, say
+
+S, V = 16, 500
+SELECTION = TopSelection(6, top_p=0.9)
+IDENTITY = CacheIdentity("ab" * 32, "cd" * 32, V, S, SELECTION, "fp32")
+Sample = tuple[Tensor, SparseTarget]
+
+
+def samples(seed: int, count: int) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, V, (count, S), generator=generator)
+    return [(row, select_targets(3 * torch.randn(S, V, generator=generator), SELECTION)) for row in tokens]
+
+
+def same(a: SparseTarget, b: SparseTarget) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
+
+
+def holds(directory: Path, expected: list[Sample]) -> bool:
+    reader = CacheReader(directory, expect=IDENTITY)
+    return len(reader) == len(expected) and all(same(reader.get(tokens), target) for tokens, target in expected)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[tuple[Path, list[Sample]]]:
+    """150 samples in three shards, the middle one of more than one record batch."""
+    made = samples(fresh_seed(), 150)
+    for shard, part in enumerate((made[:20], made[20:130], made[130:])):
+        with CacheWriter(tmp_path / "cache", IDENTITY, shard=shard) as writer:
+            for tokens, target in part:
+                writer.add(tokens, target)
+    yield tmp_path / "cache", made
+
+
+def test_any_number_of_writers_and_any_order(tmp_path: Path) -> None:
+    seed = fresh_seed()
+    made = samples(seed, 90)
+    random.Random(seed).shuffle(made)
+    with CacheWriter(tmp_path, IDENTITY, worker=0, shard_samples=7) as first, CacheWriter(tmp_path, IDENTITY, worker=3) as second:
+        for number, (tokens, target) in enumerate(made):
+            (first if number % 3 else second).add(tokens, target)
+            first.add(tokens, target)  # twice is once
+    with CacheWriter(tmp_path, IDENTITY) as third:  # goes on where worker 0 ended
+        third.add(*made[0])
+    reader = CacheReader(tmp_path)
+    assert reader.identity == IDENTITY
+    assert all(same(reader.get(tokens.int()), target) for tokens, target in made), say(seed)
+    strange = samples(seed + 1, 1)[0][0]
+    assert reader.missing([sample_key(made[5][0]), sample_key(strange)]) == [1]
+    with pytest.raises(MissingTarget, match=f"holds no target for the sample {sample_key(strange).hex()}"):
+        reader.get(strange)
+
+
+def test_names_depend_on_the_ids_alone() -> None:
+    tokens = torch.randint(0, V, (3, S))
+    words = sample_keys(tokens)
+    assert words.shape == (3, 2) and words.dtype == torch.int64
+    assert [row.numpy().tobytes() for row in words] == [sample_key(row) for row in tokens] == [sample_key(row.int()) for row in tokens]
+    assert len({sample_key(row) for row in (tokens[0], tokens[0].flip(0), tokens[0][:-1], tokens[0] + 1)}) == 4
+
+
+def test_another_identity_is_refused_with_every_difference(cache: tuple[Path, list[Sample]]) -> None:
+    directory, _ = cache
+    other = CacheIdentity("ef" * 32, "cd" * 32, V, 2 * S, SELECTION, "fp32")
+    for attempt in (lambda: CacheReader(directory, expect=other), lambda: CacheWriter(directory, other)):
+        with pytest.raises(WrongCache) as caught:
+            attempt()
+        for part in ("ab" * 32, "ef" * 32, f"sequence_length: the cache has {S}, expected {2 * S}"):
+            assert part in str(caught.value)
+    with pytest.raises(MissingTarget, match="there is no teacher cache at"):
+        CacheReader(directory / "nothing")
+
+
+def test_two_writers_of_one_name(tmp_path: Path) -> None:
+    with CacheWriter(tmp_path, IDENTITY) as _, pytest.raises(CacheInUse, match=f"is being written by process {os.getpid()} of "):
+        CacheWriter(tmp_path, IDENTITY)
+    CacheWriter(tmp_path, IDENTITY).close()
+
+
+def test_an_error_drops_the_open_shard_only(tmp_path: Path) -> None:
+    made = samples(fresh_seed(), 12)
+
+    class Stop(Exception):
+        pass
+
+    with pytest.raises(Stop), CacheWriter(tmp_path, IDENTITY, shard_samples=5) as writer:  # noqa: PT012
+        for tokens, target in made:
+            writer.add(tokens, target)
+        raise Stop
+    assert holds(tmp_path, made[:10])
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_samples_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    tokens, target = samples(fresh_seed(), 1)[0]
+    with CacheWriter(tmp_path, IDENTITY) as writer:
+        with pytest.raises(ValueError, match=r"this cache holds samples of 16 tokens"):
+            writer.add(tokens[:-1], target)
+        with pytest.raises(ValueError, match=f"id {V} is past the vocabulary of {V} ids"):
+            writer.add(tokens, target.map(lambda t: torch.where(t == t.max(), V, t) if t.dtype == torch.int32 else t))
+    assert len(CacheReader(tmp_path)) == 0
+
+
+def read_all(directory: Path, expected: list[Sample]) -> str | None:
+    """None if all is right; the error if there is one; a wrong number is a failure."""
+    try:
+        reader = CacheReader(directory, expect=IDENTITY)
+        for tokens, target in expected:
+            assert same(reader.get(tokens), target), "a wrong number"
+    except CacheError as error:
+        return str(error)
+    return None
+
+
+def test_every_flipped_byte_is_named_or_harmless(cache: tuple[Path, list[Sample]]) -> None:
+    """Harmless: in Arrow's alignment padding and in unused parts of its own headers."""
+    directory, made = cache
+    seed = fresh_seed()
+    generator = random.Random(seed)
+    caught = 0
+    for name in ("shard-00000000.arrow", "shard-00000000.json", "cache.json"):
+        path = directory / name
+        good = path.read_bytes()
+        for place in generator.sample(range(len(good)), 60):
+            path.write_bytes(good[:place] + bytes([good[place] ^ generator.randrange(1, 256)]) + good[place + 1 :])
+            problem = read_all(directory, made)
+            caught += problem is not None
+            assert problem is None or str(directory) in problem, say(seed, name, place, problem)
+        path.write_bytes(good)
+    assert read_all(directory, made) is None and caught > 60
+
+
+def test_truncation_at_any_length_is_named(cache: tuple[Path, list[Sample]]) -> None:
+    directory, made = cache
+    seed = fresh_seed()
+    for name in ("shard-00000001.arrow", "shard-00000001.json", "cache.json"):
+        path = directory / name
+        good = path.read_bytes()
+        for length in (0, 1, 7, 8, len(good) - 2, *random.Random(seed).sample(range(len(good) - 1), 12)):
+            path.write_bytes(good[:length])
+            problem = read_all(directory, made)
+            assert problem is not None and name in problem, say(seed, name, length, problem)
+        path.write_bytes(good)
+
+
+def test_shards_swapped_renamed_deleted_duplicated(cache: tuple[Path, list[Sample]]) -> None:
+    directory, made = cache
+    first, second = directory / "shard-00000000.arrow", directory / "shard-00000002.arrow"
+    shutil.move(first, directory / "aside")
+    shutil.move(second, first)
+    shutil.move(directory / "aside", second)
+    assert "expected" in str(read_all(directory, made))
+    shutil.move(first, directory / "aside")
+    shutil.move(second, first)
+    shutil.move(directory / "aside", second)
+    assert read_all(directory, made) is None
+
+    shutil.copy(first, directory / "shard-00000009.arrow")  # without its description it was never finished
+    assert read_all(directory, made) is None
+    shutil.copy(directory / "shard-00000000.json", directory / "shard-00000009.json")
+    assert "it names 'shard-00000000.arrow', expected 'shard-00000009.arrow'" in str(read_all(directory, made))
+    (directory / "shard-00000009.json").unlink()
+
+    shutil.move(first, directory / "shard-00000007.arrow")
+    assert f"{first} is missing, but shard-00000000.json says it holds 20 records" in str(read_all(directory, made))
+    (directory / "shard-00000000.json").unlink()
+    assert "holds no target for the sample" in str(read_all(directory, made))
+
+
+def test_a_shard_of_another_cache_is_refused(cache: tuple[Path, list[Sample]], tmp_path: Path) -> None:
+    directory, made = cache
+    other = CacheIdentity("ef" * 32, "cd" * 32, V, S, SELECTION, "fp32")
+    with CacheWriter(tmp_path / "other", other, shard=5) as writer:
+        writer.add(*made[0])
+    for kind in ("arrow", "json"):
+        shutil.copy(tmp_path / "other" / f"shard-00000005.{kind}", directory)
+    problem = str(read_all(directory, made))
+    assert "shard-00000005.arrow: a shard of another cache" in problem and "ab" * 32 in problem and "ef" * 32 in problem
+
+
+def test_the_latest_training_step_is_read(tmp_path: Path) -> None:
+    (tokens, early), (_, late) = samples(fresh_seed(), 2)
+    for step, target in ((200, late), (100, early)):
+        with CacheWriter(tmp_path, IDENTITY, step=step) as writer:
+            writer.add(tokens, target)
+    reader = CacheReader(tmp_path)
+    assert same(reader.get(tokens), late) and sorted(shard.info.step for shard in reader.shards) == [100, 200]
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+from megatron_kd.cache import CacheWriter
+from tests.cache.test_store import IDENTITY, samples
+with CacheWriter(sys.argv[1], IDENTITY, shard_samples=3) as writer:
+    print("ready", flush=True)
+    for tokens, target in samples(int(sys.argv[2]), 100000):
+        writer.add(tokens, target)
+"""
+
+
+def test_a_killed_writer_leaves_finished_shards_only(tmp_path: Path) -> None:
+    seed = fresh_seed()
+    for attempt in range(3):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path, str(seed + attempt)], stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        time.sleep(0.3 + random.random())
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        reader = CacheReader(tmp_path, expect=IDENTITY)
+        assert len(reader) == 3 * len(reader.shards)
+        for number in range(len(reader)):
+            reader.record(reader._keys[number].tobytes())
+    with CacheWriter(tmp_path, IDENTITY) as writer:  # the lock went with its owner
+        writer.add(*samples(seed + 9, 1)[0])
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_a_full_disk_keeps_what_is_finished(tmp_path: Path) -> None:
+    """Through the system's own limit on file sizes, in a process of its own."""
+    program = """
+import resource, signal, sys
+from megatron_kd.cache import CacheWriter
+from tests.cache.test_store import IDENTITY, samples
+made = samples(1, 400)
+with CacheWriter(sys.argv[1], IDENTITY, shard_samples=40) as writer:
+    for tokens, target in made[:50]:
+        writer.add(tokens, target)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+try:
+    with CacheWriter(sys.argv[1], IDENTITY, worker=1, shard_samples=400) as writer:
+        for tokens, target in made:
+            writer.add(tokens, target)
+except OSError as error:
+    print("stopped", error.errno)
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("stopped"), done.stderr
+    assert len(CacheReader(tmp_path)) == 50 and not list(tmp_path.glob(".*partial*"))
+
+
+def test_a_remote_cache_reads_alike(cache: tuple[Path, list[Sample]]) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    directory, made = cache
+    remote = fsspec.filesystem("memory")
+    remote.put(str(directory), "/store", recursive=True)
+    reader = CacheReader("memory://store", expect=IDENTITY)
+    assert len(reader) == 150 and all(same(reader.get(tokens), target) for tokens, target in made[::7])
+    assert json.loads(remote.cat_file("/store/cache.json"))["identity"]["vocab_size"] == V
