@@ -126,7 +126,7 @@ def _bare_forward(teacher: Any, microbatches: Any) -> None:
         states = hidden.reshape(-1, hidden.shape[-1])
         slices = groups.tensor_size if teacher.config.sequence_parallel else 1
         tokens = len(states) * slices
-        chunks = TokenChunks(tokens, slices, chunk_size(teacher.chunk_tokens, head.shard.valid, tokens, on_cuda=states.is_cuda))
+        chunks = TokenChunks(tokens, slices, chunk_size(teacher.chunk_tokens, head.shard.share, tokens, on_cuda=states.is_cuda))
         buffer = head.new_buffer(chunks.largest)
         for _, part in HiddenChunks(states, chunks, groups.tp):
             head.logits(part, buffer)

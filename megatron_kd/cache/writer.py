@@ -126,9 +126,10 @@ class CacheWriter:
         try:
             self._commit()
         finally:
-            self._drop()
+            self.abandon()
 
-    def _drop(self) -> None:
+    def abandon(self) -> None:
+        """Drop what is open and let others write."""
         if self._open is not None:
             self._open.discard()
             self._open = None
@@ -141,7 +142,7 @@ class CacheWriter:
         if kind is None:
             self.close()
         else:
-            self._drop()
+            self.abandon()
 
 
 def _draws(identity: CacheIdentity) -> int | None:

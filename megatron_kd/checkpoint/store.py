@@ -6,6 +6,7 @@ megatron-core's files says what the weights are; it is plain JSON, read before a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -140,6 +141,15 @@ class PendingCheckpoint:
             shutil.rmtree(self.final)
         os.replace(self.folder, self.final)
         sync_path(self.final.parent)
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """SHA-256, hex, over the names and contents of a checkpoint's files. Reads all of them."""
+    total = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        with open(path, "rb") as stream:
+            total.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 def prune(checkpoints: Path, keep_last: int) -> None:

@@ -65,9 +65,11 @@ class RunConfig(Section):
         found = [f"{name} ({size}) must be a multiple of {by} ({divisor})" for name, size, by, divisor in sizes if size % divisor]
         if model.vocab_size is None and self.data.tokenizer is None:
             found.append("set model.vocab_size or data.tokenizer: one of them must give the vocabulary size")
-        chooses = self.teacher.source != "none" and self.distill.num_draws is None
+        chooses = self.teacher.source != "none" and self.distill.num_draws is None and not self.distill.dense
         if chooses and model.vocab_size is not None and self.distill.top_k > model.vocab_size:
             found.append(f"distill.top_k ({self.distill.top_k}) must be at most model.vocab_size ({model.vocab_size})")
+        if self.distill.dense and self.teacher.source == "cached":
+            found.append('distill.dense compares whole distributions, which a cache does not hold: set teacher.source = "online"')
         if opt.warmup_steps > train.steps:
             found.append(f"optimizer.warmup_steps ({opt.warmup_steps}) must be at most train.steps ({train.steps})")
         if opt.schedule == "wsd" and opt.warmup_steps + opt.decay_steps > train.steps:

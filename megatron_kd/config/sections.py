@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megatron_kd.config.divergences import DivergenceName, sparse_problem
+
 
 class Section(BaseModel):
     """Base of every section: frozen, and a key that is not a field is an error.
@@ -80,19 +82,30 @@ class ModelSection(Section):
 class TeacherSection(Section):
     """Where the distillation targets come from."""
 
-    source: Literal["none", "online"] = Field(
+    source: Literal["none", "online", "cached"] = Field(
         default="none",
-        description='"none": plain pretraining. "online": a frozen teacher runs forward in every step.',
+        description='"none": plain pretraining. "online": a frozen teacher runs forward in every step. "cached": its targets were stored '
+        "by tools/cache_teacher.py.",
     )
     checkpoint: Path | None = Field(
         default=None,
-        description="Checkpoint of the teacher: a run directory, its checkpoints folder, or one step-* folder. Needed for online.",
+        description="Checkpoint of the teacher: a run directory, its checkpoints folder, or one step-* folder. Needed for online; with "
+        "cached, the cache must have been made by it.",
+    )
+    cache: str | None = Field(default=None, description="Folder of the cache, or a URL that fsspec knows (s3://...). Needed for cached.")
+    on_miss: Literal["error", "online"] = Field(
+        default="error",
+        description='cached: what to do about a sample that the cache does not hold. "online": run teacher.checkpoint for it.',
     )
 
     @model_validator(mode="after")
     def _check(self) -> TeacherSection:
         if self.source == "online" and self.checkpoint is None:
             raise ValueError('source = "online" needs teacher.checkpoint')
+        if self.source == "cached" and self.cache is None:
+            raise ValueError('source = "cached" needs teacher.cache')
+        if self.source == "cached" and self.on_miss == "online" and self.checkpoint is None:
+            raise ValueError('on_miss = "online" needs teacher.checkpoint')
         return self
 
 
@@ -115,6 +128,26 @@ class DistillSection(Section):
     )
     alpha_warmup_fraction: float = Field(default=0.1, ge=0, le=1, description="wsd: share of the steps that warm alpha up, in [0, 1].")
     alpha_decay_fraction: float = Field(default=0.01, ge=0, le=1, description="wsd: share of the steps that decay alpha, in [0, 1].")
+    divergence: DivergenceName = Field(
+        default="forward_kl",
+        description="What is compared with the teacher (formulas: losses/divergence_terms.py). forward_kl: KL(teacher || student). "
+        "All but forward_kl take tail bucket, some of them renormalize; mse_logits needs dense.",
+    )
+    js_beta: float = Field(default=0.5, gt=0, lt=1, description="jensen_shannon: weight of the teacher in the mixture, in (0, 1).")
+    skew: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="skew_kl: share of the teacher in the mixture; skew_reverse_kl: of the student; in (0, 1).",
+    )
+    ab_alpha: float = Field(default=0.2, ge=0, description="alpha_beta: exponent of the teacher's probabilities, >= 0.")
+    ab_beta: float = Field(default=0.7, ge=0, description="alpha_beta: exponent of the student's probabilities, >= 0.")
+    dense: bool = Field(
+        default=False,
+        description="Compare the whole distributions: the teacher's final hidden states are kept for the step in place of sparse targets, "
+        "[tokens per step on this rank] x [teacher's hidden_size] values of train.precision, of which sequence_parallel holds its "
+        "slice. Online teacher only.",
+    )
     temperature: float = Field(default=1.0, gt=0, description="Divides the logits of teacher and student in the distillation loss, > 0.")
     temperature_squared: bool = Field(default=False, description="Multiply the distillation loss by temperature^2.")
     top_k: int = Field(default=64, gt=0, description="Teacher entries kept per token over the whole vocabulary, at most vocab_size.")
@@ -153,14 +186,32 @@ class DistillSection(Section):
     def _check(self) -> DistillSection:
         if self.min_k > self.top_k:
             raise ValueError(f"min_k ({self.min_k}) must be at most top_k ({self.top_k})")
-        if self.num_draws is not None and {"top_k", "top_p", "min_k"} & self.model_fields_set:
+        if self.num_draws is not None and self._changed("top_k", "top_p", "min_k"):
             raise ValueError("num_draws draws at random: leave top_k, top_p and min_k unset, or unset num_draws")
         if self.num_draws is not None and self.tail in ("bucket", "uniform"):
             raise ValueError(f'tail = "{self.tail}" needs the mass outside the kept ids, which draws do not know: use "renormalize"')
+        self._check_divergence()
         warmup, decay = self.alpha_warmup_fraction, self.alpha_decay_fraction
         if warmup + decay > 1:
             raise ValueError(f"alpha_warmup_fraction ({warmup}) + alpha_decay_fraction ({decay}) must be at most 1")
         return self
+
+    def _check_divergence(self) -> None:
+        if self.dense:
+            if self._changed("top_k", "top_p", "min_k", "num_draws", "tail"):
+                raise ValueError("dense compares whole distributions: leave top_k, top_p, min_k, num_draws and tail unset")
+            if self.head_schedule == "recompute":
+                raise ValueError('dense cannot be served by head_schedule = "recompute": the teacher\'s logits exist once')
+            return
+        sampled = self.num_draws is not None
+        problem = sparse_problem(self.divergence, tail=self.tail, sampled=sampled, ab_alpha=self.ab_alpha, ab_beta=self.ab_beta)
+        if problem is not None:
+            raise ValueError(f"{problem} (dense = true)" if "dense teacher" in problem else problem)
+
+    def _changed(self, *names: str) -> bool:
+        """Whether any of these differs from its default: a dumped run file writes all of them."""
+        fields = type(self).model_fields
+        return any(getattr(self, name) != fields[name].default for name in names)
 
 
 class DataSection(Section):

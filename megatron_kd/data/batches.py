@@ -6,6 +6,7 @@ B micro_batch_size, S sequence_length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
@@ -13,6 +14,10 @@ import torch
 
 from megatron_kd.config.run import ConfigError
 from megatron_kd.data.dataset import TokenDataset
+from megatron_kd.targets.keys import sample_keys
+from megatron_kd.targets.sparse import SparseTarget
+
+Attach = Callable[[torch.Tensor, torch.Tensor], SparseTarget | None]
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Microbatch:
         loss_mask: fp32 [B, S], 1 where the loss counts, else 0.
         position_ids: int64 [B, S], 0 .. S-1.
         sample_ids: int64 [B], place of each sequence in the run's sample order; -1 for one that only fills up the last batch.
+        sample_keys: int64 [B, 2], name of each sequence by its tokens (`targets.keys.sample_keys`).
+        target: SparseTarget [S, B, K] where something attached one on this rank, else None.
     """
 
     tokens: torch.Tensor
@@ -32,10 +39,18 @@ class Microbatch:
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
     sample_ids: torch.Tensor
+    sample_keys: torch.Tensor
+    target: SparseTarget | None = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Microbatch:
+        """The same microbatch with `function` applied to every tensor."""
+        target = None if self.target is None else self.target.map(function)
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "target"}
+        return Microbatch(**{name: function(tensor) for name, tensor in tensors.items()}, target=target)
 
     def to(self, device: torch.device) -> Microbatch:
         """This microbatch on `device`; copies from pinned memory do not wait."""
-        return Microbatch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 class BatchSource:
@@ -55,6 +70,7 @@ class BatchSource:
         vocab_size: int,
         device: torch.device | str,
         pad_last: bool = False,
+        attach: Attach | None = None,
     ) -> None:
         """Args:
             dataset: samples 0 .. len(dataset) - 1.
@@ -65,6 +81,7 @@ class BatchSource:
             vocab_size: true vocabulary size; ids are checked against it at every read.
             device: where the microbatches go.
             pad_last: fill an incomplete last global batch with sequences whose loss does not count, in place of an error.
+            attach: gives a microbatch its target, in the reading thread, from the tokens [B, S] and their keys [B, 2].
 
         Raises:
             ConfigError: the batch sizes do not divide.
@@ -77,7 +94,7 @@ class BatchSource:
             )
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ValueError(f"data_parallel_rank {data_parallel_rank} is not in [0, {data_parallel_size})")
-        self._dataset = dataset
+        self.dataset = dataset
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._rank = data_parallel_rank
@@ -85,13 +102,14 @@ class BatchSource:
         self._vocab_size = vocab_size
         self._device = torch.device(device)
         self._pad_last = pad_last
+        self._attach = attach
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[list[Microbatch]]] | None = None
 
     @property
     def num_batches(self) -> int:
         """Global batches in the dataset; an incomplete last one counts with `pad_last` only."""
-        samples = len(self._dataset) + (self._global_batch_size - 1 if self._pad_last else 0)
+        samples = len(self.dataset) + (self._global_batch_size - 1 if self._pad_last else 0)
         return samples // self._global_batch_size
 
     def microbatches(self, consumed_samples: int) -> list[Microbatch]:
@@ -104,7 +122,7 @@ class BatchSource:
         """
         if not self._holds(consumed_samples):
             raise ConfigError(
-                f"{self._dataset.name} has {len(self._dataset)} samples, but samples {consumed_samples} to "
+                f"{self.dataset.name} has {len(self.dataset)} samples, but samples {consumed_samples} to "
                 f"{consumed_samples + self._global_batch_size - 1} were asked for: build it for steps * global_batch_size samples"
             )
         ahead, self._ahead = self._ahead, None
@@ -121,7 +139,7 @@ class BatchSource:
 
     def _holds(self, consumed: int) -> bool:
         last = consumed if self._pad_last else consumed + self._global_batch_size - 1
-        return 0 <= consumed and last < len(self._dataset)
+        return 0 <= consumed and last < len(self.dataset)
 
     def _read(self, consumed: int) -> list[Microbatch]:
         size = self._micro_batch_size
@@ -131,8 +149,8 @@ class BatchSource:
 
     def _microbatch(self, ids: list[int]) -> Microbatch:
         """Read the samples `ids` into CPU memory, pinned where they go on to a GPU."""
-        present = [sample < len(self._dataset) for sample in ids]
-        rows = [self._dataset[sample if there else 0] for sample, there in zip(ids, present, strict=True)]
+        present = [sample < len(self.dataset) for sample in ids]
+        rows = [self.dataset[sample if there else 0] for sample, there in zip(ids, present, strict=True)]
         tokens, labels, loss_mask, position_ids = (
             torch.stack([row[key] for row in rows]) for key in ("tokens", "labels", "loss_mask", "position_ids")
         )
@@ -140,10 +158,10 @@ class BatchSource:
         real = torch.tensor(present)
         loss_mask = loss_mask * real.unsqueeze(1)
         sample_ids = torch.tensor(ids).masked_fill(~real, -1)
-        batch = Microbatch(tokens, labels.masked_fill(loss_mask == 0, -100), loss_mask, position_ids, sample_ids)
-        if self._device.type != "cuda":
-            return batch
-        return Microbatch(*(getattr(batch, field.name).pin_memory() for field in fields(batch)))
+        keys = sample_keys(tokens)
+        target = None if self._attach is None else self._attach(tokens, keys)
+        batch = Microbatch(tokens, labels.masked_fill(loss_mask == 0, -100), loss_mask, position_ids, sample_ids, keys, target)
+        return batch.map(lambda tensor: tensor.pin_memory()) if self._device.type == "cuda" else batch
 
     def _check_range(self, ids: list[int], tokens: torch.Tensor, labels: torch.Tensor) -> None:
         both = torch.cat((tokens, labels[:, -1:]), dim=1)
@@ -151,6 +169,6 @@ class BatchSource:
         if wrong.any():
             row, position = (int(value) for value in wrong.nonzero()[0])
             raise ConfigError(
-                f"{self._dataset.describe(ids[row])} holds token id {int(both[row, position])} at position {position}, outside the "
+                f"{self.dataset.describe(ids[row])} holds token id {int(both[row, position])} at position {position}, outside the "
                 f"vocabulary of {self._vocab_size} ids: make the data with the run's tokenizer"
             )

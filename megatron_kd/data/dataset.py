@@ -1,9 +1,10 @@
-"""The sample order: which tokens are sample 0, 1, 2, ... of a run, made by megatron-core's GPTDataset.
+"""The samples of a data set, cut by megatron-core's GPTDataset, and the order in which a run reads them.
 
-The order is a function of the data's document lengths, the seed, the sequence length, the weights and the number of samples,
-and of nothing else: not of paths, ranks, batch sizes or earlier runs. GPTDataset shuffles whole epochs, so the number of
-samples asked for is part of the order. Ask for what the complete run consumes, steps * global_batch_size; a run that is
-stopped and resumed asks for the same number, and so keeps its order.
+Where documents are cut into samples is a function of the data and the sequence length alone, so that every run over the data,
+whatever its seed, blend or length, reads the same samples, and what a teacher said of a sample once serves all of them. The
+order is a function of the seed: each pass over a prefix is a permutation of its samples drawn from (seed, prefix, pass). It
+depends neither on paths, ranks, batch sizes or earlier runs, nor, without a blend, on how many samples are asked for; a blend
+deals out the prefixes over the complete run, steps * global_batch_size samples.
 
 Four habits of megatron-core 0.16.1 are worked around: its cache of index arrays is keyed by path and not by content, is
 written in place, and is read with pickles allowed; its blended dataset needs a process group whenever it has a cache folder;
@@ -52,30 +53,29 @@ class _Vocabulary:
 
 @dataclass(frozen=True)
 class _Source:
-    """One prefix of a data set and what its order depends on."""
+    """One prefix of a data set and what its samples depend on."""
 
     prefix: str
     lengths: np.ndarray
     sequence_length: int
-    seed: int
     vocabulary: _Vocabulary
     mask_end_of_document: bool
 
-    def open(self, num_samples: int | None, cache: Path) -> GPTDataset:
-        """The samples of this prefix (None: one pass over it), by way of a complete folder in `cache`."""
+    def open(self, cache: Path) -> GPTDataset:
+        """The samples of one pass over this prefix, by way of a complete folder in `cache`."""
         digest = hashlib.sha256(self.lengths.tobytes()).hexdigest()
-        folder = cache / _key("order", digest, self.sequence_length, self.seed, num_samples)
-        _complete(folder, lambda temporary: self._build(digest, num_samples, temporary))
+        folder = cache / _key("samples", digest, self.sequence_length)
+        _complete(folder, lambda temporary: self._build(digest, temporary))
         _refuse_damaged(folder, 3)
-        return self._build(digest, num_samples, folder)
+        return self._build(digest, folder)
 
-    def _build(self, digest: str, num_samples: int | None, folder: Path) -> GPTDataset:
+    def _build(self, digest: str, folder: Path) -> GPTDataset:
         """megatron-core loads the arrays in `folder`, or makes them; the digest in place of the path keys them by content."""
         from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
         from megatron.core.datasets.utils import Split
 
         config = GPTDatasetConfig(
-            random_seed=self.seed,
+            random_seed=0,
             sequence_length=self.sequence_length,
             blend=([self.prefix], None),
             split="1,0,0",
@@ -88,7 +88,30 @@ class _Source:
         )
         tokens = GPTDataset.build_low_level_dataset(self.prefix, config)
         indices = np.arange(len(self.lengths), dtype=np.int32)
-        return GPTDataset(tokens, digest, indices, num_samples, Split.train, config)
+        return GPTDataset(tokens, digest, indices, None, Split.train, config)
+
+
+class Part:
+    """One prefix: the samples of one pass, and the order in which a run reads them pass after pass."""
+
+    def __init__(self, prefix: str, samples: GPTDataset, seed: Sequence[int] | None) -> None:
+        """seed: of the order, None: as they are cut."""
+        self.prefix, self.samples, self._seed = prefix, samples, seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def place(self, nth: int) -> int:
+        """Which sample of a pass the run reads as its `nth` of this prefix."""
+        number, index = divmod(nth, len(self))
+        if self._seed is None:
+            return nth
+        if number not in self._orders:
+            while len(self._orders) > 1:  # a run goes from pass to pass; reading ahead needs two at most
+                del self._orders[min(self._orders)]
+            self._orders[number] = np.random.default_rng([*self._seed, number]).permutation(len(self)).astype(np.uint32)
+        return int(self._orders[number][index])
 
 
 class TokenDataset(torch.utils.data.Dataset):
@@ -101,15 +124,13 @@ class TokenDataset(torch.utils.data.Dataset):
         epochs: passes that the samples make over the data, the largest among the prefixes.
     """
 
-    def __init__(
-        self, name: str, parts: Sequence[tuple[str, GPTDataset]], blend: tuple[np.ndarray, np.ndarray] | None, num_samples: int
-    ) -> None:
+    def __init__(self, name: str, parts: Sequence[Part], blend: tuple[np.ndarray, np.ndarray] | None, num_samples: int) -> None:
         self.name = name
-        self.sequence_length = int(parts[0][1].config.sequence_length)
-        self._parts = parts
+        self.sequence_length = int(parts[0].samples.config.sequence_length)
+        self.parts = parts
         self._blend = blend
         self._num_samples = num_samples
-        sizes = [int(part.dataset.sequence_lengths.sum(dtype=np.int64)) for _, part in parts]
+        sizes = [int(part.samples.dataset.sequence_lengths.sum(dtype=np.int64)) for part in parts]
         counts = _counts(blend, len(parts), num_samples)
         self.num_tokens = sum(sizes)
         self.epochs = max(count * self.sequence_length / size for count, size in zip(counts, sizes, strict=True))
@@ -123,23 +144,23 @@ class TokenDataset(torch.utils.data.Dataset):
         Raises:
             IndexError: `sample` is not in [0, len(self)).
         """
-        _, part, index = self._place(sample)
-        return part[index]
+        part, index = self._place(sample)
+        found: dict[str, torch.Tensor] = part.samples[index]
+        return found
 
     def describe(self, sample: int) -> str:
         """Where the tokens of a sample come from, for messages."""
-        prefix, part, index = self._place(sample)
-        _, documents = part._query_document_sample_shuffle_indices(index)
+        part, index = self._place(sample)
+        _, documents = part.samples._query_document_sample_shuffle_indices(index)
         listed = ", ".join(map(str, documents[:4])) + (", ..." if len(documents) > 4 else "")
-        return f"sample {sample} of {self.name} (document {listed} of {prefix})"
+        return f"sample {sample} of {self.name} (document {listed} of {part.prefix})"
 
-    def _place(self, sample: int) -> tuple[str, GPTDataset, int]:
+    def _place(self, sample: int) -> tuple[Part, int]:
         if not 0 <= sample < self._num_samples:
             raise IndexError(f"sample {sample} is outside the {self._num_samples} samples of {self.name}")
-        if self._blend is None:
-            return *self._parts[0], sample
-        part, index = self._blend
-        return *self._parts[int(part[sample])], int(index[sample])
+        number, nth = (0, sample) if self._blend is None else (int(self._blend[0][sample]), int(self._blend[1][sample]))
+        part = self.parts[number]
+        return part, part.place(nth)
 
 
 def build_dataset(
@@ -164,7 +185,8 @@ def build_dataset(
     Args:
         prefixes: token files, already checked by `check_token_file`; `name` is what the configuration calls them.
         weights: share of the samples from each prefix, > 0, any scale; None: in proportion to tokens.
-        num_samples: samples the complete run consumes, steps * global_batch_size. The order depends on it.
+        num_samples: samples the complete run consumes, steps * global_batch_size. A blend's order depends on it.
+        seed: of the order.
         sequence_length: tokens per sample; a sample reads one more, for its last label.
         index_cache: folder seen by all ranks.
         end_of_document: id between documents; `mask_end_of_document` (no loss on what follows it) needs it.
@@ -180,15 +202,14 @@ def build_dataset(
         raise ValueError("build_dataset needs num_samples >= 1, a prefix, a weight for each (or None), and one prefix without repeat")
     vocabulary = _Vocabulary(vocab_size, -1 if end_of_document is None else end_of_document)
     lengths = [_usable_lengths(prefix, sequence_length, name) for prefix in prefixes]
-    sources = [_Source(str(p), n, sequence_length, seed, vocabulary, mask_end_of_document) for p, n in zip(prefixes, lengths, strict=True)]
+    sources = [_Source(str(p), n, sequence_length, vocabulary, mask_end_of_document) for p, n in zip(prefixes, lengths, strict=True)]
     shares = np.array(weights or [part.sum(dtype=np.int64) for part in lengths], dtype=np.float64)
     cache = Path(index_cache)
 
     def assemble() -> TokenDataset:
         blend = None if len(sources) == 1 else _open_blend(shares / shares.sum(), num_samples, cache)
-        counts = _counts(blend, len(sources), num_samples)
-        parts = [(source.prefix, source.open(count if repeat else None, cache)) for source, count in zip(sources, counts, strict=True)]
-        return TokenDataset(name, parts, blend, num_samples if repeat else min(num_samples, len(parts[0][1])))
+        parts = [Part(source.prefix, source.open(cache), (seed, number) if repeat else None) for number, source in enumerate(sources)]
+        return TokenDataset(name, parts, blend, num_samples if repeat else min(num_samples, len(parts[0])))
 
     with _quiet_megatron():
         return _rank_zero_first(assemble)

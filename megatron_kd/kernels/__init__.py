@@ -1,19 +1,38 @@
 """What is done to the logits of one chunk of tokens, in plain torch and in Triton, behind one set of methods.
 
-`chunk_rows` chooses by where the logits are. Nothing here knows of targets, losses or process groups.
+`chunk_rows` chooses by where the logits are; triton is imported when it is first needed. Nothing here knows of targets, losses
+or process groups.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
+import torch
 from torch import Tensor
 
 from megatron_kd.kernels.plain import PUNCHED, PlainRows, buffer_width
 
 __all__ = ["PUNCHED", "ChunkRows", "buffer_width", "chunk_rows"]
 
+# `TritonRows` derives from it: what a kernel does not do, torch does.
 ChunkRows = PlainRows
 
 
-def chunk_rows(buffer: Tensor, valid: int) -> ChunkRows:
-    """The rows of `buffer` [C, W], of which the first `valid` columns are this rank's logits; see `PlainRows`."""
-    return PlainRows(buffer, valid)
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def chunk_rows(buffer: Tensor, valid: int, gradient_dtype: torch.dtype | None = None) -> ChunkRows:
+    """The rows of `buffer` [C, W], of which the first `valid` columns are this rank's logits; see `PlainRows`.
+
+    gradient_dtype: the type in which the logit gradient is wanted, None for the buffer's. It is a wish: `TritonRows`, which
+    takes fp32 logits on a GPU, grants it.
+    """
+    if buffer.is_cuda and buffer.dtype == torch.float32 and _has_triton():
+        from megatron_kd.kernels.triton_rows import TritonRows
+
+        return TritonRows(buffer, valid, gradient_dtype)
+    return PlainRows(buffer, valid, gradient_dtype)

@@ -17,8 +17,8 @@ from torch import Tensor
 PUNCHED = -1e30
 # Columns whose maximum is found first when the largest logits of a row are looked for.
 TILE = 32
-# Logits per block: with one scratch copy they fit a second-level cache.
-BLOCK = 1 << 20
+# Logits per block: on a CPU with one scratch copy they fit a second-level cache; on a GPU scratch is 64 MiB.
+BLOCK, BLOCK_CUDA = 1 << 20, 1 << 24
 
 
 def buffer_width(valid: int) -> int:
@@ -29,26 +29,31 @@ def buffer_width(valid: int) -> int:
 class PlainRows:
     """Logits [C, W] of a chunk, before temperature; columns from `valid` on are the sink and padding. All methods are local.
 
-    `split` leaves PUNCHED at the columns it lifts out; `gradient` consumes the logits.
+    `split` leaves PUNCHED at the columns it lifts out; `gradient` consumes the logits. gradient_dtype: the type in which the
+    caller would take the gradient; here it is the buffer's whatever is asked for.
     """
 
     tile = TILE
 
-    def __init__(self, buffer: Tensor, valid: int) -> None:
+    def __init__(self, buffer: Tensor, valid: int, gradient_dtype: torch.dtype | None = None) -> None:
         buffer[:, valid:] = PUNCHED
         self.buffer, self.valid = buffer, valid
+        self.gradient_dtype = buffer.dtype
 
     def _blocks(self, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:
         """Blocks of rows, each with `scratch` uninitialised tensors of its size, the same memory for every block."""
         tokens, width = self.buffer.shape
-        rows = max(1, min(tokens, (BLOCK if self.buffer.is_cpu else self.buffer.numel()) // width))
+        rows = max(1, min(tokens, (BLOCK if self.buffer.is_cpu else BLOCK_CUDA) // width))
         spare = [self.buffer.new_empty((rows, width)) for _ in range(scratch)]
         for start in range(0, tokens, rows):
             stop = min(start + rows, tokens)
             yield slice(start, stop), [tensor[: stop - start] for tensor in spare]
 
-    def top(self, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` <= n largest logits of each row: values [C, count] and columns [C, count], by (value falling, column rising)."""
+    def top(self, count: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The `count` <= n largest logits of each row: values [C, count] and columns [C, count], by (value falling, column rising).
+
+        temperature: at which sums of the same rows will be asked for next; the result does not depend on it.
+        """
         if count == 0:  # a shard of padding alone
             return self.buffer[:, :0], self.buffer[:, :0].long()
         self.buffer[:, self.valid :] = -torch.inf  # padding must not stand before logits that someone has masked out

@@ -64,7 +64,7 @@ class _GivenLogits(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         rows = logits.detach().reshape(-1, logits.shape[-1])
         tokens = rows.shape[0]
-        size = chunk_size(None, shard.valid, tokens, on_cuda=rows.is_cuda)
+        size = chunk_size(None, shard.share, tokens, on_cuda=rows.is_cuda)
         losses = rows.new_zeros((3, tokens), dtype=compute_dtype(rows.dtype))
         gradient = torch.zeros_like(rows) if logits.requires_grad else None
         buffer = losses.new_empty((size, buffer_width(shard.valid)))

@@ -172,9 +172,9 @@ def run_head(
 ) -> tuple[KDLoss, Tensor | None]:
     """Any loss of a chunk's logits through the head: `make_loss` is called with each chunk. Inputs as checked by `check_head`."""
     tokens = labels.numel()
-    if schedule == "auto" and tokens * shard.valid <= (SAVED_LOGITS_CUDA if hidden.is_cuda else SAVED_LOGITS_CPU):
+    if schedule == "auto" and tokens * shard.share <= (SAVED_LOGITS_CUDA if hidden.is_cuda else SAVED_LOGITS_CPU):
         schedule = "save"
-    size = chunk_size(chunk_tokens, shard.valid, tokens, on_cuda=hidden.is_cuda)
+    size = chunk_size(chunk_tokens, shard.share, tokens, on_cuda=hidden.is_cuda)
     if not torch.is_grad_enabled():  # a parameter asks for its gradient even then
         hidden, weight = hidden.detach(), weight.detach()
     call = HeadCall(make_loss, shard, tp_group, sequence_parallel, schedule, size, tokens, health)

@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_kd.losses.head import head_loss
+from megatron_kd.losses.divergence_terms import Divergence
+from megatron_kd.losses.divergences import DivergenceHead, Target
 from megatron_kd.losses.rows import HEALTH
-from megatron_kd.losses.types import LossSpec
+from megatron_kd.losses.types import KDLoss, LossSpec
 from megatron_kd.parallel.collectives import Group
-from megatron_kd.targets.sparse import SparseTarget
+
+
+class HeadLoss(Protocol):
+    """A loss through the output head: `losses.divergences.DivergenceHead`."""
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        target: Target | None,
+        spec: LossSpec,
+        *,
+        loss_mask: Tensor | None = None,
+        vocab_size: int | None = None,
+        tp_group: Group = None,
+        sequence_parallel: bool = False,
+        schedule: str = "auto",
+        chunk_tokens: int | None = None,
+        health: bool = False,
+    ) -> tuple[KDLoss, Tensor | None]:
+        """[S, B] losses and, if asked for, the columns of `losses.rows.HEALTH` [S, B, 5]."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +42,8 @@ class Objective:
     """Mixes next-token cross-entropy with the distillation loss inside the output head.
 
     vocab_size: true number of ids. tp_group, sequence_parallel: how hidden states and weight are laid out. health: also
-    report the columns of `losses.rows.HEALTH`, which costs one more pass over each chunk.
+    report the columns of `losses.rows.HEALTH`, which costs one more pass over each chunk. head_loss: the divergence; forward
+    KL from sparse targets by default.
     """
 
     spec: LossSpec
@@ -29,21 +53,22 @@ class Objective:
     schedule: str = "auto"
     chunk_tokens: int | None = None
     health: bool = False
+    head_loss: HeadLoss = DivergenceHead(Divergence("forward_kl"))
 
     def __call__(
-        self, hidden: Tensor, *, weight: Tensor, labels: Tensor, loss_mask: Tensor, target: SparseTarget | None
+        self, hidden: Tensor, *, weight: Tensor, labels: Tensor, loss_mask: Tensor, target: Target | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One microbatch, in megatron-core's form: (loss_sum, num_tokens, report); it divides by the global tokens once.
 
         Args:
             hidden: [S, B, H] (this rank's slice of S under sequence parallelism). weight: [V/tp, H].
-            labels, loss_mask: [B, S]. target: SparseTarget [S, B, K], or None for plain cross-entropy.
+            labels, loss_mask: [B, S]. target: SparseTarget [S, B, K] or DenseTeacher, or None for plain cross-entropy.
         Returns:
             loss_sum: fp32 scalar, nats. num_tokens: int32 scalar. report: name -> fp32 [2] = (sum, count).
         """
         mask = loss_mask.t().contiguous()
         spec = self.spec if target is not None else LossSpec(alpha=0.0, z_loss=self.spec.z_loss)
-        loss, health = head_loss(
+        loss, health = self.head_loss(
             hidden,
             weight,
             labels.t().contiguous(),

@@ -112,7 +112,7 @@ class HeadFunction(torch.autograd.Function):
         elif not _same_for_all(upstream):
             raise RuntimeError(
                 'schedule="chunk" formed its gradients in the forward for a sum of `total`: give per-token weights as '
-                'loss_mask, or use schedule="recompute"'
+                'loss_mask, or use schedule="save" or, with sparse targets, "recompute"'
             )
         else:
             scale = upstream.flatten()[0]
@@ -155,8 +155,8 @@ def _by_slabs(hidden: Tensor, weight: Tensor, upstream: Tensor, losses: list[Chu
         rows = slab_head.logits(x, buffer)
         pieces = zip(losses, torch.split(rows.buffer, lengths), weights, strict=True)
         for loss, piece, given in pieces:
-            loss.gradient(chunk_rows(piece, rows.valid), start=shard.start + start, upstream=given)
-        d_logits = rows.buffer[:, : rows.valid]
+            found = loss.gradient(chunk_rows(piece, rows.valid, rows.gradient_dtype), start=shard.start + start, upstream=given)
+        d_logits = rows.buffer.view(found.dtype)[:, : rows.valid]  # each piece's lies where its logits were
         d_x += slab_head.hidden_gradient(d_logits)
         d_weight.add_slab(slab_head, d_logits, x, start)
     for part, piece in zip(parts, torch.split(d_x, lengths), strict=True):

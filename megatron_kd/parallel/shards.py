@@ -9,13 +9,16 @@ from dataclasses import dataclass
 class VocabShard:
     """Rows [start, start + valid) of the vocabulary, the first `valid` of the `rows` this rank stores.
 
-    The remaining rows are padding: they take no probability and get exactly zero gradient.
+    The remaining rows are padding: they take no probability and get exactly zero gradient. share: vocab_size over the number
+    of ranks, rounded up; whatever is sized by the vocabulary is sized by it, so that all ranks cut their work alike, however
+    the vocabulary is padded.
     """
 
     start: int
     valid: int
     rows: int
     vocab_size: int
+    share: int
 
 
 def vocab_shard(rows: int, *, rank: int, size: int, vocab_size: int | None) -> VocabShard:
@@ -29,7 +32,9 @@ def vocab_shard(rows: int, *, rank: int, size: int, vocab_size: int | None) -> V
     if not 0 < vocab_size <= rows * size:
         raise ValueError(f"vocab_size ({vocab_size}) must be in [1, {rows * size}]: {size} rank(s) hold {rows} vocabulary rows each")
     start = rank * rows
-    return VocabShard(start=start, valid=min(max(vocab_size - start, 0), rows), rows=rows, vocab_size=vocab_size)
+    return VocabShard(
+        start=start, valid=min(max(vocab_size - start, 0), rows), rows=rows, vocab_size=vocab_size, share=-(-vocab_size // size)
+    )
 
 
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -48,7 +49,8 @@ class OutputWeight:
         """The same for some of the rows."""
         slab = copy(self)
         slab.rows = self.rows[part]
-        slab.shard = VocabShard(self.shard.start + part.start, part.stop - part.start, part.stop - part.start, self.shard.vocab_size)
+        count = part.stop - part.start
+        slab.shard = replace(self.shard, start=self.shard.start + part.start, valid=count, rows=count)
         return slab
 
     def new_buffer(self, tokens: int) -> Tensor:
@@ -63,7 +65,7 @@ class OutputWeight:
             torch.mm(hidden, self.rows.t(), out_dtype=self.dtype, out=out)
         else:
             torch.mm(hidden.to(self.dtype), self.rows.t(), out=out)
-        return chunk_rows(buffer, self.shard.valid)
+        return chunk_rows(buffer, self.shard.valid, gradient_dtype=self.rows.dtype)
 
     def hidden_gradient(self, logit_gradient: Tensor) -> Tensor:
         """[C, n] -> this rank's part of the gradient of hidden, [C, H] in fp32 (fp64)."""

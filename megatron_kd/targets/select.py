@@ -55,7 +55,7 @@ class TopSelection:
 
     def __call__(self, rows: ChunkRows, keys: Tensor, shard: VocabShard, group: Group) -> SparseTarget:
         """One chunk. Collectives: all-gathers of [C, 2K] and [C, K + 6], and of [2, C] where top_p < 1."""
-        values, indices = _top(rows, self.top_k, shard, group)
+        values, indices = _top(rows, self.top_k, shard, group, self.temperature)
         if self.top_p < 1.0:
             logsumexp = row_logsumexp(rows, temperature=self.temperature, group=group)
             mass = (values / self.temperature - logsumexp.unsqueeze(1)).exp()
@@ -74,10 +74,10 @@ def target_of(rows: ChunkRows, indices: Tensor, shard: VocabShard, group: Group,
     return SparseTarget(indices.to(torch.int32), logprobs, log_tail, split.entropy, temperature)
 
 
-def _top(rows: ChunkRows, top_k: int, shard: VocabShard, group: Group) -> tuple[Tensor, Tensor]:
+def _top(rows: ChunkRows, top_k: int, shard: VocabShard, group: Group, temperature: float) -> tuple[Tensor, Tensor]:
     """Values and global ids [C, top_k] of each row's largest logits, by (logit falling, id rising). One all-gather."""
     count = min(top_k, shard.valid)
-    values, columns = rows.top(count)
+    values, columns = rows.top(count, temperature)  # the temperature of the statistics that will be asked for next
     ids = columns + shard.start
     if group_size(group) == 1:
         return values, ids
@@ -122,7 +122,7 @@ def select_targets(
     shard = vocab_shard(logits.shape[-1], rank=group_rank(tp_group), size=group_size(tp_group), vocab_size=vocab_size)
     selection.check(shard.vocab_size)
     tokens = logits.shape[0]
-    chunks = TokenChunks(tokens, 1, chunk_size(None, shard.valid, tokens, on_cuda=logits.is_cuda))
+    chunks = TokenChunks(tokens, 1, chunk_size(None, shard.share, tokens, on_cuda=logits.is_cuda))
     _check_keys(row_keys, teacher_logits.shape[:-1])
     buffer = logits.new_empty((chunks.largest, buffer_width(shard.valid)), dtype=compute_dtype(logits.dtype))
 
@@ -167,7 +167,7 @@ def linear_targets(
     selection.check(shard.vocab_size)
     slices = group_size(tp_group) if sequence_parallel else 1
     shape = torch.Size((hidden.shape[0] * slices, *hidden.shape[1:-1]))
-    chunks = TokenChunks(shape.numel(), slices, chunk_size(chunk_tokens, shard.valid, shape.numel(), on_cuda=hidden.is_cuda))
+    chunks = TokenChunks(shape.numel(), slices, chunk_size(chunk_tokens, shard.share, shape.numel(), on_cuda=hidden.is_cuda))
     _check_keys(row_keys, shape)
     head = OutputWeight(weight, shard)
     states, buffer = hidden.detach().reshape(-1, hidden.shape[-1]), head.new_buffer(chunks.largest)

@@ -1,14 +1,15 @@
 """A frozen teacher in the student's job: its own forward-only pipeline, run before the student's schedule.
 
-Only sparse targets survive it, so nothing of megatron-core is patched, the student may use any schedule, and the teacher
-never meets gradients, the optimizer or the student's checkpoint.
+Only sparse targets (or, where whole distributions are compared, final hidden states) survive it, so nothing of megatron-core is
+patched, the student may use any schedule, and the teacher never meets gradients, the optimizer or the student's checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -18,16 +19,59 @@ from torch import Tensor
 
 from megatron_kd.config import ModelSection, ParallelSection
 from megatron_kd.data.batches import Microbatch
+from megatron_kd.losses.divergences import DenseTeacher, Target
 from megatron_kd.models.config import transformer_config
 from megatron_kd.models.model import build_chunks, output_weight
 from megatron_kd.parallel.groups import Groups
 from megatron_kd.targets import Selection, SparseTarget, linear_targets
+from megatron_kd.targets.keys import row_keys
+
+
+class MakeTarget(Protocol):
+    """What becomes of the teacher's final hidden states of one microbatch: `SelectTargets`, `KeepHidden`."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, row_keys: Tensor) -> Target:
+        """hidden [S, B, H] (this rank's slice of S under sequence parallelism), weight [V/tp, H], row_keys int64 [S, B]."""
+        ...
+
+
+@dataclass(frozen=True)
+class SelectTargets:
+    """Sparse targets [S, B, K]."""
+
+    selection: Selection
+    groups: Groups
+    vocab_size: int
+    sequence_parallel: bool
+    chunk_tokens: int | None
+
+    def __call__(self, hidden: Tensor, weight: Tensor, row_keys: Tensor) -> SparseTarget:
+        """See MakeTarget."""
+        return linear_targets(
+            hidden,
+            weight,
+            self.selection,
+            vocab_size=self.vocab_size,
+            tp_group=self.groups.tp,
+            sequence_parallel=self.sequence_parallel,
+            chunk_tokens=self.chunk_tokens,
+            row_keys=row_keys,
+        )
+
+
+class KeepHidden:
+    """The hidden states themselves, for the student's head to multiply chunk by chunk."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, row_keys: Tensor) -> DenseTeacher:
+        """See MakeTarget."""
+        return DenseTeacher(hidden.detach(), weight.detach())
 
 
 class OnlineTeacher:
     """A frozen GPT in the student's tensor- and pipeline-parallel layout (without virtual stages).
 
-    Weights are uninitialised on construction: load them into `models` before the first `targets`.
+    Weights are uninitialised on construction: load them into `models` before the first `targets`. selection: how sparse
+    targets are chosen; None keeps the hidden states, for whole distributions.
     """
 
     def __init__(
@@ -35,15 +79,14 @@ class OnlineTeacher:
         model: ModelSection,
         parallel: ParallelSection,
         groups: Groups,
-        selection: Selection,
+        selection: Selection | None,
         *,
         precision: str,
         vocab_size: int,
         sequence_length: int,
         chunk_tokens: int | None = None,
     ) -> None:
-        self.groups, self.selection = groups, selection
-        self.vocab_size, self.sequence_length, self.chunk_tokens = vocab_size, sequence_length, chunk_tokens
+        self.groups, self.sequence_length = groups, sequence_length
         # The forward-only pass needs no interleaving; the same groups serve one chunk per stage.
         plain = parallel.model_copy(update={"virtual_pipeline": 1})
         self.config = transformer_config(model, plain, groups.platform, precision=precision)
@@ -51,9 +94,12 @@ class OnlineTeacher:
         for chunk in self.models:
             chunk.requires_grad_(False)
             chunk.eval()
+        self.make_target: MakeTarget = (
+            KeepHidden() if selection is None else SelectTargets(selection, groups, vocab_size, self.config.sequence_parallel, chunk_tokens)
+        )
 
     @torch.no_grad()
-    def targets(self, microbatches: Sequence[Microbatch]) -> list[SparseTarget | None]:
+    def targets(self, microbatches: Sequence[Microbatch]) -> list[Target | None]:
         """See TeacherSource. One forward-only pipeline over the microbatches; collective over the model-parallel groups."""
         schedule = get_forward_backward_func(pp_size=self.groups.pipeline_size, vp_size=None)
         found = schedule(
@@ -76,17 +122,8 @@ class OnlineTeacher:
     def _forward_step(self, microbatches: Iterator[Microbatch], chunk: GPTModel) -> tuple[Tensor, Any]:
         microbatch = next(microbatches)
         hidden = chunk(input_ids=microbatch.tokens, position_ids=microbatch.position_ids, attention_mask=None)
-        return hidden, partial(self._select, chunk=chunk, microbatch=microbatch)
+        return hidden, partial(self._target, chunk=chunk, microbatch=microbatch)
 
-    def _select(self, hidden: Tensor, *, chunk: GPTModel, microbatch: Microbatch, non_loss_data: bool = True) -> SparseTarget:
-        """The last stage's hidden states [S, B, H] become a target [S, B, K]."""
-        return linear_targets(
-            hidden,
-            output_weight(chunk),
-            self.selection,
-            vocab_size=self.vocab_size,
-            tp_group=self.groups.tp,
-            sequence_parallel=self.config.sequence_parallel,
-            chunk_tokens=self.chunk_tokens,
-            row_keys=microbatch.sample_ids.unsqueeze(0) * self.sequence_length + microbatch.position_ids.t(),
-        )
+    def _target(self, hidden: Tensor, *, chunk: GPTModel, microbatch: Microbatch, non_loss_data: bool = True) -> Target:
+        """The last stage's hidden states [S, B, H] become a target."""
+        return self.make_target(hidden, output_weight(chunk), row_keys(microbatch.sample_keys, self.sequence_length))

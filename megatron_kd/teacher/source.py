@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_kd.data.batches import Microbatch
-from megatron_kd.targets.sparse import SparseTarget
+from megatron_kd.losses.divergences import Target
 
 
 class TeacherSource(Protocol):
-    """Gives sparse targets for microbatches. The student never learns where they come from."""
+    """Gives targets for microbatches. The student never learns where they come from."""
 
-    def targets(self, microbatches: Sequence[Microbatch]) -> list[SparseTarget | None]:
-        """One target per microbatch, [S, B, K], the same on every tensor-parallel rank; None off the student's last stage.
+    def targets(self, microbatches: Sequence[Microbatch]) -> list[Target | None]:
+        """One target per microbatch (sparse: [S, B, K]), the same on every tensor-parallel rank; None off the student's last stage.
 
         May be collective over the teacher's groups: every rank calls it once per step.
         """
@@ -23,6 +23,6 @@ class TeacherSource(Protocol):
 class NoTeacher:
     """Plain pretraining."""
 
-    def targets(self, microbatches: Sequence[Microbatch]) -> list[SparseTarget | None]:
+    def targets(self, microbatches: Sequence[Microbatch]) -> list[Target | None]:
         """None for each."""
         return [None] * len(microbatches)

@@ -9,22 +9,25 @@ from functools import partial
 from megatron_kd import __version__
 from megatron_kd.checkpoint.state import load_training_state, load_weights, save_checkpoint
 from megatron_kd.checkpoint.store import CheckpointInfo
-from megatron_kd.config import RunConfig
-from megatron_kd.data.batches import BatchSource
-from megatron_kd.data.dataset import build_dataset
+from megatron_kd.config import ConfigError, RunConfig
+from megatron_kd.data.batches import Attach, BatchSource
+from megatron_kd.data.dataset import TokenDataset, build_dataset
+from megatron_kd.losses import Divergence
+from megatron_kd.losses.divergences import DivergenceHead, same_vocabulary_ranges
 from megatron_kd.losses.objective import Objective
 from megatron_kd.losses.schedules import alpha_at, learning_rate_at
 from megatron_kd.losses.types import LossSpec
 from megatron_kd.models.student import Student
 from megatron_kd.parallel.groups import Groups, start_groups
 from megatron_kd.parallel.platform import start_platform
+from megatron_kd.parallel.shards import padded_vocab_size
 from megatron_kd.parallel.world import world_from_environment
-from megatron_kd.targets import SampleSelection, Selection, TopSelection
-from megatron_kd.teacher.online import OnlineTeacher
-from megatron_kd.teacher.source import NoTeacher, TeacherSource
+from megatron_kd.teacher.cached import CachedTeacher, check_coverage
+from megatron_kd.teacher.source import TeacherSource
 from megatron_kd.train.inputs import Inputs, check_inputs, checkpoints_folder
 from megatron_kd.train.optimizer import Optimizer
 from megatron_kd.train.progress import RunProgress
+from megatron_kd.train.teachers import attach_of, build_teacher
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def build_run(config: RunConfig, *, rendezvous: str | None = None) -> Run:
     """Check, join the world, build and load. Collective over the world after the checks."""
     _, world_size, local_rank = world_from_environment()
     inputs = check_inputs(config, world_size=world_size)
+    _check_dense(config, inputs)
     platform = start_platform(config.train.device, local_rank)
     groups = start_groups(platform, config.parallel, timeout_seconds=config.train.timeout_seconds, rendezvous=rendezvous)
     student = Student(config, groups, vocab_size=inputs.vocab_size)
@@ -89,38 +93,62 @@ def build_run(config: RunConfig, *, rendezvous: str | None = None) -> Run:
         folder, info = inputs.resume
         load_training_state(folder, student.models, optimizer, what="run.directory")
         progress = RunProgress(info.step, info.consumed_samples, info.consumed_tokens, info.nonfinite_steps)
+    objective = _objective(config, inputs, groups)
+    teacher = build_teacher(config, inputs, groups)
+    source = partial(batch_source, config, inputs, groups)
+    samples = config.train.steps * config.batch.global_batch_size
+    train_data = source(
+        "data.train", config.data.train, samples, weights=config.data.train_weights, attach=attach_of(teacher, held_out=False)
+    )
+    wanted = config.train.evaluate_batches * config.batch.global_batch_size
+    known = attach_of(teacher, held_out=True)
+    valid_data = {
+        name: source(f"data.valid.{name}", [prefix], wanted, repeat=False, attach=known) for name, prefix in config.data.valid.items()
+    }
+    if isinstance(teacher, CachedTeacher) and teacher.fallback is None:
+        check_coverage(teacher.reader, train_data.dataset, progress.consumed_samples)
+    return Run(config, inputs, groups, student, optimizer, teacher, objective, train_data, valid_data, progress)
+
+
+def _objective(config: RunConfig, inputs: Inputs, groups: Groups) -> Objective:
     distill = config.distill
-    spec = LossSpec(distill.alpha, distill.temperature, distill.temperature_squared, distill.tail, distill.z_loss)
-    objective = Objective(
-        spec,
+    return Objective(
+        LossSpec(distill.alpha, distill.temperature, distill.temperature_squared, distill.tail, distill.z_loss),
         inputs.vocab_size,
         tp_group=groups.tp,
         sequence_parallel=config.parallel.sequence_parallel,
         schedule=distill.head_schedule,
         chunk_tokens=distill.chunk_tokens,
         health=True,
+        head_loss=DivergenceHead(Divergence(distill.divergence, distill.js_beta, distill.skew, distill.ab_alpha, distill.ab_beta)),
     )
-    source = partial(_batch_source, config, inputs, groups)
-    samples = config.train.steps * config.batch.global_batch_size
-    train_data = source("data.train", config.data.train, samples, weights=config.data.train_weights)
-    wanted = config.train.evaluate_batches * config.batch.global_batch_size
-    valid_data = {name: source(f"data.valid.{name}", [prefix], wanted, repeat=False) for name, prefix in config.data.valid.items()}
-    teacher = _build_teacher(config, inputs, groups)
-    return Run(config, inputs, groups, student, optimizer, teacher, objective, train_data, valid_data, progress)
 
 
-def _batch_source(
+def _check_dense(config: RunConfig, inputs: Inputs) -> None:
+    """ConfigError where teacher and student pad their vocabularies so that a rank would hold other ids of the one than of the other."""
+    if not config.distill.dense or inputs.teacher is None:
+        return
+    theirs, tensor = inputs.teacher[1].model_section().vocab_size_multiple, config.parallel.tensor
+    rows = [padded_vocab_size(inputs.vocab_size, multiple) // tensor for multiple in (config.model.vocab_size_multiple, theirs)]
+    if not same_vocabulary_ranges(*rows, inputs.vocab_size):
+        raise ConfigError(
+            f"distill.dense with parallel.tensor = {tensor} needs teacher and student to pad the vocabulary alike: set "
+            f"model.vocab_size_multiple ({config.model.vocab_size_multiple}) to the teacher's {theirs}"
+        )
+
+
+def token_dataset(
     config: RunConfig,
     inputs: Inputs,
-    groups: Groups,
     name: str,
     prefixes: Sequence[str],
     num_samples: int,
     *,
     weights: Sequence[float] | None = None,
     repeat: bool = True,
-) -> BatchSource:
-    dataset = build_dataset(
+) -> TokenDataset:
+    """The samples of one data set of a run file, in the run's order; see `build_dataset`. Collective over the world."""
+    return build_dataset(
         prefixes,
         weights,
         num_samples=num_samples,
@@ -133,6 +161,22 @@ def _batch_source(
         name=name,
         repeat=repeat,
     )
+
+
+def batch_source(
+    config: RunConfig,
+    inputs: Inputs,
+    groups: Groups,
+    name: str,
+    prefixes: Sequence[str],
+    num_samples: int,
+    *,
+    weights: Sequence[float] | None = None,
+    repeat: bool = True,
+    attach: Attach | None = None,
+) -> BatchSource:
+    """Microbatches of one data set for this rank. Collective over the world."""
+    dataset = token_dataset(config, inputs, name, prefixes, num_samples, weights=weights, repeat=repeat)
     return BatchSource(
         dataset,
         global_batch_size=config.batch.global_batch_size,
@@ -142,30 +186,5 @@ def _batch_source(
         vocab_size=inputs.vocab_size,
         device=groups.platform.device,
         pad_last=not repeat,
+        attach=attach,
     )
-
-
-def _selection(config: RunConfig) -> Selection:
-    distill = config.distill
-    if distill.num_draws is not None:
-        return SampleSelection(distill.num_draws, config.train.seed, distill.temperature)
-    return TopSelection(distill.top_k, distill.top_p, distill.min_k, distill.temperature)
-
-
-def _build_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> TeacherSource:
-    if inputs.teacher is None:
-        return NoTeacher()
-    folder, info = inputs.teacher
-    distill = config.distill
-    teacher = OnlineTeacher(
-        info.model_section(),
-        config.parallel,
-        groups,
-        _selection(config),
-        precision=config.train.precision,
-        vocab_size=inputs.vocab_size,
-        sequence_length=config.batch.sequence_length,
-        chunk_tokens=distill.chunk_tokens,
-    )
-    load_weights(folder, teacher.models, what="teacher.checkpoint")
-    return teacher

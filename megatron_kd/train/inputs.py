@@ -47,7 +47,12 @@ def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
     vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise ConfigError(f"model.vocab_size ({vocab_size}) is smaller than the vocabulary of data.tokenizer ({tokenizer.vocab_size} ids)")
-    if config.teacher.source != "none" and config.distill.num_draws is None and config.distill.top_k > vocab_size:
+    if (
+        config.teacher.source != "none"
+        and config.distill.num_draws is None
+        and not config.distill.dense
+        and config.distill.top_k > vocab_size
+    ):
         raise ConfigError(f"distill.top_k ({config.distill.top_k}) must be at most the vocabulary size ({vocab_size})")
     digest = tokenizer.digest if tokenizer else None
     for prefix in (*config.data.train, *config.data.valid.values()):
@@ -58,7 +63,7 @@ def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
                 f"{config.batch.sequence_length + 1}: use more data or a shorter sequence"
             )
     teacher = None
-    if config.teacher.source == "online" and config.teacher.checkpoint is not None:
+    if config.teacher.source != "none" and config.teacher.checkpoint is not None:
         folder = find_checkpoint(config.teacher.checkpoint, what="teacher.checkpoint")
         teacher = folder, read_info(folder, what="teacher.checkpoint")
         check_same_vocabulary(teacher[1], vocab_size=vocab_size, tokenizer=digest, folder=folder, what="teacher.checkpoint")

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kd.data.batches import Microbatch
+from megatron_kd.losses.divergences import Target
 from megatron_kd.losses.objective import Objective
 from megatron_kd.models.model import output_weight
-from megatron_kd.targets.sparse import SparseTarget
 from megatron_kd.telemetry.metrics import reduce_reports
 from megatron_kd.train.build import Run
 
@@ -49,14 +49,14 @@ def train_step(run: Run) -> StepReport:
     return StepReport(metrics, grad_norm, learning_rate, alpha, updated)
 
 
-def forward_step(batches: Iterator[tuple[Microbatch, SparseTarget | None]], chunk: Any, *, objective: Objective) -> tuple[Tensor, Any]:
+def forward_step(batches: Iterator[tuple[Microbatch, Target | None]], chunk: Any, *, objective: Objective) -> tuple[Tensor, Any]:
     """Forward of the next microbatch through one chunk, and what its output is worth: megatron-core's forward step."""
     microbatch, target = next(batches)
     output = chunk(input_ids=microbatch.tokens, position_ids=microbatch.position_ids, attention_mask=None)
     return output, partial(_loss, chunk=chunk, microbatch=microbatch, target=target, objective=objective)
 
 
-def _loss(hidden: Tensor, *, chunk: Any, microbatch: Microbatch, target: SparseTarget | None, objective: Objective) -> Any:
+def _loss(hidden: Tensor, *, chunk: Any, microbatch: Microbatch, target: Target | None, objective: Objective) -> Any:
     weight = output_weight(chunk.module)
     return objective(hidden, weight=weight, labels=microbatch.labels, loss_mask=microbatch.loss_mask, target=target)
 

@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_kd.losses import KDLoss, kd_cross_entropy, linear_kd_cross_entropy
+from megatron_kd.losses import DenseTeacher, KDLoss, kd_cross_entropy, linear_divergence, linear_kd_cross_entropy
 from megatron_kd.targets import SampleSelection, Selection, SparseTarget, TopSelection, linear_targets, select_targets
 from tests.losses.cases import TAILS, Outcome, Problem, extreme_problem, hand_target, make_problem
+from tests.losses.divergence_cases import DENSE_ONLY, DIVERGENCES, DenseProblem, dense_problem, divergence_mistakes
 from tests.losses.mistakes import loss_mistakes, problem_with, selection_mistakes
 
 SIZES = (2, 4)
@@ -34,6 +35,18 @@ class LossCase(NamedTuple):
     what: str
     problem: Problem
     target: SparseTarget
+    upstream: Tensor
+    dtype: torch.dtype
+    limit: float
+    scalars: dict[str, Any]
+    schedule: str
+
+
+class DivergenceCase(NamedTuple):
+    what: str
+    dense: DenseProblem
+    target: SparseTarget | None  # None: against the whole teacher
+    name: str
     upstream: Tensor
     dtype: torch.dtype
     limit: float
@@ -122,6 +135,25 @@ def selection_cases(size: int, seed: int) -> list[SelectionCase]:
     return found
 
 
+def divergence_cases(size: int, seed: int) -> list[DivergenceCase]:
+    """Every divergence against the whole teacher and against a sparse target, layouts, types and schedules taking turns."""
+    found = []
+    few = {2: 46, 4: 60}[size]
+    vocabularies, schedules = cycle((90, few, few, 90)), cycle(("save", "chunk", "save", "save", "chunk"))
+    types = cycle(((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float64, 1e-12)))
+    for name, sparse in product(DIVERGENCES, (False, True)):
+        vocab_size, schedule, (dtype, limit) = next(vocabularies), next(schedules), next(types)
+        if sparse and name in DENSE_ONLY:
+            continue
+        dense = dense_problem(seed, dtype, vocab_size=vocab_size, rows=92)
+        target = hand_target(dense.problem.teacher, top_k=8, temperature=2.0, dtype=dtype) if sparse else None
+        upstream = torch.full_like(dense.problem.upstream, 0.37) if schedule == "chunk" else dense.problem.upstream
+        scalars = dict(alpha=0.6, temperature=2.0, temperature_squared=True, tail="bucket", z_loss=1e-2)
+        what = f"{name} {'sparse' if sparse else 'dense'} {vocab_size} {schedule} {dtype}"
+        found.append(DivergenceCase(what, dense, target, name, upstream, dtype, limit, scalars, schedule))
+    return found
+
+
 class Findings(NamedTuple):
     """What one rank holds in one layout, in the order of the cases."""
 
@@ -130,9 +162,11 @@ class Findings(NamedTuple):
     targets: list[SparseTarget]
     written_to: list[str]
     identical: KDLoss
+    default_chunks: Tensor
     repeats_differ: int
     calls: dict[str, dict[str, int]]
     refusals: list[str]
+    divergences: list[Outcome]
 
 
 def run_everything(rendezvous: str, seed: int) -> dict[tuple[int, bool], Findings]:
@@ -152,7 +186,7 @@ def run_everything(rendezvous: str, seed: int) -> dict[tuple[int, bool], Finding
 
 
 def _run_layout(layout: Layout, seed: int) -> Findings:
-    losses = loss_cases(layout.size, seed)
+    losses, divergences = loss_cases(layout.size, seed), divergence_cases(layout.size, seed)
     whole_logits = [] if layout.sequence_parallel else [case for case in losses if case.dtype == torch.float64]
     written_to: list[str] = []
     first, again = (_run_head(layout, losses[0], written_to) for _ in "12")
@@ -162,9 +196,11 @@ def _run_layout(layout: Layout, seed: int) -> Findings:
         targets=[target for case in selection_cases(layout.size, seed) for target in _run_selection(layout, case, written_to)],
         written_to=written_to,
         identical=_run_identical(layout, seed),
+        default_chunks=_run_default_chunks(layout, seed),
         repeats_differ=sum(not torch.equal(a, b) for a, b in zip(first, again, strict=True)),
-        calls={schedule: _count_calls(layout, losses[0], schedule) for schedule in ("chunk", "save", "recompute")},
+        calls=_count_all_calls(layout, losses[0], divergences[1]),
         refusals=list(_refusals(layout)),
+        divergences=[_run_divergence(layout, case) for case in divergences],
     )
 
 
@@ -185,6 +221,26 @@ def _run_head(layout: Layout, case: LossCase, written_to: list[str]) -> Outcome:
     assert hidden.grad is not None and weight.grad is not None
     if not torch.equal(hidden, before[0]) or not torch.equal(weight, before[1]):
         written_to.append(case.what)
+    return Outcome(*(t.detach().flatten() for t in loss), hidden.grad, weight.grad)
+
+
+def _run_divergence(layout: Layout, case: DivergenceCase) -> Outcome:
+    problem = case.dense.problem
+    hidden, weight = layout.leaves(problem, case.dtype)
+    teacher = DenseTeacher(layout.lines(case.dense.hidden).to(case.dtype), layout.rows(case.dense.weight).to(case.dtype))
+    loss = linear_divergence(
+        hidden,
+        weight,
+        in_lines(problem.labels),
+        teacher if case.target is None else case.target.map(in_lines),
+        divergence=DIVERGENCES[case.name],
+        loss_mask=in_lines(problem.mask).to(case.dtype),
+        schedule=case.schedule,
+        **case.scalars,
+        **layout.options(problem),
+    )
+    loss.total.backward(in_lines(case.upstream).to(loss.total.dtype))
+    assert hidden.grad is not None and weight.grad is not None
     return Outcome(*(t.detach().flatten() for t in loss), hidden.grad, weight.grad)
 
 
@@ -243,6 +299,35 @@ def _counted() -> Iterator[dict[str, int]]:
             active.stop()
 
 
+def _count_all_calls(layout: Layout, case: LossCase, divergence: DivergenceCase) -> dict[str, dict[str, int]]:
+    found = {schedule: _count_calls(layout, case, schedule) for schedule in ("chunk", "save", "recompute")}
+    with _counted() as found["dense"]:
+        _run_divergence(layout, divergence._replace(target=None, schedule="chunk", upstream=torch.ones_like(divergence.upstream)))
+    return found
+
+
+def default_chunks_problem(size: int, seed: int) -> Problem:
+    """160 tokens, more than the 64 that a chunk has at least, and a last rank with nothing but padding."""
+    return make_problem(seed, tokens=160, vocab_size={2: 46, 4: 60}[size], rows=92)
+
+
+def _run_default_chunks(layout: Layout, seed: int) -> Tensor:
+    """total [N] without chunk_tokens, in sizes where ranks that went by their own rows would cut the tokens differently."""
+    problem = default_chunks_problem(layout.size, seed)
+    options = {**layout.options(problem), "chunk_tokens": None}
+    hidden = problem.hidden.float().chunk(layout.size)[layout.rank] if layout.sequence_parallel else problem.hidden.float()
+    hidden, weight = hidden.clone().requires_grad_(), layout.rows(problem.weight).float().requires_grad_()
+    chunk_logits = 80 * -(-problem.vocab_size // layout.size)
+    with (
+        patch("megatron_kd.targets.logits.CHUNK_LOGITS_CPU", chunk_logits),
+        patch("megatron_kd.losses.head.SAVED_LOGITS_CPU", 100 * 23),
+    ):
+        target = linear_targets(hidden, weight, TopSelection(8), **options)
+        loss = linear_kd_cross_entropy(hidden, weight, problem.labels, target, alpha=0.5, tail="bucket", **options)
+        loss.total.sum().backward()
+    return loss.total.detach()
+
+
 def _count_calls(layout: Layout, case: LossCase, schedule: str) -> dict[str, int]:
     with _counted() as calls:
         _run_head(layout, case._replace(schedule=schedule, upstream=torch.ones_like(case.upstream)), [])
@@ -251,7 +336,7 @@ def _count_calls(layout: Layout, case: LossCase, schedule: str) -> dict[str, int
 
 def _refusals(layout: Layout) -> Iterator[str]:
     """Every rank refuses by itself and has sent nothing, so that no rank is left waiting. Yields what went otherwise."""
-    for make in (loss_mistakes, selection_mistakes):
+    for make in (loss_mistakes, selection_mistakes, divergence_mistakes):
         mistakes = make(layout.group, sequence_parallel=layout.sequence_parallel)
         assert len(mistakes) > 10
         for mistake in mistakes:

@@ -10,10 +10,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_kd.targets import SparseTarget, select_targets
+from megatron_kd.losses import reference_kd_cross_entropy
+from megatron_kd.targets import SparseTarget, TopSelection, select_targets
 from tests.helpers.ranks import run_ranks
-from tests.losses.cases import Outcome, errors, fresh_seed, oracle_outcome, reference_outcome, say
-from tests.parallel.head_ranks import CHUNKS, COLLECTIVES, SIZES, Findings, LossCase, loss_cases, run_everything, selection_cases
+from tests.losses.cases import Outcome, errors, fresh_seed, oracle_outcome, reference_outcome, relative_error, say
+from tests.losses.divergence_cases import DIVERGENCES, kept_ids, plain_outcome
+from tests.parallel.head_ranks import (
+    CHUNKS,
+    COLLECTIVES,
+    SIZES,
+    DivergenceCase,
+    Findings,
+    LossCase,
+    default_chunks_problem,
+    divergence_cases,
+    loss_cases,
+    run_everything,
+    selection_cases,
+)
 
 pytestmark = pytest.mark.dist
 
@@ -77,6 +91,27 @@ def test_losses_and_gradients_are_the_unsharded_ones(world: World) -> None:
             assert not whole.weight[case.problem.vocab_size :].any(), say(world.seed, *what, "padding rows have a gradient")
 
 
+def expected_divergence(case: DivergenceCase) -> Outcome:
+    problem = case.dense.problem
+    kept = None if case.target is None else kept_ids(case.target, problem.vocab_size)
+    return plain_outcome(problem, DIVERGENCES[case.name], case.upstream, problem.mask, kept=kept, **case.scalars)
+
+
+def test_divergences_are_the_unsharded_ones(world: World) -> None:
+    """From the whole teacher, sharded as the student is, and from sparse targets."""
+    expected = {size: [expected_divergence(case) for case in divergence_cases(size, world.seed)] for size in SIZES}
+    for layout in world.layouts():
+        for index, case in enumerate(divergence_cases(layout.size, world.seed)):
+            what = (layout.size, layout.sequence_parallel, case.what)
+            outcomes = [rank.divergences[index] for rank in layout.ranks]
+            for name in ("total", "ce", "kd"):
+                assert same([getattr(outcome, name) for outcome in outcomes]), say(world.seed, *what, f"ranks differ in {name}")
+            whole = assembled(outcomes, sequence_parallel=layout.sequence_parallel)
+            found = errors(whole, expected[layout.size][index])
+            assert max(found.values()) < case.limit, say(world.seed, *what, found)
+            assert not whole.weight[case.dense.problem.vocab_size :].any(), say(world.seed, *what, "padding rows have a gradient")
+
+
 def test_given_logits(world: World) -> None:
     """Each rank's gradient is its columns of the whole; the whole is put through the product for the comparison."""
     cases = {size: [case for case in loss_cases(size, world.seed) if case.dtype == torch.float64] for size in SIZES}
@@ -117,6 +152,16 @@ def test_targets_are_those_of_whole_rows(world: World) -> None:
                     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=lambda m, what=what: say(world.seed, *what, m))  # type: ignore[misc]
 
 
+def test_ranks_cut_alike_whatever_they_hold(world: World) -> None:
+    """Chunks sized by a rank's own rows would differ where the last rank holds padding, and collectives would not meet."""
+    for layout in world.layouts():
+        problem = default_chunks_problem(layout.size, world.seed)
+        target = select_targets(problem.logits(), TopSelection(8))
+        expected = reference_kd_cross_entropy(problem.logits(), problem.labels, target, alpha=0.5, tail="bucket").total
+        for rank in layout.ranks:
+            assert relative_error(rank.default_chunks, expected) < 1e-5, say(world.seed, layout.size, layout.sequence_parallel)
+
+
 def test_identical_models_and_repeats(world: World) -> None:
     for layout in world.layouts():
         for rank in layout.ranks:
@@ -132,6 +177,8 @@ def test_collectives_are_as_few_as_documented(world: World) -> None:
         for schedule, walks in (("chunk", 1), ("save", 2), ("recompute", 2)):
             expected = dict(zip(COLLECTIVES, (CHUNKS + CHUNKS * split * walks, CHUNKS * (1 - split), CHUNKS * split), strict=True))
             assert [rank.calls[schedule] for rank in layout.ranks] == [expected] * layout.size, (layout.size, split, schedule)
+        dense = dict(zip(COLLECTIVES, (CHUNKS * (2 + 2 * split), CHUNKS * (1 - split), CHUNKS * split), strict=True))
+        assert [rank.calls["dense"] for rank in layout.ranks] == [dense] * layout.size, (layout.size, split, "dense")
 
 
 def test_every_rank_refuses_before_any_collective(world: World) -> None:

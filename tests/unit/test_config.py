@@ -164,6 +164,8 @@ HARD_TABLE = (
         ["--model.mcore", HARD_TABLE],
         ["--data.train", '["a", "b\'c"]', "--data.train_weights", "[1e-12, 3]", "--run.directory", 'with "quotes" and \\'],
         ["--teacher.source=online", "--teacher.checkpoint=t", "--optimizer.eps=1e-300", "--train.seed=2147483647"],
+        ["--distill.num_draws=50"],
+        ["--distill.dense=true", "--distill.divergence=mse_logits", "--distill.ab_alpha=0"],
     ],
 )
 def test_round_trip(load: Load, overrides: list[str]) -> None:

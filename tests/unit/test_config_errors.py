@@ -45,7 +45,7 @@ BAD_OVERRIDES = {
     "half-open range": (["--optimizer.beta2", "1"], "optimizer.beta2 must be a number in [0, 1), got 1 on the command line"),
     "lower bound": (["--distill.z_loss", "-1"], "distill.z_loss must be a number >= 0, got -1 on the command line"),
     "boolean": (["--model.qk_norm", "maybe"], "model.qk_norm must be true or false, got maybe on the command line"),
-    "choice": (["--teacher.source", "disk"], "teacher.source must be one of none, online, got disk on the command line"),
+    "choice": (["--teacher.source", "disk"], "teacher.source must be one of none, online, cached, got disk on the command line"),
     "null": (["--run.directory", "null"], "run.directory must be a path, got null on the command line"),
     "null list": (["--data.train", "null"], "data.train must be a list of text (at least 1), got null on the command line"),
     "empty list": (["--data.train", "[]"], "data.train must be a list of text (at least 1), got [] on the command line"),
@@ -174,6 +174,35 @@ RELATIONS = {
     "--model.num_attention_heads=64": "model.head_dim (1) must be even: rotary embedding turns pairs",
     "--teacher.source=online": 'teacher.source = "online" needs teacher.checkpoint',
     "--distill.min_k=65": "distill.min_k (65) must be at most top_k (64)",
+    "--distill.num_draws=5 --distill.top_k=8": (
+        "distill.num_draws draws at random: leave top_k, top_p and min_k unset, or unset num_draws"
+    ),
+    "--distill.dense=true --distill.num_draws=5": (
+        "distill.dense compares whole distributions: leave top_k, top_p, min_k, num_draws and tail unset"
+    ),
+    "--distill.dense=true --distill.top_k=63": (
+        "distill.dense compares whole distributions: leave top_k, top_p, min_k, num_draws and tail unset"
+    ),
+    "--distill.dense=true --distill.tail=bucket": (
+        "distill.dense compares whole distributions: leave top_k, top_p, min_k, num_draws and tail unset"
+    ),
+    "--distill.dense=true --distill.head_schedule=recompute": (
+        'distill.dense cannot be served by head_schedule = "recompute": the teacher\'s logits exist once'
+    ),
+    "--distill.divergence=mse_logits": (
+        'distill.divergence = "mse_logits" compares the logits of all ids: it needs the dense teacher, not a sparse target (dense = true)'
+    ),
+    "--distill.divergence=reverse_kl": (
+        'distill.divergence = "reverse_kl" with tail = "renormalize" is infinite, the teacher\'s probability outside the kept ids '
+        'being 0: use tail = "bucket", or the dense teacher (dense = true)'
+    ),
+    "--distill.divergence=skew_kl --distill.tail=drop": (
+        'distill.divergence = "skew_kl" with a sparse target takes tail = "bucket" or "renormalize", not "drop"'
+    ),
+    "--distill.divergence=alpha_beta --distill.num_draws=9": (
+        'distill.divergence = "alpha_beta" with random draws has a term of its own for every id outside the kept ones: '
+        "keep the likeliest ids, or the dense teacher (dense = true)"
+    ),
     "--distill.alpha_warmup_fraction=0.995": "distill.alpha_warmup_fraction (0.995) + alpha_decay_fraction (0.01) must be at most 1",
     "--data.train_weights=[1,2]": "data.train_weights ([1.0, 2.0]) needs one weight > 0 for each of data.train's 1 entries",
     "--data.train_weights=[0]": "data.train_weights ([0.0]) needs one weight > 0 for each of data.train's 1 entries",
@@ -228,6 +257,11 @@ def test_relation(load: Load, overrides: str) -> None:
         "--parallel.overlap_param_gather=true --parallel.overlap_grad_reduce=true --optimizer.distributed=true",
         "--distill.alpha_warmup_fraction=0.9 --distill.alpha_decay_fraction=0.1",
         "--model.vocab_size=null --data.tokenizer=t.model",
+        "--distill.num_draws=5 --distill.top_k=64",
+        "--distill.dense=true --distill.divergence=mse_logits",
+        "--distill.divergence=reverse_kl --distill.tail=bucket",
+        "--distill.divergence=jensen_shannon --distill.num_draws=5",
+        "--distill.divergence=alpha_beta --distill.ab_alpha=0.4 --distill.ab_beta=0.6",
     ],
 )
 def test_values_at_the_edge_of_a_relation_are_taken(load: Load, overrides: str) -> None:

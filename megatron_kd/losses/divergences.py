@@ -1,0 +1,358 @@
+"""Every divergence of `losses/divergence_terms.py` through the chunked head, against a sparse target or the whole teacher.
+
+Against a sparse target the chunk's logits are walked as for forward_kl (`losses/rows.py`): only the derivative on the kept
+ids and on the rest differ. Against the whole teacher its logits are multiplied chunk by chunk beside the student's, and the
+logit gradient replaces the student's logits at once, so that a chunk holds two buffers [C, V/tp] and nothing outlives it but
+what the schedule keeps.
+
+Gradient with respect to the student's logits z: with f' the derivative of an id's term with respect to its log p, G the sum
+of all f', s = w alpha c / t and a as in `losses/rows.py`,
+    a p + s (f' - p^t G), on the label further - w (1 - alpha)
+and for ids that share one entry (the bucket, whose mass is r) f' p^t / r in place of f'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_kd.config.divergences import sparse_problem
+from megatron_kd.kernels import ChunkRows
+from megatron_kd.losses import head
+from megatron_kd.losses.dense_rows import DivergenceLoss
+from megatron_kd.losses.divergence_terms import ABSENT, Divergence
+from megatron_kd.losses.rows import HEALTH, TokenLoss
+from megatron_kd.losses.types import KDLoss, LossSpec, check_inputs
+from megatron_kd.losses.walk import ChunkLoss
+from megatron_kd.parallel.collectives import Group, group_rank, group_size
+from megatron_kd.parallel.shards import VocabShard, vocab_shard
+from megatron_kd.targets.chunks import HiddenChunks, TokenChunks
+from megatron_kd.targets.logits import OutputWeight, chunk_size, compute_dtype
+from megatron_kd.targets.rows import local_columns
+from megatron_kd.targets.sparse import SparseTarget
+
+
+@dataclass(frozen=True)
+class DenseTeacher:
+    """The whole teacher for some tokens: what its logits are made from, chunk by chunk.
+
+    hidden: [S, B, H_t] or [N, H_t], the teacher's final hidden states, laid out as the student's: replicated over the
+        tensor-parallel group, or this rank's slice of S under sequence parallelism.
+    weight: [V_t/tp, H_t] of the same type, its output weight. Of the true vocabulary each rank must hold the same ids as of
+        the student's; the padding behind may differ. No gradient reaches either.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+
+
+Target = SparseTarget | DenseTeacher
+
+
+def linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    teacher: Target,
+    *,
+    divergence: str | Divergence,
+    loss_mask: Tensor | None = None,
+    alpha: float,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    tail: str = "renormalize",
+    z_loss: float = 0.0,
+    vocab_size: int | None = None,
+    tp_group: Group = None,
+    sequence_parallel: bool = False,
+    schedule: str = "auto",
+    chunk_tokens: int | None = None,
+) -> KDLoss:
+    """Cross-entropy mixed with any divergence from the teacher, vocabulary-parallel, without full logits on either side.
+
+    total = ((1 - alpha) ce + alpha kd + z_loss logsumexp^2) loss_mask, where kd is the divergence at the temperature, times
+    temperature^2 where asked for. Formulas, directions and sources: `losses/divergence_terms.py`. The student is always
+    normalised over the whole vocabulary.
+
+    Args:
+        hidden, weight, labels, loss_mask, vocab_size, tp_group, sequence_parallel, chunk_tokens: as in
+            `linear_kd_cross_entropy`.
+        teacher: a DenseTeacher: whole distributions are compared and `tail` is not used. Or a SparseTarget [S, B, K]:
+            tail "bucket" compares distributions over the kept ids and one entry for all others, on both sides;
+            "renormalize" takes the kept entries rescaled to 1 and 0 elsewhere, where that is finite and can be summed.
+        divergence: a name, or a Divergence with its parameters.
+        schedule: as in `linear_kd_cross_entropy` with a SparseTarget. With a DenseTeacher "auto" is "save" where all logits
+            are few and else "chunk" (then the upstream gradient must be one value for all tokens), and there is no
+            "recompute".
+    Returns:
+        KDLoss [S, B], identical on every rank of the group; computed in fp32 (fp64 for fp64 inputs).
+    Raises:
+        ValueError: bad sizes, types, scalars or targets, and divergences that a target cannot serve, before any collective.
+        RuntimeError: a second backward, or an upstream gradient that the schedule cannot serve.
+    Collectives: with a SparseTarget those of `linear_kd_cross_entropy`. With a DenseTeacher per chunk all-gathers of [C, 7]
+        and [C, 2] (of [C] more for mse_logits), a sum of the gradient of hidden, and all-gathers of both hidden states under
+        sequence_parallel.
+    """
+    chosen = divergence if isinstance(divergence, Divergence) else Divergence(divergence)
+    spec = LossSpec(alpha, temperature, temperature_squared, tail, z_loss)
+    loss, _ = DivergenceHead(chosen)(
+        hidden,
+        weight,
+        labels,
+        teacher,
+        spec,
+        loss_mask=loss_mask,
+        vocab_size=vocab_size,
+        tp_group=tp_group,
+        sequence_parallel=sequence_parallel,
+        schedule=schedule,
+        chunk_tokens=chunk_tokens,
+    )
+    return loss
+
+
+@dataclass(frozen=True)
+class DivergenceHead:
+    """`linear_divergence` in the form of `losses.head.head_loss`, for a divergence chosen beforehand. target: or None."""
+
+    divergence: Divergence
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        target: Target | None,
+        spec: LossSpec,
+        *,
+        loss_mask: Tensor | None = None,
+        vocab_size: int | None = None,
+        tp_group: Group = None,
+        sequence_parallel: bool = False,
+        schedule: str = "auto",
+        chunk_tokens: int | None = None,
+        health: bool = False,
+    ) -> tuple[KDLoss, Tensor | None]:
+        """[S, B] losses and the columns of `losses.rows.HEALTH` [S, B, 5] if asked for."""
+        call = _Call(loss_mask, vocab_size, tp_group, sequence_parallel, schedule, chunk_tokens, health)
+        if isinstance(target, DenseTeacher):
+            return call.dense(hidden, weight, labels, target, spec, self.divergence)
+        if target is None or self.divergence.name == "forward_kl":
+            return call.plain(hidden, weight, labels, target, spec)
+        return call.sparse(hidden, weight, labels, target, spec, self.divergence)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The options of one call of the head."""
+
+    loss_mask: Tensor | None
+    vocab_size: int | None
+    tp_group: Group
+    sequence_parallel: bool
+    schedule: str
+    chunk_tokens: int | None
+    health: bool
+
+    def plain(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, target: SparseTarget | None, spec: LossSpec
+    ) -> tuple[KDLoss, Tensor | None]:
+        """Forward KL from a sparse target, or cross-entropy alone."""
+        return head.head_loss(
+            hidden,
+            weight,
+            labels,
+            target,
+            spec,
+            loss_mask=self.loss_mask,
+            vocab_size=self.vocab_size,
+            tp_group=self.tp_group,
+            sequence_parallel=self.sequence_parallel,
+            schedule=self.schedule,
+            chunk_tokens=self.chunk_tokens,
+            health=self.health,
+        )
+
+    def sparse(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, target: SparseTarget, spec: LossSpec, divergence: Divergence
+    ) -> tuple[KDLoss, Tensor | None]:
+        """Any divergence that a sparse target can serve."""
+        problem = sparse_problem(
+            divergence.name, tail=spec.tail, sampled=target.sampled, ab_alpha=divergence.ab_alpha, ab_beta=divergence.ab_beta
+        )
+        if problem is not None:
+            raise ValueError(problem)
+        shard = self._shard(hidden, weight, labels)
+        check_inputs(labels, target, self.loss_mask, spec, vocab_size=shard.vocab_size)
+        mask, flat = self._mask(labels), target.flatten()
+
+        def make_loss(rows: ChunkRows, take: Callable[[Tensor], Tensor]) -> ChunkLoss:
+            given = take(labels.flatten()), take(mask), flat.map(take)
+            return SparseDivergenceLoss(rows, *given, spec, shard, self.tp_group, divergence=divergence, health=self.health)
+
+        return self._run(hidden, weight, labels, make_loss, shard, self.schedule)
+
+    def dense(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, teacher: DenseTeacher, spec: LossSpec, divergence: Divergence
+    ) -> tuple[KDLoss, Tensor | None]:
+        """Any divergence from the whole teacher."""
+        if self.schedule == "recompute":
+            raise ValueError('schedule = "recompute" cannot serve a dense teacher: use "save", "chunk" or "direct"')
+        shard = self._shard(hidden, weight, labels)
+        check_inputs(labels, None, self.loss_mask, replace(spec, alpha=0.0), vocab_size=shard.vocab_size)
+        teacher_shard = _teacher_shard(hidden, weight, teacher, shard, self.tp_group)
+        mask, tokens = self._mask(labels), labels.numel()
+        # Sizes from the rows that every rank holds, not from the valid ones: ranks must cut alike.
+        size = chunk_size(self.chunk_tokens, shard.share, tokens, on_cuda=hidden.is_cuda)
+        few = tokens * shard.share <= (head.SAVED_LOGITS_CUDA if hidden.is_cuda else head.SAVED_LOGITS_CPU)
+        schedule = ("save" if few else "chunk") if self.schedule == "auto" else self.schedule
+        chunks = TokenChunks(tokens, group_size(self.tp_group) if self.sequence_parallel else 1, size)
+        teacher_rows = _teacher_rows(teacher, teacher_shard, chunks, self.tp_group)
+        gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+
+        def make_loss(rows: ChunkRows, take: Callable[[Tensor], Tensor]) -> ChunkLoss:
+            # The head asks for each chunk once and in order, so the teacher's chunks simply follow.
+            loss = DivergenceLoss(take(labels.flatten()), take(mask), divergence, spec, shard, self.tp_group)
+            loss.measure(rows, next(teacher_rows), gradient=gradient, health=self.health)
+            return loss
+
+        return replace(self, chunk_tokens=size)._run(hidden, weight, labels, make_loss, shard, schedule)
+
+    def _shard(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> VocabShard:
+        return head.check_head(
+            hidden,
+            weight,
+            labels,
+            vocab_size=self.vocab_size,
+            tp_group=self.tp_group,
+            sequence_parallel=self.sequence_parallel,
+            schedule=self.schedule,
+        )
+
+    def _mask(self, labels: Tensor) -> Tensor:
+        mask = torch.ones_like(labels, dtype=torch.float32) if self.loss_mask is None else self.loss_mask
+        return mask.flatten()
+
+    def _run(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        make_loss: Callable[[ChunkRows, Callable[[Tensor], Tensor]], ChunkLoss],
+        shard: VocabShard,
+        schedule: str,
+    ) -> tuple[KDLoss, Tensor | None]:
+        return head.run_head(
+            hidden,
+            weight,
+            labels,
+            make_loss,
+            shard=shard,
+            tp_group=self.tp_group,
+            sequence_parallel=self.sequence_parallel,
+            schedule=schedule,
+            chunk_tokens=self.chunk_tokens,
+            health=len(HEALTH) if self.health else 0,
+        )
+
+
+def _teacher_shard(hidden: Tensor, weight: Tensor, teacher: DenseTeacher, shard: VocabShard, group: Group) -> VocabShard:
+    """The teacher's shard on this rank; ValueError on every rank alike where the teacher does not fit beside the student."""
+    theirs, size = teacher.weight, group_size(group)
+    if theirs.dim() != 2 or teacher.hidden.shape[-1] != theirs.shape[1] or teacher.hidden.dtype != theirs.dtype:
+        raise ValueError(
+            f"the teacher's hidden {tuple(teacher.hidden.shape)} {teacher.hidden.dtype} and weight {tuple(theirs.shape)} {theirs.dtype} "
+            "must end in the same width and have the same type"
+        )
+    if teacher.hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"the teacher's hidden {tuple(teacher.hidden.shape)} must have the student's leading shape {tuple(hidden.shape[:-1])}: "
+            "the same tokens in the same layout"
+        )
+    if compute_dtype(theirs.dtype) != compute_dtype(weight.dtype):
+        raise ValueError(f"the teacher is {theirs.dtype} and the student {weight.dtype}: both must be float64, or neither")
+    if theirs.shape[0] * size < shard.vocab_size or not same_vocabulary_ranges(theirs.shape[0], shard.rows, shard.vocab_size):
+        raise ValueError(
+            f"the teacher's weight has {theirs.shape[0]} vocabulary rows on each of {size} rank(s) and the student's {shard.rows}: "
+            f"each rank must hold the same ids of the {shard.vocab_size}, so pad both vocabularies to the same size"
+        )
+    return vocab_shard(theirs.shape[0], rank=group_rank(group), size=size, vocab_size=shard.vocab_size)
+
+
+def same_vocabulary_ranges(rows: int, other_rows: int, vocab_size: int) -> bool:
+    """Whether ranks with `rows` each and ranks with `other_rows` each hold the same ids of the true vocabulary."""
+    return rows == other_rows or min(rows, other_rows) >= vocab_size
+
+
+def _teacher_rows(teacher: DenseTeacher, shard: VocabShard, chunks: TokenChunks, group: Group) -> Iterator[ChunkRows]:
+    """The teacher's logits chunk by chunk, always in the same buffer."""
+    weight = OutputWeight(teacher.weight, shard)
+    buffer = weight.new_buffer(chunks.largest)
+    states = teacher.hidden.detach().reshape(-1, teacher.hidden.shape[-1])
+    for _, x in HiddenChunks(states, chunks, group):
+        yield weight.logits(x, buffer)
+
+
+class SparseDivergenceLoss(TokenLoss):
+    """`TokenLoss` with another divergence: over the kept ids and one entry for the rest, [C, K + 1] on every rank."""
+
+    def __init__(
+        self,
+        rows: ChunkRows,
+        labels: Tensor,
+        weight: Tensor,
+        target: SparseTarget,
+        spec: LossSpec,
+        shard: VocabShard,
+        group: Group,
+        *,
+        divergence: Divergence,
+        health: bool = False,
+    ) -> None:
+        super().__init__(rows, labels, weight, target, spec, shard, group, health=health)
+        stats, used = self.stats, self.indices >= 0
+        there = torch.cat([used, (self.others > 0).unsqueeze(1)], 1)
+        support = stats.support / spec.temperature - stats.logsumexp_t.unsqueeze(1)
+        log_p = torch.cat([support, (stats.rest_logsumexp_t - stats.logsumexp_t).unsqueeze(1)], 1)
+        log_q = torch.cat([self.log_q, self.log_tail.unsqueeze(1)], 1)
+        if divergence.name == "hard_label":
+            log_q = torch.where(_likeliest(log_q, self.indices), 0.0, ABSENT)
+        log_p, log_q = (torch.where(there, t, ABSENT).clamp(min=ABSENT) for t in (log_p, log_q))
+        terms, self.slopes = divergence.terms_and_slopes(log_q, log_p, shard.vocab_size)
+        self.kd = terms.sum(1)
+
+    def _divergence(self) -> Tensor:
+        return self.kd
+
+    def gradient(self, rows: ChunkRows, *, start: int, upstream: Tensor | None = None) -> Tensor:
+        """As in `TokenLoss`."""
+        stats, spec = self.stats, self.spec
+        w = self.weight if upstream is None else self.weight * torch.where(self.counted, upstream, 0.0).to(self.weight.dtype)
+        a = w * ((1.0 - spec.alpha) + 2.0 * spec.z_loss * (stats.logsumexp + stats.shift))
+        s = w * (spec.alpha * spec.kd_scale / spec.temperature)
+        rest, rest_t = (stats.rest_logsumexp - stats.logsumexp).exp(), (stats.rest_logsumexp_t - stats.logsumexp_t).exp()
+        p = (stats.support - stats.logsumexp.unsqueeze(1)).exp()
+        p_t = p if spec.temperature == 1.0 else (stats.support / spec.temperature - stats.logsumexp_t.unsqueeze(1)).exp()
+        whole = self.slopes.sum(1)
+        return rows.gradient(
+            stats.rest_shift,
+            a * rest / stats.rest_mass,
+            s * (self.slopes[:, -1] - whole * rest_t) / stats.rest_mass_t,
+            None,
+            spec.temperature,
+            local_columns(self.indices, start, rows.valid),
+            a.unsqueeze(1) * p + s.unsqueeze(1) * (self.slopes[:, :-1] - whole.unsqueeze(1) * p_t),
+            local_columns(self.labels, start, rows.valid),
+            -(1.0 - spec.alpha) * w,
+        )
+
+
+def _likeliest(log_q: Tensor, indices: Tensor) -> Tensor:
+    """bool [C, K + 1]: the kept entry with the largest log_q, of equal ones that with the smallest id; never the last, the rest."""
+    kept = log_q[:, :-1]
+    best = kept == kept.amax(1, keepdim=True)
+    first = torch.where(best, indices, torch.iinfo(indices.dtype).max).amin(1, keepdim=True)
+    return torch.nn.functional.pad(best & (indices == first), (0, 1))

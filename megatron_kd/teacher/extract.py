@@ -1,0 +1,121 @@
+"""Running a teacher once over a data set and storing what it says, shard by shard.
+
+Shard i holds the samples i * n .. (i + 1) * n - 1 of the data in the order in which they are cut, whoever writes it: writer w of
+W takes the shards with i mod W = w. So a job that was killed goes on with any number of writers, and its records are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_kd.cache import CacheIdentity, CacheWriter
+from megatron_kd.data.batches import Microbatch
+from megatron_kd.data.dataset import Part
+from megatron_kd.targets.keys import sample_keys
+from megatron_kd.targets.sparse import SparseTarget
+from megatron_kd.teacher.source import TeacherSource
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Which samples go into which shard. parts: the prefixes of the data; first_samples: no more than these; None: all."""
+
+    parts: Sequence[Part]
+    shard_samples: int
+    first_samples: int | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all shards together."""
+        whole = sum(map(len, self.parts))
+        return whole if self.first_samples is None else min(whole, self.first_samples)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the complete cache."""
+        return -(-self.num_samples // self.shard_samples)
+
+    def samples(self, shard: int) -> list[torch.Tensor]:
+        """Tokens int64 [S] of the samples of a shard."""
+        start = shard * self.shard_samples
+        return [self._sample(number) for number in range(start, min(start + self.shard_samples, self.num_samples))]
+
+    def _sample(self, number: int) -> torch.Tensor:
+        for part in self.parts:
+            if number < len(part):
+                tokens: torch.Tensor = part.samples[number]["tokens"]
+                return tokens
+            number -= len(part)
+        raise IndexError(number)
+
+
+def finished_shards(directory: Path) -> set[int]:
+    """Numbers of the shards that are complete in `directory`."""
+    return {int(path.stem.split("-")[1]) for path in directory.glob("shard-*.json") if path.with_suffix(".arrow").exists()}
+
+
+def extract(
+    teacher: TeacherSource,
+    plan: ShardPlan,
+    shards: Sequence[int],
+    directory: Path,
+    identity: CacheIdentity,
+    *,
+    writes: bool,
+    worker: int,
+    micro_batch_size: int,
+    num_microbatches: int,
+    device: torch.device,
+    done: Callable[[int], None] = lambda tokens: None,
+) -> None:
+    """Write `shards`. Collective over the teacher's model-parallel ranks, which all call it alike; `writes` is true on one of them.
+
+    micro_batch_size: samples of one forward pass; num_microbatches: passes of one pipeline schedule. done: told of tokens.
+    """
+    for shard in shards:
+        samples = plan.samples(shard)
+        batches = list(_microbatches(samples, micro_batch_size, device))
+        writer = CacheWriter(directory, identity, worker=worker, shard=shard) if writes else None
+        try:
+            for start in range(0, len(batches), num_microbatches):
+                group = batches[start : start + num_microbatches]
+                found = teacher.targets([batch for _, batch in group])
+                for (rows, _), target in zip(group, found, strict=True):
+                    if writer is not None:
+                        assert isinstance(target, SparseTarget)
+                        _add(writer, rows, target)
+                done(sum(len(rows) for rows, _ in group) * samples[0].numel())
+            if writer is not None:
+                writer.close()
+                writer = None
+        finally:
+            if writer is not None:
+                writer.abandon()
+
+
+def _microbatches(samples: list[torch.Tensor], size: int, device: torch.device) -> Iterator[tuple[list[torch.Tensor], Microbatch]]:
+    """Samples in passes of `size`, with the passes; the last one is filled up with its last sample."""
+    for start in range(0, len(samples), size):
+        rows = samples[start : start + size]
+        tokens = torch.stack([*rows, *[rows[-1]] * (size - len(rows))])
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
+        batch = Microbatch(
+            tokens=tokens,
+            labels=torch.full_like(tokens, -100),
+            loss_mask=torch.zeros(tokens.shape),
+            position_ids=positions,
+            sample_ids=torch.arange(start, start + size),
+            sample_keys=sample_keys(tokens),
+        )
+        yield rows, batch.to(device)
+
+
+def _add(writer: CacheWriter, rows: list[torch.Tensor], target: SparseTarget) -> None:
+    """target [S, B, K] of B >= len(rows) samples."""
+    local = target.map(lambda t: t.cpu())
+    for number, tokens in enumerate(rows):
+        writer.add(tokens, local.map(lambda t, number=number: t[:, number]))  # type: ignore[misc]

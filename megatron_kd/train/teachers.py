@@ -1,0 +1,129 @@
+"""Which teacher a run file asks for, built; and the same teacher set up to be stored once for all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_kd.cache import CacheError, CacheIdentity, CacheReader
+from megatron_kd.checkpoint.state import load_weights
+from megatron_kd.checkpoint.store import checkpoint_digest
+from megatron_kd.config import ConfigError, RunConfig
+from megatron_kd.data.batches import Attach
+from megatron_kd.parallel.collectives import raise_together
+from megatron_kd.parallel.groups import Groups
+from megatron_kd.targets import SampleSelection, Selection, TopSelection
+from megatron_kd.teacher.cached import CachedTeacher
+from megatron_kd.teacher.extract import ShardPlan, finished_shards
+from megatron_kd.teacher.online import OnlineTeacher
+from megatron_kd.teacher.source import NoTeacher, TeacherSource
+from megatron_kd.train.inputs import Inputs
+
+
+def selection_of(config: RunConfig) -> Selection:
+    """How [distill] wants sparse targets to be chosen."""
+    distill = config.distill
+    if distill.num_draws is not None:
+        return SampleSelection(distill.num_draws, config.train.seed, distill.temperature)
+    return TopSelection(distill.top_k, distill.top_p, distill.min_k, distill.temperature)
+
+
+def online_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> OnlineTeacher:
+    """The teacher of teacher.checkpoint with its weights. Collective over the world."""
+    assert inputs.teacher is not None
+    folder, info = inputs.teacher
+    teacher = OnlineTeacher(
+        info.model_section(),
+        config.parallel,
+        groups,
+        None if config.distill.dense else selection_of(config),
+        precision=config.train.precision,
+        vocab_size=inputs.vocab_size,
+        sequence_length=config.batch.sequence_length,
+        chunk_tokens=config.distill.chunk_tokens,
+    )
+    load_weights(folder, teacher.models, what="teacher.checkpoint")
+    return teacher
+
+
+def build_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> TeacherSource:
+    """The teacher of [teacher]. Collective over the world; ConfigError on every rank where its cache does not fit."""
+    if config.teacher.source == "none":
+        return NoTeacher()
+    if config.teacher.source == "online":
+        return online_teacher(config, inputs, groups)
+    reader = _open_cache(config, inputs)
+    fallback = online_teacher(config, inputs, groups) if config.teacher.on_miss == "online" else None
+    return CachedTeacher(reader, decodes=groups.is_last_stage, fallback=fallback)
+
+
+def attach_of(teacher: TeacherSource, *, held_out: bool) -> Attach | None:
+    """What gives microbatches their targets as they are read."""
+    if not isinstance(teacher, CachedTeacher):
+        return None
+    return teacher.attach_known if held_out else teacher.attach
+
+
+def identity_of(config: RunConfig, inputs: Inputs, *, teacher: str, value_encoding: str) -> CacheIdentity:
+    """What a cache for this run is."""
+    return CacheIdentity(
+        teacher=teacher,
+        tokenizer=inputs.digest,
+        vocab_size=inputs.vocab_size,
+        sequence_length=config.batch.sequence_length,
+        selection=selection_of(config),
+        value_encoding=value_encoding,
+        teacher_step=inputs.teacher[1].step if inputs.teacher is not None else None,
+    )
+
+
+def _open_cache(config: RunConfig, inputs: Inputs) -> CacheReader:
+    """teacher.cache, compared with what the run needs: its own teacher's, where the run names one."""
+    digest = _teacher_digest(inputs)
+    reader, problem = None, None
+    try:
+        reader = CacheReader(str(config.teacher.cache))
+        own = reader.identity
+        wanted = identity_of(config, inputs, teacher=digest or own.teacher, value_encoding=own.value_encoding)
+        if digest is None:
+            wanted = replace(wanted, teacher_step=own.teacher_step)
+        own.check(wanted, reader.storage.name)
+    except CacheError as error:
+        problem = f"teacher.cache: {error}"
+    raise_together(problem, ConfigError)
+    assert reader is not None
+    return reader
+
+
+def _teacher_digest(inputs: Inputs) -> str | None:
+    """Digest of teacher.checkpoint, computed by rank 0 for all; None where no checkpoint is named."""
+    if inputs.teacher is None:
+        return None
+    found: list[str | None] = [checkpoint_digest(inputs.teacher[0]) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """A teacher ready to be stored. identity: of the cache it makes."""
+
+    groups: Groups
+    teacher: OnlineTeacher
+    identity: CacheIdentity
+
+    def agree_on_finished(self, directory: Path, plan: ShardPlan) -> set[int]:
+        """The shards that are complete, as rank 0 sees them. One broadcast."""
+        found: list[set[int]] = [finished_shards(directory) if dist.get_rank() == 0 else set()]
+        dist.broadcast_object_list(found, src=0)
+        return {shard for shard in found[0] if shard < plan.num_shards}
+
+
+def build_extraction(config: RunConfig, inputs: Inputs, groups: Groups, *, value_encoding: str) -> Extraction:
+    """The teacher of a run file and the identity of its cache. Collective over the world."""
+    digest = _teacher_digest(inputs)
+    assert digest is not None
+    identity = identity_of(config, inputs, teacher=digest, value_encoding=value_encoding)
+    return Extraction(groups, online_teacher(config, inputs, groups), identity)

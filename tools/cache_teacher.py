@@ -1,0 +1,136 @@
+"""Run a frozen teacher once over token data and store its targets, for any number of students.
+
+    python tools/cache_teacher.py --config run.toml --output cache/                                # one process
+    torchrun --nproc-per-node 8 tools/cache_teacher.py --config run.toml --output cache/ --parallel.tensor 2
+    ... --workers 16 --worker $SLURM_ARRAY_TASK_ID                                                 # one of 16 jobs on one cache
+
+The run file is that of a student: [teacher] checkpoint, [data] train, [batch] sequence_length, [distill] top_k, top_p, min_k or
+num_draws, and temperature say what is stored. By default every sample of one pass over data.train is stored, which serves
+students of any seed, order, batch size and layout. Start it again with the same command after any interruption, with more or
+fewer processes if you like: finished shards are kept, and the result is the same.
+
+Exit codes: 0 finished, 2 bad input, 3 another process writes this cache, 5 the disk is full or not writable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_kd.config import ConfigError, RunConfig, load_config
+from megatron_kd.parallel.world import world_from_environment
+
+if TYPE_CHECKING:
+    from megatron_kd.parallel.platform import Platform
+
+
+def main() -> int:
+    """Parse, build the teacher and the data, extract."""
+    arguments, rest = _parser().parse_known_args()
+    try:
+        config = load_config(["--config", arguments.config, *_overrides(arguments), *rest])
+        if not 0 <= arguments.worker < arguments.workers:
+            raise ConfigError(f"--worker ({arguments.worker}) must be in [0, {arguments.workers}), the number of --workers")
+        return _extract(config, arguments)
+    except ConfigError as error:
+        print(f"cache_teacher: error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="run file of a student; its keys can be overridden as --section.key value")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the cache")
+    parser.add_argument("--value-encoding", choices=["quantized", "fp32"], default="quantized", help="fp32: 4 bytes a value, exact")
+    parser.add_argument("--shard-samples", type=int, default=1024, help="samples per shard, the unit of resuming")
+    parser.add_argument("--first-samples", type=int, help="store no more than this many samples; unset: one pass over the data")
+    parser.add_argument("--workers", type=int, default=1, help="jobs that write this cache together")
+    parser.add_argument("--worker", type=int, default=0, help="which of them this is")
+    return parser
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    """A student's own directory is not touched."""
+    return ["--run.directory", str(arguments.output / ".work"), "--teacher.source", "online"]
+
+
+def _extract(config: RunConfig, arguments: argparse.Namespace) -> int:
+    from megatron_kd.parallel.platform import start_platform
+
+    rank, _, local_rank = world_from_environment()
+    platform = start_platform(config.train.device, local_rank)
+    from megatron_kd.cache import CacheError, CacheInUse
+    from megatron_kd.parallel.groups import stop_groups
+
+    try:
+        return _run(config, arguments, platform)
+    except CacheInUse as error:
+        print(f"cache_teacher: error: {error}", file=sys.stderr, flush=True)
+        return 3
+    except CacheError as error:
+        raise ConfigError(str(error)) from error
+    except OSError as error:
+        print(
+            f"cache_teacher: stopped on rank {rank}: {error}: finished shards are kept; free space and start again",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 5
+    finally:
+        stop_groups()
+
+
+def _run(config: RunConfig, arguments: argparse.Namespace, platform: Platform) -> int:
+    from megatron_kd.parallel.groups import start_groups
+    from megatron_kd.teacher.extract import ShardPlan, extract
+    from megatron_kd.telemetry.progress import Progress
+    from megatron_kd.train.build import token_dataset
+    from megatron_kd.train.inputs import check_inputs
+    from megatron_kd.train.teachers import build_extraction
+
+    inputs = check_inputs(config, world_size=world_from_environment()[1])
+    groups = start_groups(platform, config.parallel, timeout_seconds=config.train.timeout_seconds)
+    job = build_extraction(config, inputs, groups, value_encoding=arguments.value_encoding)
+    parts = token_dataset(config, inputs, "data.train", config.data.train, 1).parts
+    plan = ShardPlan(parts, arguments.shard_samples, arguments.first_samples)
+    worker = arguments.worker * groups.data_size + groups.data_rank
+    workers = arguments.workers * groups.data_size
+    finished = job.agree_on_finished(arguments.output, plan)
+    mine = [shard for shard in range(worker, plan.num_shards, workers) if shard not in finished]
+    reports = groups.is_last_stage and groups.tensor_rank == 0
+    progress = Progress("auto", steps=len(mine), enabled=reports and groups.data_rank == 0)
+    progress.message(
+        f"{plan.num_samples} samples in {plan.num_shards} shards, {len(finished)} finished; "
+        f"this writer, {worker} of {workers}, has {len(mine)}"
+    )
+    begin, tokens, count = time.perf_counter(), 0, 0
+
+    def done(found: int) -> None:
+        nonlocal tokens
+        tokens += found
+
+    for shard in mine:
+        extract(
+            job.teacher,
+            plan,
+            [shard],
+            arguments.output,
+            job.identity,
+            writes=reports,
+            worker=worker,
+            micro_batch_size=config.batch.micro_batch_size,
+            num_microbatches=max(1, config.parallel.pipeline * 2 if config.parallel.pipeline > 1 else 1),
+            device=groups.platform.device,
+            done=done,
+        )
+        count += 1
+        progress.update(count, tokens_per_second=tokens / (time.perf_counter() - begin))
+    progress.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
