@@ -323,6 +323,10 @@ class TrainSection(Section):
         default="auto",
         description="auto takes CUDA (NCCL) where there is one, else CPU (gloo).",
     )
+    compile_head: bool = Field(
+        default=False,
+        description="On a CPU, let torch.compile fuse the elementwise parts of the output head: needs a C++ compiler and half a minute.",
+    )
     nonfinite: Literal["stop", "skip"] = Field(
         default="stop",
         description="A loss or gradient that is not finite never reaches the weights: stop the run, or skip the step and count it.",

@@ -12,12 +12,21 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from megatron_kd.kernels.plain import PUNCHED, PlainRows, buffer_width
+from megatron_kd.kernels.plain import PUNCHED, CompiledRows, PlainRows, buffer_width
 
-__all__ = ["PUNCHED", "ChunkRows", "buffer_width", "chunk_rows"]
+__all__ = ["PUNCHED", "ChunkRows", "buffer_width", "chunk_rows", "compile_rows"]
 
 # `TritonRows` derives from it: what a kernel does not do, torch does.
 ChunkRows = PlainRows
+
+
+_plain: type[PlainRows] = PlainRows
+
+
+def compile_rows(wanted: bool = True) -> None:
+    """Whether rows on a CPU go through torch.compile from now on, in this process; needs a C++ compiler."""
+    global _plain
+    _plain = CompiledRows if wanted else PlainRows
 
 
 @functools.cache
@@ -35,4 +44,4 @@ def chunk_rows(buffer: Tensor, valid: int, gradient_dtype: torch.dtype | None = 
         from megatron_kd.kernels.triton_rows import TritonRows
 
         return TritonRows(buffer, valid, gradient_dtype)
-    return PlainRows(buffer, valid, gradient_dtype)
+    return _plain(buffer, valid, gradient_dtype)

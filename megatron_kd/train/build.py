@@ -12,6 +12,7 @@ from megatron_kd.checkpoint.store import CheckpointInfo
 from megatron_kd.config import ConfigError, RunConfig
 from megatron_kd.data.batches import Attach, BatchSource
 from megatron_kd.data.dataset import TokenDataset, build_dataset
+from megatron_kd.kernels import compile_rows
 from megatron_kd.losses import Divergence
 from megatron_kd.losses.divergences import DivergenceHead, same_vocabulary_ranges
 from megatron_kd.losses.objective import Objective
@@ -83,6 +84,7 @@ def build_run(config: RunConfig, *, rendezvous: str | None = None) -> Run:
     inputs = check_inputs(config, world_size=world_size)
     _check_dense(config, inputs)
     platform = start_platform(config.train.device, local_rank)
+    compile_rows(config.train.compile_head)
     groups = start_groups(platform, config.parallel, timeout_seconds=config.train.timeout_seconds, rendezvous=rendezvous)
     student = Student(config, groups, vocab_size=inputs.vocab_size)
     if inputs.initial is not None:

@@ -51,7 +51,8 @@ def test_readme_tools(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     for index, source in enumerate(sorted((ROOT / "megatron_kd").rglob("*.py"))):
         (tmp_path / f"corpus/{index}.txt").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("python tools/")]
+    (block,) = [block for block in blocks("bash") if "preprocess_data" in block]
+    commands = [line for line in block.splitlines() if line.startswith("python tools/")]
     assert len(commands) == 2
     for line in commands:
         words = shlex.split(line.replace("--vocab-size 32000", "--vocab-size 800").replace("valid=0.01", "valid=0.2"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -85,6 +87,22 @@ def test_a_stored_teacher_teaches_like_the_live_one(teacher: tuple[Path, str], t
     assert finish(start(command(student(tmp_path, "online8", teacher, **other))))[0] == 0
     assert cached("other8", **other) != live
     torch.testing.assert_close(torch.tensor(losses(tmp_path / "other8")), torch.tensor(losses(tmp_path / "online8")), rtol=1e-5, atol=1e-6)
+
+
+def test_the_readme_s_commands(teacher: tuple[Path, str], tmp_path: Path) -> None:
+    """As they stand there, on two processes in place of eight."""
+    run_file = student(tmp_path, "run", teacher, batch={"global_batch_size": 4, "micro_batch_size": 2})
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = [block for block in re.findall(r"```bash\n(.*?)```", readme, flags=re.DOTALL) if "cache_teacher" in block]
+    lines = block.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        words = shlex.split(line.replace("--nproc-per-node 8", "--standalone --nproc-per-node 2"), comments=True)
+        words = [{"run.toml": str(run_file), "cache/": str(tmp_path / "cache")}.get(word, word) for word in words]
+        module = ["-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words[1:]
+        code, output = finish(start([sys.executable, *module]))
+        assert code == 0, output
+    assert len(losses(tmp_path / "run")) == 6
 
 
 def test_draws_are_the_same_live_and_stored(teacher: tuple[Path, str], tmp_path: Path) -> None:
@@ -174,7 +192,13 @@ def test_two_writers_and_a_full_disk(teacher: tuple[Path, str], tmp_path: Path) 
     code, output = finish(start(extraction(run_file, cache)))
     held.release()
     assert code == 3 and f"is being written by process {os.getpid()} of" in output, output
-    limited = ["bash", "-c", 'ulimit -f 16; trap "" XFSZ; exec "$@"', "bash", *extraction(run_file, tmp_path / "full", "--shard-samples", "500", "--value-encoding", "fp32")]
+    limited = [
+        "bash",
+        "-c",
+        'ulimit -f 16; trap "" XFSZ; exec "$@"',
+        "bash",
+        *extraction(run_file, tmp_path / "full", "--shard-samples", "500", "--value-encoding", "fp32"),
+    ]
     process = subprocess.Popen(
         limited,
         cwd=Path(__file__).parents[2],
