@@ -111,32 +111,29 @@ def _bare_forward(teacher: Any, microbatches: Any) -> None:
     """The teacher's layers and its logits, chunk by chunk, and nothing made of them."""
     import torch
 
-    from megatron_kd.models.model import output_weight
     from megatron_kd.parallel.shards import vocab_shard
     from megatron_kd.targets.chunks import HiddenChunks, TokenChunks
     from megatron_kd.targets.logits import OutputWeight, chunk_size
 
-    groups = teacher.groups
+    groups, chosen = teacher.groups, teacher.make_target
 
-    def only_logits(hidden: Any, *, chunk: Any, **_: Any) -> None:
-        weight = output_weight(chunk)
-        head = OutputWeight(
-            weight, vocab_shard(weight.shape[0], rank=groups.tensor_rank, size=groups.tensor_size, vocab_size=teacher.vocab_size)
-        )
+    def only_logits(hidden: Any, weight: Any, row_keys: Any) -> None:
+        shard = vocab_shard(weight.shape[0], rank=groups.tensor_rank, size=groups.tensor_size, vocab_size=chosen.vocab_size)
+        head = OutputWeight(weight, shard)
         states = hidden.reshape(-1, hidden.shape[-1])
         slices = groups.tensor_size if teacher.config.sequence_parallel else 1
         tokens = len(states) * slices
-        chunks = TokenChunks(tokens, slices, chunk_size(teacher.chunk_tokens, head.shard.share, tokens, on_cuda=states.is_cuda))
+        chunks = TokenChunks(tokens, slices, chunk_size(chosen.chunk_tokens, shard.share, tokens, on_cuda=states.is_cuda))
         buffer = head.new_buffer(chunks.largest)
         for _, part in HiddenChunks(states, chunks, groups.tp):
             head.logits(part, buffer)
 
-    chosen, teacher._select = teacher._select, only_logits
+    teacher.make_target = only_logits
     try:
         with torch.no_grad():
             teacher.targets(microbatches)
     finally:
-        teacher._select = chosen
+        teacher.make_target = chosen
 
 
 def _with_random_teacher(run: Any, config: RunConfig, arguments: argparse.Namespace) -> Any:
