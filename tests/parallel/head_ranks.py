@@ -169,29 +169,48 @@ class Findings(NamedTuple):
     divergences: list[Outcome]
 
 
-def run_everything(rendezvous: str, seed: int) -> dict[tuple[int, bool], Findings]:
-    """(tensor-parallel size, sequence_parallel) -> findings of this rank, all in one world of four."""
+def run_everything(rendezvous: str, seed: int, grid: bool = False) -> dict[tuple[int, bool], Any]:
+    """(tensor-parallel size, sequence_parallel) -> findings of this rank, all in one world of four; grid: of `grid_cases` alone."""
     dist.init_process_group("gloo", init_method=rendezvous, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     torch.manual_seed(seed)
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     rank = dist.get_rank()
     places: dict[int, tuple[Any, int]] = {2: (pairs[rank // 2], rank % 2), 4: (dist.group.WORLD, rank)}
+    run = _run_grid if grid else _run_layout
     try:
         return {
-            (size, split): _run_layout(Layout(places[size][0], size, places[size][1], split), seed)
-            for size, split in product(SIZES, (False, True))
+            (size, split): run(Layout(places[size][0], size, places[size][1], split), seed) for size, split in product(SIZES, (False, True))
         }
     finally:
         dist.destroy_process_group()
+
+
+def grid_cases(size: int, seed: int) -> list[LossCase]:
+    """Every tail x temperature x alpha x schedule, in fp32."""
+    found = []
+    exact = problems(size, seed)["uneven"].rounded_to(torch.float32)
+    upstream = {"chunk": torch.full_like(exact.upstream, 0.37), "direct": torch.ones_like(exact.upstream)}
+    for temperature, tail, alpha in product((1.0, 2.0), TAILS, (0.0, 0.5, 1.0)):
+        target = hand_target(exact.teacher, top_k=8, temperature=temperature, dtype=torch.float32)
+        scalars = dict(alpha=alpha, temperature=temperature, tail=tail, z_loss=1e-2)
+        for schedule in ("save", "chunk", "direct", "recompute"):
+            what = f"{schedule} {temperature} {tail} {alpha}"
+            given = upstream.get(schedule, exact.upstream)
+            found.append(LossCase(what, exact, target, given, torch.float32, 1e-5, scalars, schedule))
+    return found
+
+
+def _run_grid(layout: Layout, seed: int) -> list[Outcome]:
+    return [run_head(layout, case, []) for case in grid_cases(layout.size, seed)]
 
 
 def _run_layout(layout: Layout, seed: int) -> Findings:
     losses, divergences = loss_cases(layout.size, seed), divergence_cases(layout.size, seed)
     whole_logits = [] if layout.sequence_parallel else [case for case in losses if case.dtype == torch.float64]
     written_to: list[str] = []
-    first, again = (_run_head(layout, losses[0], written_to) for _ in "12")
+    first, again = (run_head(layout, losses[0], written_to) for _ in "12")
     return Findings(
-        losses=[_run_head(layout, case, written_to) for case in losses],
+        losses=[run_head(layout, case, written_to) for case in losses],
         given_logits=[_run_given_logits(layout, case) for case in whole_logits],
         targets=[target for case in selection_cases(layout.size, seed) for target in _run_selection(layout, case, written_to)],
         written_to=written_to,
@@ -204,9 +223,11 @@ def _run_layout(layout: Layout, seed: int) -> Findings:
     )
 
 
-def _run_head(layout: Layout, case: LossCase, written_to: list[str]) -> Outcome:
+def run_head(layout: Layout, case: LossCase, written_to: list[str]) -> Outcome:
     hidden, weight = layout.leaves(case.problem, case.dtype)
     before = hidden.detach().clone(), weight.detach().clone()
+    if case.schedule == "direct":
+        weight.main_grad = torch.zeros_like(weight)
     loss = linear_kd_cross_entropy(
         hidden,
         weight,
@@ -221,7 +242,8 @@ def _run_head(layout: Layout, case: LossCase, written_to: list[str]) -> Outcome:
     assert hidden.grad is not None and weight.grad is not None
     if not torch.equal(hidden, before[0]) or not torch.equal(weight, before[1]):
         written_to.append(case.what)
-    return Outcome(*(t.detach().flatten() for t in loss), hidden.grad, weight.grad)
+    gradient = weight.main_grad if case.schedule == "direct" else weight.grad
+    return Outcome(*(t.detach().flatten() for t in loss), hidden.grad, gradient)
 
 
 def _run_divergence(layout: Layout, case: DivergenceCase) -> Outcome:
@@ -330,7 +352,7 @@ def _run_default_chunks(layout: Layout, seed: int) -> Tensor:
 
 def _count_calls(layout: Layout, case: LossCase, schedule: str) -> dict[str, int]:
     with _counted() as calls:
-        _run_head(layout, case._replace(schedule=schedule, upstream=torch.ones_like(case.upstream)), [])
+        run_head(layout, case._replace(schedule=schedule, upstream=torch.ones_like(case.upstream)), [])
     return calls
 
 
