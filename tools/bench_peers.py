@@ -28,7 +28,8 @@ import megatron_kd.losses as losses
 from megatron_kd.losses import kd_cross_entropy, linear_kd_cross_entropy
 from megatron_kd.parallel.shards import vocab_shard
 from megatron_kd.targets import SparseTarget, TopSelection, linear_targets
-from megatron_kd.targets.logits import OutputWeight, chunk_size
+from megatron_kd.targets.chunks import TokenChunks
+from megatron_kd.targets.logits import chunk_size, linear_logits
 
 # Largest relative error of a gradient, by the type of the inputs. What rounds its logits to the inputs' type loses far more
 # than that near the teacher; megatron-core's fused cross-entropy hands its gradient out in bf16 whatever it is given.
@@ -178,11 +179,10 @@ def _teacher_product(device: torch.device) -> Call:
 
     def call(inputs: Inputs, hidden: Tensor, weight: Tensor) -> None:
         rows = inputs.teacher_weight.shape[0]
-        head = OutputWeight(inputs.teacher_weight, vocab_shard(rows, rank=0, size=1, vocab_size=None))
-        size = chunk_size(None, rows, inputs.tokens, on_cuda=hidden.is_cuda)
-        buffer = head.new_buffer(size)
-        for part in inputs.teacher_hidden.split(size):
-            head.logits(part, buffer)
+        shard = vocab_shard(rows, rank=0, size=1, vocab_size=None)
+        chunks = TokenChunks(inputs.tokens, 1, chunk_size(None, rows, inputs.tokens, on_cuda=hidden.is_cuda))
+        for _ in linear_logits(inputs.teacher_hidden, inputs.teacher_weight, shard, chunks, None):
+            pass
 
     return call
 

@@ -112,21 +112,19 @@ def _bare_forward(teacher: Any, microbatches: Any) -> None:
     import torch
 
     from megatron_kd.parallel.shards import vocab_shard
-    from megatron_kd.targets.chunks import HiddenChunks, TokenChunks
-    from megatron_kd.targets.logits import OutputWeight, chunk_size
+    from megatron_kd.targets.chunks import TokenChunks
+    from megatron_kd.targets.logits import chunk_size, linear_logits
 
     groups, chosen = teacher.groups, teacher.make_target
 
     def only_logits(hidden: Any, weight: Any, row_keys: Any) -> None:
         shard = vocab_shard(weight.shape[0], rank=groups.tensor_rank, size=groups.tensor_size, vocab_size=chosen.vocab_size)
-        head = OutputWeight(weight, shard)
         states = hidden.reshape(-1, hidden.shape[-1])
         slices = groups.tensor_size if teacher.config.sequence_parallel else 1
         tokens = len(states) * slices
         chunks = TokenChunks(tokens, slices, chunk_size(chosen.chunk_tokens, shard.share, tokens, on_cuda=states.is_cuda))
-        buffer = head.new_buffer(chunks.largest)
-        for _, part in HiddenChunks(states, chunks, groups.tp):
-            head.logits(part, buffer)
+        for _ in linear_logits(states, weight, shard, chunks, groups.tp):
+            pass
 
     teacher.make_target = only_logits
     try:

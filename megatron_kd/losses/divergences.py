@@ -13,25 +13,24 @@ and for ids that share one entry (the bucket, whose mass is r) f' p^t / r in pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from megatron_kd.config.divergences import sparse_problem
 from megatron_kd.kernels import ChunkRows
-from megatron_kd.losses import head
 from megatron_kd.losses.dense_rows import DivergenceLoss
 from megatron_kd.losses.divergence_terms import ABSENT, Divergence
-from megatron_kd.losses.rows import HEALTH, TokenLoss
+from megatron_kd.losses.head import HeadOptions, check_head, head_loss, run_head, token_weights
+from megatron_kd.losses.rows import TokenLoss
 from megatron_kd.losses.types import KDLoss, LossSpec, check_inputs
 from megatron_kd.losses.walk import ChunkLoss
 from megatron_kd.parallel.collectives import Group, group_rank, group_size
 from megatron_kd.parallel.shards import VocabShard, vocab_shard
-from megatron_kd.targets.chunks import HiddenChunks, TokenChunks
-from megatron_kd.targets.logits import OutputWeight, chunk_size, compute_dtype
-from megatron_kd.targets.rows import local_columns
+from megatron_kd.targets.logits import compute_dtype, linear_logits
 from megatron_kd.targets.sparse import SparseTarget
 
 
@@ -98,20 +97,8 @@ def linear_divergence(
     """
     chosen = divergence if isinstance(divergence, Divergence) else Divergence(divergence)
     spec = LossSpec(alpha, temperature, temperature_squared, tail, z_loss)
-    loss, _ = DivergenceHead(chosen)(
-        hidden,
-        weight,
-        labels,
-        teacher,
-        spec,
-        loss_mask=loss_mask,
-        vocab_size=vocab_size,
-        tp_group=tp_group,
-        sequence_parallel=sequence_parallel,
-        schedule=schedule,
-        chunk_tokens=chunk_tokens,
-    )
-    return loss
+    options = HeadOptions(vocab_size, tp_group, sequence_parallel, schedule, chunk_tokens)
+    return DivergenceHead(chosen)(hidden, weight, labels, teacher, spec, options, loss_mask=loss_mask)[0]
 
 
 @dataclass(frozen=True)
@@ -127,136 +114,54 @@ class DivergenceHead:
         labels: Tensor,
         target: Target | None,
         spec: LossSpec,
+        options: HeadOptions,
         *,
         loss_mask: Tensor | None = None,
-        vocab_size: int | None = None,
-        tp_group: Group = None,
-        sequence_parallel: bool = False,
-        schedule: str = "auto",
-        chunk_tokens: int | None = None,
-        health: bool = False,
     ) -> tuple[KDLoss, Tensor | None]:
         """[S, B] losses and the columns of `losses.rows.HEALTH` [S, B, 5] if asked for."""
-        call = _Call(loss_mask, vocab_size, tp_group, sequence_parallel, schedule, chunk_tokens, health)
+        chosen = self.divergence
         if isinstance(target, DenseTeacher):
-            return call.dense(hidden, weight, labels, target, spec, self.divergence)
-        if target is None or self.divergence.name == "forward_kl":
-            return call.plain(hidden, weight, labels, target, spec)
-        return call.sparse(hidden, weight, labels, target, spec, self.divergence)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The options of one call of the head."""
-
-    loss_mask: Tensor | None
-    vocab_size: int | None
-    tp_group: Group
-    sequence_parallel: bool
-    schedule: str
-    chunk_tokens: int | None
-    health: bool
-
-    def plain(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, target: SparseTarget | None, spec: LossSpec
-    ) -> tuple[KDLoss, Tensor | None]:
-        """Forward KL from a sparse target, or cross-entropy alone."""
-        return head.head_loss(
-            hidden,
-            weight,
-            labels,
-            target,
-            spec,
-            loss_mask=self.loss_mask,
-            vocab_size=self.vocab_size,
-            tp_group=self.tp_group,
-            sequence_parallel=self.sequence_parallel,
-            schedule=self.schedule,
-            chunk_tokens=self.chunk_tokens,
-            health=self.health,
-        )
-
-    def sparse(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, target: SparseTarget, spec: LossSpec, divergence: Divergence
-    ) -> tuple[KDLoss, Tensor | None]:
-        """Any divergence that a sparse target can serve."""
-        problem = sparse_problem(
-            divergence.name, tail=spec.tail, sampled=target.sampled, ab_alpha=divergence.ab_alpha, ab_beta=divergence.ab_beta
-        )
+            return _dense_loss(hidden, weight, labels, target, spec, options, loss_mask, chosen)
+        if target is None or chosen.name == "forward_kl":
+            return head_loss(hidden, weight, labels, target, spec, options, loss_mask=loss_mask)
+        problem = sparse_problem(chosen.name, tail=spec.tail, sampled=target.sampled, ab_alpha=chosen.ab_alpha, ab_beta=chosen.ab_beta)
         if problem is not None:
             raise ValueError(problem)
-        shard = self._shard(hidden, weight, labels)
-        check_inputs(labels, target, self.loss_mask, spec, vocab_size=shard.vocab_size)
-        mask, flat = self._mask(labels), target.flatten()
+        token_loss = partial(SparseDivergenceLoss, divergence=chosen)
+        return head_loss(hidden, weight, labels, target, spec, options, loss_mask=loss_mask, token_loss=token_loss)
 
-        def make_loss(rows: ChunkRows, take: Callable[[Tensor], Tensor]) -> ChunkLoss:
-            given = take(labels.flatten()), take(mask), flat.map(take)
-            return SparseDivergenceLoss(rows, *given, spec, shard, self.tp_group, divergence=divergence, health=self.health)
 
-        return self._run(hidden, weight, labels, make_loss, shard, self.schedule)
+def _dense_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    teacher: DenseTeacher,
+    spec: LossSpec,
+    options: HeadOptions,
+    loss_mask: Tensor | None,
+    divergence: Divergence,
+) -> tuple[KDLoss, Tensor | None]:
+    """Any divergence from the whole teacher."""
+    if options.schedule == "recompute":
+        raise ValueError('schedule = "recompute" cannot serve a dense teacher: use "save", "chunk" or "direct"')
+    shard = check_head(hidden, weight, labels, options)
+    check_inputs(labels, None, loss_mask, replace(spec, alpha=0.0), vocab_size=shard.vocab_size)
+    teacher_shard = _teacher_shard(hidden, weight, teacher, shard, options.tp_group)
+    mask = token_weights(labels, loss_mask)
+    schedule, chunks = options.plan(labels.numel(), shard, on_cuda=hidden.is_cuda)
+    if schedule == "auto":  # the teacher's logits exist once, so there is nothing to recompute from
+        schedule = "chunk"
+    states = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])
+    teacher_rows = linear_logits(states, teacher.weight, teacher_shard, chunks, options.tp_group)
+    gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
 
-    def dense(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, teacher: DenseTeacher, spec: LossSpec, divergence: Divergence
-    ) -> tuple[KDLoss, Tensor | None]:
-        """Any divergence from the whole teacher."""
-        if self.schedule == "recompute":
-            raise ValueError('schedule = "recompute" cannot serve a dense teacher: use "save", "chunk" or "direct"')
-        shard = self._shard(hidden, weight, labels)
-        check_inputs(labels, None, self.loss_mask, replace(spec, alpha=0.0), vocab_size=shard.vocab_size)
-        teacher_shard = _teacher_shard(hidden, weight, teacher, shard, self.tp_group)
-        mask, tokens = self._mask(labels), labels.numel()
-        # Sizes from the rows that every rank holds, not from the valid ones: ranks must cut alike.
-        size = chunk_size(self.chunk_tokens, shard.share, tokens, on_cuda=hidden.is_cuda)
-        few = tokens * shard.share <= (head.SAVED_LOGITS_CUDA if hidden.is_cuda else head.SAVED_LOGITS_CPU)
-        schedule = ("save" if few else "chunk") if self.schedule == "auto" else self.schedule
-        chunks = TokenChunks(tokens, group_size(self.tp_group) if self.sequence_parallel else 1, size)
-        teacher_rows = _teacher_rows(teacher, teacher_shard, chunks, self.tp_group)
-        gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    def make_loss(rows: ChunkRows, take: Callable[[Tensor], Tensor]) -> ChunkLoss:
+        # The head asks for each chunk once and in order, so the teacher's chunks simply follow.
+        loss = DivergenceLoss(take(labels.flatten()), take(mask), divergence, spec, shard, options.tp_group)
+        loss.measure(rows, next(teacher_rows)[1], gradient=gradient, health=options.health)
+        return loss
 
-        def make_loss(rows: ChunkRows, take: Callable[[Tensor], Tensor]) -> ChunkLoss:
-            # The head asks for each chunk once and in order, so the teacher's chunks simply follow.
-            loss = DivergenceLoss(take(labels.flatten()), take(mask), divergence, spec, shard, self.tp_group)
-            loss.measure(rows, next(teacher_rows), gradient=gradient, health=self.health)
-            return loss
-
-        return replace(self, chunk_tokens=size)._run(hidden, weight, labels, make_loss, shard, schedule)
-
-    def _shard(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> VocabShard:
-        return head.check_head(
-            hidden,
-            weight,
-            labels,
-            vocab_size=self.vocab_size,
-            tp_group=self.tp_group,
-            sequence_parallel=self.sequence_parallel,
-            schedule=self.schedule,
-        )
-
-    def _mask(self, labels: Tensor) -> Tensor:
-        mask = torch.ones_like(labels, dtype=torch.float32) if self.loss_mask is None else self.loss_mask
-        return mask.flatten()
-
-    def _run(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        make_loss: Callable[[ChunkRows, Callable[[Tensor], Tensor]], ChunkLoss],
-        shard: VocabShard,
-        schedule: str,
-    ) -> tuple[KDLoss, Tensor | None]:
-        return head.run_head(
-            hidden,
-            weight,
-            labels,
-            make_loss,
-            shard=shard,
-            tp_group=self.tp_group,
-            sequence_parallel=self.sequence_parallel,
-            schedule=schedule,
-            chunk_tokens=self.chunk_tokens,
-            health=len(HEALTH) if self.health else 0,
-        )
+    return run_head(hidden, weight, labels, make_loss, shard, replace(options, schedule=schedule))
 
 
 def _teacher_shard(hidden: Tensor, weight: Tensor, teacher: DenseTeacher, shard: VocabShard, group: Group) -> VocabShard:
@@ -287,15 +192,6 @@ def same_vocabulary_ranges(rows: int, other_rows: int, vocab_size: int) -> bool:
     return rows == other_rows or min(rows, other_rows) >= vocab_size
 
 
-def _teacher_rows(teacher: DenseTeacher, shard: VocabShard, chunks: TokenChunks, group: Group) -> Iterator[ChunkRows]:
-    """The teacher's logits chunk by chunk, always in the same buffer."""
-    weight = OutputWeight(teacher.weight, shard)
-    buffer = weight.new_buffer(chunks.largest)
-    states = teacher.hidden.detach().reshape(-1, teacher.hidden.shape[-1])
-    for _, x in HiddenChunks(states, chunks, group):
-        yield weight.logits(x, buffer)
-
-
 class SparseDivergenceLoss(TokenLoss):
     """`TokenLoss` with another divergence: over the kept ids and one entry for the rest, [C, K + 1] on every rank."""
 
@@ -304,7 +200,7 @@ class SparseDivergenceLoss(TokenLoss):
         rows: ChunkRows,
         labels: Tensor,
         weight: Tensor,
-        target: SparseTarget,
+        target: SparseTarget | None,
         spec: LossSpec,
         shard: VocabShard,
         group: Group,
@@ -327,27 +223,8 @@ class SparseDivergenceLoss(TokenLoss):
     def _divergence(self) -> Tensor:
         return self.kd
 
-    def gradient(self, rows: ChunkRows, *, start: int, upstream: Tensor | None = None) -> Tensor:
-        """As in `TokenLoss`."""
-        stats, spec = self.stats, self.spec
-        w = self.weight if upstream is None else self.weight * torch.where(self.counted, upstream, 0.0).to(self.weight.dtype)
-        a = w * ((1.0 - spec.alpha) + 2.0 * spec.z_loss * (stats.logsumexp + stats.shift))
-        s = w * (spec.alpha * spec.kd_scale / spec.temperature)
-        rest, rest_t = (stats.rest_logsumexp - stats.logsumexp).exp(), (stats.rest_logsumexp_t - stats.logsumexp_t).exp()
-        p = (stats.support - stats.logsumexp.unsqueeze(1)).exp()
-        p_t = p if spec.temperature == 1.0 else (stats.support / spec.temperature - stats.logsumexp_t.unsqueeze(1)).exp()
-        whole = self.slopes.sum(1)
-        return rows.gradient(
-            stats.rest_shift,
-            a * rest / stats.rest_mass,
-            s * (self.slopes[:, -1] - whole * rest_t) / stats.rest_mass_t,
-            None,
-            spec.temperature,
-            local_columns(self.indices, start, rows.valid),
-            a.unsqueeze(1) * p + s.unsqueeze(1) * (self.slopes[:, :-1] - whole.unsqueeze(1) * p_t),
-            local_columns(self.labels, start, rows.valid),
-            -(1.0 - spec.alpha) * w,
-        )
+    def _slopes(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.slopes[:, :-1], self.slopes[:, -1], self.slopes.sum(1)
 
 
 def _likeliest(log_q: Tensor, indices: Tensor) -> Tensor:

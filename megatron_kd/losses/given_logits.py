@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_kd.kernels import PUNCHED, buffer_width, chunk_rows
 from megatron_kd.losses.rows import TokenLoss
 from megatron_kd.losses.types import KDLoss, LossSpec, check_inputs
 from megatron_kd.parallel.collectives import Group, group_rank, group_size
 from megatron_kd.parallel.shards import VocabShard, vocab_shard
-from megatron_kd.targets.logits import chunk_size, compute_dtype
+from megatron_kd.targets.chunks import TokenChunks
+from megatron_kd.targets.logits import chunk_size, compute_dtype, given_logits
 from megatron_kd.targets.sparse import SparseTarget
 
 
@@ -63,23 +63,17 @@ class _GivenLogits(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, target: SparseTarget | None, spec: LossSpec, shard: VocabShard, group: Group
     ) -> tuple[Tensor, ...]:
         rows = logits.detach().reshape(-1, logits.shape[-1])
-        tokens = rows.shape[0]
-        size = chunk_size(None, shard.share, tokens, on_cuda=rows.is_cuda)
-        losses = rows.new_zeros((3, tokens), dtype=compute_dtype(rows.dtype))
+        losses = rows.new_zeros((3, rows.shape[0]), dtype=compute_dtype(rows.dtype))
         gradient = torch.zeros_like(rows) if logits.requires_grad else None
-        buffer = losses.new_empty((size, buffer_width(shard.valid)))
-        for start in range(0, tokens, size):
-            part = slice(start, min(start + size, tokens))
-            chunk = buffer[: part.stop - part.start]
-            chunk[:, : shard.valid] = rows[part, : shard.valid]
-            logits_of = chunk_rows(chunk.clamp_(min=PUNCHED), shard.valid)  # masked-out ids come as -inf
+        chunks = TokenChunks(rows.shape[0], 1, chunk_size(None, shard.share, rows.shape[0], on_cuda=rows.is_cuda))
+        for part, chunk in given_logits(rows, shard, chunks):
             ones = torch.ones_like(losses[0, part])
             rows_of = target.rows(part.start, part.stop) if target is not None else None
-            token_loss = TokenLoss(logits_of, labels[part], ones, rows_of, spec, shard, group)
+            token_loss = TokenLoss(chunk, labels[part], ones, rows_of, spec, shard, group)
             loss = token_loss.loss()
             losses[0, part], losses[1, part], losses[2, part] = loss.total, loss.ce, loss.kd
             if gradient is not None:
-                gradient[part, : shard.valid] = token_loss.gradient(logits_of, start=shard.start).to(gradient.dtype)
+                gradient[part, : shard.valid] = token_loss.gradient(chunk, start=shard.start).to(gradient.dtype)
         ctx.gradient, ctx.shape = gradient, logits.shape
         total, ce, kd = losses.unbind()
         ctx.mark_non_differentiable(ce, kd)

@@ -16,6 +16,8 @@ All give the same gradients. N = S * B tokens, C of them in a chunk, H hidden, V
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from megatron_kd.losses.walk import SCHEDULES, HeadCall, HeadFunction, MakeLoss
 from megatron_kd.losses.weight_gradient import takes_main_grad
 from megatron_kd.parallel.collectives import Group, group_rank, group_size
 from megatron_kd.parallel.shards import VocabShard, vocab_shard
+from megatron_kd.targets.chunks import TokenChunks
 from megatron_kd.targets.logits import chunk_size
 from megatron_kd.targets.sparse import SparseTarget
 
@@ -76,20 +79,49 @@ def linear_kd_cross_entropy(
         under sequence_parallel, which also gathers hidden); all but the first overlap with products.
     """
     spec = LossSpec(alpha, temperature, temperature_squared, tail, z_loss)
-    loss, _ = head_loss(
-        hidden,
-        weight,
-        labels,
-        target,
-        spec,
-        loss_mask=loss_mask,
-        vocab_size=vocab_size,
-        tp_group=tp_group,
-        sequence_parallel=sequence_parallel,
-        schedule=schedule,
-        chunk_tokens=chunk_tokens,
-    )
-    return loss
+    options = HeadOptions(vocab_size, tp_group, sequence_parallel, schedule, chunk_tokens)
+    return head_loss(hidden, weight, labels, target, spec, options, loss_mask=loss_mask)[0]
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """How hidden states and weight are laid out and the chunks walked over, see `linear_kd_cross_entropy`; health: also report
+    the columns of `losses.rows.HEALTH`, which costs one more pass over each chunk."""
+
+    vocab_size: int | None = None
+    tp_group: Group = None
+    sequence_parallel: bool = False
+    schedule: str = "auto"
+    chunk_tokens: int | None = None
+    health: bool = False
+
+    @property
+    def slices(self) -> int:
+        """Ranks that hold slices of the sequence."""
+        return group_size(self.tp_group) if self.sequence_parallel else 1
+
+    def plan(self, tokens: int, shard: VocabShard, *, on_cuda: bool) -> tuple[str, TokenChunks]:
+        """The schedule, "save" in place of "auto" where all logits are few, and the chunks: alike on every rank."""
+        few = tokens * shard.share <= (SAVED_LOGITS_CUDA if on_cuda else SAVED_LOGITS_CPU)
+        size = chunk_size(self.chunk_tokens, shard.share, tokens, on_cuda=on_cuda)
+        return "save" if few and self.schedule == "auto" else self.schedule, TokenChunks(tokens, self.slices, size)
+
+
+class MakeTokenLoss(Protocol):
+    """`TokenLoss`, or one that derives from it with some of its arguments given."""
+
+    def __call__(
+        self,
+        rows: ChunkRows,
+        labels: Tensor,
+        weight: Tensor,
+        target: SparseTarget | None,
+        spec: LossSpec,
+        shard: VocabShard,
+        group: Group,
+        *,
+        health: bool = False,
+    ) -> TokenLoss: ...
 
 
 def head_loss(
@@ -98,58 +130,43 @@ def head_loss(
     labels: Tensor,
     target: SparseTarget | None,
     spec: LossSpec,
+    options: HeadOptions,
     *,
     loss_mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    tp_group: Group = None,
-    sequence_parallel: bool = False,
-    schedule: str = "auto",
-    chunk_tokens: int | None = None,
-    health: bool = False,
+    token_loss: MakeTokenLoss = TokenLoss,
 ) -> tuple[KDLoss, Tensor | None]:
     """`linear_kd_cross_entropy` with its scalars in one value, and the columns of `losses.rows.HEALTH` [..., 5] if asked for."""
-    shard = check_head(
-        hidden, weight, labels, vocab_size=vocab_size, tp_group=tp_group, sequence_parallel=sequence_parallel, schedule=schedule
-    )
+    shard = check_head(hidden, weight, labels, options)
     check_inputs(labels, target, loss_mask, spec, vocab_size=shard.vocab_size)
-    mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
+    mask = token_weights(labels, loss_mask)
 
-    def token_loss(rows: ChunkRows, take: Callable[[Tensor], Tensor]) -> TokenLoss:
+    def make_loss(rows: ChunkRows, take: Callable[[Tensor], Tensor]) -> TokenLoss:
         chosen = None if target is None else target.flatten().map(take)
-        return TokenLoss(rows, take(labels.flatten()), take(mask.flatten()), chosen, spec, shard, tp_group, health=health)
+        return token_loss(rows, take(labels.flatten()), take(mask), chosen, spec, shard, options.tp_group, health=options.health)
 
-    return run_head(
-        hidden,
-        weight,
-        labels,
-        token_loss,
-        shard=shard,
-        tp_group=tp_group,
-        sequence_parallel=sequence_parallel,
-        schedule=schedule,
-        chunk_tokens=chunk_tokens,
-        health=len(HEALTH) if health else 0,
-    )
+    return run_head(hidden, weight, labels, make_loss, shard, options)
 
 
-def check_head(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int | None, tp_group: Group, sequence_parallel: bool, schedule: str
-) -> VocabShard:
+def token_weights(labels: Tensor, loss_mask: Tensor | None) -> Tensor:
+    """What each token counts [N]."""
+    return (torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask).flatten()
+
+
+def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, options: HeadOptions) -> VocabShard:
     """This rank's shard; ValueError for sizes and types that do not fit, before any collective."""
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}")
-    size = group_size(tp_group)
-    shard = vocab_shard(weight.shape[0], rank=group_rank(tp_group), size=size, vocab_size=vocab_size)
+    if options.schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {options.schedule!r}")
+    group = options.tp_group
+    shard = vocab_shard(weight.shape[0], rank=group_rank(group), size=group_size(group), vocab_size=options.vocab_size)
     if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or hidden.dtype != weight.dtype:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} {hidden.dtype} and weight {tuple(weight.shape)} {weight.dtype} must end in the "
             "same width and have the same type"
         )
-    split = size if sequence_parallel else 1
-    expected = (hidden.shape[0] * split, *hidden.shape[1:-1])
+    expected = (hidden.shape[0] * options.slices, *hidden.shape[1:-1])
     if tuple(labels.shape) != expected:
         raise ValueError(f"labels {tuple(labels.shape)} must be {expected}: the full sequence of hidden {tuple(hidden.shape)}")
-    if schedule == "direct" and not takes_main_grad(weight):
+    if options.schedule == "direct" and not takes_main_grad(weight):
         raise ValueError(
             'schedule="direct" adds to weight.main_grad, which must exist in fp32 (megatron-core\'s DistributedDataParallel makes it): '
             'use schedule="chunk"'
@@ -158,26 +175,13 @@ def check_head(
 
 
 def run_head(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    make_loss: MakeLoss,
-    *,
-    shard: VocabShard,
-    tp_group: Group,
-    sequence_parallel: bool,
-    schedule: str,
-    chunk_tokens: int | None,
-    health: int = 0,
+    hidden: Tensor, weight: Tensor, labels: Tensor, make_loss: MakeLoss, shard: VocabShard, options: HeadOptions
 ) -> tuple[KDLoss, Tensor | None]:
     """Any loss of a chunk's logits through the head: `make_loss` is called with each chunk. Inputs as checked by `check_head`."""
-    tokens = labels.numel()
-    if schedule == "auto" and tokens * shard.share <= (SAVED_LOGITS_CUDA if hidden.is_cuda else SAVED_LOGITS_CPU):
-        schedule = "save"
-    size = chunk_size(chunk_tokens, shard.share, tokens, on_cuda=hidden.is_cuda)
+    schedule, chunks = options.plan(labels.numel(), shard, on_cuda=hidden.is_cuda)
     if not torch.is_grad_enabled():  # a parameter asks for its gradient even then
         hidden, weight = hidden.detach(), weight.detach()
-    call = HeadCall(make_loss, shard, tp_group, sequence_parallel, schedule, size, tokens, health)
+    call = HeadCall(make_loss, shard, options.tp_group, chunks, schedule, len(HEALTH) if options.health else 0)
     total, ce, kd, extra = HeadFunction.apply(hidden.reshape(-1, hidden.shape[-1]), weight, call)  # type: ignore[no-untyped-call]
     loss = KDLoss(total.view(labels.shape), ce.view(labels.shape), kd.view(labels.shape))
-    return loss, extra.view(*labels.shape, -1) if health else None
+    return loss, extra.view(*labels.shape, -1) if options.health else None

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megatron_kd.losses.divergence_terms import Divergence
 from megatron_kd.losses.divergences import DivergenceHead, Target
+from megatron_kd.losses.head import HeadOptions
 from megatron_kd.losses.rows import HEALTH
 from megatron_kd.losses.types import KDLoss, LossSpec
-from megatron_kd.parallel.collectives import Group
 
 
 class HeadLoss(Protocol):
@@ -25,14 +25,9 @@ class HeadLoss(Protocol):
         labels: Tensor,
         target: Target | None,
         spec: LossSpec,
+        options: HeadOptions,
         *,
         loss_mask: Tensor | None = None,
-        vocab_size: int | None = None,
-        tp_group: Group = None,
-        sequence_parallel: bool = False,
-        schedule: str = "auto",
-        chunk_tokens: int | None = None,
-        health: bool = False,
     ) -> tuple[KDLoss, Tensor | None]:
         """[S, B] losses and, if asked for, the columns of `losses.rows.HEALTH` [S, B, 5]."""
 
@@ -41,18 +36,12 @@ class HeadLoss(Protocol):
 class Objective:
     """Mixes next-token cross-entropy with the distillation loss inside the output head.
 
-    vocab_size: true number of ids. tp_group, sequence_parallel: how hidden states and weight are laid out. health: also
-    report the columns of `losses.rows.HEALTH`, which costs one more pass over each chunk. head_loss: the divergence; forward
-    KL from sparse targets by default.
+    options: layout of hidden states and weight, and the walk over chunks. head_loss: the divergence; forward KL from sparse
+    targets by default.
     """
 
     spec: LossSpec
-    vocab_size: int
-    tp_group: Group = None
-    sequence_parallel: bool = False
-    schedule: str = "auto"
-    chunk_tokens: int | None = None
-    health: bool = False
+    options: HeadOptions
     head_loss: HeadLoss = DivergenceHead(Divergence("forward_kl"))
 
     def __call__(
@@ -74,13 +63,8 @@ class Objective:
             labels.t().contiguous(),
             target,
             spec,
+            self.options,
             loss_mask=mask,
-            vocab_size=self.vocab_size,
-            tp_group=self.tp_group,
-            sequence_parallel=self.sequence_parallel,
-            schedule=self.schedule,
-            chunk_tokens=self.chunk_tokens,
-            health=self.health,
         )
         loss_sum, count = loss.total.sum(), mask.sum()
         report = {

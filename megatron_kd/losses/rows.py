@@ -120,22 +120,29 @@ class TokenLoss:
         w = self.weight if upstream is None else self.weight * torch.where(self.counted, upstream, 0.0).to(self.weight.dtype)
         a = w * ((1.0 - spec.alpha) + 2.0 * spec.z_loss * (stats.logsumexp + stats.shift))
         s = w * (spec.alpha * spec.kd_scale / spec.temperature)
-        b = s * self.q.sum(1) if spec.tail == "drop" or self.target is None else s
         rest, rest_t = (stats.rest_logsumexp - stats.logsumexp).exp(), (stats.rest_logsumexp_t - stats.logsumexp_t).exp()
-        bucket = torch.where(self.others > 0, s * self.tail_mass, 0.0) if spec.tail == "bucket" else torch.zeros_like(s)
+        on_support, on_rest, whole = self._slopes()
         p = (stats.support - stats.logsumexp.unsqueeze(1)).exp()
         p_t = p if spec.temperature == 1.0 else (stats.support / spec.temperature - stats.logsumexp_t.unsqueeze(1)).exp()
         return rows.gradient(
             stats.rest_shift,
             a * rest / stats.rest_mass,
-            (b * rest_t - bucket) / stats.rest_mass_t,
+            s * (on_rest - whole * rest_t) / stats.rest_mass_t,
             s * self.tail_mass / self.others.clamp(min=1) if spec.tail == "uniform" else None,
             spec.temperature,
             local_columns(self.indices, start, rows.valid),
-            a.unsqueeze(1) * p + b.unsqueeze(1) * p_t - s.unsqueeze(1) * self.q,
+            a.unsqueeze(1) * p + s.unsqueeze(1) * (on_support - whole.unsqueeze(1) * p_t),
             local_columns(self.labels, start, rows.valid),
             -(1.0 - spec.alpha) * w,
         )
+
+    def _slopes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Derivatives of the divergence with respect to log p^t of each kept id [C, K] and of all others together [C], and their
+        sum [C], which falls on every id times -p^t. What "uniform" gives each other id is not among the first two."""
+        drops = self.spec.tail == "drop" or self.target is None
+        bucket = (self.others > 0) if self.spec.tail == "bucket" else torch.zeros_like(self.counted)
+        whole = self.q.sum(1) if drops else torch.ones_like(self.tail_mass)
+        return -self.q, -torch.where(bucket, self.tail_mass, 0.0), -whole
 
     def _health(self) -> Tensor:
         """[C, 5], see HEALTH. At temperature 1 whatever the loss uses, so that schedules do not move it."""

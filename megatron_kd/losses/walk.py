@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_kd.kernels import ChunkRows, buffer_width, chunk_rows
 from megatron_kd.losses.rows import RowLoss
 from megatron_kd.losses.weight_gradient import WeightGradient, hand_over, takes_main_grad
-from megatron_kd.parallel.collectives import Group, group_size
+from megatron_kd.parallel.collectives import Group
 from megatron_kd.parallel.shards import VocabShard
 from megatron_kd.targets.chunks import HiddenChunks, TokenChunks
 from megatron_kd.targets.logits import OutputWeight
@@ -21,7 +21,7 @@ SCHEDULES = ("auto", "save", "chunk", "direct", "recompute")
 
 
 class ChunkLoss(Protocol):
-    """The loss of one chunk: `losses.rows.TokenLoss`, `losses.divergences.DivergenceLoss`."""
+    """The loss of one chunk: `losses.rows.TokenLoss`, `losses.dense_rows.DivergenceLoss`."""
 
     def loss(self) -> RowLoss:
         """[C] per token."""
@@ -36,21 +36,14 @@ MakeLoss = Callable[[ChunkRows, Callable[[Tensor], Tensor]], ChunkLoss]
 
 @dataclass(frozen=True)
 class HeadCall:
-    """What one call of the head does not differentiate. tokens: of the full sequence. health: columns of RowLoss.health."""
+    """What one call of the head does not differentiate. health: columns of RowLoss.health."""
 
     make_loss: MakeLoss
     shard: VocabShard
     group: Group
-    sequence_parallel: bool
+    chunks: TokenChunks
     schedule: str
-    chunk_tokens: int
-    tokens: int
     health: int
-
-    @property
-    def chunks(self) -> TokenChunks:
-        """How the sequence is cut."""
-        return TokenChunks(self.tokens, group_size(self.group) if self.sequence_parallel else 1, self.chunk_tokens)
 
 
 class HeadFunction(torch.autograd.Function):
@@ -63,8 +56,8 @@ class HeadFunction(torch.autograd.Function):
         eager = schedule in ("auto", "chunk", "direct")
         source = HiddenChunks(hidden.detach(), chunks, call.group, gradient=head.dtype if eager else None)
         d_weight = WeightGradient(weight, call.shard, into_main=schedule == "direct") if eager else None
-        results = hidden.new_zeros((3, call.tokens), dtype=head.dtype)
-        health = results.new_zeros((call.tokens, call.health))
+        results = hidden.new_zeros((3, chunks.tokens), dtype=head.dtype)
+        health = results.new_zeros((chunks.tokens, call.health))
         losses: list[ChunkLoss] = []
         kept: list[ChunkRows] = []
         buffer = head.new_buffer(chunks.largest)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from megatron_kd.kernels import ChunkRows, buffer_width, chunk_rows
+from megatron_kd.kernels import PUNCHED, ChunkRows, buffer_width, chunk_rows
+from megatron_kd.parallel.collectives import Group
 from megatron_kd.parallel.shards import VocabShard
+from megatron_kd.targets.chunks import HiddenChunks, TokenChunks
 
 # Logits that exist at one time in fp32: 256 MiB on a GPU, 64 MiB on a CPU.
 CHUNK_LOGITS_CUDA, CHUNK_LOGITS_CPU = 1 << 26, 1 << 24
@@ -82,3 +85,23 @@ class OutputWeight:
             torch.addmm(valid, transposed, hidden, out_dtype=gradient.dtype, beta=beta, out=valid)
         else:
             valid.addmm_(logit_gradient.t(), hidden.to(gradient.dtype), beta=beta)
+
+
+Chunks = Iterator[tuple[slice, ChunkRows]]
+
+
+def linear_logits(states: Tensor, weight: Tensor, shard: VocabShard, chunks: TokenChunks, group: Group) -> Chunks:
+    """Each chunk and its logits, always in the same buffer. states: [n, H] as in `HiddenChunks`. No gradient."""
+    head = OutputWeight(weight, shard)
+    buffer = head.new_buffer(chunks.largest)
+    for part, x in HiddenChunks(states.detach(), chunks, group):
+        yield part, head.logits(x, buffer)
+
+
+def given_logits(logits: Tensor, shard: VocabShard, chunks: TokenChunks) -> Chunks:
+    """Each chunk of logits [N, V/tp] that exist already, copied in fp32 (fp64 stays), always into the same buffer."""
+    buffer = logits.new_empty((chunks.largest, buffer_width(shard.valid)), dtype=compute_dtype(logits.dtype))
+    for part in chunks:
+        chunk = buffer[: part.stop - part.start]
+        chunk[:, : shard.valid] = logits[part, : shard.valid]
+        yield part, chunk_rows(chunk.clamp_(min=PUNCHED), shard.valid)  # masked-out ids come as -inf

@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_kd.kernels import PUNCHED, ChunkRows, buffer_width, chunk_rows
+from megatron_kd.kernels import ChunkRows
 from megatron_kd.parallel.collectives import Group, all_gather, group_rank, group_size
 from megatron_kd.parallel.shards import VocabShard, vocab_shard
-from megatron_kd.targets.chunks import HiddenChunks, TokenChunks
-from megatron_kd.targets.logits import OutputWeight, chunk_size, compute_dtype
+from megatron_kd.targets.chunks import TokenChunks
+from megatron_kd.targets.logits import chunk_size, given_logits, linear_logits
 from megatron_kd.targets.rows import row_logsumexp, row_statistics
 from megatron_kd.targets.sparse import SparseTarget
 
@@ -121,18 +121,10 @@ def select_targets(
     logits = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
     shard = vocab_shard(logits.shape[-1], rank=group_rank(tp_group), size=group_size(tp_group), vocab_size=vocab_size)
     selection.check(shard.vocab_size)
-    tokens = logits.shape[0]
-    chunks = TokenChunks(tokens, 1, chunk_size(None, shard.share, tokens, on_cuda=logits.is_cuda))
-    _check_keys(row_keys, teacher_logits.shape[:-1])
-    buffer = logits.new_empty((chunks.largest, buffer_width(shard.valid)), dtype=compute_dtype(logits.dtype))
-
-    def rows() -> Iterator[tuple[slice, ChunkRows]]:
-        for part in chunks:
-            chunk = buffer[: part.stop - part.start]
-            chunk[:, : shard.valid] = logits[part, : shard.valid]
-            yield part, chunk_rows(chunk.clamp_(min=PUNCHED), shard.valid)  # masked-out ids come as -inf
-
-    return _select(rows(), chunks, teacher_logits.shape[:-1], row_keys, selection, shard, tp_group)
+    shape = teacher_logits.shape[:-1]
+    _check_keys(row_keys, shape)
+    chunks = TokenChunks(logits.shape[0], 1, chunk_size(None, shard.share, logits.shape[0], on_cuda=logits.is_cuda))
+    return _select(given_logits(logits, shard, chunks), chunks, shape, row_keys, selection, shard, tp_group)
 
 
 def linear_targets(
@@ -169,14 +161,8 @@ def linear_targets(
     shape = torch.Size((hidden.shape[0] * slices, *hidden.shape[1:-1]))
     chunks = TokenChunks(shape.numel(), slices, chunk_size(chunk_tokens, shard.share, shape.numel(), on_cuda=hidden.is_cuda))
     _check_keys(row_keys, shape)
-    head = OutputWeight(weight, shard)
-    states, buffer = hidden.detach().reshape(-1, hidden.shape[-1]), head.new_buffer(chunks.largest)
-
-    def rows() -> Iterator[tuple[slice, ChunkRows]]:
-        for part, x in HiddenChunks(states, chunks, tp_group):
-            yield part, head.logits(x, buffer)
-
-    return _select(rows(), chunks, shape, row_keys, selection, shard, tp_group)
+    rows = linear_logits(hidden.reshape(-1, hidden.shape[-1]), weight, shard, chunks, tp_group)
+    return _select(rows, chunks, shape, row_keys, selection, shard, tp_group)
 
 
 def _check_keys(row_keys: Tensor | None, shape: torch.Size) -> None:

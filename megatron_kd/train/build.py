@@ -15,6 +15,7 @@ from megatron_kd.data.dataset import TokenDataset, build_dataset
 from megatron_kd.kernels import compile_rows
 from megatron_kd.losses import Divergence
 from megatron_kd.losses.divergences import DivergenceHead, same_vocabulary_ranges
+from megatron_kd.losses.head import HeadOptions
 from megatron_kd.losses.objective import Objective
 from megatron_kd.losses.schedules import alpha_at, learning_rate_at
 from megatron_kd.losses.types import LossSpec
@@ -116,12 +117,9 @@ def _objective(config: RunConfig, inputs: Inputs, groups: Groups) -> Objective:
     distill = config.distill
     return Objective(
         LossSpec(distill.alpha, distill.temperature, distill.temperature_squared, distill.tail, distill.z_loss),
-        inputs.vocab_size,
-        tp_group=groups.tp,
-        sequence_parallel=config.parallel.sequence_parallel,
-        schedule=distill.head_schedule,
-        chunk_tokens=distill.chunk_tokens,
-        health=True,
+        HeadOptions(
+            inputs.vocab_size, groups.tp, config.parallel.sequence_parallel, distill.head_schedule, distill.chunk_tokens, health=True
+        ),
         head_loss=DivergenceHead(Divergence(distill.divergence, distill.js_beta, distill.skew, distill.ab_alpha, distill.ab_beta)),
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_kd.losses import DenseTeacher, Divergence, linear_divergence
 from megatron_kd.losses.divergences import DivergenceHead
+from megatron_kd.losses.head import HeadOptions
 from megatron_kd.losses.rows import HEALTH
 from megatron_kd.losses.types import LossSpec
 from megatron_kd.targets import TopSelection, linear_targets, select_targets
@@ -338,9 +339,9 @@ def test_health_of_whole_distributions() -> None:
     q, p = distributions(problem.logits(), problem.teacher, 1.0, None, "")
     for temperature, name in product((1.0, 2.0), ("reverse_kl", "hard_label", "mse_logits")):
         spec = LossSpec(0.5, temperature)
-        options = dict(vocab_size=90, health=True, chunk_tokens=CHUNK)
+        options = HeadOptions(90, health=True, chunk_tokens=CHUNK)
         _, found = DivergenceHead(DIVERGENCES[name])(
-            problem.hidden, problem.weight, problem.labels, case.teacher(torch.float64), spec, **options
+            problem.hidden, problem.weight, problem.labels, case.teacher(torch.float64), spec, options
         )
         assert found is not None
         columns = dict(zip(HEALTH, found.unbind(-1), strict=True))
@@ -350,7 +351,7 @@ def test_health_of_whole_distributions() -> None:
         assert relative_error(columns["student_entropy"], -(p * p.log()).sum(1)) < 1e-12, say(seed, name)
         assert relative_error(columns["kl"], plain_divergence(DIVERGENCES["forward_kl"], q, p)) < 1e-12, say(seed, name)
     twin = DenseTeacher(problem.hidden, problem.weight)
-    _, found = DivergenceHead(DIVERGENCES["reverse_kl"])(problem.hidden, problem.weight, problem.labels, twin, LossSpec(1.0), **options)
+    _, found = DivergenceHead(DIVERGENCES["reverse_kl"])(problem.hidden, problem.weight, problem.labels, twin, LossSpec(1.0), options)
     assert found is not None and bool((found[:, HEALTH.index("top1_agreement")] == 1).all()), say(seed)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_kd.losses import KDLoss, kd_cross_entropy, linear_kd_cross_entropy, reference_kd_cross_entropy
-from megatron_kd.losses.head import head_loss
+from megatron_kd.losses.head import HeadOptions, head_loss
 from megatron_kd.losses.rows import HEALTH, TokenLoss
 from megatron_kd.losses.types import LossSpec
 from megatron_kd.targets import SparseTarget, TopSelection, linear_targets, select_targets
@@ -220,7 +220,7 @@ def test_asking_for_health_moves_no_bit() -> None:
     for health in (False, True):
         hidden, weight = (t.detach().clone().requires_grad_() for t in (problem.hidden, problem.weight))
         loss, extra = head_loss(
-            hidden, weight, problem.labels, target, LossSpec(0.5, tail="bucket"), vocab_size=90, chunk_tokens=7, health=health
+            hidden, weight, problem.labels, target, LossSpec(0.5, tail="bucket"), HeadOptions(90, chunk_tokens=7, health=health)
         )
         loss.total.sum().backward()
         results.append((*(t.detach() for t in loss), hidden.grad, weight.grad))
