@@ -30,6 +30,7 @@ setup(
         "tqdm",
         "safetensors",
         "pyarrow",
+        "zstandard",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],

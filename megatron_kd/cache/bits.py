@@ -1,40 +1,57 @@
-"""Numbers of different widths in one string of bits, least significant bit first, all at once."""
+"""Whole numbers as a class and the bits below it: classes are small and compress well, the bits below hardly do and are stored as they are.
+
+Numbers from 1 on, of one magnitude and one leading bit after the first, are one class: 1; 2; 3; 4-5; 6-7; 8-11; 12-15; 16-23; ...
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-Words = NDArray[np.uint64]
+Ints = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+
+CLASSES = 64  # two of each power of two below 2^32; the second of the power 0 stays empty
+_POWERS = np.arange(CLASSES, dtype=np.int64) >> 1
+WIDTHS = np.maximum(_POWERS - 1, 0)  # bits below a number of the class
+_LEAST = (1 << _POWERS) + (np.arange(CLASSES, dtype=np.int64) & 1) * ((1 << _POWERS) >> 1)
+_MASKS = ((1 << WIDTHS) - 1).astype(np.uint64)
 
 
-def pack(values: Words, widths: NDArray[np.int64]) -> bytes:
-    """Each value [M] in its width [M] (0 to 32 bits), one after the other. Values must fit."""
+def split(numbers: Ints) -> tuple[Bytes, bytes]:
+    """numbers [M] in [1, 2^32) -> their classes [M], and the bits below them, one number's after the other's, lowest first."""
+    # A float64's exponent and first bit of mantissa are the class: whole numbers below 2^53 are exact.
+    classes = (numbers.astype(np.float64).view(np.int64) >> 51) - (1023 << 1)
+    return classes.astype(np.uint8), _pack((numbers - _LEAST[classes]).view(np.uint64), WIDTHS[classes])
+
+
+def join(classes: Bytes, data: bytes | memoryview) -> Ints:
+    """The numbers [M] of `split`. ValueError where `data` has not exactly as many bytes as the classes need."""
+    if len(classes) and classes.max() >= CLASSES:
+        raise ValueError(f"class {classes.max()}, expected less than {CLASSES}")
+    ends = WIDTHS[classes].cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    if len(data) != (total + 7) >> 3:
+        raise ValueError(f"{len(data)} bytes of packed bits, expected {(total + 7) >> 3}")
+    padded = np.frombuffer(bytes(data) + bytes(8), dtype=np.uint8)
+    # Eight bytes from any byte on: up to 31 bits that start at most 7 bits into them.
+    windows = np.ndarray((len(padded) - 7,), dtype="<u8", buffer=padded, strides=(1,))
+    starts = ends - WIDTHS[classes]
+    found: Ints = ((windows[starts >> 3] >> (starts & 7).view(np.uint64)) & _MASKS[classes]).view(np.int64)
+    return found + _LEAST[classes]
+
+
+def _pack(values: NDArray[np.uint64], widths: Ints) -> bytes:
     if len(values) == 0:
         return b""
     ends = widths.cumsum()
     starts = ends - widths
-    word, shift = starts >> 6, (starts & 63).astype(np.uint64)
+    word, shift = starts >> 6, (starts & 63).view(np.uint64)
     out = np.zeros((int(ends[-1]) >> 6) + 2, dtype=np.uint64)
     # Within a word the bits of different values do not meet, so that their sum is their union.
-    first = np.flatnonzero(np.r_[True, word[1:] != word[:-1]])
+    first = np.flatnonzero(word[1:] != word[:-1]) + 1
+    first = np.concatenate([np.zeros(1, np.int64), first])
     out[word[first]] = np.add.reduceat(values << shift, first)
-    over = np.flatnonzero(((starts & 63) + widths) > 64)  # at most one value crosses into a word
+    over = np.flatnonzero(ends > (word + 1) << 6)  # at most one value crosses into a word
     out[word[over] + 1] += values[over] >> (np.uint64(64) - shift[over])
     return out.astype("<u8").tobytes()[: (int(ends[-1]) + 7) >> 3]
-
-
-def unpack(data: bytes | memoryview, widths: NDArray[np.int64]) -> Words:
-    """The values [M] of `pack`. ValueError where `data` has not exactly as many bytes as the widths need."""
-    ends = widths.cumsum()
-    total = int(ends[-1]) if len(ends) else 0
-    if len(data) != (total + 7) >> 3:
-        raise ValueError(f"{len(data)} bytes of packed bits, expected {(total + 7) >> 3}")
-    if len(widths) == 0:
-        return np.zeros(0, dtype=np.uint64)
-    padded = np.frombuffer(bytes(data) + bytes(8), dtype=np.uint8)
-    # Eight bytes from any byte on: a width of up to 32 starts at most 7 bits into them.
-    windows = np.ndarray((len(padded) - 7,), dtype="<u8", buffer=padded, strides=(1,))
-    starts = ends - widths
-    mask = (np.uint64(1) << widths.astype(np.uint64)) - np.uint64(1)
-    return (windows[starts >> 3] >> (starts & 7).astype(np.uint64)) & mask

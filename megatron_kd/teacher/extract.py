@@ -78,7 +78,7 @@ def extract(
     """
     for shard in shards:
         samples = plan.samples(shard)
-        batches = list(_microbatches(samples, micro_batch_size, device))
+        batches = list(microbatches(samples, micro_batch_size, device))
         writer = CacheWriter(directory, identity, worker=worker, shard=shard) if writes else None
         try:
             for start in range(0, len(batches), num_microbatches):
@@ -97,7 +97,7 @@ def extract(
                 writer.abandon()
 
 
-def _microbatches(samples: list[torch.Tensor], size: int, device: torch.device) -> Iterator[tuple[list[torch.Tensor], Microbatch]]:
+def microbatches(samples: list[torch.Tensor], size: int, device: torch.device) -> Iterator[tuple[list[torch.Tensor], Microbatch]]:
     """Samples in passes of `size`, with the passes; the last one is filled up with its last sample."""
     for start in range(0, len(samples), size):
         rows = samples[start : start + size]

@@ -8,26 +8,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_kd.cache.bits import pack, unpack
+from megatron_kd.cache.bits import join, split
 from megatron_kd.cache.codec import HEADER, BadRecord, decode, encode
 from megatron_kd.targets import SampleSelection, SparseTarget, TopSelection, select_targets
 from megatron_kd.targets.sparse import check_target
 from tests.losses.cases import fresh_seed, say
 
-STEP = 1 / 24
+ERROR = 2 * 0.053  # half the widest step, and the same again for the scaling; the step is wider by a second-order term
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 32), max_size=300), st.integers(0, 2**32))
-def test_bits_come_back(widths: list[int], seed: int) -> None:
+@given(st.lists(st.integers(0, 31), max_size=300), st.integers(0, 2**32))
+def test_numbers_come_back(powers: list[int], seed: int) -> None:
+    """And the bits are where FORMAT.md says."""
     generator = np.random.default_rng(seed)
-    wide = np.array(widths, dtype=np.int64)
-    values = generator.integers(0, 2**32, len(widths), dtype=np.uint64) & ((np.uint64(1) << wide.astype(np.uint64)) - np.uint64(1))
-    data = pack(values, wide)
-    assert len(data) == (wide.sum() + 7) // 8
-    assert np.array_equal(unpack(data, wide), values)
-    expected = sum(int(value) << int(start) for value, start in zip(values, wide.cumsum() - wide, strict=True))
-    assert int.from_bytes(data, "little") == expected
+    numbers = np.array([generator.integers(1 << power, 2 << power) for power in powers], dtype=np.int64)
+    classes, data = split(numbers)
+    assert np.array_equal(join(classes, data), numbers)
+    expected, start = 0, 0
+    for number, kind in zip(numbers.tolist(), classes.tolist(), strict=True):
+        power = number.bit_length() - 1
+        assert kind == 2 * power + (power > 0 and number >> (power - 1) & 1)
+        width = max(power - 1, 0)
+        expected |= (number & ((1 << width) - 1)) << start
+        start += width
+    assert len(data) == (start + 7) // 8 and int.from_bytes(data, "little") == expected
 
 
 def teacher(seed: int, *, tokens: int, vocab_size: int, spread: float) -> torch.Tensor:
@@ -63,21 +68,27 @@ def test_top_targets(tokens: int, vocab_size: int, top_k: int, top_p: float, tem
     assert (found.entropy - target.entropy).abs().max() <= 0.5 / 2048 + 1e-6
     for ours, theirs in zip(used(found), used(target), strict=True):
         assert ours.keys() == theirs.keys()
-        assert max(abs(ours[i] - theirs[i]) for i in ours) < STEP  # half a step, and the same again for the scaling
+        assert max(abs(ours[i] - theirs[i]) for i in ours) < ERROR
     mass, kept = (t.logprobs.double().exp().sum(1) for t in (found, target))
     assert torch.allclose(mass, kept, atol=2e-6)
 
 
 def test_the_loss_of_quantization() -> None:
-    """Mean KL between the kept distributions, exact against read back: step^2 / 24 = 7e-5."""
+    """Mean KL between the kept distributions, exact against read back: 7e-5 where probabilities are large, less where they are not."""
     seed = fresh_seed()
-    target = select_targets(teacher(seed, tokens=300, vocab_size=20000, spread=2.5), TopSelection(50, top_p=0.95))
+    for top_k, top_p, spread in ((50, 0.95, 2.5), (256, 1.0, 1.0), (8, 1.0, 4.0), (1000, 1.0, 0.0)):
+        check_loss(seed, select_targets(teacher(seed, tokens=200, vocab_size=20000, spread=spread), TopSelection(top_k, top_p=top_p)))
+
+
+def check_loss(seed: int, target: SparseTarget) -> None:
     found = decode(encode(target))
     order = torch.where(target.indices >= 0, target.indices, 2**31 - 1).argsort(dim=1, stable=True)
     exact = target.logprobs.gather(1, order).double().log_softmax(1)
     read = found.logprobs.double().log_softmax(1)
     divergence = torch.where(exact > -torch.inf, exact.exp() * (exact - read), 0.0).sum(1)
-    assert 0 <= divergence.mean() < 1e-4 and divergence.max() < 3.2e-4, say(seed, divergence.mean(), divergence.max())
+    assert 0 <= divergence.mean() < 1e-4 and divergence.max() < 1e-3, say(
+        seed, target.indices.shape[1], divergence.mean(), divergence.max()
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -116,7 +127,7 @@ def test_a_target_without_tail_or_entropy() -> None:
         found = decode(encode(target, value_encoding=encoding))
         assert found.log_tail is None and found.entropy is None
         for ours, theirs in zip(used(found), used(target), strict=True):
-            assert ours.keys() == theirs.keys() and max(abs(ours[i] - theirs[i]) for i in ours) < STEP
+            assert ours.keys() == theirs.keys() and max(abs(ours[i] - theirs[i]) for i in ours) < ERROR
         assert torch.allclose(found.logprobs.exp().sum(1), torch.tensor([0.75, 0.125]), atol=1e-6)
 
 
