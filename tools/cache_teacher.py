@@ -25,6 +25,7 @@ from megatron_kd.parallel.world import world_from_environment
 
 if TYPE_CHECKING:
     from megatron_kd.parallel.platform import Platform
+    from megatron_kd.telemetry.progress import Progress
 
 
 def main() -> int:
@@ -85,7 +86,7 @@ def _extract(config: RunConfig, arguments: argparse.Namespace) -> int:
 
 def _run(config: RunConfig, arguments: argparse.Namespace, platform: Platform) -> int:
     from megatron_kd.parallel.groups import start_groups
-    from megatron_kd.teacher.extract import ShardPlan, extract
+    from megatron_kd.teacher.extract import ShardPlan, extract, sole_writer
     from megatron_kd.telemetry.progress import Progress
     from megatron_kd.train.build import token_dataset
     from megatron_kd.train.inputs import check_inputs
@@ -98,38 +99,47 @@ def _run(config: RunConfig, arguments: argparse.Namespace, platform: Platform) -
     plan = ShardPlan(parts, arguments.shard_samples, arguments.first_samples)
     worker = arguments.worker * groups.data_size + groups.data_rank
     workers = arguments.workers * groups.data_size
-    finished = job.agree_on_finished(arguments.output, plan)
-    mine = [shard for shard in range(worker, plan.num_shards, workers) if shard not in finished]
-    reports = groups.is_last_stage and groups.tensor_rank == 0
-    progress = Progress("auto", steps=len(mine), enabled=reports and groups.data_rank == 0)
-    progress.message(
-        f"{plan.num_samples} samples in {plan.num_shards} shards, {len(finished)} finished; "
-        f"this writer, {worker} of {workers}, has {len(mine)}"
-    )
-    begin, tokens, count = time.perf_counter(), 0, 0
-
-    def done(found: int) -> None:
-        nonlocal tokens
-        tokens += found
-
-    for shard in mine:
+    writes = groups.is_last_stage and groups.tensor_rank == 0
+    with sole_writer(arguments.output, worker, writes=writes):
+        finished = job.agree_on_finished(arguments.output, plan)
+        mine = [shard for shard in range(worker, plan.num_shards, workers) if shard not in finished]
+        progress = Progress("auto", steps=len(mine), enabled=writes and groups.data_rank == 0)
+        progress.message(
+            f"{plan.num_samples} samples in {plan.num_shards} shards, {len(finished)} finished; "
+            f"this writer, {worker} of {workers}, has {len(mine)}"
+        )
+        report = _Report(progress)
         extract(
             job.teacher,
             plan,
-            [shard],
+            mine,
             arguments.output,
             job.identity,
-            writes=reports,
+            writes=writes,
             worker=worker,
             micro_batch_size=config.batch.micro_batch_size,
             num_microbatches=max(1, config.parallel.pipeline * 2 if config.parallel.pipeline > 1 else 1),
             device=groups.platform.device,
-            done=done,
+            done=report.add,
+            finished=report.finish,
         )
-        count += 1
-        progress.update(count, tokens_per_second=tokens / (time.perf_counter() - begin))
-    progress.close()
+        progress.close()
     return 0
+
+
+class _Report:
+    """Shards and tokens per second of this writer."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._begin, self._tokens, self._shards = time.perf_counter(), 0, 0
+
+    def add(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def finish(self, shard: int) -> None:
+        self._shards += 1
+        self._progress.update(self._shards, tokens_per_second=self._tokens / (time.perf_counter() - self._begin))
 
 
 if __name__ == "__main__":

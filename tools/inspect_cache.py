@@ -2,8 +2,12 @@
 
     python tools/inspect_cache.py stats cache/ [--samples 1000] [--picture kept.png] [--json]
     python tools/inspect_cache.py verify cache/ [--json]                 # reads every byte: structure, digests, checksums
-    python tools/inspect_cache.py repair cache/                          # removes bad shards; run tools/cache_teacher.py to redo them
+    python tools/inspect_cache.py verify cache/ --recompute 32 --config run.toml    # and asks the live teacher about 32 random samples
+    python tools/inspect_cache.py repair cache/ [--config run.toml]      # removes bad shards; with the run file writes them again
     python tools/inspect_cache.py merge first/ second/ --output all/
+
+The run file is the one that tools/cache_teacher.py was given; its keys can be overridden as --section.key value. --recompute runs
+under torchrun too, in any layout.
 
 Exit codes: 0 sound, 1 something is wrong with the cache, 2 bad arguments.
 """
@@ -12,19 +16,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from megatron_kd.cache import CacheError, CacheReader
 from megatron_kd.cache.verify import discard, merge, statistics, verify
+from megatron_kd.config import ConfigError, load_config
+from megatron_kd.parallel.world import world_from_environment
 
 
 def main() -> int:
     """Run one of the commands."""
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments, arguments.overrides = parser.parse_known_args()
+    if arguments.overrides and not getattr(arguments, "config", None):
+        parser.error(f"unknown arguments {' '.join(arguments.overrides)}")
     try:
         return int(arguments.run(arguments))
+    except ConfigError as error:
+        print(f"inspect_cache: error: {error}", file=sys.stderr)
+        return 2
     except (CacheError, OSError) as error:
         print(f"inspect_cache: error: {error}", file=sys.stderr)
         return 1
@@ -42,9 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("verify", help="read every byte and say what is wrong")
     check.add_argument("cache", type=Path)
     check.add_argument("--json", action="store_true", help="print JSON")
+    check.add_argument("--recompute", type=int, default=0, metavar="N", help="compare N random samples with the live teacher of --config")
+    check.add_argument("--seed", type=int, default=0, help="of the choice of these samples")
+    check.add_argument("--config", help="run file that the cache was made with")
     check.set_defaults(run=_verify)
     repair = commands.add_parser("repair", help="remove bad shards so that they are written again")
     repair.add_argument("cache", type=Path)
+    repair.add_argument("--config", help="run file that the cache was made with: bad shards are written again")
+    repair.add_argument("--shard-samples", type=int, default=1024, help="as tools/cache_teacher.py was given")
     repair.set_defaults(run=_repair)
     join = commands.add_parser("merge", help="gather the shards of several caches of one identity")
     join.add_argument("caches", type=Path, nargs="+")
@@ -99,6 +117,8 @@ def _picture(kept: list[int], path: Path) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    if arguments.recompute:
+        return _recompute(arguments)
     problems, strays = verify(arguments.cache)
     if arguments.json:
         print(json.dumps({"problems": problems, "unfinished": strays}, indent=2))
@@ -115,6 +135,49 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def _recompute(arguments: argparse.Namespace) -> int:
+    """Random samples once more through the live teacher. Collective over the world that torchrun makes."""
+    if not arguments.config:
+        raise ConfigError("--recompute needs --config: the run file that the cache was made with")
+    work = ["--run.directory", str(arguments.cache / ".work"), "--teacher.source", "online"]
+    config = load_config(["--config", arguments.config, *work, *arguments.overrides])
+    _, world_size, local_rank = world_from_environment()
+    from megatron_kd.parallel.platform import start_platform
+
+    platform = start_platform(config.train.device, local_rank)
+    from megatron_kd.parallel.groups import start_groups, stop_groups
+    from megatron_kd.teacher.extract import ShardPlan
+    from megatron_kd.teacher.recheck import TOLERANCE, recheck
+    from megatron_kd.train.build import token_dataset
+    from megatron_kd.train.inputs import check_inputs
+    from megatron_kd.train.teachers import build_extraction
+
+    inputs = check_inputs(config, world_size=world_size)
+    groups = start_groups(platform, config.parallel, timeout_seconds=config.train.timeout_seconds)
+    try:
+        encoding = CacheReader(arguments.cache).identity.value_encoding
+        job = build_extraction(config, inputs, groups, value_encoding=encoding)
+        reader = CacheReader(arguments.cache, expect=job.identity)
+        plan = ShardPlan(token_dataset(config, inputs, "data.train", config.data.train, 1).parts, 1)
+        found = recheck(job.teacher, reader, plan, samples=arguments.recompute, seed=arguments.seed, device=platform.device)
+    finally:
+        stop_groups()
+    if found is None:
+        return 0
+    if groups.tensor_rank == 0 and groups.data_rank == 0:
+        if arguments.json:
+            print(json.dumps({"distances": found.distances, "missing": found.missing, "tolerance": TOLERANCE}, indent=2))
+        else:
+            for sample, distance in found.wrong.items():
+                print(f"sample {sample}: total variation {distance:.4f} from what the teacher says, at most {TOLERANCE} expected")
+            mean = sum(found.distances.values()) / max(len(found.distances), 1)
+            print(
+                f"{arguments.cache}: {len(found.distances)} samples compared, {len(found.wrong)} wrong, mean total variation {mean:.5f}; "
+                f"{len(found.missing)} of the chosen are not in the cache"
+            )
+    return 1 if found.wrong or not found.distances else 0
+
+
 def _repair(arguments: argparse.Namespace) -> int:
     problems, strays = verify(arguments.cache)
     for shard, problem in problems.items():
@@ -126,12 +189,23 @@ def _repair(arguments: argparse.Namespace) -> int:
     for stray in strays:
         (arguments.cache / stray).unlink()
         print(f"removed: {stray}, not finished")
-    print(
-        f"{len(problems)} shards to write again: run the tools/cache_teacher.py command that made them"
-        if problems
-        else "nothing to write again"
-    )
-    return 0
+    if not problems:
+        print("nothing to write again")
+        return 0
+    if not arguments.config:
+        print(f"{len(problems)} shards to write again: run the tools/cache_teacher.py command that made them")
+        return 0
+    program = [
+        sys.executable,
+        str(Path(__file__).with_name("cache_teacher.py")),
+        "--config",
+        arguments.config,
+        "--output",
+        str(arguments.cache),
+    ]
+    encoding = CacheReader(arguments.cache).identity.value_encoding
+    options = ["--value-encoding", encoding, "--shard-samples", str(arguments.shard_samples), *arguments.overrides]
+    return subprocess.run([*program, *options], check=False).returncode
 
 
 def _merge(arguments: argparse.Namespace) -> int:

@@ -7,15 +7,18 @@ W takes the shards with i mod W = w. So a job that was killed goes on with any n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_kd.cache import CacheIdentity, CacheWriter
+from megatron_kd.cache import CacheIdentity, CacheInUse, CacheReader, CacheWriter, MissingTarget, WrongCache
+from megatron_kd.cache.writer import WriterLock
 from megatron_kd.data.batches import Microbatch
 from megatron_kd.data.dataset import Part
-from megatron_kd.targets.keys import sample_keys
+from megatron_kd.parallel.collectives import raise_together
+from megatron_kd.targets.keys import KEY_BYTES, sample_key, sample_keys
 from megatron_kd.targets.sparse import SparseTarget
 from megatron_kd.teacher.source import TeacherSource
 
@@ -42,9 +45,15 @@ class ShardPlan:
     def samples(self, shard: int) -> list[torch.Tensor]:
         """Tokens int64 [S] of the samples of a shard."""
         start = shard * self.shard_samples
-        return [self._sample(number) for number in range(start, min(start + self.shard_samples, self.num_samples))]
+        return [self.sample(number) for number in range(start, min(start + self.shard_samples, self.num_samples))]
 
-    def _sample(self, number: int) -> torch.Tensor:
+    def ends(self, shard: int) -> tuple[bytes, bytes]:
+        """Names of the first and the last sample of a shard."""
+        start = shard * self.shard_samples
+        return sample_key(self.sample(start)), sample_key(self.sample(min(start + self.shard_samples, self.num_samples) - 1))
+
+    def sample(self, number: int) -> torch.Tensor:
+        """Tokens int64 [S] of a sample."""
         for part in self.parts:
             if number < len(part):
                 tokens: torch.Tensor = part.samples[number]["tokens"]
@@ -53,9 +62,54 @@ class ShardPlan:
         raise IndexError(number)
 
 
-def finished_shards(directory: Path) -> set[int]:
-    """Numbers of the shards that are complete in `directory`."""
-    return {int(path.stem.split("-")[1]) for path in directory.glob("shard-*.json") if path.with_suffix(".arrow").exists()}
+def finished_shards(directory: Path, plan: ShardPlan, identity: CacheIdentity) -> set[int]:
+    """Numbers of the plan's shards that are complete in `directory`. No collective.
+
+    A shard that ends earlier than in the plan, as the last one of fewer samples does, is not complete.
+
+    Raises:
+        WrongCache: the cache is of something else, or a shard begins with another sample than the plan's. CorruptCache.
+    """
+    try:
+        shards = CacheReader(directory, expect=identity).shards
+    except MissingTarget:
+        return set()
+    found = set()
+    for shard in shards:
+        name = shard.path.rsplit("/", 1)[-1].removesuffix(".arrow")
+        number = int(name.removeprefix("shard-")) if name.startswith("shard-") else plan.num_shards
+        if number >= plan.num_shards:
+            continue
+        first, last = plan.ends(number)
+        keys = b"".join(joined for _, joined in shard.keys())
+        if not keys.startswith(first):
+            raise WrongCache(
+                f"{shard.path} begins with the sample {keys[:KEY_BYTES].hex()}, this command's shard {number} with {first.hex()}: it was "
+                "made from other data or with another --shard-samples; use those again, or another folder"
+            )
+        if any(keys[start : start + KEY_BYTES] == last for start in range(0, len(keys), KEY_BYTES)):
+            found.add(number)
+    return found
+
+
+@contextmanager
+def sole_writer(directory: Path, worker: int, *, writes: bool) -> Iterator[None]:
+    """Holds the place of writer `worker` in `directory` for a whole job, on ranks that write. Collective over the world.
+
+    CacheInUse on every rank where another job has it, naming its process.
+    """
+    lock, problem = None, None
+    if writes:
+        try:
+            lock = WriterLock(directory / f".job-{worker:05d}.lock")
+        except CacheInUse as error:
+            problem = str(error)
+    try:
+        raise_together(problem, CacheInUse)
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def extract(
@@ -71,10 +125,12 @@ def extract(
     num_microbatches: int,
     device: torch.device,
     done: Callable[[int], None] = lambda tokens: None,
+    finished: Callable[[int], None] = lambda shard: None,
 ) -> None:
     """Write `shards`. Collective over the teacher's model-parallel ranks, which all call it alike; `writes` is true on one of them.
 
-    micro_batch_size: samples of one forward pass; num_microbatches: passes of one pipeline schedule. done: told of tokens.
+    micro_batch_size: samples of one forward pass; num_microbatches: passes of one pipeline schedule. done: told
+    of tokens; finished: of shards.
     """
     for shard in shards:
         samples = plan.samples(shard)
@@ -92,6 +148,7 @@ def extract(
             if writer is not None:
                 writer.close()
                 writer = None
+            finished(shard)
         finally:
             if writer is not None:
                 writer.abandon()

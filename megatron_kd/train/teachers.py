@@ -115,10 +115,20 @@ class Extraction:
     identity: CacheIdentity
 
     def agree_on_finished(self, directory: Path, plan: ShardPlan) -> set[int]:
-        """The shards that are complete, as rank 0 sees them. One broadcast."""
-        found: list[set[int]] = [finished_shards(directory) if dist.get_rank() == 0 else set()]
+        """The shards that are complete, as rank 0 sees them; ConfigError on every rank where they do not fit. One broadcast."""
+        finished: set[int] = set()
+        problem: str | None = None
+        if dist.get_rank() == 0:
+            try:
+                finished = finished_shards(directory, plan, self.identity)
+            except CacheError as error:
+                problem = str(error)
+        found: list[tuple[set[int], str | None]] = [(finished, problem)]
         dist.broadcast_object_list(found, src=0)
-        return {shard for shard in found[0] if shard < plan.num_shards}
+        finished, problem = found[0]
+        if problem is not None:
+            raise ConfigError(problem)
+        return finished
 
 
 def build_extraction(config: RunConfig, inputs: Inputs, groups: Groups, *, value_encoding: str) -> Extraction:

@@ -183,12 +183,60 @@ def test_what_does_not_fit_is_refused_before_step_0(teacher: tuple[Path, str], t
 
 
 @pytest.mark.slow
+def test_a_cache_is_compared_with_its_teacher_and_repaired(teacher: tuple[Path, str], tmp_path: Path) -> None:
+    run_file, cache = student(tmp_path, "student", teacher), tmp_path / "cache"
+    code, output = finish(start(extraction(run_file, cache, "--shard-samples", "50")))
+    assert code == 0, output
+
+    def inspect(*arguments: str, ranks: int = 1) -> tuple[int, str]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        return finish(start([sys.executable, *launcher, "tools/inspect_cache.py", *arguments, "--config", str(run_file)]))
+
+    for ranks, layout in ((1, []), (2, ["--parallel.tensor", "2"]), (2, ["--parallel.pipeline", "2"])):
+        code, output = inspect("verify", str(cache), "--recompute", "9", *layout, ranks=ranks)
+        assert code == 0 and "9 samples compared, 0 wrong" in output, output
+    other = write_run(tmp_path, "other", teacher[1], model={"hidden_size": 48}, train={"steps": 2, "seed": 9}, checkpoint={"interval": 2})
+    assert finish(start(command(other)))[0] == 0
+    code, output = inspect("verify", str(cache), "--recompute", "3", "--teacher.checkpoint", str(tmp_path / "other"))
+    assert code == 1 and "teacher: the cache has '" in output, output
+
+    before = records(cache)
+    shard = cache / "shard-00000001.arrow"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    code, output = inspect("repair", str(cache), "--shard-samples", "50")
+    assert code == 0 and f"removed: {shard}: SHA-256" in output, output
+    assert records(cache) == before
+    code, output = finish(start(extraction(run_file, cache, "--shard-samples", "40")))
+    assert code == 2 and "another --shard-samples" in output, output
+
+
+@pytest.mark.slow
+def test_the_cache_s_benchmarks(teacher: tuple[Path, str], tmp_path: Path) -> None:
+    run_file = student(tmp_path, "student", teacher)
+    result = tmp_path / "result.json"
+    code, output = finish(
+        start([sys.executable, "tools/bench_cache.py", *f"--config {run_file} --samples 4 --rounds 2 --output {result}".split()])
+    )
+    assert code == 0 and "megatron" in output, output
+    for row in json.loads(result.read_text())["layouts"]:
+        assert row["ids_equal"] and 0 <= row["kl_mean"] < 1e-4 and row["decode_tokens_per_second"]["min"] > 0, row
+        assert 0 < row["bytes_per_token"] < 500 and (row["kl_max"] < 1e-12 or "fp32" not in row["layout"]), row
+    code, output = finish(start(extraction(run_file, tmp_path / "cache")))
+    assert code == 0, output
+    source = f"--teacher.source cached --teacher.cache {tmp_path / 'cache'}".split()
+    code, output = finish(start([sys.executable, "tools/bench_loader.py", "--config", str(run_file), "--rounds", "3", "--json", *source]))
+    assert code == 0 and 0 < json.loads(output[output.index("{") :])["cached / memory"]["median"] < 10, output
+
+
+@pytest.mark.slow
 def test_two_writers_and_a_full_disk(teacher: tuple[Path, str], tmp_path: Path) -> None:
     run_file = student(tmp_path, "student", teacher)
     cache = tmp_path / "cache"
     from megatron_kd.cache.writer import WriterLock
 
-    held = WriterLock(cache / ".writer-00000.lock")
+    held = WriterLock(cache / ".job-00000.lock")
     code, output = finish(start(extraction(run_file, cache)))
     held.release()
     assert code == 3 and f"is being written by process {os.getpid()} of" in output, output
