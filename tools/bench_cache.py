@@ -4,7 +4,8 @@
     python tools/bench_cache.py --config run.toml --samples 64 --json --output cache.json
 
 The teacher reads samples of data.train; what it says is chosen in several ways, and each choice is stored and read back by every
-layout: one process, one core, in turn, round after round. KL is that of what is read from what was stored, both on the kept ids.
+layout: one process, one core, in turn, round after round, read 8 samples at a time as a microbatch is. KL is that of what is read
+from what was stored, both on the kept ids.
 
   records          this project's (quantized; fp32 where it says so), see megatron_kd/cache/FORMAT.md
   megatron         Megatron-LM's layout: fp16 value, low 16 bits of the id, a byte for the rest (there one bit, which ends at 131,072
@@ -23,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +34,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from megatron_kd.cache.codec import decode, encode
+from megatron_kd.cache.decode import decode_many
+from megatron_kd.cache.encode import encode
 from megatron_kd.config import ConfigError, RunConfig, load_config
 from megatron_kd.targets import SampleSelection, Selection, SparseTarget, TopSelection
 
@@ -44,16 +46,17 @@ SELECTIONS: dict[str, Selection] = {
     "top-64": TopSelection(64),
 }
 RECORD_OVERHEAD = 28  # bytes of a record beside its payload: key, length, checksum, Arrow's offset
+MICROBATCH = 8  # samples that are read together
 PUBLISHED = {"DistillKit, 50 entries": 114, "DistillKit, 128 entries": 300}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one sample's target [S, K] becomes bytes and comes back."""
+    """How one sample's target [S, K] becomes bytes; and how those of several come back."""
 
     name: str
     encode: Callable[[SparseTarget], bytes]
-    decode: Callable[[bytes], SparseTarget]
+    decode: Callable[[Sequence[bytes]], list[SparseTarget]]
     overhead: int = 0
 
 
@@ -130,8 +133,8 @@ def layouts(name: str) -> list[Layout]:
     """Those that a selection is stored in."""
     selection = SELECTIONS[name]
     draws = selection.num_draws if isinstance(selection, SampleSelection) else None
-    records = Layout("records", lambda target: encode(target, num_draws=draws), decode, RECORD_OVERHEAD)
-    exact = Layout("records, fp32", lambda target: encode(target, value_encoding="fp32"), decode, RECORD_OVERHEAD)
+    records = Layout("records", lambda target: encode(target, num_draws=draws), _decode_records, RECORD_OVERHEAD)
+    exact = Layout("records, fp32", lambda target: encode(target, value_encoding="fp32"), _decode_records, RECORD_OVERHEAD)
     return [
         records,
         *([exact] if draws is None else []),
@@ -140,7 +143,12 @@ def layouts(name: str) -> list[Layout]:
     ]
 
 
-def _arrays(values: type, bits: int) -> tuple[Callable[[SparseTarget], bytes], Callable[[bytes], SparseTarget]]:
+def _decode_records(records: Sequence[bytes]) -> list[SparseTarget]:
+    found = decode_many(records)
+    return [found.map(lambda tensor, number=number: tensor[number]) for number in range(len(records))]
+
+
+def _arrays(values: type, bits: int) -> tuple[Callable[[SparseTarget], bytes], Callable[[Sequence[bytes]], list[SparseTarget]]]:
     """Rectangular arrays under zstd; ids as 32 bits, or as 16 bits and a byte for what is above."""
     codec = pa.Codec("zstd", compression_level=3)
 
@@ -161,7 +169,7 @@ def _arrays(values: type, bits: int) -> tuple[Callable[[SparseTarget], bytes], C
         logprobs = np.frombuffer(plain, values, count, (4 if bits == 32 else 3) * count).astype(np.float32)
         return SparseTarget(torch.from_numpy(ids.reshape(rows, width)), torch.from_numpy(logprobs.reshape(rows, width)))
 
-    return write, read
+    return write, lambda records: [read(record) for record in records]
 
 
 def _compare(name: str, targets: list[SparseTarget], rounds: int) -> list[dict[str, Any]]:
@@ -176,8 +184,8 @@ def _compare(name: str, targets: list[SparseTarget], rounds: int) -> list[dict[s
             begin = time.perf_counter()
             data = [layout.encode(target) for target in targets]
             middle = time.perf_counter()
-            for record in data:
-                layout.decode(record)
+            for start in range(0, len(data), MICROBATCH):
+                layout.decode(data[start : start + MICROBATCH])
             end = time.perf_counter()
             stored[layout.name] = data
             if number:
@@ -191,7 +199,7 @@ def _compare(name: str, targets: list[SparseTarget], rounds: int) -> list[dict[s
             "layout": layout.name,
             "bytes_per_token": (sum(map(len, stored[layout.name])) + layout.overhead * len(targets)) / tokens,
             **{f"{kind}_tokens_per_second": _spread(found) for kind, found in rates[layout.name].items()},
-            **_fidelity(targets, [layout.decode(record) for record in stored[layout.name]]),
+            **_fidelity(targets, layout.decode(stored[layout.name])),
         }
         for layout in candidates
     ]

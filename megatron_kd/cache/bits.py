@@ -5,6 +5,8 @@ Numbers from 1 on, of one magnitude and one leading bit after the first, are one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,18 +27,27 @@ def split(numbers: Ints) -> tuple[Bytes, bytes]:
     return classes.astype(np.uint8), _pack((numbers - _LEAST[classes]).view(np.uint64), WIDTHS[classes])
 
 
-def join(classes: Bytes, data: bytes | memoryview) -> Ints:
-    """The numbers [M] of `split`. ValueError where `data` has not exactly as many bytes as the classes need."""
+def join(classes: Bytes, data: Sequence[bytes | memoryview], counts: Ints) -> Ints:
+    """The numbers [M] of several `split`s one after the other: their classes [M], their bits, and how many numbers each has.
+
+    ValueError where one's bits are not exactly as many bytes as its classes need.
+    """
     if len(classes) and classes.max() >= CLASSES:
         raise ValueError(f"class {classes.max()}, expected less than {CLASSES}")
-    ends = WIDTHS[classes].cumsum()
-    total = int(ends[-1]) if len(ends) else 0
-    if len(data) != (total + 7) >> 3:
-        raise ValueError(f"{len(data)} bytes of packed bits, expected {(total + 7) >> 3}")
-    padded = np.frombuffer(bytes(data) + bytes(8), dtype=np.uint8)
+    widths = WIDTHS[classes]
+    ends = np.zeros(len(widths) + 1, np.int64)
+    widths.cumsum(out=ends[1:])
+    starts = ends[:-1]
+    bits = np.diff(ends[counts.cumsum()], prepend=0)  # of each split
+    sizes = np.array([len(one) for one in data])
+    if (sizes != (bits + 7) >> 3).any():
+        raise ValueError(f"{sizes.tolist()} bytes of packed bits, expected {((bits + 7) >> 3).tolist()}")
+    if len(data) > 1:
+        # Each begins at a whole byte: what was filled up before it comes on top.
+        starts = starts + np.repeat(8 * (sizes.cumsum() - sizes) - (bits.cumsum() - bits), counts)
+    padded = np.frombuffer(b"".join([*data, bytes(8)]), dtype=np.uint8)
     # Eight bytes from any byte on: up to 31 bits that start at most 7 bits into them.
     windows = np.ndarray((len(padded) - 7,), dtype="<u8", buffer=padded, strides=(1,))
-    starts = ends - WIDTHS[classes]
     found: Ints = ((windows[starts >> 3] >> (starts & 7).view(np.uint64)) & _MASKS[classes]).view(np.int64)
     return found + _LEAST[classes]
 
@@ -49,8 +60,7 @@ def _pack(values: NDArray[np.uint64], widths: Ints) -> bytes:
     word, shift = starts >> 6, (starts & 63).view(np.uint64)
     out = np.zeros((int(ends[-1]) >> 6) + 2, dtype=np.uint64)
     # Within a word the bits of different values do not meet, so that their sum is their union.
-    first = np.flatnonzero(word[1:] != word[:-1]) + 1
-    first = np.concatenate([np.zeros(1, np.int64), first])
+    first = np.flatnonzero(np.diff(word, prepend=-1))
     out[word[first]] = np.add.reduceat(values << shift, first)
     over = np.flatnonzero(ends > (word + 1) << 6)  # at most one value crosses into a word
     out[word[over] + 1] += values[over] >> (np.uint64(64) - shift[over])

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_kd.cache.codec import VALUE_ENCODINGS
+from megatron_kd.cache.encode import VALUE_ENCODINGS
 from megatron_kd.config.durable import write_atomically
 from megatron_kd.targets.select import Selection
 
@@ -41,7 +41,7 @@ class CacheIdentity:
 
     teacher: digest of its weights, hex; for a teacher caught while training, of its run. tokenizer: digest of its vocabulary,
     hex, None where none is known. vocab_size: true number of ids. sequence_length: tokens of a sample. selection: how entries
-    were chosen; a selection object stands for its text. value_encoding: see `codec`. teacher_step: its training step, None
+    were chosen; a selection object stands for its text. value_encoding: see `encode`. teacher_step: its training step, None
     where each shard says its own. document_attention: "across": tokens see the documents before theirs in the sample;
     "within": their own only.
     """

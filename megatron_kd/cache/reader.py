@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_kd.cache.codec import BadRecord, decode
+from megatron_kd.cache.decode import decode, decode_many
 from megatron_kd.cache.identity import IDENTITY_FILE, CacheIdentity, CorruptCache, MissingTarget, parse_identity
+from megatron_kd.cache.record import BadRecord
 from megatron_kd.cache.shard import Record, Shard, ShardInfo, parse_info, readable
 from megatron_kd.targets.keys import KEY_BYTES, sample_key
 from megatron_kd.targets.sparse import SparseTarget
@@ -155,6 +155,10 @@ class CacheReader:
             raise CorruptCache(f"{shard.path}: record {place.row} of batch {place.batch} is {record.key.hex()}, expected {key.hex()}")
         return record
 
+    def keys(self) -> Iterator[bytes]:
+        """The names of all samples, in order; twice where two shards hold one."""
+        return (words.tobytes() for words in self._keys)
+
     def _batch(self, place: Place) -> pa.RecordBatch:
         at = place.shard, place.batch
         with self._guard:
@@ -169,39 +173,34 @@ class CacheReader:
 
     def get(self, tokens: Tensor) -> SparseTarget:
         """The target [S, K] of the sample with these tokens, int [S]. MissingTarget, CorruptCache."""
-        return self.get_key(sample_key(tokens))
+        return self.get_many([sample_key(tokens)]).map(lambda tensor: tensor[:, 0])
 
-    def get_key(self, key: bytes) -> SparseTarget:
-        """The same by `sample_key`."""
-        record = self.record(key)
+    def get_many(self, keys: Sequence[bytes]) -> SparseTarget:
+        """The targets [S, B, K] of B samples by their `sample_key`s, K the widest of theirs. MissingTarget, CorruptCache."""
+        records = [self.record(key) for key in keys]
         try:
-            target = decode(record.payload)
+            targets = decode_many([record.payload for record in records])
         except BadRecord as error:
-            raise CorruptCache(f"{self.storage.name}: record {key.hex()}: {error}") from error
-        if target.indices.shape[0] != record.tokens or int(target.indices.max()) >= self.identity.vocab_size:
-            raise CorruptCache(
-                f"{self.storage.name}: record {key.hex()} has {target.indices.shape[0]} tokens and ids up to {int(target.indices.max())}, "
-                f"expected {record.tokens} tokens and ids below {self.identity.vocab_size}"
-            )
-        return target
+            for record in records:
+                self._check(record)
+            raise CorruptCache(f"{self.storage.name}: records {', '.join(key.hex() for key in keys)}: {error}") from error
+        if any(record.tokens != targets.indices.shape[1] for record in records) or int(targets.indices.max()) >= self.identity.vocab_size:
+            for record in records:
+                self._check(record)
+        return targets.map(lambda tensor: tensor.transpose(0, 1))
+
+    def _check(self, record: Record) -> None:
+        """CorruptCache naming this record, if it is the bad one."""
+        try:
+            check_record(record, self.identity)
+        except BadRecord as error:
+            raise CorruptCache(f"{self.storage.name}: record {record.key.hex()}: {error}") from error
 
 
-def stack(targets: list[SparseTarget]) -> SparseTarget:
-    """Targets [S, K] of B samples -> [S, B, K], with K the widest."""
-    slots = max(target.indices.shape[1] for target in targets)
-
-    def wide(name: str, fill: float) -> Tensor:
-        parts = [getattr(target, name) for target in targets]
-        return torch.stack([torch.nn.functional.pad(part, (0, slots - part.shape[1]), value=fill) for part in parts], 1)
-
-    first = targets[0]
-    if any((t.log_tail is None) != (first.log_tail is None) or t.temperature != first.temperature for t in targets):
-        raise CorruptCache("samples of one batch were stored at different temperatures, or some with and some without their tail")
-    return SparseTarget(
-        wide("indices", -1),
-        wide("logprobs", -torch.inf),
-        None if first.log_tail is None else torch.stack([t.log_tail for t in targets if t.log_tail is not None], 1),
-        None if any(t.entropy is None for t in targets) else torch.stack([t.entropy for t in targets if t.entropy is not None], 1),
-        first.temperature,
-        first.sampled,
-    )
+def check_record(record: Record, identity: CacheIdentity) -> SparseTarget:
+    """The target [S, K] of a record that fits its cache; BadRecord for another."""
+    target = decode(record.payload)
+    tokens, last = target.indices.shape[0], int(target.indices.max())
+    if tokens != record.tokens or last >= identity.vocab_size:
+        raise BadRecord(f"it has {tokens} tokens and ids up to {last}, expected {record.tokens} tokens and ids below {identity.vocab_size}")
+    return target

@@ -30,7 +30,7 @@ SCHEMA = pa.schema(
 
 
 class Record(NamedTuple):
-    """key: of the sample. tokens: its length. payload: see `codec`."""
+    """key: of the sample. tokens: its length. payload: see `encode`."""
 
     key: bytes
     tokens: int

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_kd.cache.codec import BadRecord, decode
+from megatron_kd.cache.decode import decode
 from megatron_kd.cache.identity import IDENTITY_FILE, CacheError, CacheIdentity, CorruptCache, parse_identity, write_identity
-from megatron_kd.cache.reader import CacheReader, Storage
+from megatron_kd.cache.reader import CacheReader, Storage, check_record
+from megatron_kd.cache.record import BadRecord
 from megatron_kd.cache.shard import Record, Shard, ShardWriter, file_digest, parse_info
 from megatron_kd.cache.writer import WriterLock
 
@@ -112,11 +113,9 @@ def _verify_shard(storage: Storage, directory: Path, name: str, identity: CacheI
     for record in _records_of(shard):
         found += 1
         try:
-            target = decode(record.payload)
+            check_record(record, identity)
         except BadRecord as error:
             raise CorruptCache(f"{path}: record {record.key.hex()}: {error}") from error
-        if target.indices.shape[0] != record.tokens or int(target.indices.max()) >= identity.vocab_size:
-            raise CorruptCache(f"{path}: record {record.key.hex()} does not fit the cache's vocabulary or its own length")
     if found != info.records:
         raise CorruptCache(f"{path}: {found} records, expected {info.records}")
 
@@ -140,7 +139,7 @@ def merge(sources: list[Path], directory: Path) -> int:
     try:
         start = len(list(directory.glob("merged-*.arrow")))
         count = 0
-        seen = {words.tobytes() for words in CacheReader(directory)._keys}
+        seen = set(CacheReader(directory).keys())
         for reader in readers:
             for shard in reader.shards:
                 count += _copy(shard, directory, f"merged-{start + count:06d}", reader.identity, seen)

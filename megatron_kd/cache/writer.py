@@ -13,7 +13,7 @@ from types import TracebackType
 
 from torch import Tensor
 
-from megatron_kd.cache.codec import encode
+from megatron_kd.cache.encode import encode
 from megatron_kd.cache.identity import CacheIdentity, CacheInUse, write_identity
 from megatron_kd.cache.shard import Record, ShardInfo, ShardWriter
 from megatron_kd.targets.keys import sample_key

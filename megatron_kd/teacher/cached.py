@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from megatron_kd.cache import CacheReader, MissingTarget
-from megatron_kd.cache.reader import stack
 from megatron_kd.config import ConfigError
 from megatron_kd.data.batches import Microbatch
 from megatron_kd.data.dataset import TokenDataset
@@ -38,7 +37,7 @@ class CachedTeacher:
         if not self._decodes:
             return None
         try:
-            return stack([self.reader.get_key(key_of(key)) for key in keys])
+            return self.reader.get_many([key_of(key) for key in keys])
         except MissingTarget:
             if self.fallback is None:
                 raise

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_kd.cache.bits import join, split
-from megatron_kd.cache.codec import HEADER, BadRecord, decode, encode
+from megatron_kd.cache.decode import decode, decode_many
+from megatron_kd.cache.encode import encode
+from megatron_kd.cache.record import HEADER, BadRecord
 from megatron_kd.targets import SampleSelection, SparseTarget, TopSelection, select_targets
 from megatron_kd.targets.sparse import check_target
 from tests.losses.cases import fresh_seed, say
@@ -24,7 +26,7 @@ def test_numbers_come_back(powers: list[int], seed: int) -> None:
     generator = np.random.default_rng(seed)
     numbers = np.array([generator.integers(1 << power, 2 << power) for power in powers], dtype=np.int64)
     classes, data = split(numbers)
-    assert np.array_equal(join(classes, data), numbers)
+    assert np.array_equal(join(classes, [data], np.array([len(numbers)])), numbers)
     expected, start = 0, 0
     for number, kind in zip(numbers.tolist(), classes.tolist(), strict=True):
         power = number.bit_length() - 1
@@ -100,6 +102,35 @@ def test_draws_are_exact(tokens: int, draws: int, vocab_size: int, temperature: 
         found = decode(encode(target, value_encoding=encoding, num_draws=draws))
         assert found.sampled and found.temperature == temperature and found.log_tail is None
         assert torch.equal(found.indices, target.indices) and torch.equal(found.logprobs, target.logprobs)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 20), st.sampled_from(["draws", "quantized", "fp32"]), st.integers(0, 2**31))
+def test_many_records_at_once_are_each_of_them(count: int, tokens: int, kind: str, seed: int) -> None:
+    """Records that differ in slots, entries, steps and draws."""
+    generator = np.random.default_rng(seed)
+    made, data = [], []
+    for number in range(count):
+        logits = teacher(seed + number, tokens=tokens, vocab_size=3000, spread=float(generator.uniform(0.1, 4)))
+        size = int(generator.integers(1, 40))
+        selection = SampleSelection(size, seed) if kind == "draws" else TopSelection(size, top_p=float(generator.uniform(0.3, 1)))
+        made.append(select_targets(logits, selection))
+        data.append(encode(made[-1], value_encoding="fp32" if kind == "fp32" else "quantized", num_draws=size))
+    found = decode_many(data)
+    slots = max(target.indices.shape[1] for target in made)
+    assert found.indices.shape == (count, tokens, slots)
+    for number, one in enumerate(data):
+        alone = decode(one)
+        mine = found.map(lambda tensor, number=number: tensor[number])
+        width = alone.indices.shape[1]
+        assert (mine.indices[:, width:] == -1).all() and (mine.logprobs[:, width:] == -torch.inf).all()
+        assert torch.equal(mine.indices[:, :width], alone.indices) and torch.equal(mine.logprobs[:, :width], alone.logprobs)
+        for name in ("log_tail", "entropy"):
+            ours, theirs = getattr(mine, name), getattr(alone, name)
+            assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+    other = encode(select_targets(teacher(seed, tokens=tokens + 1, vocab_size=50, spread=1.0), TopSelection(3)))
+    with pytest.raises(BadRecord, match="records of different kinds"):
+        decode_many([*data, other])
 
 
 def test_what_cannot_be_stored_is_refused() -> None:

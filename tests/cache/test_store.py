@@ -231,8 +231,8 @@ def test_a_killed_writer_leaves_finished_shards_only(tmp_path: Path) -> None:
         process.communicate()
         reader = CacheReader(tmp_path, expect=IDENTITY)
         assert len(reader) == 3 * len(reader.shards)
-        for number in range(len(reader)):
-            reader.record(reader._keys[number].tobytes())
+        for key in reader.keys():
+            reader.record(key)
     with CacheWriter(tmp_path, IDENTITY) as writer:  # the lock went with its owner
         writer.add(*samples(seed + 9, 1)[0])
     assert not list(tmp_path.glob(".*partial*"))

@@ -51,7 +51,7 @@ def student(folder: Path, name: str, made: tuple[Path, str], /, **overrides: Any
 
 def records(cache: Path) -> dict[bytes, bytes]:
     reader = CacheReader(cache)
-    return {key: reader.record(key).payload for key in (words.tobytes() for words in reader._keys)}
+    return {key: reader.record(key).payload for key in reader.keys()}
 
 
 def losses(folder: Path) -> list[tuple[float, float, float]]:
