@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from sentencepiece import SentencePieceTrainer
 
 from megatron_kd.cache import CacheReader
 from megatron_kd.config import dump_toml
-from tests.helpers.tiny import tiny, write_tokens
+from megatron_kd.data.tokenizer import load_tokenizer
+from tests.helpers.tiny import VOCAB, tiny, write_tokens
 from tests.train.test_program import command, finish, kill_tree, rows, start, write_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
@@ -147,6 +149,16 @@ def test_extraction_killed_and_resumed_with_other_processes(teacher: tuple[Path,
     assert {p.name for p in broken.glob("shard-*")} == {p.name for p in whole.glob("shard-*")}
 
 
+def train_vocabulary(prefix: Path, word: str) -> Path:
+    """A SentencePiece model of as many ids as the data has."""
+    text = prefix.with_suffix(".txt")
+    text.write_text("\n".join(f"{word} {number} {chr(97 + number % 26)}{chr(65 + number % 26)} {number * 7919}" for number in range(3000)))
+    SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(prefix), vocab_size=VOCAB, model_type="bpe", byte_fallback=False, minloglevel=2
+    )
+    return prefix.with_suffix(".model")
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_is_refused_before_step_0(teacher: tuple[Path, str], tmp_path: Path) -> None:
     run_file = student(tmp_path, "online", teacher)
@@ -170,6 +182,13 @@ def test_what_does_not_fit_is_refused_before_step_0(teacher: tuple[Path, str], t
     assert finish(start(command(config)))[0] == 0
     said = refused("other_teacher", teacher={"checkpoint": str(tmp_path / "second")})
     assert f"teacher: the cache has '{digest}', expected '" in said
+    # Two vocabularies of equal size. Nothing but the cache knows which one its ids are of.
+    models = [train_vocabulary(tmp_path / name, name) for name in ("first", "other")]
+    named = student(tmp_path, "named", teacher, data={"tokenizer": str(models[0])})
+    assert finish(start(extraction(named, tmp_path / "named_cache", "--first-samples", "2")))[0] == 0
+    said = refused("other_words", data={"tokenizer": str(models[1])}, teacher={"cache": str(tmp_path / "named_cache")})
+    digests = [load_tokenizer(model)[1].digest for model in models]
+    assert f"tokenizer: the cache has '{digests[0]}', expected '{digests[1]}'" in said
     assert "there is no teacher cache at" in refused("nowhere", teacher={"cache": str(tmp_path / "nothing")})
 
     # Where it is asked for, the live teacher answers for what is missing: the same losses as with it alone.
