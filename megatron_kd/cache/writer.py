@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_kd.cache.codec import encode
 from megatron_kd.cache.identity import CacheIdentity, CacheInUse, write_identity
-from megatron_kd.cache.shard import Record, ShardInfo, ShardWriter
+from megatron_kd.cache.shard import Record, ShardWriter
 from megatron_kd.targets.keys import sample_key
 from megatron_kd.targets.sample import SampleSelection
 from megatron_kd.targets.sparse import SparseTarget
@@ -74,7 +74,6 @@ class CacheWriter:
         self._worker, self._fixed, self._shard_samples = worker, shard, shard_samples
         self._open: ShardWriter | None = None
         self._added: set[bytes] = set()
-        self.finished: list[ShardInfo] = []
         write_identity(self.directory, identity)
         self._lock = WriterLock(self.directory / f".writer-{worker:05d}.lock")
         for leftover in self.directory.glob(f".{self._prefix}*.partial-*"):  # of a writer that was killed
@@ -117,7 +116,7 @@ class CacheWriter:
 
     def _commit(self) -> None:
         if self._open is not None:
-            self.finished.append(self._open.commit())
+            self._open.commit()
             self._open = None
             self._added.clear()
 

@@ -15,6 +15,7 @@ import torch
 from megatron_kd.cache import CacheIdentity, CacheWriter
 from megatron_kd.data.batches import Microbatch
 from megatron_kd.data.dataset import Part
+from megatron_kd.parallel.collectives import from_rank_zero
 from megatron_kd.targets.keys import sample_keys
 from megatron_kd.targets.sparse import SparseTarget
 from megatron_kd.teacher.source import TeacherSource
@@ -56,6 +57,11 @@ class ShardPlan:
 def finished_shards(directory: Path) -> set[int]:
     """Numbers of the shards that are complete in `directory`."""
     return {int(path.stem.split("-")[1]) for path in directory.glob("shard-*.json") if path.with_suffix(".arrow").exists()}
+
+
+def agree_on_finished(directory: Path, plan: ShardPlan) -> set[int]:
+    """The shards of `plan` that are complete in `directory`, as rank 0 sees them. One broadcast over the world."""
+    return {shard for shard in from_rank_zero(lambda: finished_shards(directory)) if shard < plan.num_shards}
 
 
 def extract(
