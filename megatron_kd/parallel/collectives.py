@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -78,6 +79,15 @@ def raise_together(problem: str | None, error: type[Exception], group: Group = N
     for rank, found in enumerate(problems):
         if found is not None:
             raise error(found if problem is not None else f"rank {rank}: {found}")
+
+
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on some rank of the world: the same answer on all. One all-reduce of a number."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    found = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found.item())
 
 
 def from_rank_zero(find: Callable[[], Found]) -> Found:
