@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_kd.cache import CacheReader
@@ -101,6 +102,27 @@ def counted(jobs: list[tuple[RunConfig, int, bool]]) -> tuple[list[Trained], int
     BackgroundWriter.put = put  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         return run_all(f"file://{folder}/rendezvous", jobs), len(calls)
+
+
+def poisoned(config: RunConfig, step: int) -> int:
+    """A run whose output weight is not a number at `step`: how many steps did not reach the weights."""
+    from megatron_kd.models.model import output_weight
+    from megatron_kd.parallel.groups import stop_groups
+    from megatron_kd.train.build import build_run
+    from megatron_kd.train.step import train_step
+
+    run = build_run(config)
+    weight = output_weight(run.student.models[-1]).data
+    while run.progress.step < config.train.steps:
+        good = weight.clone()
+        if run.progress.step == step:
+            weight[7] = torch.nan
+        if not train_step(run).updated:
+            weight.copy_(good)
+    run.save()
+    run.capture.close()
+    stop_groups()
+    return run.progress.nonfinite_steps
 
 
 def recomputed(config: RunConfig, checkpoint: Path, step: int) -> list[tuple[bytes, SparseTarget]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import signal
 import threading
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import VOCAB, tiny, write_tokens
 from tests.losses.cases import fresh_seed
 from tests.parallel.layouts import Trained
-from tests.train.capture_ranks import by_step, counted, full_disk, killed, main, pair_of_ranks, recomputed, records, same
+from tests.train.capture_ranks import by_step, counted, full_disk, killed, main, pair_of_ranks, poisoned, recomputed, records, same
 from tests.train.test_program import RATES, rows
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
@@ -102,12 +104,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
     student = {"teacher": {"source": "cached", "cache": str(bench.cache("each"))}, "distill": {"alpha": 0.5, "tail": "bucket"}}
     student["optimizer"] = {"learning_rate": 1e-4}  # with its teacher's it would make the same steps
     calls["student"] = main, (bench.write("student", **student),)
-    wild = {"optimizer": {"learning_rate": 1e30, "min_learning_rate": 1e30, "clip_grad": 0.0, "warmup_steps": 0}}
-    wild["train"] = {"nonfinite": "skip"}
-    for name, found in (("wildplain", None), ("wild", {})):
-        calls[name] = main, (bench.write(name, capture=found, **wild),)
+    calls["poisoned"] = poisoned, (bench.config("poisoned", capture={}, train={"nonfinite": "skip"}), 2)
     calls["full"] = full_disk, (bench.write("full", **FULL), 16_000)
     calls |= {name: (main, (bench.folder / "whole.toml", *overrides)) for name, (overrides, _) in refused(bench).items()}
+    calls |= {f"readme{number}": (main, tuple(words)) for number, words in enumerate(readme_commands(bench))}
     ended = run_ranks(in_forks, 1, list(calls.values()), timeout=400)[0]
     return Alone(bench, dict(zip(calls, ended, strict=True)))
 
@@ -210,12 +210,32 @@ def test_a_student_of_what_was_captured(alone: Alone) -> None:
     assert len(losses) == STEPS and abs(losses[0]) < 1e-6 and losses[-1] > 1e-4
 
 
+def readme_commands(bench: Bench) -> list[list[str]]:
+    """The README's commands for a capturing teacher and its student, as the program's arguments: run file, overrides."""
+    settings = {"distill": {"top_k": 64, "top_p": 1.0}}
+    files = {f"{name}.toml": bench.write(f"readme_{name}", **settings) for name in ("teacher", "run")}
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = [block for block in re.findall(r"```bash\n(.*?)```", readme, flags=re.DOTALL) if "--capture" in block]
+    found = []
+    for line in block.splitlines():
+        command, words = line.split(" --config ")
+        assert command == "torchrun --nproc-per-node 8 -m megatron_kd.pretrain"
+        run_file, *overrides = shlex.split(words)
+        found.append([files[run_file], *[str(bench.cache("readme")) if word == "cache/" else word for word in overrides]])
+    return found
+
+
+def test_the_readme_s_commands(alone: Alone) -> None:
+    for number in range(2):
+        assert alone.ended[f"readme{number}"].value == 0, alone.ended[f"readme{number}"].output
+    assert len(CacheReader(alone.bench.cache("readme"))) == STEPS * 4
+    assert all(row["kd_loss"] is not None for row in rows(alone.bench.folder / "readme_run") if "split" not in row)
+
+
 def test_a_step_that_is_not_finite_is_not_stored(alone: Alone) -> None:
     """And does not stop a run that goes on without it."""
-    for name in ("wildplain", "wild"):
-        assert alone.ended[name].value == 0, alone.ended[name].output
-    assert [row["nonfinite_steps"] for row in rows(alone.bench.folder / "wild") if "split" not in row][-1] > 0
-    assert {step for step, _ in by_step(alone.bench.cache("wild"))} < set(range(STEPS))
+    assert alone.ended["poisoned"].value == 1, alone.ended["poisoned"].output
+    assert {step for step, _ in by_step(alone.bench.cache("poisoned"))} == set(range(STEPS)) - {2}
 
 
 def test_a_full_disk_stops_the_run(alone: Alone, pair: tuple[dict[str, Trained], str]) -> None:
