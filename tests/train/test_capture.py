@@ -84,7 +84,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
     bench = Bench(tmp_path_factory.mktemp("capture"))
     calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
     slow = {"model": {"recompute": "full"}, "distill": {"head_schedule": "recompute", "chunk_tokens": 20}}
-    draws = {"distill": {"num_draws": 20, "top_k": 64, "top_p": 1.0}}
+    # With dropout: a random number more or less would change it.
+    draws = {"distill": {"num_draws": 20, "top_k": 64, "top_p": 1.0}, "model": {"hidden_dropout": 0.1}}
     for name, settings in (("plain", {}), ("recomputed", slow), ("drawn", draws)):
         jobs = [(bench.config(f"{name}{found is None}", capture=found, **settings), STEPS, True) for found in (None, {})]
         calls[name] = counted, (jobs,)
