@@ -11,7 +11,10 @@ from megatron_kd.train.inputs import check_inputs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a run file. Returns 0 when it has finished, 2 for bad input, 1 when it stopped; the reason goes to stderr."""
+    """Run a run file. Returns 0 when it has finished; the reason for anything else goes to stderr.
+
+    1: stopped by a number that is not finite. 2: bad input. 5: what it captures could not be written.
+    """
     try:
         config = load_config(sys.argv[1:] if argv is None else argv)
         _, world_size, local_rank = world_from_environment()
@@ -30,6 +33,7 @@ def _run(config: RunConfig, local_rank: int) -> int:
     start_platform(config.train.device, local_rank)
     from megatron_kd.parallel.groups import stop_groups
     from megatron_kd.train.build import build_run
+    from megatron_kd.train.capture import CaptureError
     from megatron_kd.train.loop import NonFiniteError, train
 
     try:
@@ -37,6 +41,9 @@ def _run(config: RunConfig, local_rank: int) -> int:
     except NonFiniteError as error:
         print(f"megatron_kd: stopped: {error}", file=sys.stderr, flush=True)
         return 1
+    except CaptureError as error:
+        print(f"megatron_kd: stopped: {error}", file=sys.stderr, flush=True)
+        return 5
     finally:
         stop_groups()
     return 0

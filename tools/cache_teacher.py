@@ -86,7 +86,7 @@ def _extract(config: RunConfig, arguments: argparse.Namespace) -> int:
 
 def _run(config: RunConfig, arguments: argparse.Namespace, platform: Platform) -> int:
     from megatron_kd.parallel.groups import start_groups
-    from megatron_kd.teacher.extract import ShardPlan, extract, sole_writer
+    from megatron_kd.teacher.extract import ShardPlan, agree_on_finished, extract, sole_writer
     from megatron_kd.telemetry.progress import Progress
     from megatron_kd.train.build import token_dataset
     from megatron_kd.train.inputs import check_inputs
@@ -94,14 +94,14 @@ def _run(config: RunConfig, arguments: argparse.Namespace, platform: Platform) -
 
     inputs = check_inputs(config, world_size=world_from_environment()[1])
     groups = start_groups(platform, config.parallel, timeout_seconds=config.train.timeout_seconds)
-    job = build_extraction(config, inputs, groups, value_encoding=arguments.value_encoding)
+    teacher, identity = build_extraction(config, inputs, groups, value_encoding=arguments.value_encoding)
     parts = token_dataset(config, inputs, "data.train", config.data.train, 1).parts
     plan = ShardPlan(parts, arguments.shard_samples, arguments.first_samples)
     worker = arguments.worker * groups.data_size + groups.data_rank
     workers = arguments.workers * groups.data_size
     writes = groups.is_last_stage and groups.tensor_rank == 0
     with sole_writer(arguments.output, worker, writes=writes):
-        finished = job.agree_on_finished(arguments.output, plan)
+        finished = agree_on_finished(arguments.output, plan, identity)
         mine = [shard for shard in range(worker, plan.num_shards, workers) if shard not in finished]
         progress = Progress("auto", steps=len(mine), enabled=writes and groups.data_rank == 0)
         progress.message(
@@ -110,11 +110,11 @@ def _run(config: RunConfig, arguments: argparse.Namespace, platform: Platform) -
         )
         report = _Report(progress)
         extract(
-            job.teacher,
+            teacher,
             plan,
             mine,
             arguments.output,
-            job.identity,
+            identity,
             writes=writes,
             worker=worker,
             micro_batch_size=config.batch.micro_batch_size,

@@ -83,6 +83,9 @@ def _stats(arguments: argparse.Namespace) -> int:
     for name, value in asdict(reader.identity).items():
         print(f"{name:20} {value}")
     print(f"{'shards':20} {len(reader.shards)}")
+    steps = [step for shard in reader.shards for step in (shard.info.step, shard.info.last_step) if step is not None]
+    if steps:
+        print(f"{'training steps':20} {min(steps)} to {max(steps)}")
     for name, value in summary.items():
         print(f"{name:20} {value:,.4g}" if isinstance(value, float) else f"{name:20} {value:,}")
     print("\ntokens by number of kept entries")
@@ -156,10 +159,10 @@ def _recompute(arguments: argparse.Namespace) -> int:
     groups = start_groups(platform, config.parallel, timeout_seconds=config.train.timeout_seconds)
     try:
         encoding = CacheReader(arguments.cache).identity.value_encoding
-        job = build_extraction(config, inputs, groups, value_encoding=encoding)
-        reader = CacheReader(arguments.cache, expect=job.identity)
+        teacher, identity = build_extraction(config, inputs, groups, value_encoding=encoding)
+        reader = CacheReader(arguments.cache, expect=identity)
         plan = ShardPlan(token_dataset(config, inputs, "data.train", config.data.train, 1).parts, 1)
-        found = recheck(job.teacher, reader, plan, samples=arguments.recompute, seed=arguments.seed, device=platform.device)
+        found = recheck(teacher, reader, plan, samples=arguments.recompute, seed=arguments.seed, device=platform.device)
     finally:
         stop_groups()
     if found is None:
@@ -192,8 +195,13 @@ def _repair(arguments: argparse.Namespace) -> int:
     if not problems:
         print("nothing to write again")
         return 0
+    lost = [shard for shard in problems if not shard.startswith("shard-")]
+    if lost:
+        print(f"{', '.join(lost)}: not from tools/cache_teacher.py: merge the caches again, or let the teacher's training capture again")
+    if len(lost) == len(problems):
+        return 1
     if not arguments.config:
-        print(f"{len(problems)} shards to write again: run the tools/cache_teacher.py command that made them")
+        print(f"{len(problems) - len(lost)} shards to write again: run the tools/cache_teacher.py command that made them")
         return 0
     program = [
         sys.executable,

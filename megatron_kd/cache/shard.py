@@ -39,7 +39,9 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """The file beside a complete shard. step: of the teacher's training, where it was caught while training."""
+    """The file beside a complete shard. step: of the teacher's training, where it was caught while training; last_step: the last
+    of the steps that it holds, where they are several.
+    """
 
     file: str
     bytes: int
@@ -47,6 +49,7 @@ class ShardInfo:
     records: int
     tokens: int
     step: int | None = None
+    last_step: int | None = None
 
 
 def record_crc(key: bytes, tokens: int, payload: bytes | memoryview) -> int:
@@ -60,10 +63,10 @@ class ShardWriter:
     def __init__(self, directory: Path, name: str, identity: CacheIdentity, *, step: int | None = None) -> None:
         self.directory, self.name, self.step = directory, name, step
         self.records = self.tokens = 0
-        self._temporary = directory / f".{name}.arrow.partial-{os.getpid()}"
+        self.temporary = directory / f".{name}.arrow.partial-{os.getpid()}"
         metadata = {"format": FORMAT, "schema_version": str(SCHEMA_VERSION), "identity": identity.to_json()}
         self._pending: list[Record] = []
-        self._sink = pa.OSFile(str(self._temporary), "wb")
+        self._sink = pa.OSFile(str(self.temporary), "wb")
         self._file = pa.ipc.new_file(self._sink, SCHEMA.with_metadata(metadata))
 
     def add(self, record: Record) -> None:
@@ -84,18 +87,29 @@ class ShardWriter:
         self._file.write_batch(pa.record_batch(arrays, schema=SCHEMA))
         self._pending.clear()
 
-    def commit(self) -> ShardInfo:
-        """Make the shard durable and visible."""
+    def finish(self, *, last_step: int | None = None) -> ShardInfo:
+        """Write what is open and make it durable, still under the temporary name."""
         self._write_batch()
         self._file.close()
         self._sink.close()
-        sync_path(self._temporary)
-        path = self.directory / f"{self.name}.arrow"
-        info = ShardInfo(path.name, self._temporary.stat().st_size, file_digest(self._temporary), self.records, self.tokens, self.step)
+        sync_path(self.temporary)
+        return ShardInfo(
+            f"{self.name}.arrow",
+            self.temporary.stat().st_size,
+            file_digest(self.temporary),
+            self.records,
+            self.tokens,
+            self.step,
+            last_step,
+        )
+
+    def commit(self, *, last_step: int | None = None) -> ShardInfo:
+        """Make the shard durable and visible."""
+        info = self.finish(last_step=last_step)
         (self.directory / f"{self.name}.json").unlink(missing_ok=True)  # never describe one file and hold another
-        os.replace(self._temporary, path)
+        os.replace(self.temporary, self.directory / info.file)
         sync_path(self.directory)
-        write_atomically(self.directory / f"{self.name}.json", (json.dumps(asdict(info), indent=2) + "\n").encode())
+        write_atomically(self.directory / f"{self.name}.json", info_bytes(info))
         return info
 
     def discard(self) -> None:
@@ -105,13 +119,18 @@ class ShardWriter:
                 stream.close()
             except OSError:  # a full disk says so again
                 pass
-        self._temporary.unlink(missing_ok=True)
+        self.temporary.unlink(missing_ok=True)
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, hex."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def info_bytes(info: ShardInfo) -> bytes:
+    """The content of the file beside a shard."""
+    return (json.dumps(asdict(info), indent=2) + "\n").encode()
 
 
 def parse_info(data: bytes, path: str) -> ShardInfo:

@@ -161,7 +161,7 @@ def _copy(shard: Shard, directory: Path, name: str, identity: CacheIdentity, see
         if not writer.records:
             writer.discard()
             return 0
-        writer.commit()
+        writer.commit(last_step=shard.info.last_step)
         return 1
     except BaseException:
         writer.discard()

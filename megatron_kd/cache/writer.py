@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_kd.cache.encode import encode
 from megatron_kd.cache.identity import CacheIdentity, CacheInUse, write_identity
-from megatron_kd.cache.shard import Record, ShardInfo, ShardWriter
+from megatron_kd.cache.shard import Record, ShardWriter
 from megatron_kd.targets.keys import sample_key
 from megatron_kd.targets.sample import SampleSelection
 from megatron_kd.targets.sparse import SparseTarget
@@ -74,7 +74,6 @@ class CacheWriter:
         self._worker, self._fixed, self._shard_samples = worker, shard, shard_samples
         self._open: ShardWriter | None = None
         self._added: set[bytes] = set()
-        self.finished: list[ShardInfo] = []
         write_identity(self.directory, identity)
         self._lock = WriterLock(self.directory / f".writer-{worker:05d}.lock")
         for leftover in self.directory.glob(f".{self._prefix}*.partial-*"):  # of a writer that was killed
@@ -96,28 +95,21 @@ class CacheWriter:
 
         Raises ValueError for what does not fit the cache's identity.
         """
-        if tokens.shape != (self.identity.sequence_length,) or target.indices.shape[0] != len(tokens):
-            raise ValueError(
-                f"tokens {tuple(tokens.shape)} with a target {tuple(target.indices.shape)}: this cache holds samples of "
-                f"{self.identity.sequence_length} tokens with one row of K entries each"
-            )
-        target = target.map(lambda t: t.detach().cpu())
-        if int(target.indices.max()) >= self.identity.vocab_size:
-            raise ValueError(f"id {int(target.indices.max())} is past the vocabulary of {self.identity.vocab_size} ids")
+        check_sample(tokens, target, self.identity)
         key = sample_key(tokens)
         if key in self._added:
             return
-        payload = encode(target, value_encoding=self.identity.value_encoding, num_draws=_draws(self.identity))
+        record = make_record(key, target, self.identity)
         if self._open is None:
             self._open = self._new_shard()
-        self._open.add(Record(key, len(tokens), payload))
+        self._open.add(record)
         self._added.add(key)
         if self._fixed is None and self._open.records >= self._shard_samples:
             self._commit()
 
     def _commit(self) -> None:
         if self._open is not None:
-            self.finished.append(self._open.commit())
+            self._open.commit()
             self._open = None
             self._added.clear()
 
@@ -143,6 +135,23 @@ class CacheWriter:
             self.close()
         else:
             self.abandon()
+
+
+def check_sample(tokens: Tensor, target: SparseTarget, identity: CacheIdentity) -> None:
+    """ValueError unless tokens [S] and target [S, K] are a sample of a cache of this identity."""
+    if tokens.shape != (identity.sequence_length,) or target.indices.shape[0] != len(tokens):
+        raise ValueError(
+            f"tokens {tuple(tokens.shape)} with a target {tuple(target.indices.shape)}: this cache holds samples of "
+            f"{identity.sequence_length} tokens with one row of K entries each"
+        )
+    if int(target.indices.max()) >= identity.vocab_size:
+        raise ValueError(f"id {int(target.indices.max())} is past the vocabulary of {identity.vocab_size} ids")
+
+
+def make_record(key: bytes, target: SparseTarget, identity: CacheIdentity) -> Record:
+    """The record of the sample named `key` with the target [S, K]. ValueError for what cannot be stored."""
+    payload = encode(target.map(lambda t: t.detach().cpu()), value_encoding=identity.value_encoding, num_draws=_draws(identity))
+    return Record(key, target.indices.shape[0], payload)
 
 
 def _draws(identity: CacheIdentity) -> int | None:

@@ -1,5 +1,6 @@
 """One run's configuration: frozen sections, a run file with overrides, and nothing that needs torch."""
 
+from megatron_kd.config.capture import CaptureSection
 from megatron_kd.config.dump import dump_toml
 from megatron_kd.config.load import load_config
 from megatron_kd.config.run import ConfigError, RunConfig
@@ -22,6 +23,7 @@ from megatron_kd.config.sections import (
 __all__ = [
     "AlphaSchedule",
     "BatchSection",
+    "CaptureSection",
     "CheckpointSection",
     "ConfigError",
     "DataSection",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
+from megatron_kd.config.capture import CaptureSection
 from megatron_kd.config.sections import (
     BatchSection,
     CheckpointSection,
@@ -30,6 +31,9 @@ class RunConfig(Section):
     model: ModelSection = Field(description="Shape of the student.")
     teacher: TeacherSection = Field(default_factory=TeacherSection, description="Where distillation targets come from.")
     distill: DistillSection = Field(default_factory=DistillSection, description="The distillation loss.")
+    capture: CaptureSection = Field(
+        default_factory=CaptureSection, description="Storing this run's own targets while it trains, for other students."
+    )
     data: DataSection = Field(description="Token datasets and tokenizer.")
     batch: BatchSection = Field(description="Sizes of one step.")
     optimizer: OptimizerSection = Field(description="Adam and the learning-rate schedule.")
@@ -65,7 +69,8 @@ class RunConfig(Section):
         found = [f"{name} ({size}) must be a multiple of {by} ({divisor})" for name, size, by, divisor in sizes if size % divisor]
         if model.vocab_size is None and self.data.tokenizer is None:
             found.append("set model.vocab_size or data.tokenizer: one of them must give the vocabulary size")
-        chooses = self.teacher.source != "none" and self.distill.num_draws is None and not self.distill.dense
+        selects = self.teacher.source != "none" or self.capture.directory is not None
+        chooses = selects and self.distill.num_draws is None and not self.distill.dense
         if chooses and model.vocab_size is not None and self.distill.top_k > model.vocab_size:
             found.append(f"distill.top_k ({self.distill.top_k}) must be at most model.vocab_size ({model.vocab_size})")
         if self.distill.dense and self.teacher.source == "cached":
@@ -79,7 +84,26 @@ class RunConfig(Section):
             )
         if parallel.overlap_param_gather and not (opt.distributed and parallel.overlap_grad_reduce):
             found.append("parallel.overlap_param_gather needs optimizer.distributed and parallel.overlap_grad_reduce")
+        return found + self._capture_problems()
+
+    def _capture_problems(self) -> list[str]:
+        capture, distill, batch = self.capture, self.distill, self.batch
+        if capture.directory is None:
+            return []
+        found = []
+        if capture.first_step >= self.train.steps:
+            found.append(f"capture.first_step ({capture.first_step}) must be less than train.steps ({self.train.steps})")
+        if distill.dense:
+            found.append("capture.directory stores sparse targets: unset distill.dense, or unset capture.directory")
+        mebibytes = -(-batch.micro_batch_size * batch.sequence_length * self.target_bytes_per_token >> 20)
+        if mebibytes > capture.queue_mib:
+            found.append(f"capture.queue_mib ({capture.queue_mib}) must hold a microbatch's targets: set it to {mebibytes} or more")
         return found
+
+    @property
+    def target_bytes_per_token(self) -> int:
+        """Of a sparse target in memory, with its token: ids and log-probabilities of 4 bytes, log_tail, entropy, token."""
+        return 8 * (self.distill.num_draws or self.distill.top_k) + 16
 
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel size on `world_size` ranks; ConfigError where the sizes do not divide."""

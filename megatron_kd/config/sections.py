@@ -85,7 +85,7 @@ class TeacherSection(Section):
     source: Literal["none", "online", "cached"] = Field(
         default="none",
         description='"none": plain pretraining. "online": a frozen teacher runs forward in every step. "cached": its targets were stored '
-        "by tools/cache_teacher.py.",
+        "by tools/cache_teacher.py, or by itself while it trained ([capture]).",
     )
     checkpoint: Path | None = Field(
         default=None,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+Found = TypeVar("Found")
 
 
 def group_size(group: Group) -> int:
@@ -75,3 +79,30 @@ def raise_together(problem: str | None, error: type[Exception], group: Group = N
     for rank, found in enumerate(problems):
         if found is not None:
             raise error(found if problem is not None else f"rank {rank}: {found}")
+
+
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on some rank of the world: the same answer on all. One all-reduce of a number."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    found = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found.item())
+
+
+def from_rank_zero(find: Callable[[], Found]) -> Found:
+    """What `find`, called on rank 0 alone, returns there (picklable); what it raises is raised on every rank.
+
+    One broadcast of an object over the world.
+    """
+    told: list[tuple[Found | None, Exception | None]] = [(None, None)]
+    if dist.get_rank() == 0:
+        try:
+            told = [(find(), None)]
+        except Exception as error:
+            told = [(None, error)]
+    dist.broadcast_object_list(told, src=0)
+    found, problem = told[0]
+    if problem is not None:
+        raise problem
+    return found  # type: ignore[return-value]

@@ -17,7 +17,7 @@ from megatron_kd.cache import CacheIdentity, CacheInUse, CacheReader, CacheWrite
 from megatron_kd.cache.writer import WriterLock
 from megatron_kd.data.batches import Microbatch
 from megatron_kd.data.dataset import Part
-from megatron_kd.parallel.collectives import raise_together
+from megatron_kd.parallel.collectives import from_rank_zero, raise_together
 from megatron_kd.targets.keys import KEY_BYTES, sample_key, sample_keys
 from megatron_kd.targets.sparse import SparseTarget
 from megatron_kd.teacher.source import TeacherSource
@@ -110,6 +110,11 @@ def sole_writer(directory: Path, worker: int, *, writes: bool) -> Iterator[None]
     finally:
         if lock is not None:
             lock.release()
+
+
+def agree_on_finished(directory: Path, plan: ShardPlan, identity: CacheIdentity) -> set[int]:
+    """`finished_shards` as rank 0 sees them. One broadcast over the world; rank 0's errors are every rank's."""
+    return from_rank_zero(lambda: finished_shards(directory, plan, identity))
 
 
 def extract(

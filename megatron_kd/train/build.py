@@ -26,6 +26,7 @@ from megatron_kd.parallel.shards import padded_vocab_size
 from megatron_kd.parallel.world import world_from_environment
 from megatron_kd.teacher.cached import CachedTeacher, check_coverage
 from megatron_kd.teacher.source import TeacherSource
+from megatron_kd.train.capture import Capture, build_capture
 from megatron_kd.train.inputs import Inputs, check_inputs, checkpoints_folder
 from megatron_kd.train.optimizer import Optimizer
 from megatron_kd.train.progress import RunProgress
@@ -46,6 +47,7 @@ class Run:
     train_data: BatchSource
     valid_data: dict[str, BatchSource]
     progress: RunProgress
+    capture: Capture
 
     @property
     def alpha(self) -> float:
@@ -62,7 +64,7 @@ class Run:
         return replace(self.objective, spec=replace(self.objective.spec, alpha=self.alpha))
 
     def save(self) -> None:
-        """Write a checkpoint of the present step. Collective over the world."""
+        """Write a checkpoint of the present step, and show what was captured up to it. Collective over the world."""
         progress, config = self.progress, self.config
         info = CheckpointInfo(
             step=progress.step,
@@ -76,7 +78,9 @@ class Run:
             distributed_optimizer=config.optimizer.distributed,
             version=__version__,
         )
+        self.capture.stage()
         save_checkpoint(checkpoints_folder(config), info, self.student.models, self.optimizer, keep_last=config.checkpoint.keep_last)
+        self.capture.publish()
 
 
 def build_run(config: RunConfig, *, rendezvous: str | None = None) -> Run:
@@ -110,7 +114,8 @@ def build_run(config: RunConfig, *, rendezvous: str | None = None) -> Run:
     }
     if isinstance(teacher, CachedTeacher) and teacher.fallback is None:
         check_coverage(teacher.reader, train_data.dataset, progress.consumed_samples)
-    return Run(config, inputs, groups, student, optimizer, teacher, objective, train_data, valid_data, progress)
+    capture = build_capture(config, inputs, groups, step=progress.step)
+    return Run(config, inputs, groups, student, optimizer, teacher, objective, train_data, valid_data, progress, capture)
 
 
 def _objective(config: RunConfig, inputs: Inputs, groups: Groups) -> Objective:

@@ -48,7 +48,7 @@ def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise ConfigError(f"model.vocab_size ({vocab_size}) is smaller than the vocabulary of data.tokenizer ({tokenizer.vocab_size} ids)")
     if (
-        config.teacher.source != "none"
+        (config.teacher.source != "none" or config.capture.directory is not None)
         and config.distill.num_draws is None
         and not config.distill.dense
         and config.distill.top_k > vocab_size

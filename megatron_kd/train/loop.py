@@ -12,6 +12,7 @@ from megatron_kd.telemetry.progress import Progress
 from megatron_kd.telemetry.throughput import Stopwatch
 from megatron_kd.telemetry.writer import RunWriter
 from megatron_kd.train.build import Run
+from megatron_kd.train.capture import CaptureError
 from megatron_kd.train.evaluate import evaluate
 from megatron_kd.train.step import StepReport, train_step
 
@@ -21,7 +22,7 @@ class NonFiniteError(RuntimeError):
 
 
 def train(run: Run) -> None:
-    """Train to train.steps from wherever `run` stands. Collective over the world; NonFiniteError on every rank alike."""
+    """Train to train.steps from wherever `run` stands. Collective over the world; NonFiniteError and CaptureError on every rank alike."""
     config, progress = run.config, run.progress
     first = run.groups.rank == 0
     with RunWriter(config.run.directory, tensorboard=config.telemetry.tensorboard, enabled=first) as writer:
@@ -32,10 +33,12 @@ def train(run: Run) -> None:
             _loop(run, writer, bar)
             writer.status("finished", step=progress.step)
         except BaseException as error:
-            writer.status("stopped" if isinstance(error, NonFiniteError) else "failed", step=progress.step, message=str(error)[:500])
+            state = "stopped" if isinstance(error, NonFiniteError | CaptureError) else "failed"
+            writer.status(state, step=progress.step, message=str(error)[:500])
             raise
         finally:
             bar.close()
+            run.capture.close()
 
 
 def _loop(run: Run, writer: RunWriter, bar: Progress) -> None:

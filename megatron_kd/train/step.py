@@ -17,6 +17,7 @@ from megatron_kd.losses.objective import Objective
 from megatron_kd.models.model import output_weight
 from megatron_kd.telemetry.metrics import reduce_reports
 from megatron_kd.train.build import Run
+from megatron_kd.train.capture import Observe, nothing
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,29 @@ def train_step(run: Run) -> StepReport:
     targets = run.teacher.targets(microbatches)
     run.student.zero_grad()
     run.optimizer.zero_grad()
-    step = partial(forward_step, objective=run.objective_now())
+    step = partial(forward_step, objective=run.objective_now(), observe=run.capture.observer(run.progress.step))
     reports = run.student.run_schedule(step, list(zip(microbatches, targets, strict=True)))
     metrics = reduce_step(run, reports)
     run.optimizer.set_learning_rate(learning_rate)
     updated, grad_norm = run.optimizer.step(allowed=math.isfinite(metrics["total_loss"] or 0.0))
     batch = run.config.batch
     run.progress.advance(samples=batch.global_batch_size, tokens=batch.global_batch_size * batch.sequence_length, updated=updated)
+    run.capture.end_step()
     return StepReport(metrics, grad_norm, learning_rate, alpha, updated)
 
 
-def forward_step(batches: Iterator[tuple[Microbatch, Target | None]], chunk: Any, *, objective: Objective) -> tuple[Tensor, Any]:
+def forward_step(
+    batches: Iterator[tuple[Microbatch, Target | None]], chunk: Any, *, objective: Objective, observe: Observe = nothing
+) -> tuple[Tensor, Any]:
     """Forward of the next microbatch through one chunk, and what its output is worth: megatron-core's forward step."""
     microbatch, target = next(batches)
     output = chunk(input_ids=microbatch.tokens, position_ids=microbatch.position_ids, attention_mask=None)
-    return output, partial(_loss, chunk=chunk, microbatch=microbatch, target=target, objective=objective)
+    return output, partial(_loss, chunk=chunk, microbatch=microbatch, target=target, objective=objective, observe=observe)
 
 
-def _loss(hidden: Tensor, *, chunk: Any, microbatch: Microbatch, target: Target | None, objective: Objective) -> Any:
+def _loss(hidden: Tensor, *, chunk: Any, microbatch: Microbatch, target: Target | None, objective: Objective, observe: Observe) -> Any:
     weight = output_weight(chunk.module)
+    observe(hidden, weight, microbatch)
     return objective(hidden, weight=weight, labels=microbatch.labels, loss_mask=microbatch.loss_mask, target=target)
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
-
-import torch.distributed as dist
+from dataclasses import replace
 
 from megatron_kd.cache import CacheError, CacheIdentity, CacheReader
 from megatron_kd.checkpoint.state import load_weights
 from megatron_kd.checkpoint.store import checkpoint_digest
 from megatron_kd.config import ConfigError, RunConfig
 from megatron_kd.data.batches import Attach
-from megatron_kd.parallel.collectives import raise_together
+from megatron_kd.parallel.collectives import from_rank_zero, raise_together
 from megatron_kd.parallel.groups import Groups
 from megatron_kd.targets import SampleSelection, Selection, TopSelection
 from megatron_kd.teacher.cached import CachedTeacher
-from megatron_kd.teacher.extract import ShardPlan, finished_shards
 from megatron_kd.teacher.online import OnlineTeacher
 from megatron_kd.teacher.source import NoTeacher, TeacherSource
 from megatron_kd.train.inputs import Inputs
@@ -101,39 +97,12 @@ def _teacher_digest(inputs: Inputs) -> str | None:
     """Digest of teacher.checkpoint, computed by rank 0 for all; None where no checkpoint is named."""
     if inputs.teacher is None:
         return None
-    found: list[str | None] = [checkpoint_digest(inputs.teacher[0]) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    folder = inputs.teacher[0]
+    return from_rank_zero(lambda: checkpoint_digest(folder))
 
 
-@dataclass(frozen=True)
-class Extraction:
-    """A teacher ready to be stored. identity: of the cache it makes."""
-
-    groups: Groups
-    teacher: OnlineTeacher
-    identity: CacheIdentity
-
-    def agree_on_finished(self, directory: Path, plan: ShardPlan) -> set[int]:
-        """The shards that are complete, as rank 0 sees them; ConfigError on every rank where they do not fit. One broadcast."""
-        finished: set[int] = set()
-        problem: str | None = None
-        if dist.get_rank() == 0:
-            try:
-                finished = finished_shards(directory, plan, self.identity)
-            except CacheError as error:
-                problem = str(error)
-        found: list[tuple[set[int], str | None]] = [(finished, problem)]
-        dist.broadcast_object_list(found, src=0)
-        finished, problem = found[0]
-        if problem is not None:
-            raise ConfigError(problem)
-        return finished
-
-
-def build_extraction(config: RunConfig, inputs: Inputs, groups: Groups, *, value_encoding: str) -> Extraction:
-    """The teacher of a run file and the identity of its cache. Collective over the world."""
+def build_extraction(config: RunConfig, inputs: Inputs, groups: Groups, *, value_encoding: str) -> tuple[OnlineTeacher, CacheIdentity]:
+    """The teacher of a run file, ready to be stored, and the identity of its cache. Collective over the world."""
     digest = _teacher_digest(inputs)
     assert digest is not None
-    identity = identity_of(config, inputs, teacher=digest, value_encoding=value_encoding)
-    return Extraction(groups, online_teacher(config, inputs, groups), identity)
+    return online_teacher(config, inputs, groups), identity_of(config, inputs, teacher=digest, value_encoding=value_encoding)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_kd.cache import CacheIdentity, CacheReader, CacheWriter, WrongCache
+from megatron_kd.cache.identity import write_identity
+from megatron_kd.cache.staged import StagedWriter
 from megatron_kd.cache.verify import merge, statistics, verify
 from tests.cache.test_store import IDENTITY, S, Sample, V, holds, samples
 from tests.losses.cases import fresh_seed
@@ -79,6 +81,20 @@ def test_merge(tmp_path: Path) -> None:
     assert holds(tmp_path / "all", made) and verify(tmp_path / "all") == ({}, [])
     code, output = tool("merge", tmp_path / "first", "--output", tmp_path / "all")
     assert code == 0 and "0 shards added, 40 samples" in output, output
+
+    with_steps = tmp_path / "steps"
+    write_identity(with_steps, IDENTITY)
+    writer = StagedWriter(with_steps, IDENTITY, worker=0, shard_steps=3)
+    for step in range(6):
+        writer.add(step, *made[step % 4])
+    writer.stage()
+    writer.publish()
+    writer.close()
+    ranges = {(0, 2), (3, 5)}
+    assert merge([with_steps], tmp_path / "merged") == 2
+    for directory in (with_steps, tmp_path / "merged"):
+        assert {(shard.info.step, shard.info.last_step) for shard in CacheReader(directory).shards} == ranges
+    assert "training steps       0 to 5" in tool("stats", with_steps)[1]
 
     with CacheWriter(tmp_path / "other", CacheIdentity("ef" * 32, "cd" * 32, V, S, IDENTITY.selection, "fp32")) as writer:
         writer.add(*made[0])

@@ -38,6 +38,7 @@ def run_all(rendezvous: str, jobs: list[tuple[RunConfig, int, bool]]) -> list[Tr
         if save:
             run.save()
         found.append(Trained(rows, full_weights(run.student.models), evaluate(run)))
+        run.capture.close()
         # All of them: every group keeps threads, and those of thirty layouts would fight for the cores.
         stop_groups()
     return found
