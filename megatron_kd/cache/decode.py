@@ -119,9 +119,9 @@ def _exact(records: Sequence[RecordParts]) -> Singles:
 
 def _levels(records: Sequence[RecordParts], kept: Ints) -> tuple[Singles, NDArray[np.float64]]:
     """Log-probabilities of the levels [M], and the mass of each token's [B * S]."""
-    levels = _bytes(records, "high").astype(np.uint16)
-    levels <<= 8
-    levels |= _bytes(records, "low")
+    levels = np.repeat(_from_planes(records, "base", "<u2", records[0].tokens).ravel(), kept)
+    levels -= _bytes(records, "low")
+    levels -= _bytes(records, "high").astype(np.uint16) << 8
     values, shares = np.empty(len(levels), np.float32), np.empty(len(levels))
     for record, part in _parts(records):
         mine = levels[part]

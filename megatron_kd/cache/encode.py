@@ -43,11 +43,12 @@ def encode(target: SparseTarget, *, value_encoding: str = "quantized", num_draws
     steps = 0 if target.sampled or exact or not len(ids) else steps_for(kept, sums(np.exp(values), kept))
     flags = SAMPLED * target.sampled | TAIL * (target.log_tail is not None) | ENTROPY * (target.entropy is not None) | FP32 * exact
     classes, gaps = split(_gaps(ids, kept))
-    low, high = _encode_values(values, draws=draws, steps=steps)
+    base, low, high = _encode_values(values, kept, draws=draws, steps=steps)
     sections: dict[str, bytes | memoryview] = {
         "kept": _planes(kept.astype("<u2")),
         "classes": compress(classes.tobytes()),
         "gaps": gaps,
+        "base": base,
         "low": low,
         "high": high,
         "entropy": _encode_entropy(target, exact=exact),
@@ -83,19 +84,24 @@ def _gaps(ids: Ints, kept: Ints) -> Ints:
     return gaps
 
 
-def _encode_values(values: Singles, *, draws: int, steps: int) -> tuple[bytes, bytes]:
-    """Sections low and high: counts as classes and the bits below, levels as low and high bytes, or exact values."""
+def _encode_values(values: Singles, kept: Ints, *, draws: int, steps: int) -> tuple[bytes, bytes, bytes]:
+    """Sections base, low and high: counts as classes and the bits below; or exact values; or for levels each token's largest one,
+    and how far its others are below it as low and high bytes: a token's levels are nearer to each other than to other tokens'.
+    """
     if draws:
         shares = np.exp(values.astype(np.float64)) * draws
         counts = np.rint(shares).astype(np.int64)
         if (counts < 1).any() or (np.abs(shares - counts) > 1e-3 * np.maximum(counts, 1)).any():
             raise ValueError(f"log-probabilities are not counts of {draws} draws")
         classes, below = split(counts)
-        return compress(classes.tobytes()), below
+        return b"", compress(classes.tobytes()), below
     if not steps:
-        return values.astype("<f4").tobytes(), b""
+        return b"", values.astype("<f4").tobytes(), b""
     levels = Levels(steps).of(values)
-    return compress(levels.astype(np.uint8).tobytes()), compress((levels >> 8).astype(np.uint8).tobytes())
+    base = np.maximum.reduceat(levels, kept.cumsum() - kept)
+    below_base = np.repeat(base, kept) - levels
+    low, high = (compress((below_base >> shift).astype(np.uint8).tobytes()) for shift in (0, 8))
+    return _planes(base.astype("<u2")), low, high
 
 
 def sums(values: NDArray[Any], kept: Ints) -> NDArray[Any]:

@@ -11,7 +11,7 @@ import zstandard
 VERSION = 1
 ENTROPY_STEPS = 2048  # per nat
 SAMPLED, TAIL, ENTROPY, FP32 = 1, 2, 4, 8
-SECTIONS = ("kept", "classes", "gaps", "low", "high", "tail", "entropy")
+SECTIONS = ("kept", "classes", "gaps", "base", "low", "high", "tail", "entropy")
 HEADER = struct.Struct(f"<BBHIIIId{len(SECTIONS)}I")
 
 
