@@ -75,6 +75,12 @@ def optimal_dtype(vocab_size: int) -> np.dtype:
     return _DTYPES[8] if vocab_size < 65500 else _DTYPES[4]
 
 
+def index_header(dtype: np.dtype, num_sequences: int, num_marks: int) -> bytes:
+    """The beginning of an .idx file: everything before the lengths."""
+    code = next(code for code, known in _DTYPES.items() if known == dtype)
+    return _HEADER.pack(_MAGIC, 1, code, num_sequences, num_marks)
+
+
 def read_index(prefix: str | Path) -> TokenIndex:
     """Map `<prefix>.idx`; its size is checked against its header before anything of it is read.
 
@@ -282,8 +288,7 @@ class TokenFileWriter:
         lengths = np.concatenate([*self._lengths, np.empty(0, "<i4")])
         ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
         offsets = (ends - lengths.astype(np.int64) * self.dtype.itemsize).astype("<i8")
-        code = next(code for code, dtype in _DTYPES.items() if dtype == self.dtype)
-        header = _HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1)
+        header = index_header(self.dtype, len(lengths), len(lengths) + 1)
         return b"".join((header, lengths.tobytes(), offsets.tobytes(), np.arange(len(lengths) + 1, dtype="<i8").tobytes()))
 
     def __enter__(self) -> TokenFileWriter:
