@@ -232,6 +232,11 @@ class DataSection(Section):
         description="Folder for the sample order's index files, seen by all ranks. Unset: run.directory/index_cache.",
     )
     mask_end_of_document: bool = Field(default=False, description="No loss for predicting what follows an end-of-document token.")
+    document_attention: Literal["across", "within"] = Field(
+        default="across",
+        description='What a token sees of its sequence. "across": all before it. "within": its own document only, positions counted from '
+        "its start; documents are those of the .idx file.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:

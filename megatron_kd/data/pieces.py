@@ -240,7 +240,8 @@ def publish(prefix: Path, dtype: np.dtype, ids: Sequence[Path], lengths: Sequenc
                 target.write(block)
             target.flush()
             os.fsync(target.fileno())
-        Path(f"{prefix}.idx").unlink(missing_ok=True)
+        for ending in ("idx", "roles"):
+            Path(f"{prefix}.{ending}").unlink(missing_ok=True)
         os.replace(temporary["bin"], f"{prefix}.bin")
         write_atomically(f"{prefix}.json", (json.dumps(description, indent=2) + "\n").encode())
         os.replace(temporary["idx"], f"{prefix}.idx")

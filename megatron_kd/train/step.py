@@ -52,7 +52,7 @@ def train_step(run: Run) -> StepReport:
 def forward_step(batches: Iterator[tuple[Microbatch, Target | None]], chunk: Any, *, objective: Objective) -> tuple[Tensor, Any]:
     """Forward of the next microbatch through one chunk, and what its output is worth: megatron-core's forward step."""
     microbatch, target = next(batches)
-    output = chunk(input_ids=microbatch.tokens, position_ids=microbatch.position_ids, attention_mask=None)
+    output = chunk(input_ids=microbatch.tokens, position_ids=microbatch.position_ids, attention_mask=microbatch.attention_mask())
     return output, partial(_loss, chunk=chunk, microbatch=microbatch, target=target, objective=objective)
 
 
