@@ -170,8 +170,10 @@ def finish(plan: Plan) -> dict[str, Any]:
     num_problems, problems = sum(note.num_problems for note in notes), first_problems(plan.pieces, notes)
     for split, prefix in enumerate(plan.prefixes):
         if not sum(note.documents[split] for note in notes):
-            reason = f" ({num_problems} could not be read, the first: {problems[0]})" if problems else ""
-            raise ConfigError(f"no document went into {prefix}{reason}: give more text or another --holdout fraction")
+            if problems:
+                reason = f"{num_problems} could not be read, the first: {problems[0]}"
+                raise ConfigError(f"no document went into {prefix} ({reason}): check --text-key, --format and the input")
+            raise ConfigError(f"no document went into {prefix}: give more text or another --holdout fraction")
     outputs = {str(prefix): _publish_split(plan, split, prefix, notes) for split, prefix in enumerate(plan.prefixes)}
     shutil.rmtree(plan.folder)
     return {

@@ -43,7 +43,9 @@ def checkpoints_folder(config: RunConfig) -> Path:
 def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
     """Check sizes, tokenizer, data and checkpoints. ConfigError with one sentence, the same on every rank; no collective."""
     config.data_parallel_size(world_size)
-    tokenizer = load_tokenizer(config.data.tokenizer)[1] if config.data.tokenizer else None
+    tokenizer = None
+    if config.data.tokenizer:
+        tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)[1]
     vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise ConfigError(f"model.vocab_size ({vocab_size}) is smaller than the vocabulary of data.tokenizer ({tokenizer.vocab_size} ids)")

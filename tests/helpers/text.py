@@ -82,7 +82,7 @@ def make_tokenizers(folder: Path) -> dict[str, Path]:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(line for text in texts for line in text.splitlines()), model_writer=model, vocab_size=500,
             model_type="bpe" if prefix else "unigram", byte_fallback=prefix, normalization_rule_name="identity", add_dummy_prefix=prefix,
-            remove_extra_whitespaces=False, minloglevel=2, num_threads=1, hard_vocab_limit=False,
+            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2, num_threads=1, hard_vocab_limit=False,
         )  # fmt: skip
         found[name] = folder / f"{name}.model"
         found[name].write_bytes(model.getvalue())

@@ -137,3 +137,5 @@ def test_the_tool_writes_packed_samples_that_a_run_accepts(tokenizers: dict[str,
     with pytest.raises(ConfigError, match='set data.document_attention = "within"'):
         check_inputs(load_config([*run_file, *overrides, "64", "--data.document_attention", "across"]), world_size=2)
     assert check_inputs(load_config([*run_file, *overrides, "64"]), world_size=2).vocab_size == info.vocab_size
+    with pytest.raises(ConfigError, match="made with another tokenizer"):
+        check_inputs(load_config([*run_file, *overrides, "64", "--data.end_of_document", "a"]), world_size=2)
