@@ -29,7 +29,7 @@ from megatron_kd.data.indexed import index_header
 from megatron_kd.data.tokenizer import encoding_digest, load_tokenizer
 
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 2_000_000
-_COPIED = 1 << 24
+_COPIED = 1 << 20
 _LISTED = 20
 _MAX_TOKENS = 2**31 - 1
 
