@@ -35,10 +35,14 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],
         "huggingface": ["transformers>=5.3", "tokenizers"],
-        "preprocess": ["datatrove", "orjson"],
+        # Each is asked for only where it is used: a .tiktoken file, a tokenizer.json, Slurm through datatrove, fast JSON, chat templates.
+        "preprocess": ["datatrove", "jinja2", "orjson", "tiktoken", "tokenizers"],
         "deepspeed": ["deepspeed"],
         "report": ["matplotlib"],
         # triton: its interpreter runs the kernels on CPU tensors in the tests.
-        "test": ["pytest", "pytest-timeout", "ruff", "mypy", "matplotlib", "hypothesis", "triton; platform_system == 'Linux'"],
+        "test": [
+            *["pytest", "pytest-timeout", "ruff", "mypy", "matplotlib", "hypothesis", "triton; platform_system == 'Linux'"],
+            *["datatrove", "jinja2", "orjson", "tiktoken", "tokenizers"],
+        ],
     },
 )

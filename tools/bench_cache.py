@@ -119,7 +119,9 @@ def targets_of_teacher(config: RunConfig, samples: int) -> dict[str, list[Sparse
         teacher = online_teacher(config, inputs, groups)
         parts = token_dataset(config, inputs, "data.train", config.data.train, 1).parts
         plan = ShardPlan(parts, samples, samples)
-        batches = [batch for _, batch in microbatches(plan.samples(0), 1, groups.platform.device)]
+        batches = [
+            batch for _, batch in microbatches(plan.samples(0), 1, groups.platform.device, config.data.document_attention == "within")
+        ]
         found = {}
         for name, selection in SELECTIONS.items():
             teacher.make_target = SelectTargets(selection, groups, inputs.vocab_size, False, config.distill.chunk_tokens)

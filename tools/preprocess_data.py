@@ -1,67 +1,36 @@
-"""Turn text into Megatron token files: one document per file, or per line of a .jsonl file.
+"""Turn text into Megatron token files.
 
-    python tools/preprocess_data.py --input corpus/ --pattern '*.py' --tokenizer tokenizer.model --output data/train --holdout valid=0.05
+    python tools/preprocess_data.py --input corpus/ --pattern '*.txt' --tokenizer tokenizer.model --output data/train --holdout valid=0.05
+    python tools/preprocess_data.py --input 'shards/*.jsonl.zst' more.parquet --tokenizer tokenizer.json --output data/train
 
-writes data/train.{bin,idx,json} and, from documents chosen by a hash of their names, data/valid.{bin,idx,json}. The output does
-not depend on the number of workers. Files appear under their names only when everything is done.
+writes data/train.{bin,idx,json} and, from documents chosen by a hash of their names, data/valid.{bin,idx,json}: byte for byte what
+Megatron's own tool writes for the same documents in the same order, for any number of workers. Files appear under their names only
+when everything is done; until then finished pieces wait in data/train.pieces/, and the same command, run again after any
+interruption, goes on from them.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import errno
 import json
-import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.indexed import TokenFileWriter, optimal_dtype
-from megatron_kd.data.tokenizer import TextFile, find_text_files, load_tokenizer
+from megatron_kd.data.documents import FORMATS
+from megatron_kd.data.pieces import PieceNote
+from megatron_kd.data.preprocess import Plan, finish, finished, holding, make_plan, make_share, refuse_other_output, submit
+from megatron_kd.data.vocabularies import PATTERNS
 
-_JSONL_RANGE = 4_000_000
-_LISTED = 20
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a worker needs to know; `splits` are (name, fraction), the first taking what no other takes."""
-
-    tokenizer: str
-    splits: tuple[tuple[str, float], ...]
-    append_eod: bool
-    text_key: str
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Work of one call: a text file, or the lines of a .jsonl file that begin in [start, end)."""
-
-    file: TextFile
-    start: int
-    end: int
-
-
-@dataclass
-class Encoded:
-    """Documents of one unit: per split the ids (one array per document) and the bytes of text, and what was left out."""
-
-    tokens: list[list[np.ndarray]]
-    text_bytes: list[int]
-    size: int
-    empty: int = 0
-    unreadable: list[str] = field(default_factory=list)
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_EXIT_CODES = "Exit codes: 0 done, 2 bad input, 5 no space left (finished pieces are kept), 1 another failure, 130 interrupted."
 
 
 def parse_holdout(text: str) -> tuple[str, float]:
@@ -75,169 +44,162 @@ def parse_holdout(text: str) -> tuple[str, float]:
     return name, value
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_shard(text: str) -> tuple[int, int]:
+    try:
+        share, of = (int(part) for part in text.split("/"))
+    except ValueError:
+        share, of = 0, 0
+    if not 0 <= share < of:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 0 <= I < N, such as 0/4")
+    return share, of
+
+
+def parse_option(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not name or not separator or "\n" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as account=project")
+    return name, value
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Turn text files into Megatron token files (.bin/.idx) with a .json description beside them."
+        description="Turn text into Megatron token files (.bin/.idx) with a .json description beside them. "
+        "Run the same command again after an interruption: finished pieces are kept.",
+        epilog=_EXIT_CODES,
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="text files (one document each), .jsonl files (one per line), or folders")
+    add("--input", nargs="+", required=True, metavar="PATH",
+        help="files, folders or quoted globs: text (one document a file), .jsonl (one a line), .parquet (one a row); the first two "
+        "also as .gz, .zst, .bz2, .xz (each read by one worker)")  # fmt: skip
     add("--pattern", nargs="+", default=["*"], metavar="GLOB", help="names of the files to take from folders (all)")
     add("--exclude", nargs="+", default=[], metavar="GLOB", help="names of files and subfolders to leave out")
-    add("--tokenizer", required=True, metavar="FILE", help="SentencePiece .model file")
+    add("--format", choices=FORMATS, default="auto", help="what the files hold (by their names)")
+    add("--text-key", default="text", help="key or column of the text in .jsonl and .parquet (text)")
+    add("--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, tokenizer.json or its folder, or .tiktoken")
+    add("--tiktoken-pattern", metavar="NAME|REGEX",
+        help=f"how a .tiktoken vocabulary cuts text, which its file does not say: {', '.join(PATTERNS)} or an expression "
+        "(cl100k where it has numbers of several digits, else qwen)")  # fmt: skip
+    add("--end-of-document", metavar="TOKEN", help="token that ends documents (the tokenizer's own)")
+    add("--append-eod", action=argparse.BooleanOptionalAction, default=True, help="end every document with that token (yes)")
     add("--output", required=True, type=Path, metavar="PREFIX", help="path of the output without .bin/.idx/.json")
     add("--holdout", action="append", default=[], type=parse_holdout, metavar="NAME=FRACTION",
         help="put this share of the documents into NAME beside the output instead; may be given several times")  # fmt: skip
-    add("--append-eod", action=argparse.BooleanOptionalAction, default=True, help="end every document with the end-of-document id (yes)")
-    add("--text-key", default="text", help="key of the text in .jsonl lines (text)")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core: %(default)s)")
+    add("--overwrite", action="store_true", help="replace output that was made from something else")
     add("--strict", action="store_true", help="stop at the first document that cannot be read, in place of counting it")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core: %(default)s)")
+    add("--shard", type=parse_shard, metavar="I/N",
+        help="make only every N-th piece, from the I-th on, for other machines to make the others; then run once without this")  # fmt: skip
+    add("--executor", choices=("local", "slurm"), default="local",
+        help="slurm: submit the job through datatrove as --tasks array tasks and one that ends it, and return")  # fmt: skip
+    add("--tasks", type=int, default=64, help="slurm: array tasks, of one core each (%(default)s)")
+    add("--slurm-partition", metavar="NAME", help="slurm: partition")
+    add("--slurm-time", default="04:00:00", metavar="LIMIT", help="slurm: time limit of a task (%(default)s)")
+    add("--slurm-option", action="append", default=[], type=parse_option, metavar="NAME=VALUE", help="slurm: a further sbatch option")
+    add("--slurm-logs", type=Path, metavar="FOLDER", help="slurm: where logs go (OUTPUT.logs)")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser()
     parsed = parser.parse_args(arguments)
     names = [parsed.output.name, *(name for name, _ in parsed.holdout)]
-    if len(set(names)) < len(names):
-        parser.error("the names of --output and --holdout must differ")
+    if not parsed.output.name or len(set(names)) < len(names):
+        parser.error("--output needs a name, and the names of --output and --holdout must differ")
     if sum(fraction for _, fraction in parsed.holdout) >= 1:
         parser.error("the fractions of --holdout must sum to less than 1")
-    if parsed.workers < 1:
-        parser.error("--workers must be at least 1")
+    if parsed.workers < 1 or parsed.tasks < 1:
+        parser.error("--workers and --tasks must be at least 1")
+    if parsed.executor == "slurm" and not parsed.slurm_partition:
+        parser.error("--executor slurm needs --slurm-partition")
     return parsed
 
 
-def choose_split(key: str, splits: Sequence[tuple[str, float]]) -> int:
-    """Index of the split that the document named `key` belongs to: a function of the name alone."""
-    point = int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
-    for index, (_, fraction) in enumerate(splits[1:], start=1):
-        if point < fraction:
-            return index
-        point -= fraction
-    return 0
+class Progress:
+    """A bar in bytes of input with MB/s, tokens/s and the time left; nothing where stderr is not a terminal."""
 
+    def __init__(self, total: int) -> None:
+        self.tokens = self.kept = self.made_bytes = 0
+        self._started = time.monotonic()
+        self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
 
-def make_units(files: Sequence[TextFile]) -> list[Unit]:
-    """Cut .jsonl files by bytes, never by workers, so that the output is the same for any number of them."""
-    units = []
-    for file in files:
-        step = _JSONL_RANGE if file.path.suffix == ".jsonl" else max(file.size, 1)
-        units += [Unit(file, start, min(start + step, file.size)) for start in range(0, max(file.size, 1), step)]
-    return units
+    def __call__(self, note: PieceNote, kept: bool) -> None:
+        self.kept += kept
+        if kept and not self._bar.disable:
+            self._bar.initial += note.size  # what an earlier run made says nothing about this one's speed
+        elif not kept:
+            self.tokens += sum(note.tokens)
+            self.made_bytes += sum(note.text_bytes)
+        self._bar.set_postfix_str(f"{self.tokens / max(1e-9, time.monotonic() - self._started):,.0f} tokens/s", refresh=False)
+        self._bar.update(note.size)
 
-
-def documents(unit: Unit, text_key: str) -> Iterator[tuple[str, str | None]]:
-    """(name, text) of each document; text None where it cannot be read."""
-    file = unit.file
-    try:
-        with open(file.path, "rb") as stream:
-            if file.path.suffix != ".jsonl":
-                yield file.key, stream.read().decode("utf-8")
-                return
-            if unit.start:
-                stream.seek(unit.start - 1)
-                stream.readline()
-            while (offset := stream.tell()) < unit.end:
-                line = stream.readline()
-                if line.strip():
-                    yield f"{file.key}:{offset}", text_of(line, text_key)
-    except (OSError, UnicodeDecodeError):
-        yield file.key, None
-
-
-def text_of(line: bytes, text_key: str) -> str | None:
-    """The text of one .jsonl line, None where there is none."""
-    try:
-        text = json.loads(line)[text_key]
-        # JSON can hold half of a surrogate pair, which is no text.
-        text.encode("utf-8")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return text
-
-
-cached_tokenizer = lru_cache(maxsize=1)(load_tokenizer)
-
-
-def encode(unit: Unit, settings: Settings) -> Encoded:
-    """Tokenise one unit; runs in a worker."""
-    processor, info = cached_tokenizer(settings.tokenizer)
-    dtype = optimal_dtype(info.vocab_size)
-    result = Encoded([[] for _ in settings.splits], [0] * len(settings.splits), unit.end - unit.start)
-    for name, text in documents(unit, settings.text_key):
-        if text is None:
-            result.unreadable.append(name)
-        elif not text:
-            result.empty += 1
-        else:
-            split = choose_split(name, settings.splits)
-            ids = processor.encode(text, add_eos=settings.append_eod)
-            result.tokens[split].append(np.array(ids, dtype=dtype))
-            result.text_bytes[split] += len(text.encode("utf-8"))
-    return result
-
-
-@contextmanager
-def encoded_units(units: Sequence[Unit], settings: Settings, workers: int) -> Iterator[Iterator[Encoded]]:
-    """The results in the order of `units`."""
-    work = partial(encode, settings=settings)
-    workers = min(workers, len(units))
-    if workers == 1:
-        yield map(work, units)
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            yield pool.map(work, units, chunksize=max(1, min(16, len(units) // (8 * workers))))
-        except BrokenProcessPool as error:
-            raise ConfigError("a worker died, most likely for lack of memory: use fewer --workers") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def write(arguments: argparse.Namespace, settings: Settings, units: Sequence[Unit]) -> dict[str, object]:
-    """Tokenise everything, publish the files, and return the summary."""
-    info = cached_tokenizer(settings.tokenizer)[1]
-    started, dtype = time.monotonic(), optimal_dtype(info.vocab_size)
-    text_bytes, empty = np.zeros(len(settings.splits), dtype=np.int64), 0
-    unreadable: list[str] = []
-    with ExitStack() as stack:
-        prefixes = [arguments.output.with_name(name) for name, _ in settings.splits]
-        writers = [stack.enter_context(TokenFileWriter(prefix, dtype)) for prefix in prefixes]
-        total = sum(unit.end - unit.start for unit in units)
-        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()))
-        for result in stack.enter_context(encoded_units(units, settings, arguments.workers)):
-            if result.unreadable and arguments.strict:
-                raise ConfigError(f"{result.unreadable[0]} cannot be read as text: repair or --exclude it, or leave out --strict")
-            for writer, tokens in zip(writers, result.tokens, strict=True):
-                if tokens:
-                    writer.add(np.concatenate(tokens), np.array([len(ids) for ids in tokens]))
-            text_bytes += result.text_bytes
-            empty, unreadable = empty + result.empty, unreadable + result.unreadable
-            bar.update(result.size)
-        for prefix, writer in zip(prefixes, writers, strict=True):
-            if not writer.num_documents:
-                raise ConfigError(f"no document went into {prefix}: give more text or another --holdout fraction")
-        common = {"tokenizer_digest": info.digest, "vocab_size": info.vocab_size, "end_of_document": info.end_of_document}
-        outputs = {
-            str(prefix): writer.commit(**common, append_eod=settings.append_eod, bytes=int(size))
-            for prefix, writer, size in zip(prefixes, writers, text_bytes, strict=True)
+    def summary(self) -> dict[str, Any]:
+        self._bar.close()
+        seconds = max(1e-9, time.monotonic() - self._started)
+        return {
+            "kept_pieces": self.kept,
+            "seconds": round(seconds, 2),
+            "megabytes_per_second": round(self.made_bytes / 1e6 / seconds, 2),
+            "tokens_per_second": round(self.tokens / seconds),
         }
-    seconds = time.monotonic() - started
-    counts = {"empty": empty, "unreadable": len(unreadable), "unreadable_documents": unreadable[:_LISTED]}
-    speed = round(int(text_bytes.sum()) / 1e6 / seconds, 2)
-    return {"outputs": outputs, **counts, "seconds": round(seconds, 1), "megabytes_per_second": speed}
 
 
-def run(arguments: argparse.Namespace) -> dict[str, object]:
-    cached_tokenizer(arguments.tokenizer)
-    units = make_units(find_text_files(arguments.input, arguments.pattern, arguments.exclude))
-    splits = ((arguments.output.name, 0.0), *arguments.holdout)
-    return write(arguments, Settings(arguments.tokenizer, splits, arguments.append_eod, arguments.text_key), units)
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    plan = make_plan(
+        arguments.input, arguments.output, arguments.tokenizer,
+        patterns=arguments.pattern, exclude=arguments.exclude, format=arguments.format, holdout=arguments.holdout,
+        append_eod=arguments.append_eod, text_key=arguments.text_key, end_of_document=arguments.end_of_document,
+        pattern=arguments.tiktoken_pattern, strict=arguments.strict,
+    )  # fmt: skip
+    already = finished(plan)
+    if already is not None:
+        return {"outputs": already, "kept": True}
+    if not arguments.overwrite:
+        refuse_other_output(plan)
+    if arguments.executor == "slurm":
+        logs = arguments.slurm_logs or arguments.output.with_name(f"{arguments.output.name}.logs")
+        options = dict(arguments.slurm_option)
+        jobs = submit(
+            plan, tasks=arguments.tasks, partition=arguments.slurm_partition, time_limit=arguments.slurm_time, logs=logs, options=options
+        )
+        return {"submitted": jobs, "logs": str(logs), "pieces": len(plan.pieces)}
+    return make(plan, arguments)
+
+
+def make(plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:
+    progress = Progress(plan.size)
+    if arguments.shard is not None:
+        share, of = arguments.shard
+        make_share(plan, share, of, arguments.workers, progress)
+        return {"shard": f"{share}/{of}", "pieces": len(range(share, len(plan.pieces), of)), **progress.summary()}
+    with holding(plan):
+        make_share(plan, 0, 1, arguments.workers, progress)
+        summary = finish(plan)
+    return summary | progress.summary()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         summary = run(parse_arguments(arguments))
-    except (ConfigError, OSError) as error:
-        print(f"preprocess_data: {error}", file=sys.stderr)
-        return 1
+    except ConfigError as error:
+        return complain(error, 2)
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            return complain(f"no space is left for the output ({error.strerror}): free some and run the same command again", 5)
+        return complain(error, 1)
+    except KeyboardInterrupt:
+        return complain("interrupted: run the same command again to go on from the finished pieces", 130)
     print(json.dumps(summary, indent=2))
+    if summary.get("unreadable"):
+        print(
+            f"preprocess_data: {summary['unreadable']} documents were left out, such as {summary['unreadable_documents'][0]}",
+            file=sys.stderr,
+        )
     return 0
+
+
+def complain(message: object, code: int) -> int:
+    print(f"preprocess_data: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from sentencepiece import SentencePieceTrainer
 
 from megatron_kd.config import ConfigError
 from megatron_kd.config.durable import write_atomically
-from megatron_kd.data.tokenizer import TextFile, find_text_files, load_tokenizer
+from megatron_kd.data.documents import TextFile, find_text_files
+from megatron_kd.data.tokenizer import load_tokenizer
 
 _CHUNK = 1 << 18
 _BLOCK_CHARACTERS = 4096

@@ -219,7 +219,11 @@ class DataSection(Section):
 
     tokenizer: Path | None = Field(
         default=None,
-        description="SentencePiece .model file. Its digest is compared with the teacher's and the data's, its size gives model.vocab_size.",
+        description="SentencePiece .model, tokenizer.json or its folder, or .tiktoken file. The digest of its vocabulary is compared with "
+        "the teacher's and the data's, its size gives model.vocab_size.",
+    )
+    end_of_document: str | None = Field(
+        default=None, description="Token that ends documents, as given to tools/preprocess_data.py. Unset: the tokenizer's own."
     )
     train: tuple[str, ...] = Field(min_length=1, description="Prefixes of the training data (path without .bin/.idx).")
     train_weights: tuple[float, ...] | None = Field(
@@ -232,6 +236,11 @@ class DataSection(Section):
         description="Folder for the sample order's index files, seen by all ranks. Unset: run.directory/index_cache.",
     )
     mask_end_of_document: bool = Field(default=False, description="No loss for predicting what follows an end-of-document token.")
+    document_attention: Literal["across", "within"] = Field(
+        default="across",
+        description='What a token sees of its sequence. "across": all before it. "within": its own document only, positions counted from '
+        "its start; documents are those of the .idx file.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:

@@ -14,7 +14,7 @@ import torch
 
 from megatron_kd.config.run import ConfigError
 from megatron_kd.data.dataset import TokenDataset
-from megatron_kd.targets.keys import sample_keys
+from megatron_kd.targets.keys import mark_starts, read_starts, sample_keys
 from megatron_kd.targets.sparse import SparseTarget
 
 Attach = Callable[[torch.Tensor, torch.Tensor], SparseTarget | None]
@@ -28,9 +28,10 @@ class Microbatch:
         tokens: int64 [B, S].
         labels: int64 [B, S], the next token of each (already shifted); -100 where the loss does not count.
         loss_mask: fp32 [B, S], 1 where the loss counts, else 0.
-        position_ids: int64 [B, S], 0 .. S-1.
+        position_ids: int64 [B, S], 0 .. S-1, or counted from the start of the token's document.
         sample_ids: int64 [B], place of each sequence in the run's sample order; -1 for one that only fills up the last batch.
-        sample_keys: int64 [B, 2], name of each sequence by its tokens (`targets.keys.sample_keys`).
+        sample_keys: int64 [B, 2], name of each sequence by its tokens, and its documents where they matter (`targets.keys`).
+        documents: int64 [B, S], which document of its sequence each token belongs to, where tokens see their own only; else None.
         target: SparseTarget [S, B, K] where something attached one on this rank, else None.
     """
 
@@ -40,13 +41,50 @@ class Microbatch:
     position_ids: torch.Tensor
     sample_ids: torch.Tensor
     sample_keys: torch.Tensor
+    documents: torch.Tensor | None = None
     target: SparseTarget | None = None
+
+    @staticmethod
+    def of(
+        named: torch.Tensor,
+        labels: torch.Tensor,
+        loss_mask: torch.Tensor,
+        sample_ids: torch.Tensor,
+        *,
+        within_documents: bool,
+        attach: Attach | None = None,
+    ) -> Microbatch:
+        """named: int64 [B, S], see `TokenDataset`; the other tensors as above; attach: see `BatchSource`."""
+        tokens, starts = read_starts(named)
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
+        documents = None
+        if within_documents:
+            documents = starts.long().cumsum(1)
+            positions = positions - (positions * starts).cummax(1).values
+        keys = sample_keys(named)
+        target = None if attach is None else attach(tokens, keys)
+        return Microbatch(tokens, labels, loss_mask, positions, sample_ids, keys, documents, target)
+
+    @property
+    def named(self) -> torch.Tensor:
+        """int64 [B, S], what `of` was given: the tokens, their documents' starts marked where they matter."""
+        if self.documents is None:
+            return self.tokens
+        starts = self.documents.diff(dim=1, prepend=self.documents.new_zeros(len(self.documents), 1))
+        return mark_starts(self.tokens, starts > 0)
+
+    def attention_mask(self) -> torch.Tensor | None:
+        """bool [B, 1, S, S], true where a query (rows) sees a key (columns); None where attention is causal and nothing else."""
+        if self.documents is None:
+            return None
+        same = self.documents.unsqueeze(2) == self.documents.unsqueeze(1)
+        return same.tril().unsqueeze(1)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Microbatch:
         """The same microbatch with `function` applied to every tensor."""
         target = None if self.target is None else self.target.map(function)
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "target"}
-        return Microbatch(**{name: function(tensor) for name, tensor in tensors.items()}, target=target)
+        return Microbatch(**{name: None if tensor is None else function(tensor) for name, tensor in tensors.items()}, target=target)
 
     def to(self, device: torch.device) -> Microbatch:
         """This microbatch on `device`; copies from pinned memory do not wait."""
@@ -151,16 +189,14 @@ class BatchSource:
         """Read the samples `ids` into CPU memory, pinned where they go on to a GPU."""
         present = [sample < len(self.dataset) for sample in ids]
         rows = [self.dataset[sample if there else 0] for sample, there in zip(ids, present, strict=True)]
-        tokens, labels, loss_mask, position_ids = (
-            torch.stack([row[key] for row in rows]) for key in ("tokens", "labels", "loss_mask", "position_ids")
-        )
+        tokens, labels, loss_mask, named = (torch.stack([row[key] for row in rows]) for key in ("tokens", "labels", "loss_mask", "named"))
         self._check_range(ids, tokens, labels)
         real = torch.tensor(present)
         loss_mask = loss_mask * real.unsqueeze(1)
         sample_ids = torch.tensor(ids).masked_fill(~real, -1)
-        keys = sample_keys(tokens)
-        target = None if self._attach is None else self._attach(tokens, keys)
-        batch = Microbatch(tokens, labels.masked_fill(loss_mask == 0, -100), loss_mask, position_ids, sample_ids, keys, target)
+        labels = labels.masked_fill(loss_mask == 0, -100)
+        within = self.dataset.within_documents
+        batch = Microbatch.of(named, labels, loss_mask, sample_ids, within_documents=within, attach=self._attach)
         return batch.map(lambda tensor: tensor.pin_memory()) if self._device.type == "cuda" else batch
 
     def _check_range(self, ids: list[int], tokens: torch.Tensor, labels: torch.Tensor) -> None:

@@ -31,8 +31,9 @@ import torch.distributed as dist
 
 from megatron_kd.config.durable import sync_path
 from megatron_kd.config.run import ConfigError
-from megatron_kd.data.indexed import read_index
+from megatron_kd.data.indexed import COUNTS_FOR_LOSS, STARTS_DOCUMENT, read_index, read_roles
 from megatron_kd.parallel.collectives import raise_together
+from megatron_kd.targets.keys import mark_starts
 
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset
@@ -94,13 +95,50 @@ class _Source:
 class Part:
     """One prefix: the samples of one pass, and the order in which a run reads them pass after pass."""
 
-    def __init__(self, prefix: str, samples: GPTDataset, seed: Sequence[int] | None) -> None:
-        """seed: of the order, None: as they are cut."""
+    def __init__(self, prefix: str, samples: GPTDataset, seed: Sequence[int] | None, within_documents: bool = False) -> None:
+        """seed: of the order, None: as they are cut. within_documents: tokens see their own document only."""
+        self.within_documents = within_documents
+        self._roles = read_roles(prefix)
         self.prefix, self.samples, self._seed = prefix, samples, seed
         self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def read(self, index: int) -> dict[str, torch.Tensor]:
+        """Sample `index` of a pass, as it was cut; see `TokenDataset.__getitem__`."""
+        found: dict[str, torch.Tensor] = self.samples[index]
+        found["named"] = found["tokens"]
+        if self._roles is None and not self.within_documents:
+            return found
+        starts, counts = self._marks(index, len(found["tokens"]))
+        found["loss_mask"] = found["loss_mask"] * counts
+        if self.within_documents:
+            found["named"] = mark_starts(found["tokens"], starts)
+        return found
+
+    def _marks(self, index: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """bool [S]: where a document begins, save at 0; fp32 [S]: 1 where the label counts."""
+        samples = self.samples
+        place = samples.shuffle_index[index]
+        (first, offset), (last, _) = samples.sample_index[place], samples.sample_index[place + 1]
+        sequences = samples.document_index[first : last + 1]
+        lengths = samples.dataset.sequence_lengths[sequences].astype(np.int64)
+        # One token more than the sample has: the last label.
+        starts, counts = np.zeros(size + 1, dtype=bool), np.ones(size + 1, dtype=np.float32)
+        at = -int(offset)
+        for sequence, length in zip(sequences, lengths, strict=True):
+            begin, end = max(at, 0), min(at + int(length), size + 1)
+            if self._roles is not None and end > begin:
+                token = int(samples.dataset.index.sequence_pointers[sequence]) // samples.dataset.index.dtype_size + begin - at
+                roles = self._roles[token : token + end - begin]
+                starts[begin:end] = roles & STARTS_DOCUMENT != 0
+                counts[begin:end] = roles & COUNTS_FOR_LOSS != 0
+            if 0 <= at <= size:
+                starts[at] = True
+            at += int(length)
+        starts[0] = False
+        return torch.from_numpy(starts[:size]), torch.from_numpy(counts[1:])
 
     def place(self, nth: int) -> int:
         """Which sample of a pass the run reads as its `nth` of this prefix."""
@@ -122,10 +160,12 @@ class TokenDataset(torch.utils.data.Dataset):
         sequence_length: tokens of one sample.
         num_tokens: ids in the data, over all prefixes.
         epochs: passes that the samples make over the data, the largest among the prefixes.
+        within_documents: tokens see their own document only.
     """
 
     def __init__(self, name: str, parts: Sequence[Part], blend: tuple[np.ndarray, np.ndarray] | None, num_samples: int) -> None:
         self.name = name
+        self.within_documents = parts[0].within_documents
         self.sequence_length = int(parts[0].samples.config.sequence_length)
         self.parts = parts
         self._blend = blend
@@ -141,12 +181,13 @@ class TokenDataset(torch.utils.data.Dataset):
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
         """One sample: tokens, labels (shifted), position_ids: int64 [S]; loss_mask: fp32 [S], 0 where the label does not count.
 
+        named: int64 [S], what the sample is called by (`mark_starts` of its tokens where they see their own document only).
+
         Raises:
             IndexError: `sample` is not in [0, len(self)).
         """
         part, index = self._place(sample)
-        found: dict[str, torch.Tensor] = part.samples[index]
-        return found
+        return part.read(index)
 
     def describe(self, sample: int) -> str:
         """Where the tokens of a sample come from, for messages."""
@@ -176,6 +217,7 @@ def build_dataset(
     mask_end_of_document: bool = False,
     name: str = "data.train",
     repeat: bool = True,
+    within_documents: bool = False,
 ) -> TokenDataset:
     """Build the sample order of one data set; every rank calls this, with the same arguments.
 
@@ -192,6 +234,7 @@ def build_dataset(
         end_of_document: id between documents; `mask_end_of_document` (no loss on what follows it) needs it.
         repeat: True gives exactly `num_samples`, passing over the data as often as needed. False (validation; one prefix) gives at
             most one pass; its order does not depend on `num_samples`, so a smaller set is the beginning of a larger one.
+        within_documents: tokens see their own document only; what is cut into samples, and their order, stay the same.
 
     Raises:
         ConfigError: fewer than sequence_length + 1 tokens, or an index cache that cannot be written, seen by all ranks or read.
@@ -208,7 +251,10 @@ def build_dataset(
 
     def assemble() -> TokenDataset:
         blend = None if len(sources) == 1 else _open_blend(shares / shares.sum(), num_samples, cache)
-        parts = [Part(source.prefix, source.open(cache), (seed, number) if repeat else None) for number, source in enumerate(sources)]
+        parts = [
+            Part(source.prefix, source.open(cache), (seed, number) if repeat else None, within_documents)
+            for number, source in enumerate(sources)
+        ]
         return TokenDataset(name, parts, blend, num_samples if repeat else min(num_samples, len(parts[0])))
 
     with _quiet_megatron():

@@ -30,6 +30,8 @@ _DTYPES: dict[int, np.dtype] = {
 _BLOCK = 4_000_000
 _SAMPLED_BLOCKS = 64
 _REBUILD = "make it again with tools/preprocess_data.py"
+# What a byte of `<prefix>.roles` says of a token, where there is such a file.
+COUNTS_FOR_LOSS, STARTS_DOCUMENT = 1, 2
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,12 @@ def optimal_dtype(vocab_size: int) -> np.dtype:
     return _DTYPES[8] if vocab_size < 65500 else _DTYPES[4]
 
 
+def index_header(dtype: np.dtype, num_sequences: int, num_marks: int) -> bytes:
+    """The beginning of an .idx file: everything before the lengths."""
+    code = next(code for code, known in _DTYPES.items() if known == dtype)
+    return _HEADER.pack(_MAGIC, 1, code, num_sequences, num_marks)
+
+
 def read_index(prefix: str | Path) -> TokenIndex:
     """Map `<prefix>.idx`; its size is checked against its header before anything of it is read.
 
@@ -105,6 +113,22 @@ def read_index(prefix: str | Path) -> TokenIndex:
     return TokenIndex(_DTYPES[code], lengths, offsets, np.frombuffer(raw, "<i8", marks, first + 12 * sequences))
 
 
+def read_roles(prefix: str | Path) -> np.ndarray | None:
+    """`<prefix>.roles`: uint8 [tokens], memory-mapped; None where every token counts and documents are those of the index.
+
+    Bit 0: the loss counts where this token is the label. Bit 1: a document begins with this token.
+    """
+    path = f"{prefix}.roles"
+    return np.memmap(path, dtype=np.uint8, mode="r") if os.path.exists(path) else None
+
+
+def packed_length(prefix: str | Path) -> int | None:
+    """Tokens of a sample into which whole conversations were packed (tools/preprocess_instructions.py); None for plain text."""
+    path = Path(f"{prefix}.json")
+    found = json.loads(path.read_text(encoding="utf-8")).get("packed_length") if path.exists() else None
+    return None if found is None else int(found)
+
+
 def check_token_file(
     prefix: str | Path, *, vocab_size: int, tokenizer_digest: str | None = None, scan_tokens: int = 64_000_000
 ) -> TokenFile:
@@ -123,6 +147,8 @@ def check_token_file(
     _check_index(f"{prefix}.idx", index)
     num_tokens = index.num_tokens
     _check_size(f"{prefix}.bin", num_tokens, index.dtype)
+    if os.path.exists(f"{prefix}.roles"):
+        _check_size(f"{prefix}.roles", num_tokens, np.dtype(np.uint8))
     _check_sidecar(prefix, num_tokens, vocab_size, tokenizer_digest)
     _check_ids(prefix, index, num_tokens, vocab_size, scan_tokens)
     return TokenFile(str(prefix), num_tokens, len(index.documents) - 1, index.dtype)
@@ -282,8 +308,7 @@ class TokenFileWriter:
         lengths = np.concatenate([*self._lengths, np.empty(0, "<i4")])
         ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
         offsets = (ends - lengths.astype(np.int64) * self.dtype.itemsize).astype("<i8")
-        code = next(code for code, dtype in _DTYPES.items() if dtype == self.dtype)
-        header = _HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1)
+        header = index_header(self.dtype, len(lengths), len(lengths) + 1)
         return b"".join((header, lengths.tobytes(), offsets.tobytes(), np.arange(len(lengths) + 1, dtype="<i8").tobytes()))
 
     def __enter__(self) -> TokenFileWriter:

@@ -1,22 +1,30 @@
-"""Text and its tokenizer: the text files under a path, and a SentencePiece model with the identity of its vocabulary.
+"""Tokenizers and what identifies them.
 
-A tokenizer is identified by a digest of the vocabulary itself, not of its file: a teacher, a student and a data set
-agree when every id means the same, however the model was serialised, and disagree when only the sizes are equal.
+A tokenizer is identified by a digest of the vocabulary itself, not of its file: a teacher, a student and a data set agree when
+every id stands for the same bytes, however the tokenizer was written down, and disagree when only the sizes are equal.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import json
 import struct
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
-
-from sentencepiece import SentencePieceProcessor
+from typing import Any
 
 from megatron_kd.config.run import ConfigError
+from megatron_kd.data.vocabularies import (
+    HuggingFaceVocabulary,
+    SentencePieceVocabulary,
+    TiktokenVocabulary,
+    Vocabulary,
+    parse_ranks,
+    read_settings,
+)
+
+_KINDS = "a SentencePiece .model file, a tokenizer.json (or a folder with one), or a .tiktoken file"
+_FILES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "*.model")
 
 
 @dataclass(frozen=True)
@@ -24,94 +32,95 @@ class TokenizerInfo:
     """What a run needs to know of its tokenizer.
 
     Attributes:
-        digest: sha256, hex, of every piece, score and type in id order and of the special ids.
+        digest: sha256, hex, of the bytes that each id stands for, in id order, of the special ids, and of end_of_document.
         vocab_size: true number of ids.
-        end_of_document: id written after each document (the model's eos).
+        end_of_document: id written after each document; None where the tokenizer names none.
     """
 
     digest: str
     vocab_size: int
-    end_of_document: int
+    end_of_document: int | None
 
 
-@dataclass(frozen=True)
-class TextFile:
-    """One text file; `key` is its path relative to the input it was found under, with forward slashes."""
+def load_tokenizer(path: str | Path, *, end_of_document: str | None = None, pattern: str | None = None) -> tuple[Vocabulary, TokenizerInfo]:
+    """Load a tokenizer of any kind and take its identity.
 
-    key: str
-    path: Path
-    size: int
-
-
-def load_tokenizer(path: str | Path) -> tuple[SentencePieceProcessor, TokenizerInfo]:
-    """Load a SentencePiece model and take its identity.
+    Args:
+        path: a SentencePiece model, a tokenizer.json, a .tiktoken file, or a folder with one of them. The content decides.
+        end_of_document: text of the token that ends documents; None: the tokenizer's own.
+        pattern: of a .tiktoken file, see `TiktokenVocabulary`; refused for other kinds, which know theirs.
 
     Raises:
-        ConfigError: the file cannot be read, is not a SentencePiece model, or has no end-of-sentence id.
+        ConfigError: the file cannot be read, is no tokenizer, or lacks the named token.
     """
+    file = tokenizer_file(path)
     try:
-        model = Path(path).read_bytes()
+        content = file.read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read the tokenizer {path} ({error.strerror}): give the path of a SentencePiece .model file") from error
-    processor = SentencePieceProcessor()
+        raise ConfigError(f"cannot read the tokenizer {path} ({error.strerror}): give the path of {_KINDS}") from error
+    vocabulary = _vocabulary(file, content, pattern)
+    if pattern is not None and vocabulary.kind != "tiktoken":
+        raise ConfigError(f"{file} says itself how it cuts text: leave the tiktoken pattern out")
+    if end_of_document is not None:
+        vocabulary.end_of_document = vocabulary.id_of(end_of_document)
+    return vocabulary, TokenizerInfo(vocabulary_digest(vocabulary), len(vocabulary.tokens), vocabulary.end_of_document)
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The file at `path`, or the one that holds the tokenizer in the folder `path`."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder
+    for pattern in _FILES:
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+    raise ConfigError(f"the folder {path} holds no tokenizer (looked for {', '.join(_FILES)}): give the path of {_KINDS}")
+
+
+def _vocabulary(file: Path, content: bytes, pattern: str | None) -> Vocabulary:
+    wrong = f"{file} is no tokenizer ({len(content)} bytes): give a complete file, {_KINDS}"
+    if content.lstrip()[:1] == b"{":
+        try:
+            is_tokenizer = "model" in json.loads(content)
+        except ValueError as error:
+            raise ConfigError(wrong) from error
+        if not is_tokenizer:
+            raise ConfigError(wrong)
+        settings = read_settings(file.parent)
+        try:
+            return HuggingFaceVocabulary(content, settings)
+        except ConfigError:
+            raise
+        except Exception as error:  # the library raises plain Exceptions
+            raise ConfigError(f"{wrong} ({error})") from error
+    ranks = parse_ranks(content)
+    if ranks is not None:
+        return TiktokenVocabulary(ranks, pattern)
     try:
-        processor.LoadFromSerializedProto(model)
+        return SentencePieceVocabulary(content)
     except RuntimeError as error:
-        raise ConfigError(f"{path} is not a SentencePiece model ({len(model)} bytes): give a complete .model file") from error
-    if processor.eos_id() < 0:
-        raise ConfigError(
-            f"the tokenizer {path} has no end-of-sentence id to end documents with: train it with one (tools/train_tokenizer.py does)"
-        )
-    return processor, TokenizerInfo(vocabulary_digest(processor), processor.get_piece_size(), processor.eos_id())
+        raise ConfigError(wrong) from error
 
 
-def vocabulary_digest(processor: SentencePieceProcessor) -> str:
-    """sha256 (hex) of the vocabulary: size and special ids, then length, score, type and text of each piece in id order."""
-    size = processor.get_piece_size()
-    ids = list(range(size))
-    kinds = zip(processor.is_unknown(ids), processor.is_control(ids), processor.is_unused(ids), processor.is_byte(ids), strict=True)
-    specials = (processor.unk_id(), processor.bos_id(), processor.eos_id(), processor.pad_id())
-    digest = hashlib.sha256(struct.pack("<5q", size, *specials))
-    for piece, score, flags in zip(processor.id_to_piece(ids), processor.get_score(ids), kinds, strict=True):
-        text = piece.encode("utf-8")
-        digest.update(struct.pack("<If4?", len(text), score, *flags) + text)
+def vocabulary_digest(vocabulary: Vocabulary) -> str:
+    """sha256 (hex) of a vocabulary: size, end of document, then length, special or not, and bytes of each id."""
+    end = -1 if vocabulary.end_of_document is None else vocabulary.end_of_document
+    digest = hashlib.sha256(b"megatron_kd vocabulary 1" + struct.pack("<2q", len(vocabulary.tokens), end))
+    special = vocabulary.special
+    for index, token in enumerate(vocabulary.tokens):
+        digest.update(struct.pack("<I?", len(token), index in special) + token)
     return digest.hexdigest()
 
 
-def find_text_files(inputs: Sequence[str | Path], patterns: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[TextFile]:
-    """The files among `inputs` (files, or folders searched to the bottom), each once, in an order that depends only on their names.
+def encoding_digest(path: str | Path, vocabulary: Vocabulary) -> str:
+    """sha256 (hex) of all that decides which ids a text gets: the file, byte by byte, and the versions of what reads it.
 
-    Args:
-        inputs: files are taken as they are; `patterns` and `exclude` apply inside folders.
-        patterns: a file is taken when its name matches one of them.
-        exclude: a file is left out when its name, or that of a folder on its relative path, matches one of them.
-
-    Raises:
-        ConfigError: an input does not exist, or nothing was found.
+    Unlike the vocabulary's digest it is no identity of the ids: it tells whether unfinished work may go on.
     """
-    found: dict[str, TextFile] = {}
-    for item in map(Path, inputs):
-        if not item.exists():
-            raise ConfigError(f"the input {item} does not exist: give files or folders of text")
-        relative = [Path(item.name)] if item.is_file() else sorted(_walk(item, patterns, exclude), key=Path.as_posix)
-        root = item.parent if item.is_file() else item
-        for name in relative:
-            path = root / name
-            found.setdefault(os.path.realpath(path), TextFile(name.as_posix(), path, path.stat().st_size))
-    if not found:
-        raise ConfigError(f"no file matches {' '.join(patterns)} in {', '.join(map(str, inputs))}: change the input or the pattern")
-    return list(found.values())
+    from importlib.metadata import version
 
-
-def _walk(root: Path, patterns: Sequence[str], exclude: Sequence[str]) -> Iterator[Path]:
-    """Relative paths of the matching regular files under `root`; links to folders are not followed."""
-
-    def left_out(name: str) -> bool:
-        return any(fnmatch(name, pattern) for pattern in exclude)
-
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not left_out(name)]
-        for name in names:
-            path = Path(folder, name)
-            if any(fnmatch(name, pattern) for pattern in patterns) and not left_out(name) and path.is_file():
-                yield path.relative_to(root)
+    library = {"sentencepiece": "sentencepiece", "huggingface": "tokenizers", "tiktoken": "tiktoken"}[vocabulary.kind]
+    about: dict[str, Any] = {"library": library, "version": version(library), "pattern": vocabulary.pattern}
+    about["end_of_document"] = vocabulary.end_of_document
+    return hashlib.sha256(tokenizer_file(path).read_bytes() + json.dumps(about).encode()).hexdigest()

@@ -31,8 +31,12 @@ def build_chunks(
     *,
     vocab_size: int,
     sequence_length: int,
+    within_documents: bool = False,
 ) -> list[GPTModel]:
-    """This rank's chunks (one, or one per virtual stage), uninitialised, on the platform's device, in the config's type."""
+    """This rank's chunks (one, or one per virtual stage), uninitialised, on the platform's device, in the config's type.
+
+    within_documents: layers take the mask of `Microbatch.attention_mask`.
+    """
     virtual = config.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(virtual or 1):
@@ -40,7 +44,7 @@ def build_chunks(
         last = groups.is_last_stage and stage == (virtual or 1) - 1
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=block_spec(config, groups.platform),
+            transformer_layer_spec=block_spec(config, groups.platform, within_documents=within_documents),
             vocab_size=padded_vocab_size(vocab_size, model.vocab_size_multiple),
             max_sequence_length=sequence_length,
             pre_process=first,

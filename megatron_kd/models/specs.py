@@ -19,10 +19,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_kd.parallel.platform import Platform
 
 
-def block_spec(config: TransformerConfig, platform: Platform) -> ModuleSpec | TransformerBlockSubmodules:
-    """The spec of every decoder layer (and of the final norm)."""
+def block_spec(config: TransformerConfig, platform: Platform, *, within_documents: bool = False) -> ModuleSpec | TransformerBlockSubmodules:
+    """The spec of every decoder layer (and of the final norm). within_documents: attention takes a mask of what each token sees."""
     if platform.is_cuda and importlib.util.find_spec("transformer_engine") is not None:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        if within_documents:
+            spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+        return spec
     layers = config.num_layers // (config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1))
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
@@ -61,9 +64,10 @@ class SDPACoreAttention(MegatronModule):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_unused: Any) -> Tensor:
-        """query [S, B, h, d], key and value [S, B, g, d] -> [S, B, h * d]."""
-        if attention_mask is not None:
-            raise ValueError("this attention is causal by itself and takes no mask")
+        """query [S, B, h, d], key and value [S, B, g, d] -> [S, B, h * d].
+
+        attention_mask: bool [B, 1, S, S], true where a query sees a key (torch's meaning, not megatron-core's); None: causal.
+        """
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         repeats = q.shape[1] // k.shape[1]
         if repeats > 1 and not q.is_cuda:
@@ -72,11 +76,11 @@ class SDPACoreAttention(MegatronModule):
         if dropout:
             # Heads are split over the tensor group, so each rank draws from its own generator.
             with get_cuda_rng_tracker().fork():
-                out = self._attend(q, k, v, dropout)
+                out = self._attend(q, k, v, dropout, attention_mask)
         else:
-            out = self._attend(q, k, v, 0.0)
+            out = self._attend(q, k, v, 0.0, attention_mask)
         return out.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        grouped = q.shape[1] != k.shape[1]
-        return scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=self.scale, enable_gqa=grouped)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None) -> Tensor:
+        grouped, causal = q.shape[1] != k.shape[1], mask is None
+        return scaled_dot_product_attention(q, k, v, mask, is_causal=causal, dropout_p=dropout, scale=self.scale, enable_gqa=grouped)

@@ -29,7 +29,12 @@ class Student:
         self.sequence_length, self.micro_batch_size = run.batch.sequence_length, run.batch.micro_batch_size
         self.config: TransformerConfig = transformer_config(run.model, run.parallel, groups.platform, precision=run.train.precision)
         self.models: list[GPTModel] = build_chunks(
-            run.model, self.config, groups, vocab_size=vocab_size, sequence_length=run.batch.sequence_length
+            run.model,
+            self.config,
+            groups,
+            vocab_size=vocab_size,
+            sequence_length=run.batch.sequence_length,
+            within_documents=run.data.document_attention == "within",
         )
         initialize_weights(self.models, run.model, vocab_size=vocab_size, seed=run.train.seed)
         ddp = DistributedDataParallelConfig(

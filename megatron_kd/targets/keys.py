@@ -9,6 +9,26 @@ import torch
 from torch import Tensor
 
 KEY_BYTES = 16
+# Added to the first token of a document inside a sample: still an int32, and no id.
+_START = -(2**31)
+
+
+def mark_starts(tokens: Tensor, starts: Tensor) -> Tensor:
+    """Token ids with the first token of each further document made negative, so that a name says where documents begin.
+
+    A sample whose tokens see their own document only means something else with other beginnings, and needs another name.
+
+    Args:
+        tokens: int64 [...], ids >= 0.
+        starts: bool [...], true where a document begins.
+    """
+    return tokens + starts.to(torch.int64) * _START
+
+
+def read_starts(named: Tensor) -> tuple[Tensor, Tensor]:
+    """What `mark_starts` was given: ids int64 [...] and starts bool [...]."""
+    starts = named < 0
+    return named - starts.to(torch.int64) * _START, starts
 
 
 def sample_key(tokens: Tensor) -> bytes:

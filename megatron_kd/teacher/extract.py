@@ -18,7 +18,7 @@ from megatron_kd.cache.writer import WriterLock
 from megatron_kd.data.batches import Microbatch
 from megatron_kd.data.dataset import Part
 from megatron_kd.parallel.collectives import from_rank_zero, raise_together
-from megatron_kd.targets.keys import KEY_BYTES, sample_key, sample_keys
+from megatron_kd.targets.keys import KEY_BYTES, sample_key
 from megatron_kd.targets.sparse import SparseTarget
 from megatron_kd.teacher.source import TeacherSource
 
@@ -43,7 +43,7 @@ class ShardPlan:
         return -(-self.num_samples // self.shard_samples)
 
     def samples(self, shard: int) -> list[torch.Tensor]:
-        """Tokens int64 [S] of the samples of a shard."""
+        """Tokens int64 [S] of the samples of a shard, as `TokenDataset` names them."""
         start = shard * self.shard_samples
         return [self.sample(number) for number in range(start, min(start + self.shard_samples, self.num_samples))]
 
@@ -56,8 +56,7 @@ class ShardPlan:
         """Tokens int64 [S] of a sample."""
         for part in self.parts:
             if number < len(part):
-                tokens: torch.Tensor = part.samples[number]["tokens"]
-                return tokens
+                return part.read(number)["named"]
             number -= len(part)
         raise IndexError(number)
 
@@ -139,7 +138,7 @@ def extract(
     """
     for shard in shards:
         samples = plan.samples(shard)
-        batches = list(microbatches(samples, micro_batch_size, device))
+        batches = list(microbatches(samples, micro_batch_size, device, identity.document_attention == "within"))
         writer = CacheWriter(directory, identity, worker=worker, shard=shard) if writes else None
         try:
             for start in range(0, len(batches), num_microbatches):
@@ -159,19 +158,19 @@ def extract(
                 writer.abandon()
 
 
-def microbatches(samples: list[torch.Tensor], size: int, device: torch.device) -> Iterator[tuple[list[torch.Tensor], Microbatch]]:
+def microbatches(
+    samples: list[torch.Tensor], size: int, device: torch.device, within_documents: bool
+) -> Iterator[tuple[list[torch.Tensor], Microbatch]]:
     """Samples in passes of `size`, with the passes; the last one is filled up with its last sample."""
     for start in range(0, len(samples), size):
         rows = samples[start : start + size]
-        tokens = torch.stack([*rows, *[rows[-1]] * (size - len(rows))])
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
-        batch = Microbatch(
-            tokens=tokens,
-            labels=torch.full_like(tokens, -100),
-            loss_mask=torch.zeros(tokens.shape),
-            position_ids=positions,
-            sample_ids=torch.arange(start, start + size),
-            sample_keys=sample_keys(tokens),
+        named = torch.stack([*rows, *[rows[-1]] * (size - len(rows))])
+        batch = Microbatch.of(
+            named,
+            torch.full_like(named, -100),
+            torch.zeros(named.shape),
+            torch.arange(start, start + size),
+            within_documents=within_documents,
         )
         yield rows, batch.to(device)
 

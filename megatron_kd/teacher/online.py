@@ -85,12 +85,15 @@ class OnlineTeacher:
         vocab_size: int,
         sequence_length: int,
         chunk_tokens: int | None = None,
+        within_documents: bool = False,
     ) -> None:
         self.groups, self.sequence_length = groups, sequence_length
         # The forward-only pass needs no interleaving; the same groups serve one chunk per stage.
         plain = parallel.model_copy(update={"virtual_pipeline": 1})
         self.config = transformer_config(model, plain, groups.platform, precision=precision)
-        self.models: list[GPTModel] = build_chunks(model, self.config, groups, vocab_size=vocab_size, sequence_length=sequence_length)
+        self.models: list[GPTModel] = build_chunks(
+            model, self.config, groups, vocab_size=vocab_size, sequence_length=sequence_length, within_documents=within_documents
+        )
         for chunk in self.models:
             chunk.requires_grad_(False)
             chunk.eval()
@@ -121,7 +124,7 @@ class OnlineTeacher:
 
     def _forward_step(self, microbatches: Iterator[Microbatch], chunk: GPTModel) -> tuple[Tensor, Any]:
         microbatch = next(microbatches)
-        hidden = chunk(input_ids=microbatch.tokens, position_ids=microbatch.position_ids, attention_mask=None)
+        hidden = chunk(input_ids=microbatch.tokens, position_ids=microbatch.position_ids, attention_mask=microbatch.attention_mask())
         return hidden, partial(self._target, chunk=chunk, microbatch=microbatch)
 
     def _target(self, hidden: Tensor, *, chunk: GPTModel, microbatch: Microbatch, non_loss_data: bool = True) -> Target:

@@ -41,8 +41,11 @@ def recheck(
     chosen = torch.randperm(plan.num_samples, generator=generator)[:samples].sort().values.tolist()
     rows = {number: plan.sample(number) for number in chosen}
     missing = [number for number, tokens in rows.items() if reader.missing([sample_key(tokens)])]
+    within = reader.identity.document_attention == "within"
     held = {number: tokens for number, tokens in rows.items() if number not in missing}
-    answers = {number: teacher.targets([batch])[0] for number, tokens in held.items() for _, batch in microbatches([tokens], 1, device)}
+    answers = {
+        number: teacher.targets([batch])[0] for number, tokens in held.items() for _, batch in microbatches([tokens], 1, device, within)
+    }
     distances = {}
     for number, answer in answers.items():
         if answer is None:

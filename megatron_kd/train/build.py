@@ -163,6 +163,7 @@ def token_dataset(
         end_of_document=inputs.tokenizer.end_of_document if inputs.tokenizer else None,
         vocab_size=inputs.vocab_size,
         mask_end_of_document=config.data.mask_end_of_document,
+        within_documents=config.data.document_attention == "within",
         name=name,
         repeat=repeat,
     )

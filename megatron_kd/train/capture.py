@@ -94,7 +94,7 @@ class LiveCapture:
         keys = row_keys(microbatch.sample_keys, microbatch.tokens.shape[1])
         target: SparseTarget = self._select(hidden.detach(), weight.detach(), keys)
         if self._writer is not None:
-            self._writer.put(step, microbatch.tokens, target)
+            self._writer.put(step, microbatch.named, target)
 
     def end_step(self) -> None:
         """See Capture."""
@@ -145,6 +145,7 @@ def build_capture(config: RunConfig, inputs: Inputs, groups: Groups, *, step: in
         sequence_length=config.batch.sequence_length,
         selection=selection,
         value_encoding=section.value_encoding,
+        document_attention=config.data.document_attention,
     )
     steps = section.steps(config.train.steps)
     to_come = len(steps) - len(range(steps.start, min(step, steps.stop), steps.step))

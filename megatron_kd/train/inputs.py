@@ -15,7 +15,7 @@ from megatron_kd.checkpoint.store import (
     step_folder,
 )
 from megatron_kd.config import ConfigError, RunConfig
-from megatron_kd.data.indexed import check_token_file, read_index
+from megatron_kd.data.indexed import check_token_file, packed_length, read_index
 from megatron_kd.data.tokenizer import TokenizerInfo, load_tokenizer
 
 
@@ -43,7 +43,9 @@ def checkpoints_folder(config: RunConfig) -> Path:
 def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
     """Check sizes, tokenizer, data and checkpoints. ConfigError with one sentence, the same on every rank; no collective."""
     config.data_parallel_size(world_size)
-    tokenizer = load_tokenizer(config.data.tokenizer)[1] if config.data.tokenizer else None
+    tokenizer = None
+    if config.data.tokenizer:
+        tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)[1]
     vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise ConfigError(f"model.vocab_size ({vocab_size}) is smaller than the vocabulary of data.tokenizer ({tokenizer.vocab_size} ids)")
@@ -62,6 +64,7 @@ def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
                 f"{prefix} holds {read_index(prefix).num_tokens} tokens, fewer than one sequence of batch.sequence_length + 1 = "
                 f"{config.batch.sequence_length + 1}: use more data or a shorter sequence"
             )
+        _check_packed(config, prefix)
     teacher = None
     if config.teacher.source != "none" and config.teacher.checkpoint is not None:
         folder = find_checkpoint(config.teacher.checkpoint, what="teacher.checkpoint")
@@ -74,6 +77,18 @@ def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
         info = read_info(initial, what="checkpoint.initialize_from")
         check_same_model(info, config.model, vocab_size=vocab_size, tokenizer=digest, folder=initial, what="checkpoint.initialize_from")
     return Inputs(vocab_size, tokenizer, teacher, resume, initial)
+
+
+def _check_packed(config: RunConfig, prefix: str) -> None:
+    """ConfigError where packed conversations would be cut apart, or would see each other."""
+    length = packed_length(prefix)
+    if length is not None and length != config.batch.sequence_length:
+        raise ConfigError(
+            f"{prefix} holds conversations packed into samples of {length} tokens: set batch.sequence_length to that, or make it again "
+            f"with --sequence-length {config.batch.sequence_length}"
+        )
+    if length is not None and config.data.document_attention != "within":
+        raise ConfigError(f'{prefix} holds several conversations in each sample: set data.document_attention = "within"')
 
 
 def _checkpoint_to_resume(config: RunConfig, vocab_size: int, digest: str | None) -> tuple[Path, CheckpointInfo] | None:

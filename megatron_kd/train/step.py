@@ -56,7 +56,7 @@ def forward_step(
 ) -> tuple[Tensor, Any]:
     """Forward of the next microbatch through one chunk, and what its output is worth: megatron-core's forward step."""
     microbatch, target = next(batches)
-    output = chunk(input_ids=microbatch.tokens, position_ids=microbatch.position_ids, attention_mask=None)
+    output = chunk(input_ids=microbatch.tokens, position_ids=microbatch.position_ids, attention_mask=microbatch.attention_mask())
     return output, partial(_loss, chunk=chunk, microbatch=microbatch, target=target, objective=objective, observe=observe)
 
 

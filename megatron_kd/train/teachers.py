@@ -39,6 +39,7 @@ def online_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> OnlineT
         vocab_size=inputs.vocab_size,
         sequence_length=config.batch.sequence_length,
         chunk_tokens=config.distill.chunk_tokens,
+        within_documents=config.data.document_attention == "within",
     )
     load_weights(folder, teacher.models, what="teacher.checkpoint")
     return teacher
@@ -72,6 +73,7 @@ def identity_of(config: RunConfig, inputs: Inputs, *, teacher: str, value_encodi
         selection=selection_of(config),
         value_encoding=value_encoding,
         teacher_step=inputs.teacher[1].step if inputs.teacher is not None else None,
+        document_attention=config.data.document_attention,
     )
 
 

@@ -26,7 +26,10 @@ class Part:
     """Samples as a data set of tokens gives them."""
 
     def __init__(self, tokens: Tensor) -> None:
-        self.samples = [{"tokens": row} for row in tokens]
+        self.samples = [{"named": row} for row in tokens]
+
+    def read(self, number: int) -> dict[str, Tensor]:
+        return self.samples[number]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -123,7 +126,7 @@ def test_recheck_finds_what_the_teacher_does_not_say(selection: Selection, tmp_p
 
 
 def _batch(tokens: Tensor) -> Microbatch:
-    ((_, batch),) = microbatches([tokens], 1, torch.device("cpu"))
+    ((_, batch),) = microbatches([tokens], 1, torch.device("cpu"), False)
     return batch
 
 

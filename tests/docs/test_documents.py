@@ -60,6 +60,15 @@ def test_readme_tools(tmp_path: Path) -> None:
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "data/train.json").read_text())["vocab_size"] == 800
+    (tmp_path / "chats.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{n} and {n}?", "response": f"{2 * n}."}) + "\n" for n in range(400))
+    )
+    (block,) = [block for block in blocks("bash") if "inspect_data" in block]
+    for line in block.splitlines():
+        words = shlex.split(line.replace("--sequence-length 2048", "--sequence-length 64"))
+        words = [str(ROOT / word) if word.startswith(("tools/", "examples/")) else word for word in words[1:]]
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0 and done.stdout, done.stderr
     (essentials,) = blocks("toml")
     run = tmp_path / "run.toml"
     run.write_text(essentials + (ROOT / "examples/quickstart/student.toml").read_text().split("[distill]")[0])

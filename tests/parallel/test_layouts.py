@@ -46,6 +46,7 @@ RESUMED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "distributed_dp2_to_tp2": ("dp2_distributed", "tp2", {"optimizer": {"distributed": True}}),
     "distributed_bf16_tp2_to_dp2": ("tp2", "dp2", {"optimizer": {"distributed": True}, "train": {"precision": "bf16"}}),
 }
+WITHIN = {"data": {"document_attention": "within"}}
 # Tied head, norms on queries and keys, biases: what shards in other ways.
 VARIANT = {"model": {"tied_embeddings": True, "qk_norm": True, "qkv_bias": True}}
 
@@ -60,7 +61,7 @@ class Bench:
 
     def config(self, name: str, *, teacher: bool, start: str | None = "common", **overrides: Any) -> RunConfig:
         content: dict[str, Any] = {key: dict(value) for key, value in overrides.items()}
-        content["data"] = {"valid": {"held_out": self.valid}}
+        content["data"] = {"valid": {"held_out": self.valid}, **content.get("data", {})}
         if start is not None:
             content["checkpoint"] = {"initialize_from": str(self.folder / start)}
         if teacher:
@@ -94,6 +95,7 @@ def single(bench: Bench) -> dict[str, Trained]:
         for teacher in (False, True):
             name = f"{precision}{'_kd' if teacher else ''}"
             jobs[name] = (bench.config(name, teacher=teacher, train={"precision": precision}), STEPS, False)
+    jobs["within_kd"] = (bench.config("within", teacher=True, **WITHIN), STEPS, False)
     jobs["variant"] = (bench.config("variant", teacher=False, start=None, **VARIANT), STEPS, False)
     return dict(zip(jobs, run_ranks(run_all, 1, list(jobs.values()))[0], strict=True))
 
@@ -107,6 +109,8 @@ def pair(bench: Bench, single: dict[str, Trained]) -> dict[str, Trained]:
         configs[f"bf16_{name}_kd"] = bench.config(f"bf16_{name}", teacher=True, **LAYOUTS[name], **bf16)
     for name in ("tp2", "pp2", "pp2_vp2"):
         configs[f"variant_{name}"] = bench.config(f"variant_{name}", teacher=False, start=None, **VARIANT, **LAYOUTS[name])
+    for name in ("tp2_sp", "pp2_vp2"):
+        configs[f"within_{name}_kd"] = bench.config(f"within_{name}", teacher=True, **LAYOUTS[name], **WITHIN)
     jobs = {name: (config, STEPS, False) for name, config in configs.items()}
     for name, (first, then, extra) in RESUMED.items():
         # The same directory twice: half of the run in one layout, saved, and the rest in another process's shape.
@@ -153,6 +157,12 @@ def test_bf16_layouts(layout: str, single: dict[str, Trained], pair: dict[str, T
 def test_tied_head_qk_norm_and_biases(layout: str, single: dict[str, Trained], pair: dict[str, Trained]) -> None:
     """Started from weights drawn by name, not from a checkpoint: the same model in every layout."""
     check(pair[f"variant_{layout}"], single["variant"], LOSS_FP32, WEIGHT_FP32)
+
+
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2_vp2"])
+def test_attention_within_documents(layout: str, single: dict[str, Trained], pair: dict[str, Trained]) -> None:
+    check(pair[f"within_{layout}_kd"], single["within_kd"], LOSS_FP32, WEIGHT_FP32)
+    assert worst_loss(single["within_kd"], single["fp32_kd"]) > 1e-3, "the documents in front must matter"
 
 
 @pytest.mark.parametrize("name", RESUMED)

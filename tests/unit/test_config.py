@@ -191,7 +191,7 @@ def test_dump_has_every_key_and_leaves_only_unset_ones_out(load: Load) -> None:
         if isinstance(value, dict):
             assert f"\n[{key}]\n" in text
         else:
-            assert (f"{name} = " in f"\n{body}") == (value is not None), key
+            assert (f"\n{name} = " in f"\n{body}") == (value is not None), key
         # Leaving a key out means its default, so only a key whose default is None may be None.
         assert NoneType not in get_args(field.annotation) or field.default is None, key
 

@@ -368,6 +368,7 @@ class FailsAt:
     """A dataset one sample of which cannot be read."""
 
     name = "data.train"
+    within_documents = False
 
     def __init__(self, dataset: TokenDataset, sample: int) -> None:
         self.dataset, self.sample = dataset, sample

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -10,29 +9,19 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import sentencepiece
 
 from megatron_kd.config import ConfigError
+from megatron_kd.data.documents import find_text_files
 from megatron_kd.data.indexed import check_token_file
-from megatron_kd.data.tokenizer import find_text_files, load_tokenizer
+from megatron_kd.data.tokenizer import load_tokenizer
+from megatron_kd.data.vocabularies import Vocabulary
+from tests.helpers.text import ROOT, STDLIB, load_tool
 
-ROOT = Path(__file__).resolve().parents[2]
-STDLIB = Path(json.__file__).parent
 EOD = 2
-
-
-def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses looks its module up by name.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 preprocess_data = load_tool("preprocess_data")
@@ -55,8 +44,8 @@ def test_tokenizer_round_trips_source_text(model: Path) -> None:
     texts += [" lead", "trail ", "\n", "\t", "   ", "<s>", "a\n\n\nb"]
     for text in texts:
         assert processor.decode(processor.encode(text)) == text
-    assert info.vocab_size == 400 and info.end_of_document == processor.eos_id() == 2
-    assert any("\n" in processor.id_to_piece(i) for i in range(info.vocab_size)), "no newline was learned"
+    assert info.vocab_size == 400 and info.end_of_document == 2
+    assert any(b"\n" in token for token in processor.tokens), "no newline was learned"
 
 
 def test_tokenizer_digest_is_of_the_vocabulary(model: Path, tmp_path: Path) -> None:
@@ -80,19 +69,24 @@ def test_training_a_tokenizer_is_deterministic(model: Path, tmp_path: Path) -> N
     assert again.read_bytes() == model.read_bytes()
 
 
-def test_unusable_tokenizers_are_refused(tmp_path: Path) -> None:
+def test_unusable_tokenizers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="cannot read the tokenizer .*missing.model"):
         load_tokenizer(tmp_path / "missing.model")
     for content in (b"", b"hello world", b"{}"):
         (tmp_path / "bad.model").write_bytes(content)
-        with pytest.raises(ConfigError, match="is not a SentencePiece model"):
+        with pytest.raises(ConfigError, match="is no tokenizer"):
             load_tokenizer(tmp_path / "bad.model")
     text = iter(["some words to learn from, and some more words"] * 50)
     settings = dict(vocab_size=30, model_type="bpe", eos_id=-1, hard_vocab_limit=False, minloglevel=2)
     with open(tmp_path / "no_eos.model", "wb") as stream:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=text, model_writer=stream, **settings)
-    with pytest.raises(ConfigError, match="no end-of-sentence id"):
-        load_tokenizer(tmp_path / "no_eos.model")
+    assert load_tokenizer(tmp_path / "no_eos.model")[1].end_of_document is None
+    (tmp_path / "text.txt").write_text("some words")
+    arguments = ["--input", str(tmp_path / "text.txt"), "--tokenizer", str(tmp_path / "no_eos.model"), "--output", str(tmp_path / "out")]
+    assert preprocess_data.main(arguments) == 2
+    assert "names no token that ends documents" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="has no token 'nothing'"):
+        load_tokenizer(tmp_path / "no_eos.model", end_of_document="nothing")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +111,7 @@ def test_tokenizer_training_samples_long_and_jsonl_files(tmp_path: Path, capsys:
     assert train_tokenizer.main([*arguments, "--output", str(tmp_path / "t.model")]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["unreadable_pieces"] == 0 and 0.1 < summary["megabytes"] < 0.6
-    assert '"' not in "".join(load_tokenizer(tmp_path / "t.model")[0].id_to_piece(list(range(259, 300)))), "JSON syntax was learned"
+    assert '"' not in b"".join(load_tokenizer(tmp_path / "t.model")[0].tokens[259:]).decode(), "JSON syntax was learned"
 
 
 def test_finding_text_files_is_ordered_and_filtered(tmp_path: Path) -> None:
@@ -141,12 +135,13 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def read_documents(prefix: Path, processor: sentencepiece.SentencePieceProcessor) -> list[str]:
+def read_documents(prefix: Path, processor: Vocabulary) -> list[str]:
     """Decoded documents of a token file, read with plain numpy; each must end with the end-of-document id."""
     raw = Path(f"{prefix}.idx").read_bytes()
     (count,) = struct.unpack_from("<Q", raw, 18)
     tokens = np.fromfile(f"{prefix}.bin", "<u2")
     parts = np.split(tokens, np.cumsum(np.frombuffer(raw, "<i4", count, 34)))[:-1]
+    parts = [part for part in parts if len(part)]
     assert all(part[-1] == EOD for part in parts)
     return [processor.decode(part[:-1].tolist()) for part in parts]
 
@@ -157,7 +152,11 @@ def test_preprocessing_writes_every_document_once(corpus: Path, model: Path, tmp
     arguments += ["--output", str(out / "train")]
     assert preprocess_data.main(arguments) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["empty"] == 1 and summary["unreadable"] == 4 and summary["unreadable_documents"][0] == "latin.py"
+    assert (
+        summary["empty"] == 1
+        and summary["unreadable"] == 4
+        and summary["unreadable_documents"][0].endswith("latin.py: not UTF-8 at byte 5")
+    )
     processor, info = load_tokenizer(model)
     train, valid = read_documents(out / "train", processor), read_documents(out / "valid", processor)
     expected = {path.read_text() for path in corpus.glob("sub/*.py")} | {f"row {number} é" for number in range(30)}
@@ -168,7 +167,7 @@ def test_preprocessing_writes_every_document_once(corpus: Path, model: Path, tmp
     assert sidecar["bytes"] == sum(len(text.encode()) for text in valid) and sidecar["dtype"] == "uint16"
     assert check_token_file(out / "valid", vocab_size=400, tokenizer_digest=info.digest).num_tokens == sidecar["tokens"]
     # A file keeps its side when others come or go.
-    preprocess_data.main([*arguments, "--exclude", "f0*", "--no-append-eod"])
+    assert preprocess_data.main([*arguments, "--exclude", "f0*", "--no-append-eod", "--overwrite"]) == 0
     tokens = np.fromfile(out / "valid.bin", "<u2")
     excluded = tuple(f"def f{number}(" for number in range(10))
     assert any(text.startswith(excluded) for text in valid) and EOD not in tokens
@@ -182,17 +181,23 @@ def test_preprocessing_does_not_depend_on_workers(
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *arguments, "--workers", "2"]
     command += ["--output", str(tmp_path / "two" / "train")]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr == "" and json.loads(done.stdout)["unreadable"] == 4
-    monkeypatch.setattr(preprocess_data, "_JSONL_RANGE", 37)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1 and json.loads(done.stdout)["unreadable"] == 4
+    from megatron_kd.data import preprocess
+    from megatron_kd.data.documents import make_pieces
+
+    monkeypatch.setattr(preprocess, "make_pieces", lambda files, format, size: make_pieces(files, format, 37))
     assert preprocess_data.main([*arguments, "--workers", "1", "--output", str(tmp_path / "one" / "train")]) == 0
     for name in ("train.bin", "train.idx", "train.json", "valid.bin", "valid.idx", "valid.json"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        one, two = ((tmp_path / folder / name).read_bytes() for folder in ("one", "two"))
+        if name.endswith("json"):  # how work was cut is part of what says where it came from
+            one, two = (json.dumps(json.loads(content) | {"made_from": ""}).encode() for content in (one, two))
+        assert one == two
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--strict"], "latin.py cannot be read as text"),
+        (["--strict"], "latin.py cannot be used"),
         (["--holdout", "valid=0.000001"], "no document went into .*valid"),
         (["--tokenizer", "/does/not/exist"], "cannot read the tokenizer"),
     ],
@@ -201,6 +206,6 @@ def test_preprocessing_errors_leave_no_output(
     extra: list[str], message: str, corpus: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--input", str(corpus), "--tokenizer", str(model), "--workers", "1", "--output", str(tmp_path / "out" / "train"), *extra]
-    assert preprocess_data.main(arguments) == 1
+    assert preprocess_data.main(arguments) == 2
     assert re.search(message, capsys.readouterr().err)
-    assert not list(tmp_path.glob("out/*"))
+    assert not [path for path in tmp_path.glob("out/*") if path.suffix != ".pieces"]
