@@ -73,6 +73,11 @@ def test_names_tell_where_documents_begin(tmp_path: Path) -> None:
     starts = torch.from_numpy(rng.random(50) < 0.3)
     ids, found = read_starts(mark_starts(tokens, starts))
     assert torch.equal(ids, tokens) and torch.equal(found, starts)
+    named = mark_starts(tokens, starts).view(1, -1)
+    for within in (True, False):  # what a cache is asked for by the forward pass is what the sample is called
+        given = named if within else tokens.view(1, -1)
+        batch = Microbatch.of(given, given, torch.ones(given.shape), torch.tensor([0]), within_documents=within)
+        assert torch.equal(batch.named, given) and torch.equal(batch.tokens, tokens.view(1, -1))
     assert sample_key(mark_starts(tokens, starts)) != sample_key(tokens) and torch.equal(mark_starts(tokens, starts & False), tokens)
     # The same tokens in one document and in five of the same length, which any order of documents leaves as they are.
     stream = np.full(200, 7)
