@@ -48,6 +48,25 @@ class ModelSection(Section):
     qkv_bias: bool = Field(default=False, description="Bias on the query/key/value projection (Qwen2).")
     norm_eps: float = Field(default=1e-5, gt=0, description="Epsilon of RMSNorm.")
     rope_base: float = Field(default=10000.0, gt=1, description="Base of the rotary position embedding.")
+    rope_scaling_factor: float = Field(
+        default=1.0,
+        ge=1,
+        description="Llama 3.1's scaling of rotary frequencies (models/rope.py): wavelengths beyond rope_original_length / "
+        "rope_low_frequency_factor tokens are stretched by this. 1: no scaling.",
+    )
+    rope_low_frequency_factor: float = Field(default=1.0, gt=0, description="Below rope_high_frequency_factor; see rope_scaling_factor.")
+    rope_high_frequency_factor: float = Field(
+        default=4.0,
+        gt=0,
+        description="Wavelengths below rope_original_length / rope_high_frequency_factor tokens stay as they are.",
+    )
+    rope_original_length: int = Field(default=8192, gt=0, description="Tokens per sequence before the scaling; see rope_scaling_factor.")
+    sliding_window: int | None = Field(
+        default=None,
+        gt=0,
+        description="The model was trained to see only this many tokens back (Mistral 7B v0.1). No window is applied here, so sequences "
+        "must not be longer. Unset: all.",
+    )
     init_std: float = Field(
         default=0.02,
         gt=0,
@@ -76,7 +95,16 @@ class ModelSection(Section):
         head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if head_dim % 2:
             raise ValueError(f"head_dim ({head_dim}) must be even: rotary embedding turns pairs")
+        low, high = self.rope_low_frequency_factor, self.rope_high_frequency_factor
+        if low >= high:
+            raise ValueError(f"rope_low_frequency_factor ({low}) must be below rope_high_frequency_factor ({high})")
         return self
+
+    def window_problem(self, sequence_length: int) -> str | None:
+        """Why sequences of this length cannot be used, as a clause; None where they can."""
+        if self.sliding_window is None or sequence_length <= self.sliding_window:
+            return None
+        return f"({sequence_length}) must be at most the model's sliding window ({self.sliding_window} tokens), which is not applied here"
 
 
 class TeacherSection(Section):

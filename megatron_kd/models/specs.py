@@ -61,7 +61,10 @@ class SDPACoreAttention(MegatronModule):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_unused: Any) -> Tensor:
-        """query [S, B, h, d], key and value [S, B, g, d] -> [S, B, h * d]."""
+        """query [S, B, h, d], key and value [S, B, g, d] -> [S, B, h * d].
+
+        A single query may follow more keys (it continues a cached sequence): it sees all of them.
+        """
         if attention_mask is not None:
             raise ValueError("this attention is causal by itself and takes no mask")
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
@@ -78,5 +81,7 @@ class SDPACoreAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        grouped = q.shape[1] != k.shape[1]
-        return scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=self.scale, enable_gqa=grouped)
+        grouped, continued = q.shape[1] != k.shape[1], q.shape[2] != k.shape[2]
+        if continued and q.shape[2] != 1:
+            raise ValueError(f"{q.shape[2]} queries cannot continue a cache of {k.shape[2]} keys: one at a time")
+        return scaled_dot_product_attention(q, k, v, is_causal=not continued, dropout_p=dropout, scale=self.scale, enable_gqa=grouped)

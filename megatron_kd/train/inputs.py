@@ -67,6 +67,9 @@ def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
         folder = find_checkpoint(config.teacher.checkpoint, what="teacher.checkpoint")
         teacher = folder, read_info(folder, what="teacher.checkpoint")
         check_same_vocabulary(teacher[1], vocab_size=vocab_size, tokenizer=digest, folder=folder, what="teacher.checkpoint")
+        window = teacher[1].model_section().window_problem(config.batch.sequence_length)
+        if window is not None:
+            raise ConfigError(f"teacher.checkpoint: {folder}: batch.sequence_length {window}")
     resume = _checkpoint_to_resume(config, vocab_size, digest)
     initial = None
     if resume is None and config.checkpoint.initialize_from is not None:

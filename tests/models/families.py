@@ -1,0 +1,120 @@
+"""Tiny random models of every family, made by transformers; and what ranks do with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+VOCAB, TOKENS = 101, 48
+
+BASE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+    # Large weights, so that a wrong position, norm or head shows in the logits.
+    "initializer_range": 0.25,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# Name -> (class prefix in transformers, its configuration).
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
+    "llama_tied": ("Llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": False}),
+    "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "qwen3": ("Qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
+    "mistral": ("Mistral", {"tie_word_embeddings": False, "sliding_window": 64, "head_dim": 16}),
+}
+LAYOUTS: dict[str, dict[str, int]] = {"one": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
+
+
+def make_model(folder: Path, name: str, *, seed: int, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A random model of `name`, saved in `folder`. Norms and biases are random too: ones and zeros would hide a swap."""
+    import transformers
+
+    prefix, settings = FAMILIES[name]
+    config = getattr(transformers, f"{prefix}Config")(**{**BASE, **settings, **changes})
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            elif parameter_name.endswith("bias"):
+                parameter.normal_(0.0, 0.5)
+    model = model.to(dtype).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@dataclass
+class Found:
+    """difference: of logits by layout. back: whether the weights came back identical. again: difference of transformers' logits."""
+
+    difference: dict[str, float]
+    scale: float
+    back: bool
+    again: float
+
+
+def convert_all(rendezvous: str, root: Path, seed: int) -> dict[str, Found]:
+    """On two ranks: each family to ours, logits in three layouts, and back."""
+    from megatron_kd.parallel.groups import stop_groups
+    from megatron_kd.parallel.platform import start_platform
+
+    platform = start_platform("cpu")
+    dist.init_process_group("gloo", init_method=rendezvous, rank=int(_rank()), world_size=2)
+    found = {name: _convert(root / name, name, seed, platform) for name in FAMILIES}
+    stop_groups()
+    return found
+
+
+def _rank() -> str:
+    import os
+
+    return os.environ["RANK"]
+
+
+def _convert(folder: Path, name: str, seed: int, platform: Any) -> Found:
+    from megatron_kd.checkpoint.convert import open_huggingface, write_checkpoint, write_huggingface
+    from megatron_kd.checkpoint.store import find_checkpoint, read_info
+    from megatron_kd.config import ParallelSection
+    from megatron_kd.models.safetensors import SafetensorsFolder
+    from megatron_kd.parallel.groups import start_groups
+    from megatron_kd.train.compare import huggingface_logits, our_logits
+
+    if dist.get_rank() == 0:
+        make_model(folder / "theirs", name, seed=seed)
+        source = open_huggingface(folder / "theirs", vocab_size_multiple=8)
+        written = write_checkpoint(folder / "ours", source, tokenizer=None)
+        write_huggingface(folder / "back", written, read_info(written, what="test"), max_positions=256, shard_bytes=20_000)
+    dist.barrier()
+    tokens = torch.randint(VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(seed + 1))
+    wanted = huggingface_logits(folder / "theirs", tokens)
+    checkpoint = find_checkpoint(folder / "ours", what="test")
+    info = read_info(checkpoint, what="test")
+    difference = {}
+    for layout, sizes in LAYOUTS.items():
+        parallel = ParallelSection(**sizes)
+        ours = our_logits(checkpoint, info, start_groups(platform, parallel, timeout_seconds=60), parallel, tokens)
+        worst = [0.0 if ours is None else float((ours - wanted).abs().max())]
+        dist.all_reduce(worst_everywhere := torch.tensor(worst), op=dist.ReduceOp.MAX)
+        difference[layout] = float(worst_everywhere)
+    one, other = (SafetensorsFolder(folder / side, what="test") for side in ("theirs", "back"))
+    same = one.tensors.keys() == other.tensors.keys() and all(torch.equal(one.read(key), other.read(key)) for key in one.tensors)
+    again = float((huggingface_logits(folder / "back", tokens) - wanted).abs().max())
+    return Found(difference, float(wanted.abs().max()), same, again)
