@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,56 +65,59 @@ def make_model(folder: Path, name: str, *, seed: int, dtype: torch.dtype = torch
 class Found:
     """difference: of logits by layout. back: whether the weights came back identical. again: difference of transformers' logits."""
 
-    difference: dict[str, float]
-    scale: float
-    back: bool
-    again: float
+    difference: dict[str, float] = field(default_factory=dict)
+    scale: float = 0.0
+    back: bool = False
+    again: float = float("nan")
 
 
 def convert_all(rendezvous: str, root: Path, seed: int) -> dict[str, Found]:
-    """On two ranks: each family to ours, logits in three layouts, and back."""
-    from megatron_kd.parallel.groups import stop_groups
+    """On two ranks: each family to ours and back (rank 0), and its logits in three layouts."""
     from megatron_kd.parallel.platform import start_platform
 
     platform = start_platform("cpu")
-    dist.init_process_group("gloo", init_method=rendezvous, rank=int(_rank()), world_size=2)
-    found = {name: _convert(root / name, name, seed, platform) for name in FAMILIES}
+    from megatron_kd.config import ParallelSection
+    from megatron_kd.parallel.groups import start_groups, stop_groups
+
+    found: dict[str, Found] = {}
+    tokens = torch.randint(VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(seed + 1))
+    for layout, sizes in LAYOUTS.items():
+        parallel = ParallelSection(**sizes)
+        groups = start_groups(platform, parallel, timeout_seconds=120, rendezvous=rendezvous)
+        if not found:
+            found = {name: _there_and_back(root / name, name, seed, tokens) if groups.rank == 0 else Found() for name in FAMILIES}
+        dist.barrier()
+        for name, each in found.items():
+            each.difference[layout] = _difference(root / name, groups, parallel, tokens)
     stop_groups()
     return found
 
 
-def _rank() -> str:
-    import os
-
-    return os.environ["RANK"]
-
-
-def _convert(folder: Path, name: str, seed: int, platform: Any) -> Found:
+def _there_and_back(folder: Path, name: str, seed: int, tokens: torch.Tensor) -> Found:
     from megatron_kd.checkpoint.convert import open_huggingface, write_checkpoint, write_huggingface
-    from megatron_kd.checkpoint.store import find_checkpoint, read_info
-    from megatron_kd.config import ParallelSection
+    from megatron_kd.checkpoint.store import read_info
     from megatron_kd.models.safetensors import SafetensorsFolder
-    from megatron_kd.parallel.groups import start_groups
-    from megatron_kd.train.compare import huggingface_logits, our_logits
+    from megatron_kd.train.compare import huggingface_logits
 
-    if dist.get_rank() == 0:
-        make_model(folder / "theirs", name, seed=seed)
-        source = open_huggingface(folder / "theirs", vocab_size_multiple=8)
-        written = write_checkpoint(folder / "ours", source, tokenizer=None)
-        write_huggingface(folder / "back", written, read_info(written, what="test"), max_positions=256, shard_bytes=20_000)
-    dist.barrier()
-    tokens = torch.randint(VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(seed + 1))
+    make_model(folder / "theirs", name, seed=seed)
     wanted = huggingface_logits(folder / "theirs", tokens)
-    checkpoint = find_checkpoint(folder / "ours", what="test")
-    info = read_info(checkpoint, what="test")
-    difference = {}
-    for layout, sizes in LAYOUTS.items():
-        parallel = ParallelSection(**sizes)
-        ours = our_logits(checkpoint, info, start_groups(platform, parallel, timeout_seconds=60), parallel, tokens)
-        worst = [0.0 if ours is None else float((ours - wanted).abs().max())]
-        dist.all_reduce(worst_everywhere := torch.tensor(worst), op=dist.ReduceOp.MAX)
-        difference[layout] = float(worst_everywhere)
+    torch.save(wanted, folder / "wanted.pt")
+    written = write_checkpoint(folder / "ours", open_huggingface(folder / "theirs", vocab_size_multiple=8), tokenizer=None)
+    write_huggingface(folder / "back", written, read_info(written, what="test"), max_positions=256, shard_bytes=20_000)
     one, other = (SafetensorsFolder(folder / side, what="test") for side in ("theirs", "back"))
     same = one.tensors.keys() == other.tensors.keys() and all(torch.equal(one.read(key), other.read(key)) for key in one.tensors)
     again = float((huggingface_logits(folder / "back", tokens) - wanted).abs().max())
-    return Found(difference, float(wanted.abs().max()), same, again)
+    return Found({}, float(wanted.abs().max()), same, again)
+
+
+def _difference(folder: Path, groups: Any, parallel: Any, tokens: torch.Tensor) -> float:
+    """Largest difference of our logits from transformers' on any rank that has them."""
+    from megatron_kd.checkpoint.store import find_checkpoint, read_info
+    from megatron_kd.train.compare import our_logits
+
+    checkpoint = find_checkpoint(folder / "ours", what="test")
+    ours = our_logits(checkpoint, read_info(checkpoint, what="test"), groups, parallel, tokens)
+    wanted = torch.load(folder / "wanted.pt", weights_only=True)
+    worst = torch.tensor(0.0 if ours is None else float((ours - wanted).abs().max()))
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return float(worst)
