@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     into.set_defaults(run=_from_huggingface)
     out = commands.add_parser("to-huggingface", help="a checkpoint becomes a model folder")
     out.add_argument("input", type=Path, help="run directory, its checkpoints folder, or one step-* folder")
-    out.add_argument("--max-positions", type=int, help="longest sequence; unset: batch.sequence_length of the run, or of the model imported")
+    out.add_argument(
+        "--max-positions", type=int, help="longest sequence; unset: batch.sequence_length of the run, or of the model imported"
+    )
     out.add_argument("--shard-gigabytes", type=float, default=2.0, help="largest output file, 1e9 bytes (2)")
     out.set_defaults(run=_to_huggingface)
     adopt = commands.add_parser("from-megatron", help="a distributed checkpoint of another megatron-core program, Llama-style")
@@ -111,7 +113,9 @@ def _to_huggingface(arguments: argparse.Namespace) -> int:
     if arguments.tokenizer is not None:
         digest = _digest(arguments.tokenizer, info.vocab_size)
         if info.tokenizer is not None and digest != info.tokenizer:
-            raise ConfigError(f"--tokenizer {arguments.tokenizer} is not the one this model was made with (digest {digest}, {info.tokenizer})")
+            raise ConfigError(
+                f"--tokenizer {arguments.tokenizer} is not the one this model was made with (digest {digest}, {info.tokenizer})"
+            )
     config = write_huggingface(
         arguments.output,
         folder,
@@ -183,7 +187,9 @@ def _max_positions(folder: Path, saved: dict[str, Any]) -> int:
         return int(saved["max_position_embeddings"])
     run = folder.parent.parent / "config.toml"
     if not run.is_file():
-        raise ConfigError("--max-positions is needed: the checkpoint is not in a run directory whose config.toml would say the sequence length")
+        raise ConfigError(
+            "--max-positions is needed: the checkpoint is not in a run directory whose config.toml would say the sequence length"
+        )
     return int(tomllib.loads(run.read_text(encoding="utf-8"))["batch"]["sequence_length"])
 
 

@@ -87,7 +87,9 @@ def _check_tensors(weights: SafetensorsFolder, model: ModelSection, vocab_size: 
     extra = [name for name in weights.tensors if name not in wanted and not name.endswith(IGNORED_SUFFIXES)]
     missing = [name for name in wanted if name not in weights.tensors]
     if missing:
-        raise ConfigError(f"{what}: {_some(missing)} missing in {weights.folder}: config.json describes another model, or files are missing")
+        raise ConfigError(
+            f"{what}: {_some(missing)} missing in {weights.folder}: config.json describes another model, or files are missing"
+        )
     if model.tied_embeddings and "lm_head.weight" in extra:
         _check_tied(weights, what)
         extra.remove("lm_head.weight")
@@ -279,7 +281,9 @@ def write_huggingface(
     (dtype, *others) = weights.dtypes()
     if others:
         dtype = torch.float32
-    config = config_from_model(model, vocab_size=info.vocab_size, dtype=_HF_DTYPES[dtype], max_positions=max_positions, special_ids=special_ids)
+    config = config_from_model(
+        model, vocab_size=info.vocab_size, dtype=_HF_DTYPES[dtype], max_positions=max_positions, special_ids=special_ids
+    )
     hidden = output.with_name(f".incomplete-{output.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)

@@ -105,7 +105,9 @@ class TensorReader:
     def __init__(self, folder: Path, *, what: str) -> None:
         self.folder, self._what = folder, what
         self._metadata = read_metadata(folder, what=what)
-        self._stored = {name: found for name, found in self._metadata.state_dict_metadata.items() if isinstance(found, TensorStorageMetadata)}
+        self._stored = {
+            name: found for name, found in self._metadata.state_dict_metadata.items() if isinstance(found, TensorStorageMetadata)
+        }
         self.tensors = {name: TensorInfo(tuple(found.size), found.properties.dtype) for name, found in self._stored.items()}
         self._reader = FileSystemReader(str(folder))
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)

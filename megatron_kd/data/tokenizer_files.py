@@ -29,7 +29,9 @@ def huggingface_files(path: Path) -> dict[str, bytes]:
         model = path.read_bytes()
         processor.LoadFromSerializedProto(model)
     except (OSError, RuntimeError):
-        raise ConfigError(f"the tokenizer {path} has no form that transformers reads: give a SentencePiece .model or tokenizer.json") from None
+        raise ConfigError(
+            f"the tokenizer {path} has no form that transformers reads: give a SentencePiece .model or tokenizer.json"
+        ) from None
     return {"tokenizer.model": model, "tokenizer_config.json": json.dumps(_llama_config(processor), indent=2).encode() + b"\n"}
 
 

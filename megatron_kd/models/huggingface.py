@@ -158,7 +158,9 @@ def _family(config: Mapping[str, Any], what: str) -> Family:
     if kind not in FAMILIES:
         raise ConfigError(f"{what}: config.json says model_type {kind!r}: only {', '.join(FAMILIES)} (dense) can be converted")
     if config.get("auto_map"):
-        raise ConfigError(f"{what}: config.json asks for model code of its own (auto_map), which is never run: convert a plain {kind} model")
+        raise ConfigError(
+            f"{what}: config.json asks for model code of its own (auto_map), which is never run: convert a plain {kind} model"
+        )
     architectures = config.get("architectures") or [FAMILIES[kind].architecture]
     if architectures != [FAMILIES[kind].architecture]:
         raise ConfigError(f"{what}: config.json says architectures {architectures}: only {FAMILIES[kind].architecture} can be converted")
@@ -186,7 +188,9 @@ def _window(config: Mapping[str, Any], window: int | None, what: str) -> int | N
     layers, kinds = config["num_hidden_layers"], config.get("layer_types")
     full = kinds.count("full_attention") if kinds else min(config.get("max_window_layers", 28), layers)
     if 0 < full < layers:
-        raise ConfigError(f"{what}: config.json gives a sliding window to {layers - full} of {layers} layers: only all or none are supported")
+        raise ConfigError(
+            f"{what}: config.json gives a sliding window to {layers - full} of {layers} layers: only all or none are supported"
+        )
     return window if full == 0 else None
 
 
@@ -262,7 +266,11 @@ def config_from_model(
     if kind == "mistral":
         config["sliding_window"] = window
     elif kind != "llama":
-        config |= {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0 if window else model.num_layers}
+        config |= {
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+            "max_window_layers": 0 if window else model.num_layers,
+        }
     if kind == "llama":
         config |= {"attention_bias": False, "mlp_bias": False}
     return config

@@ -92,7 +92,9 @@ class SafetensorsFolder:
             with safe_open(file, framework="pt") as stream:
                 for name in stream.keys():
                     if name in self.tensors:
-                        raise ConfigError(f"{self._what}: {name} is in {self.tensors[name].file.name} and in {file.name}: remove one of them")
+                        raise ConfigError(
+                            f"{self._what}: {name} is in {self.tensors[name].file.name} and in {file.name}: remove one of them"
+                        )
                     entry = stream.get_slice(name)
                     kind = entry.get_dtype()
                     self.tensors[name] = StoredTensor(file, tuple(entry.get_shape()), _DTYPES.get(kind), kind)

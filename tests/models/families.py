@@ -113,11 +113,16 @@ def _there_and_back(folder: Path, name: str, seed: int, tokens: torch.Tensor) ->
 def _difference(folder: Path, groups: Any, parallel: Any, tokens: torch.Tensor) -> float:
     """Largest difference of our logits from transformers' on any rank that has them."""
     from megatron_kd.checkpoint.store import find_checkpoint, read_info
-    from megatron_kd.train.compare import our_logits
+    from megatron_kd.telemetry.memory import rank_parameters
+    from megatron_kd.train.frozen import FrozenModel
 
     checkpoint = find_checkpoint(folder / "ours", what="test")
-    ours = our_logits(checkpoint, read_info(checkpoint, what="test"), groups, parallel, tokens)
+    info = read_info(checkpoint, what="test")
+    model = FrozenModel(checkpoint, info, groups, parallel, precision="fp32", sequence_length=TOKENS)
+    place = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "stage": groups.pipeline_rank}
+    assert sum(weight.numel() for weight in model.chunk.parameters()) == rank_parameters(info.model_section(), VOCAB, **place), folder
+    hidden = model.hidden(tokens)
     wanted = torch.load(folder / "wanted.pt", weights_only=True)
-    worst = torch.tensor(0.0 if ours is None else float((ours - wanted).abs().max()))
+    worst = torch.tensor(0.0 if hidden is None else float((model.logits(hidden).transpose(0, 1) - wanted).abs().max()))
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return float(worst)
