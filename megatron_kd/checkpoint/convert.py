@@ -21,6 +21,7 @@ from megatron_kd.checkpoint.store import CheckpointInfo, PendingCheckpoint
 from megatron_kd.checkpoint.tensors import Piece, TensorReader, write_pieces
 from megatron_kd.config import ConfigError, ModelSection
 from megatron_kd.config.durable import sync_path
+from megatron_kd.config.jsonfile import read_json
 from megatron_kd.models.huggingface import (
     EXTRA_STATES,
     IGNORED_SUFFIXES,
@@ -32,7 +33,7 @@ from megatron_kd.models.huggingface import (
     their_names,
     their_shapes,
 )
-from megatron_kd.models.safetensors import SafetensorsFolder, read_json, write_safetensors
+from megatron_kd.models.safetensors import SafetensorsFolder, write_safetensors
 from megatron_kd.parallel.shards import padded_vocab_size
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

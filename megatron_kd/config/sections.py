@@ -19,16 +19,26 @@ from megatron_kd.config.model import Section as Section
 class TeacherSection(Section):
     """Where the distillation targets come from."""
 
-    source: Literal["none", "online", "cached"] = Field(
+    source: Literal["none", "online", "cached", "huggingface"] = Field(
         default="none",
         description='"none": plain pretraining. "online": a frozen teacher runs forward in every step. "cached": its targets were stored '
-        "by tools/cache_teacher.py.",
+        'by tools/cache_teacher.py. "huggingface": as online, a local model folder that transformers runs.',
     )
     checkpoint: Path | None = Field(
         default=None,
         description="Checkpoint of the teacher: a run directory, its checkpoints folder, or one step-* folder. Needed for online; with "
-        "cached, the cache must have been made by it.",
+        "cached, the cache must have been made by it. huggingface: a local folder with config.json and safetensors.",
     )
+    tokenizer: Path | None = Field(
+        default=None,
+        description="huggingface: the teacher's tokenizer, whose vocabulary must be that of data.tokenizer. Unset: the one in its folder.",
+    )
+    shard_parameters: Literal["auto", "zero3", "none"] = Field(
+        default="auto",
+        description="huggingface: zero3 spreads the teacher's weights over all ranks (DeepSpeed ZeRO-3); none: whole on each rank; auto: "
+        "zero3 where deepspeed is installed and there are ranks to spread over.",
+    )
+    offload: bool = Field(default=False, description="huggingface with zero3: keep the spread weights in CPU memory between uses.")
     cache: str | None = Field(default=None, description="Folder of the cache, or a URL that fsspec knows (s3://...). Needed for cached.")
     on_miss: Literal["error", "online"] = Field(
         default="error",
@@ -37,8 +47,8 @@ class TeacherSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TeacherSection:
-        if self.source == "online" and self.checkpoint is None:
-            raise ValueError('source = "online" needs teacher.checkpoint')
+        if self.source in ("online", "huggingface") and self.checkpoint is None:
+            raise ValueError(f'source = "{self.source}" needs teacher.checkpoint')
         if self.source == "cached" and self.cache is None:
             raise ValueError('source = "cached" needs teacher.cache')
         if self.source == "cached" and self.on_miss == "online" and self.checkpoint is None:

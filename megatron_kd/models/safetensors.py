@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from megatron_kd.config import ConfigError
 from megatron_kd.config.durable import sync_path
+from megatron_kd.config.jsonfile import read_json
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 INDEX = "model.safetensors.index.json"
@@ -103,19 +103,6 @@ class SafetensorsFolder:
 
     def _damaged(self, file: Path, error: Exception) -> ConfigError:
         return ConfigError(f"{self._what}: {file} is truncated or damaged ({str(error).splitlines()[0][:160]}): use another copy")
-
-
-def read_json(path: Path, *, what: str) -> dict[str, Any]:
-    """A JSON object. ConfigError naming `what` where the file is missing or is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object")
-    except FileNotFoundError:
-        raise ConfigError(f"{what}: {path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{what}: {path} cannot be read as JSON ({error})") from error
-    return content
 
 
 def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int) -> None:

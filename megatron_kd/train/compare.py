@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_kd.checkpoint.store import CheckpointInfo
-from megatron_kd.config import ConfigError, ParallelSection
+from megatron_kd.config import ParallelSection
+from megatron_kd.models.transformers_model import load_causal_lm
 from megatron_kd.parallel.groups import Groups
 from megatron_kd.train.frozen import FrozenModel
 
@@ -49,24 +50,6 @@ def huggingface_logits(folder: Path, tokens: Tensor) -> Tensor:
     model = load_causal_lm(folder, torch.float32, what="check")
     logits: Tensor = model(input_ids=tokens).logits
     return logits.float()
-
-
-def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> torch.nn.Module:
-    """AutoModelForCausalLM of a local folder with safetensors: nothing is downloaded and no code of the folder is run."""
-    try:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-    except ImportError:
-        raise ConfigError(f"{what}: transformers is not installed: pip install 'megatron-kd[huggingface]'") from None
-    logging.disable_progress_bar()
-    try:
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{what}: transformers cannot load {folder} ({reason})") from error
-    return model.eval()
 
 
 def compare(ours: Tensor, theirs: Tensor) -> Comparison:

@@ -14,9 +14,10 @@ from megatron_kd.checkpoint.store import (
     read_info,
     step_folder,
 )
-from megatron_kd.config import ConfigError, RunConfig
+from megatron_kd.config import ConfigError, ModelSection, RunConfig
 from megatron_kd.data.indexed import check_token_file, read_index
 from megatron_kd.data.tokenizer import TokenizerInfo, load_tokenizer
+from megatron_kd.train.foreign import check_huggingface_teacher, known_shape
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,14 @@ class Inputs:
     teacher: tuple[Path, CheckpointInfo] | None
     resume: tuple[Path, CheckpointInfo] | None
     initial: Path | None
+    huggingface: Path | None = None
+
+    @property
+    def teacher_model(self) -> ModelSection | None:
+        """Shape of the teacher; None without one, and for one that is not of a family known here."""
+        if self.huggingface is not None:
+            return known_shape(self.huggingface)
+        return self.teacher[1].model_section() if self.teacher is not None else None
 
     @property
     def digest(self) -> str | None:
@@ -62,8 +71,10 @@ def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
                 f"{prefix} holds {read_index(prefix).num_tokens} tokens, fewer than one sequence of batch.sequence_length + 1 = "
                 f"{config.batch.sequence_length + 1}: use more data or a shorter sequence"
             )
-    teacher = None
-    if config.teacher.source != "none" and config.teacher.checkpoint is not None:
+    teacher = huggingface = None
+    if config.teacher.source == "huggingface":
+        huggingface = check_huggingface_teacher(config, vocab_size=vocab_size, digest=digest)
+    elif config.teacher.source != "none" and config.teacher.checkpoint is not None:
         folder = find_checkpoint(config.teacher.checkpoint, what="teacher.checkpoint")
         teacher = folder, read_info(folder, what="teacher.checkpoint")
         check_same_vocabulary(teacher[1], vocab_size=vocab_size, tokenizer=digest, folder=folder, what="teacher.checkpoint")
@@ -76,7 +87,7 @@ def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
         initial = find_checkpoint(config.checkpoint.initialize_from, what="checkpoint.initialize_from")
         info = read_info(initial, what="checkpoint.initialize_from")
         check_same_model(info, config.model, vocab_size=vocab_size, tokenizer=digest, folder=initial, what="checkpoint.initialize_from")
-    return Inputs(vocab_size, tokenizer, teacher, resume, initial)
+    return Inputs(vocab_size, tokenizer, teacher, resume, initial, huggingface)
 
 
 def _checkpoint_to_resume(config: RunConfig, vocab_size: int, digest: str | None) -> tuple[Path, CheckpointInfo] | None:

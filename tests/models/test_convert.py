@@ -15,10 +15,11 @@ from megatron_kd.checkpoint.convert import OurWeights, adopt_checkpoint, open_hu
 from megatron_kd.checkpoint.store import read_info
 from megatron_kd.checkpoint.tensors import TensorReader
 from megatron_kd.config import ConfigError, ModelSection
-from megatron_kd.models.huggingface import config_from_model, model_from_config, rows_of, their_names, their_shapes
+from megatron_kd.models.huggingface import config_from_model, model_from_config, rows_of
 from tests.helpers.ranks import run_ranks
 from tests.losses.cases import fresh_seed
 from tests.models.families import FAMILIES, LAYOUTS, Found, convert_all
+from tests.models.folders import write_folder as write_model
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +49,8 @@ MODEL = ModelSection(
 )
 
 
-def write_folder(folder: Path, model: ModelSection = MODEL, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """A Hugging Face folder of random weights, without transformers."""
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {
-        name: torch.randn(shape, generator=generator).to(dtype)
-        for row, layer in rows_of(model)
-        for name, shape in zip(their_names(row, layer), their_shapes(row, model, model.vocab_size or 0), strict=True)
-    }
-    save_file(tensors, folder / "model.safetensors")
-    config = config_from_model(model, vocab_size=model.vocab_size or 0, dtype="float32", max_positions=64)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+def write_folder(folder: Path, **options: Any) -> Path:
+    return write_model(folder, MODEL, **options)
 
 
 def test_model_section_survives_config_json() -> None:
