@@ -39,6 +39,15 @@ setup(
         "evaluate": ["lm-eval>=0.4.9", "transformers>=5.3", "accelerate>=1.1"],
         "report": ["matplotlib"],
         # triton: its interpreter runs the kernels on CPU tensors in the tests.
-        "test": ["pytest", "pytest-timeout", "ruff", "mypy", "matplotlib", "hypothesis", "transformers>=5.3", "triton; platform_system == 'Linux'"],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "mypy",
+            "matplotlib",
+            "hypothesis",
+            "transformers>=5.3",
+            "triton; platform_system == 'Linux'",
+        ],
     },
 )

@@ -5,6 +5,7 @@ Stages hand hidden states on by plain point-to-point messages: one forward pass 
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,49 @@ from torch import Tensor
 
 from megatron_kd.checkpoint.state import load_weights
 from megatron_kd.checkpoint.store import CheckpointInfo
-from megatron_kd.config import ModelSection, ParallelSection
+from megatron_kd.config import ConfigError, ModelSection, ParallelSection
+from megatron_kd.data.tokenizer import TokenizerInfo, load_tokenizer
 from megatron_kd.models.config import transformer_config
 from megatron_kd.models.model import build_chunks, output_weight
 from megatron_kd.parallel.collectives import all_gather
 from megatron_kd.parallel.groups import Groups
+
+
+def inference_layout(info: CheckpointInfo, *, tensor: int, pipeline: int, world_size: int) -> ParallelSection:
+    """The layout of a frozen model. ConfigError, the same on every rank, where the model or the world does not divide by it."""
+    model = info.model_section()
+    sizes = [
+        ("num_attention_heads", model.num_attention_heads, "tensor", tensor),
+        ("num_query_groups", model.num_query_groups or model.num_attention_heads, "tensor", tensor),
+        ("ffn_hidden_size", model.ffn_hidden_size, "tensor", tensor),
+        ("vocab_size_multiple", model.vocab_size_multiple, "tensor", tensor),
+        ("num_layers", model.num_layers, "pipeline", pipeline),
+    ]
+    if min(tensor, pipeline) < 1:
+        raise ConfigError(f"--tensor ({tensor}) and --pipeline ({pipeline}) must be at least 1")
+    for name, size, option, divisor in sizes:
+        if size % divisor:
+            raise ConfigError(f"the model's {name} ({size}) must be a multiple of --{option} ({divisor})")
+    if world_size % (tensor * pipeline):
+        raise ConfigError(f"{world_size} processes cannot be split into --tensor x --pipeline = {tensor * pipeline}")
+    return ParallelSection(tensor=tensor, pipeline=pipeline)
+
+
+def tokenizer_of(folder: Path, info: CheckpointInfo, given: Path | None) -> tuple[Any, TokenizerInfo]:
+    """The tokenizer of a checkpoint: the one given, or that of its run. ConfigError unless its vocabulary is the model's."""
+    path = given
+    if path is None:
+        run = folder.parent.parent / "config.toml"
+        named = tomllib.loads(run.read_text(encoding="utf-8")).get("data", {}).get("tokenizer") if run.is_file() else None
+        if named is None:
+            raise ConfigError("--tokenizer is needed: the checkpoint is not in a run directory whose config.toml names one")
+        path = Path(named)
+    tokenizer, found = load_tokenizer(path)
+    if info.tokenizer is not None and found.digest != info.tokenizer:
+        raise ConfigError(f"the tokenizer {path} is not the one the model was trained with (digests {found.digest} and {info.tokenizer})")
+    if found.vocab_size > info.vocab_size:
+        raise ConfigError(f"the tokenizer {path} has {found.vocab_size} ids, the model {info.vocab_size}: it belongs to another model")
+    return tokenizer, found
 
 
 class FrozenModel:
