@@ -37,12 +37,13 @@ setup(
         "huggingface": ["transformers>=5.3", "tokenizers"],
         # Each is asked for only where it is used: a .tiktoken file, a tokenizer.json, Slurm through datatrove, fast JSON, chat templates.
         "preprocess": ["datatrove", "jinja2", "orjson", "tiktoken", "tokenizers"],
-        "deepspeed": ["deepspeed"],
+        "deepspeed": ["deepspeed", "accelerate>=1.1"],
+        "evaluate": ["lm-eval>=0.4.9", "transformers>=5.3", "accelerate>=1.1"],
         "report": ["matplotlib"],
         # triton: its interpreter runs the kernels on CPU tensors in the tests.
         "test": [
             *["pytest", "pytest-timeout", "ruff", "mypy", "matplotlib", "hypothesis", "triton; platform_system == 'Linux'"],
-            *["datatrove", "jinja2", "orjson", "tiktoken", "tokenizers"],
+            *["datatrove", "jinja2", "orjson", "tiktoken", "tokenizers", "transformers>=5.3"],
         ],
     },
 )

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ def main() -> int:
     """Parse, build the teacher and the data, extract."""
     arguments, rest = _parser().parse_known_args()
     try:
-        config = load_config(["--config", arguments.config, *_overrides(arguments), *rest])
+        config = load_config(["--config", arguments.config, *_overrides(arguments, rest), *rest])
         if not 0 <= arguments.worker < arguments.workers:
             raise ConfigError(f"--worker ({arguments.worker}) must be in [0, {arguments.workers}), the number of --workers")
         return _extract(config, arguments)
@@ -53,9 +54,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _overrides(arguments: argparse.Namespace) -> list[str]:
-    """A student's own directory is not touched."""
-    return ["--run.directory", str(arguments.output / ".work"), "--teacher.source", "online"]
+def _overrides(arguments: argparse.Namespace, rest: list[str]) -> list[str]:
+    """A student's own directory is not touched, and its teacher runs here, whichever way it would in training."""
+    directory = ["--run.directory", str(arguments.output / ".work")]
+    if any(word.partition("=")[0] == "--teacher.source" for word in rest):
+        return directory
+    try:
+        source = tomllib.loads(Path(arguments.config).read_text(encoding="utf-8")).get("teacher", {}).get("source")
+    except (OSError, ValueError):
+        source = None  # load_config says what is wrong with it
+    return directory + ([] if source == "huggingface" else ["--teacher.source", "online"])
 
 
 def _extract(config: RunConfig, arguments: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_kd.checkpoint.store import CheckpointInfo, PendingCheckpoint, prune
+from megatron_kd.checkpoint.tensors import read_metadata
 from megatron_kd.checkpoint.writer import InProcessSave
 from megatron_kd.config import ConfigError
 
@@ -23,6 +24,9 @@ def _metadata() -> dict[str, Any]:
     Made anew for each call: megatron-core writes the process group of its first use into it.
     """
     return {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+_EXTRA = "_extra_state"
 
 
 class OptimizerState(Protocol):
@@ -56,9 +60,22 @@ def save_checkpoint(
 
 
 def load_weights(folder: Path, models: Sequence[GPTModel], *, what: str) -> None:
-    """Fill the models' parameters from a checkpoint saved in any layout. Collective over the world."""
-    loaded = _load(_model_state(models), folder, what)
-    _into_models(models, loaded)
+    """Fill the models' parameters from a checkpoint saved in any layout. Collective over the world.
+
+    Only tensors are read: the entries without content that layers store beside their weights are pickles, and differ between
+    Transformer Engine's layers and the local ones.
+    """
+    read_metadata(folder, what=what)  # refuses a table of contents that would run code before megatron-core opens it
+    state = _model_state(models)
+    for model in state.values():
+        for name in [name for name in model if name.endswith(_EXTRA)]:
+            del model[name]
+    loaded = _load(state, folder, what)
+    for index, model in enumerate(models):
+        missing, unexpected = model.load_state_dict(loaded[f"model{index}"], strict=False)
+        problems = [*(name for name in missing if not name.endswith(_EXTRA)), *unexpected]
+        if problems:
+            raise ConfigError(f"{what}: checkpoint {folder} does not fit the model: {problems[0]} is on one side only")
 
 
 def load_training_state(folder: Path, models: Sequence[GPTModel], optimizer: OptimizerState, *, what: str) -> None:

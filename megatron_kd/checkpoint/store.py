@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ _STEP = re.compile(r"step-(\d{8})")
 
 # What decides whether weights fit: everything else in the model section may change between runs.
 _SHAPE = ("hidden_size", "num_layers", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size", "vocab_size_multiple")
-_SHAPE += ("tied_embeddings", "qk_norm", "qkv_bias", "norm_eps", "rope_base")
+_SHAPE += ("tied_embeddings", "qk_norm", "qkv_bias", "norm_eps", "rope_base", "rope_scaling_factor", "rope_low_frequency_factor")
+_SHAPE += ("rope_high_frequency_factor", "rope_original_length", "sliding_window")
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,10 @@ class PendingCheckpoint:
         sync_path(self.final.parent)
 
 
-def checkpoint_digest(folder: Path) -> str:
-    """SHA-256, hex, over the names and contents of a checkpoint's files. Reads all of them."""
+def checkpoint_digest(folder: Path, patterns: Iterable[str] = ("*",)) -> str:
+    """SHA-256, hex, over the names and contents of a checkpoint's files (those of a pattern). Reads all of them."""
     total = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         with open(path, "rb") as stream:
             total.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()

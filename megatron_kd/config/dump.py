@@ -21,6 +21,11 @@ def dump_toml(config: RunConfig) -> str:
     return "\n".join(_section_lines(config, "")).lstrip("\n") + "\n"
 
 
+def section_toml(section: BaseModel, name: str) -> str:
+    """One section as the table `name` of a run file."""
+    return "\n".join([f"[{name}]", *_section_lines(section, f"{name}.")]) + "\n"
+
+
 def _section_lines(section: BaseModel, prefix: str) -> list[str]:
     """Lines of a section's own values, then those of its tables and sections: in TOML a header ends the keys of the table before it."""
     lines, tables = [], []

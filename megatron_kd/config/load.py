@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliSettingsSource
 
 from megatron_kd.config.dump import dump_toml
+from megatron_kd.config.presets import PRESETS
 from megatron_kd.config.run import ConfigError, RunConfig
 
 _PROGRAM = "python -m megatron_kd.pretrain"
@@ -54,7 +55,7 @@ def load_config(argv: Sequence[str], *, prog: str = _PROGRAM) -> RunConfig:
     if "--help" in argv or "-h" in argv:
         source(args=["--help"])
     path, texts = _split_arguments(argv)
-    overrides = _decode_overrides(texts, source)
+    overrides = _with_preset(_decode_overrides(texts, source))
     values = {} if path is None else _flatten(_read_toml(path), path)
     if path is None and not overrides:
         raise ConfigError(f"no run file: start with {prog} {_USAGE} (--help lists every key)")
@@ -233,6 +234,13 @@ def _decode_overrides(texts: Mapping[str, list[str]], source: CliSettingsSource[
         overrides[key] = value
     _raise(problems)
     return overrides
+
+
+def _with_preset(overrides: dict[str, Any]) -> dict[str, Any]:
+    """A preset on the command line wins over the run file's keys, like every override; other overrides win over it."""
+    preset = overrides.get("model.preset")
+    filled = {f"model.{name}": value for name, value in PRESETS.get(preset, {}).items()} if preset is not None else {}
+    return {**filled, **overrides}
 
 
 # --- run file -----------------------------------------------------------------------------------------------------------------------------

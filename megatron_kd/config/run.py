@@ -67,6 +67,9 @@ class RunConfig(Section):
         if parallel.sequence_parallel:
             sizes.append(("batch.sequence_length", batch.sequence_length, "parallel.tensor (sequence_parallel)", tensor))
         found = [f"{name} ({size}) must be a multiple of {by} ({divisor})" for name, size, by, divisor in sizes if size % divisor]
+        window = model.window_problem(batch.sequence_length)
+        if window is not None:
+            found.append(f"batch.sequence_length {window}")
         if model.vocab_size is None and self.data.tokenizer is None:
             found.append("set model.vocab_size or data.tokenizer: one of them must give the vocabulary size")
         selects = self.teacher.source != "none" or self.capture.directory is not None

@@ -7,91 +7,39 @@ checked on a login node in milliseconds. Every field says its unit and range: `-
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from megatron_kd.config.divergences import DivergenceName, sparse_problem
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, and a key that is not a field is an error.
-
-    The message of a section's own check starts with the name of the field it is about, so that the section's name fits in front of it.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ModelSection(Section):
-    """Shape of the student: a Llama-style decoder (RoPE, RMSNorm, SwiGLU, grouped-query attention)."""
-
-    hidden_size: int = Field(gt=0, description="Width of the residual stream. Multiple of parallel.tensor.")
-    num_layers: int = Field(gt=0, description="Decoder layers. Divides by parallel.pipeline * parallel.virtual_pipeline.")
-    num_attention_heads: int = Field(gt=0, description="Query heads. Multiple of parallel.tensor.")
-    num_query_groups: int | None = Field(
-        default=None,
-        gt=0,
-        description="Key/value heads (grouped-query attention). Unset: as many as query heads.",
-    )
-    head_dim: int | None = Field(default=None, gt=0, description="Width of one head, even. Unset: hidden_size / num_attention_heads.")
-    ffn_hidden_size: int = Field(gt=0, description="Inner width of the SwiGLU block. Multiple of parallel.tensor.")
-    vocab_size: int | None = Field(default=None, gt=1, description="True vocabulary size (ids). Unset: that of data.tokenizer.")
-    vocab_size_multiple: int = Field(
-        default=128,
-        gt=0,
-        description="The vocabulary is padded to a multiple of this (never to one of the layout, so checkpoints move between layouts). "
-        "Padding ids take no probability.",
-    )
-    tied_embeddings: bool = Field(default=False, description="Share the input embedding with the output head.")
-    qk_norm: bool = Field(default=False, description="RMSNorm on queries and keys, per head (Qwen3).")
-    qkv_bias: bool = Field(default=False, description="Bias on the query/key/value projection (Qwen2).")
-    norm_eps: float = Field(default=1e-5, gt=0, description="Epsilon of RMSNorm.")
-    rope_base: float = Field(default=10000.0, gt=1, description="Base of the rotary position embedding.")
-    init_std: float = Field(
-        default=0.02,
-        gt=0,
-        description="Standard deviation of initial weights; output projections use init_std / sqrt(2 * num_layers).",
-    )
-    hidden_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout after attention and MLP, probability in [0, 1).")
-    attention_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on attention weights, probability in [0, 1).")
-    recompute: Literal["none", "full"] = Field(
-        default="none",
-        description="Activation recomputation in the backward pass: none, or every layer (saves memory, costs a forward).",
-    )
-    mcore: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Further fields of megatron-core's TransformerConfig, passed through by name.",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelSection:
-        groups = self.num_query_groups or self.num_attention_heads
-        if self.num_attention_heads % groups:
-            raise ValueError(f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_query_groups ({groups})")
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads ({self.num_attention_heads}), or set head_dim"
-            )
-        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if head_dim % 2:
-            raise ValueError(f"head_dim ({head_dim}) must be even: rotary embedding turns pairs")
-        return self
+from megatron_kd.config.model import ModelSection as ModelSection
+from megatron_kd.config.model import Section as Section
 
 
 class TeacherSection(Section):
     """Where the distillation targets come from."""
 
-    source: Literal["none", "online", "cached"] = Field(
+    source: Literal["none", "online", "cached", "huggingface"] = Field(
         default="none",
         description='"none": plain pretraining. "online": a frozen teacher runs forward in every step. "cached": its targets were stored '
-        "by tools/cache_teacher.py, or by itself while it trained ([capture]).",
+        'by tools/cache_teacher.py, or by itself while it trained ([capture]). "huggingface": as online, a local model folder that '
+        "transformers runs.",
     )
     checkpoint: Path | None = Field(
         default=None,
         description="Checkpoint of the teacher: a run directory, its checkpoints folder, or one step-* folder. Needed for online; with "
-        "cached, the cache must have been made by it.",
+        "cached, the cache must have been made by it. huggingface: a local folder with config.json and safetensors.",
     )
+    tokenizer: Path | None = Field(
+        default=None,
+        description="huggingface: the teacher's tokenizer, whose vocabulary must be that of data.tokenizer. Unset: the one in its folder.",
+    )
+    shard_parameters: Literal["auto", "zero3", "none"] = Field(
+        default="auto",
+        description="huggingface: zero3 spreads the teacher's weights over all ranks (DeepSpeed ZeRO-3); none: whole on each rank; auto: "
+        "zero3 where deepspeed is installed and there are ranks to spread over.",
+    )
+    offload: bool = Field(default=False, description="huggingface with zero3: keep the spread weights in CPU memory between uses.")
     cache: str | None = Field(default=None, description="Folder of the cache, or a URL that fsspec knows (s3://...). Needed for cached.")
     on_miss: Literal["error", "online"] = Field(
         default="error",
@@ -100,8 +48,8 @@ class TeacherSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TeacherSection:
-        if self.source == "online" and self.checkpoint is None:
-            raise ValueError('source = "online" needs teacher.checkpoint')
+        if self.source in ("online", "huggingface") and self.checkpoint is None:
+            raise ValueError(f'source = "{self.source}" needs teacher.checkpoint')
         if self.source == "cached" and self.cache is None:
             raise ValueError('source = "cached" needs teacher.cache')
         if self.source == "cached" and self.on_miss == "online" and self.checkpoint is None:

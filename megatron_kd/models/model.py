@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_kd.config import ModelSection
+from megatron_kd.models.rope import scale_rotary
 from megatron_kd.models.specs import block_spec
 from megatron_kd.parallel.groups import Groups
 from megatron_kd.parallel.shards import padded_vocab_size
@@ -51,12 +52,13 @@ def build_chunks(
             post_process=last,
             share_embeddings_and_output_weights=model.tied_embeddings,
             position_embedding_type="rope",
-            rotary_base=int(model.rope_base),
+            rotary_base=model.rope_base,
             pg_collection=groups.collection,
             vp_stage=stage if virtual else None,
         )
         if last:
             chunk.output_layer = _hidden_states_output(chunk, config, groups)
+        scale_rotary(chunk, model)
         chunks.append(chunk.to(device=groups.platform.device, dtype=config.params_dtype))
     return chunks
 

@@ -66,7 +66,8 @@ class SDPACoreAttention(MegatronModule):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_unused: Any) -> Tensor:
         """query [S, B, h, d], key and value [S, B, g, d] -> [S, B, h * d].
 
-        attention_mask: bool [B, 1, S, S], true where a query sees a key (torch's meaning, not megatron-core's); None: causal.
+        attention_mask: bool [B, 1, S, S], true where a query sees a key (torch's meaning, not megatron-core's); None: causal. A single
+        query may follow more keys (it continues a cached sequence): it sees all of them.
         """
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         repeats = q.shape[1] // k.shape[1]
@@ -82,5 +83,8 @@ class SDPACoreAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None) -> Tensor:
-        grouped, causal = q.shape[1] != k.shape[1], mask is None
+        grouped, continued = q.shape[1] != k.shape[1], q.shape[2] != k.shape[2]
+        if continued and (q.shape[2] != 1 or mask is not None):
+            raise ValueError(f"{q.shape[2]} queries cannot continue a cache of {k.shape[2]} keys: one at a time, without a mask")
+        causal = mask is None and not continued
         return scaled_dot_product_attention(q, k, v, mask, is_causal=causal, dropout_p=dropout, scale=self.scale, enable_gqa=grouped)

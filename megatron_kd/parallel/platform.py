@@ -150,6 +150,9 @@ def _send_cuda_devices_to_cpu() -> None:
 
         return make
 
+    # `with torch.device("meta"):` knows factories from a list made at its first use: it must see the real ones, or models that are
+    # built under it (transformers does) come out half on the CPU and keep uninitialised buffers.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
     real_type = torch.Tensor.type

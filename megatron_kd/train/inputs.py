@@ -14,9 +14,10 @@ from megatron_kd.checkpoint.store import (
     read_info,
     step_folder,
 )
-from megatron_kd.config import ConfigError, RunConfig
+from megatron_kd.config import ConfigError, ModelSection, RunConfig
 from megatron_kd.data.indexed import check_token_file, packed_length, read_index
 from megatron_kd.data.tokenizer import TokenizerInfo, load_tokenizer
+from megatron_kd.train.foreign import check_huggingface_teacher, known_shape
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,14 @@ class Inputs:
     teacher: tuple[Path, CheckpointInfo] | None
     resume: tuple[Path, CheckpointInfo] | None
     initial: Path | None
+    huggingface: Path | None = None
+
+    @property
+    def teacher_model(self) -> ModelSection | None:
+        """Shape of the teacher; None without one, and for one that is not of a family known here."""
+        if self.huggingface is not None:
+            return known_shape(self.huggingface)
+        return self.teacher[1].model_section() if self.teacher is not None else None
 
     @property
     def digest(self) -> str | None:
@@ -65,18 +74,23 @@ def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
                 f"{config.batch.sequence_length + 1}: use more data or a shorter sequence"
             )
         _check_packed(config, prefix)
-    teacher = None
-    if config.teacher.source != "none" and config.teacher.checkpoint is not None:
+    teacher = huggingface = None
+    if config.teacher.source == "huggingface":
+        huggingface = check_huggingface_teacher(config, vocab_size=vocab_size, digest=digest)
+    elif config.teacher.source != "none" and config.teacher.checkpoint is not None:
         folder = find_checkpoint(config.teacher.checkpoint, what="teacher.checkpoint")
         teacher = folder, read_info(folder, what="teacher.checkpoint")
         check_same_vocabulary(teacher[1], vocab_size=vocab_size, tokenizer=digest, folder=folder, what="teacher.checkpoint")
+        window = teacher[1].model_section().window_problem(config.batch.sequence_length)
+        if window is not None:
+            raise ConfigError(f"teacher.checkpoint: {folder}: batch.sequence_length {window}")
     resume = _checkpoint_to_resume(config, vocab_size, digest)
     initial = None
     if resume is None and config.checkpoint.initialize_from is not None:
         initial = find_checkpoint(config.checkpoint.initialize_from, what="checkpoint.initialize_from")
         info = read_info(initial, what="checkpoint.initialize_from")
         check_same_model(info, config.model, vocab_size=vocab_size, tokenizer=digest, folder=initial, what="checkpoint.initialize_from")
-    return Inputs(vocab_size, tokenizer, teacher, resume, initial)
+    return Inputs(vocab_size, tokenizer, teacher, resume, initial, huggingface)
 
 
 def _check_packed(config: RunConfig, prefix: str) -> None:

@@ -113,8 +113,9 @@ def _stopwatch(run: Run) -> Stopwatch:
     config, device = run.config, run.groups.platform.device
     size = config.batch.sequence_length
     flops = flops_per_token(config.model, run.inputs.vocab_size, size)
-    if run.inputs.teacher is not None:
-        flops += flops_per_token(run.inputs.teacher[1].model_section(), run.inputs.vocab_size, size, forward_only=True)
+    teacher = run.inputs.teacher_model
+    if teacher is not None:
+        flops += flops_per_token(teacher, run.inputs.vocab_size, size, forward_only=True)
     peak = config.telemetry.peak_tflops
     if peak is None:
         named = run.groups.platform.is_cuda

@@ -11,10 +11,13 @@ from megatron_kd.config import ConfigError, RunConfig
 from megatron_kd.data.batches import Attach
 from megatron_kd.parallel.collectives import from_rank_zero, raise_together
 from megatron_kd.parallel.groups import Groups
+from megatron_kd.parallel.shards import padded_vocab_size
 from megatron_kd.targets import SampleSelection, Selection, TopSelection
 from megatron_kd.teacher.cached import CachedTeacher
+from megatron_kd.teacher.huggingface import HuggingFaceTeacher
 from megatron_kd.teacher.online import OnlineTeacher
 from megatron_kd.teacher.source import NoTeacher, TeacherSource
+from megatron_kd.train.foreign import use_zero3
 from megatron_kd.train.inputs import Inputs
 
 
@@ -45,12 +48,31 @@ def online_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> OnlineT
     return teacher
 
 
+def huggingface_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> HuggingFaceTeacher:
+    """The teacher of a Hugging Face folder. Collective over the world; ConfigError on every rank where it cannot serve."""
+    assert inputs.huggingface is not None
+    return HuggingFaceTeacher(
+        inputs.huggingface,
+        groups,
+        None if config.distill.dense else selection_of(config),
+        precision=config.train.precision,
+        vocab_size=inputs.vocab_size,
+        rows=padded_vocab_size(inputs.vocab_size, config.model.vocab_size_multiple) // config.parallel.tensor,
+        sequence_parallel=config.parallel.sequence_parallel,
+        chunk_tokens=config.distill.chunk_tokens,
+        zero3=use_zero3(config.teacher.shard_parameters, groups.world_size),
+        offload=config.teacher.offload,
+    )
+
+
 def build_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> TeacherSource:
     """The teacher of [teacher]. Collective over the world; ConfigError on every rank where its cache does not fit."""
     if config.teacher.source == "none":
         return NoTeacher()
     if config.teacher.source == "online":
         return online_teacher(config, inputs, groups)
+    if config.teacher.source == "huggingface":
+        return huggingface_teacher(config, inputs, groups)
     reader = _open_cache(config, inputs)
     fallback = online_teacher(config, inputs, groups) if config.teacher.on_miss == "online" else None
     return CachedTeacher(reader, decodes=groups.is_last_stage, fallback=fallback)
@@ -97,14 +119,17 @@ def _open_cache(config: RunConfig, inputs: Inputs) -> CacheReader:
 
 def _teacher_digest(inputs: Inputs) -> str | None:
     """Digest of teacher.checkpoint, computed by rank 0 for all; None where no checkpoint is named."""
-    if inputs.teacher is None:
+    folder = inputs.huggingface or (inputs.teacher[0] if inputs.teacher is not None else None)
+    if folder is None:
         return None
-    folder = inputs.teacher[0]
-    return from_rank_zero(lambda: checkpoint_digest(folder))
+    # A model folder may hold anything beside the model.
+    names = ("config.json", "*.safetensors") if inputs.huggingface is not None else ("*",)
+    return from_rank_zero(lambda: checkpoint_digest(folder, names))
 
 
-def build_extraction(config: RunConfig, inputs: Inputs, groups: Groups, *, value_encoding: str) -> tuple[OnlineTeacher, CacheIdentity]:
+def build_extraction(config: RunConfig, inputs: Inputs, groups: Groups, *, value_encoding: str) -> tuple[TeacherSource, CacheIdentity]:
     """The teacher of a run file, ready to be stored, and the identity of its cache. Collective over the world."""
     digest = _teacher_digest(inputs)
     assert digest is not None
-    return online_teacher(config, inputs, groups), identity_of(config, inputs, teacher=digest, value_encoding=value_encoding)
+    build = huggingface_teacher if inputs.huggingface is not None else online_teacher
+    return build(config, inputs, groups), identity_of(config, inputs, teacher=digest, value_encoding=value_encoding)

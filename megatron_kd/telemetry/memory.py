@@ -1,0 +1,91 @@
+"""How many bytes a run takes on each rank: exact for weights, gradients and optimizer state, an estimate for activations.
+
+Of a pipeline the fullest stage counts. Not counted: the framework itself, communication buffers, fragmentation, the output head's
+chunk of logits, and the samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_kd.config.model import ModelSection
+from megatron_kd.config.run import RunConfig
+from megatron_kd.parallel.shards import padded_vocab_size
+
+_BYTES = {"bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank. stage: pipeline stage. optimizer: fp32 main weights (bf16 training) and Adam's two moments."""
+
+    stage: int
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    teacher: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.teacher
+
+
+def rank_parameters(model: ModelSection, vocab_size: int, *, tensor: int, pipeline: int, stage: int) -> int:
+    """Weights that one rank of a pipeline stage holds, padding rows of the vocabulary included. Norms are on every tensor rank."""
+    width = model.head_dim or model.hidden_size // model.num_attention_heads
+    queries, keys = model.num_attention_heads * width, (model.num_query_groups or model.num_attention_heads) * width
+    matrices = model.hidden_size * (2 * queries + 2 * keys) + 3 * model.hidden_size * model.ffn_hidden_size
+    biases = queries + 2 * keys if model.qkv_bias else 0
+    layer = (matrices + biases) // tensor + 2 * model.hidden_size + (2 * width if model.qk_norm else 0)
+    table = padded_vocab_size(vocab_size, model.vocab_size_multiple) // tensor * model.hidden_size
+    first, last = stage == 0, stage == pipeline - 1
+    # A tied head on another stage than the embedding is a copy of it.
+    tables = int(first) + int(last and not (first and model.tied_embeddings))
+    return model.num_layers // pipeline * layer + tables * table + (model.hidden_size if last else 0)
+
+
+def activation_bytes(config: RunConfig, *, stage: int, num_microbatches: int) -> int:
+    """What is kept for the backward pass at the fullest moment of 1F1B, in the layers of one stage.
+
+    Per token and layer, with attention that keeps no scores: input and output of two norms (4 H), query and attention output
+    (2 Q), key and value (2 K), gate, up and their product (3 F); Q, K and F split over the tensor group, H only under sequence
+    parallelism. With full recomputation: each layer's input, and one layer in full. After Korthikanti et al., arXiv 2205.05198.
+    """
+    model, parallel = config.model, config.parallel
+    width = model.head_dim or model.hidden_size // model.num_attention_heads
+    queries, keys = model.num_attention_heads * width, (model.num_query_groups or model.num_attention_heads) * width
+    split = parallel.tensor if parallel.sequence_parallel else 1
+    full = 4 * model.hidden_size / split + (2 * queries + 2 * keys + 3 * model.ffn_hidden_size) / parallel.tensor
+    layers = model.num_layers // parallel.pipeline
+    tokens = config.batch.micro_batch_size * config.batch.sequence_length
+    in_flight = min(parallel.pipeline - stage, num_microbatches)
+    per_token = layers * full * in_flight
+    if model.recompute == "full":
+        per_token = layers * in_flight * model.hidden_size / split + full
+    return int(tokens * per_token * _BYTES[config.train.precision])
+
+
+def run_memory(config: RunConfig, vocab_size: int, *, world_size: int, teacher: ModelSection | None = None) -> list[RankMemory]:
+    """One entry per pipeline stage. ConfigError where `world_size` does not fit the layout."""
+    parallel, precision = config.parallel, config.train.precision
+    data, microbatches = config.data_parallel_size(world_size), config.num_microbatches(world_size)
+    states = 2 + (precision == "bf16")
+    found = []
+    for stage in range(parallel.pipeline):
+        place = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "stage": stage}
+        count = rank_parameters(config.model, vocab_size, **place)
+        found.append(
+            RankMemory(
+                stage=stage,
+                parameters=count,
+                weights=count * _BYTES[precision],
+                gradients=count * 4,
+                optimizer=4 * states * (-(-count // data) if config.optimizer.distributed else count),
+                activations=activation_bytes(config, stage=stage, num_microbatches=microbatches),
+                teacher=0 if teacher is None else rank_parameters(teacher, vocab_size, **place) * _BYTES[precision],
+            )
+        )
+    return found

@@ -1,0 +1,223 @@
+"""Hugging Face folders in and out: the same weights, the same logits in every layout, and named errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_kd.checkpoint.convert import OurWeights, adopt_checkpoint, open_huggingface, write_checkpoint, write_huggingface
+from megatron_kd.checkpoint.store import read_info
+from megatron_kd.checkpoint.tensors import TensorReader
+from megatron_kd.config import ConfigError, ModelSection
+from megatron_kd.models.huggingface import config_from_model, model_from_config, rows_of
+from tests.helpers.ranks import run_ranks
+from tests.losses.cases import fresh_seed
+from tests.models.families import FAMILIES, LAYOUTS, Found, convert_all
+from tests.models.folders import write_folder as write_model
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    return run_ranks(convert_all, 2, tmp_path_factory.mktemp("families"), fresh_seed())[0]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_agree_with_transformers(converted: dict[str, Found], name: str) -> None:
+    found = converted[name]
+    assert found.scale > 1.0, "logits too small to tell models apart"
+    for layout in LAYOUTS:
+        assert found.difference[layout] <= 1e-4, (layout, found)
+    assert found.back and found.again == 0.0
+
+
+MODEL = ModelSection(
+    hidden_size=16,
+    num_layers=2,
+    num_attention_heads=4,
+    num_query_groups=2,
+    ffn_hidden_size=24,
+    vocab_size=50,
+    vocab_size_multiple=16,
+    qkv_bias=True,
+)
+
+
+def write_folder(folder: Path, **options: Any) -> Path:
+    return write_model(folder, MODEL, **options)
+
+
+def test_model_section_survives_config_json() -> None:
+    tied = {"tied_embeddings": True, "rope_base": 5e5, "norm_eps": 1e-6}
+    scaled = {"rope_scaling_factor": 32.0, "rope_original_length": 4096, "rope_low_frequency_factor": 2.0}
+    for changes in (tied, scaled, {"qk_norm": True, "qkv_bias": False, "head_dim": 8}, {"qkv_bias": False, "sliding_window": 32}):
+        model = ModelSection.model_validate({**MODEL.model_dump(), "vocab_size_multiple": 128, "head_dim": 4, **changes})
+        config = config_from_model(model, vocab_size=50, dtype="float32", max_positions=64)
+        assert model_from_config(json.loads(json.dumps(config)), what="test") == model
+
+
+def test_vocabulary_is_cut_and_padded(tmp_path: Path) -> None:
+    """Rows past the true size are zero, whatever padding the folder had; the export has the true rows alone."""
+    source = open_huggingface(write_folder(tmp_path / "theirs", seed=fresh_seed()), vocab_size=45, vocab_size_multiple=16)
+    folder = write_checkpoint(tmp_path / "ours", source, tokenizer="0" * 64)
+    info = read_info(folder, what="test")
+    assert (info.vocab_size, info.tokenizer, info.precision, info.step) == (45, "0" * 64, "fp32", 0)
+    theirs = load_file(tmp_path / "theirs/model.safetensors")
+    reader = TensorReader(folder, what="test")
+    for ours, name in (("embedding.word_embeddings.weight", "model.embed_tokens.weight"), ("output_layer.weight", "lm_head.weight")):
+        assert reader.tensors[ours].shape == (48, 16)
+        rows = reader.read(ours, (0, 0), (48, 16))
+        assert torch.equal(rows[:45], theirs[name][:45]) and not rows[45:].any()
+        assert torch.equal(reader.read(ours, (3, 5), (7, 2)), theirs[name][3:10, 5:7])
+    write_huggingface(tmp_path / "back", folder, info, max_positions=64)
+    assert torch.equal(load_file(tmp_path / "back/model.safetensors")["lm_head.weight"], theirs["lm_head.weight"][:45])
+
+
+def test_types(tmp_path: Path) -> None:
+    """bf16 stays bf16; fp16, which bf16 cannot hold, becomes fp32."""
+    for dtype, precision in ((torch.bfloat16, "bf16"), (torch.float16, "fp32")):
+        source = open_huggingface(write_folder(tmp_path / str(dtype), dtype=dtype))
+        folder = write_checkpoint(tmp_path / precision, source, tokenizer=None)
+        info = read_info(folder, what="test")
+        assert info.precision == precision
+        write_huggingface(tmp_path / f"{precision}_back", folder, info, max_positions=64)
+        one, other = load_file(tmp_path / f"{dtype}/model.safetensors"), load_file(tmp_path / f"{precision}_back/model.safetensors")
+        assert one.keys() == other.keys() and all(torch.equal(one[name].float(), other[name].float()) for name in one)
+
+
+def test_foreign_megatron_checkpoint(tmp_path: Path) -> None:
+    """One written elsewhere, with wider padding and other tensors beside the weights, comes in; a wrong shape is named."""
+    wide = open_huggingface(write_folder(tmp_path / "theirs", seed=fresh_seed()), vocab_size_multiple=64)
+    foreign = write_checkpoint(tmp_path / "foreign", wide, tokenizer=None)
+    (foreign / "state.json").unlink()
+    folder = adopt_checkpoint(foreign, MODEL, tmp_path / "adopted", tokenizer=None)
+    one, other = (OurWeights(path, MODEL, 50, what="test") for path in (foreign, folder))
+    assert all(torch.equal(one.read(*place), other.read(*place)) for place in rows_of(MODEL))
+    assert other.reader.tensors["output_layer.weight"].shape == (64, 16)
+    larger = MODEL.model_copy(update={"num_layers": 3})
+    with pytest.raises(ConfigError, match=r"has shape \[2, 16\], but the model says \[3, 16\]"):
+        adopt_checkpoint(foreign, larger, tmp_path / "no", tokenizer=None)
+    with pytest.raises(ConfigError, match="lacks .*q_layernorm.weight"):
+        adopt_checkpoint(foreign, MODEL.model_copy(update={"qk_norm": True}), tmp_path / "no", tokenizer=None)
+    assert not (tmp_path / "no").exists()
+
+
+def _edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+def _edit_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = dict(load_file(folder / "model.safetensors"))
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return edit
+
+
+def _truncate(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-100])
+
+
+def _index(folder: Path) -> None:
+    names = load_file(folder / "model.safetensors")
+    index = {"weight_map": {**dict.fromkeys(names, "model.safetensors"), "lm_head.weight": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+O_PROJ = "model.layers.1.self_attn.o_proj.weight"
+BAD: dict[str, tuple[Callable[[Path], None], str]] = {
+    "wrong family": (_edit_config(model_type="gpt2"), "model_type 'gpt2'"),
+    "own code": (_edit_config(auto_map={"AutoModel": "x.Y"}), "auto_map"),
+    "not a causal lm": (_edit_config(architectures=["Qwen2ForSequenceClassification"]), "Qwen2ForSequenceClassification"),
+    "activation": (_edit_config(hidden_act="gelu"), "hidden_act 'gelu'"),
+    "quantized": (_edit_config(quantization_config={"quant_method": "fp8"}), "quantized"),
+    "rope": (_edit_config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "type 'yarn'"),
+    "partial rope": (_edit_config(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    "some windows": (_edit_config(use_sliding_window=True, sliding_window=8, max_window_layers=1), "1 of 2 layers"),
+    "no layers": (_edit_config(num_hidden_layers=0), "num_layers"),
+    "another size": (_edit_config(hidden_size=32), r"has shape \[50, 16\], but config.json says \[50, 32\]"),
+    "more layers": (_edit_config(num_hidden_layers=3), "model.layers.2.input_layernorm.weight and 11 more missing"),
+    "fewer layers": (_edit_config(num_hidden_layers=1), "holds model.layers.1"),
+    "another family's parts": (_edit_config(model_type="llama", architectures=None), "holds model.layers.0.self_attn.k_proj.bias"),
+    "tied but different": (_edit_config(tie_word_embeddings=True), "lm_head.weight differs"),
+    "missing tensor": (_edit_tensors(lambda t: t.pop(O_PROJ)), f"{O_PROJ} missing"),
+    "extra tensor": (_edit_tensors(lambda t: t.update({"model.extra": torch.ones(2)})), "holds model.extra"),
+    "wrong shape": (_edit_tensors(lambda t: t.update({O_PROJ: torch.ones(16, 8)})), rf"{O_PROJ} has shape \[16, 8\]"),
+    "integer weights": (_edit_tensors(lambda t: t.update({O_PROJ: torch.ones(16, 16, dtype=torch.int8)})), "type I8"),
+    "truncated": (_truncate, "truncated or damaged"),
+    "missing file": (_index, "model-2.safetensors named in model.safetensors.index.json is missing"),
+    "pickled": (_pickled, "only pickled weights .pytorch_model.bin."),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
+    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_folders_are_named(tmp_path: Path, name: str) -> None:
+    """One sentence, and nothing written."""
+    spoil, sentence = BAD[name]
+    folder = write_folder(tmp_path / "theirs")
+    open_huggingface(folder)
+    spoil(folder)
+    with pytest.raises(ConfigError, match=sentence) as error:
+        write_checkpoint(tmp_path / "ours", open_huggingface(folder), tokenizer=None)
+    assert len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "ours").exists()
+
+
+def test_file_damaged_while_it_is_read(tmp_path: Path) -> None:
+    source = open_huggingface(write_folder(tmp_path / "theirs"))
+    _truncate(tmp_path / "theirs")
+    with pytest.raises(ConfigError, match="truncated or damaged"):
+        write_checkpoint(tmp_path / "ours", source, tokenizer=None)
+    assert not (tmp_path / "ours").exists()
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("ran"),))
+
+
+def test_checkpoint_metadata_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pickle
+
+    monkeypatch.chdir(tmp_path)
+    folder = write_checkpoint(tmp_path / "ours", open_huggingface(write_folder(tmp_path / "theirs")), tokenizer=None)
+    (folder / ".metadata").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(ConfigError, match="which no checkpoint needs"):
+        TensorReader(folder, what="test")
+    assert not Path("ran").exists()
+    (folder / ".metadata").unlink()
+    with pytest.raises(ConfigError, match="no .metadata file"):
+        TensorReader(folder, what="test")
+
+
+def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "ours", open_huggingface(write_folder(tmp_path / "theirs")), tokenizer=None)
+    (data,) = folder.glob("*.distcp")
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        write_huggingface(tmp_path / "back", folder, read_info(folder, what="test"), max_positions=64)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+def test_models_that_no_family_has(tmp_path: Path) -> None:
+    for changes, sentence in (({"qk_norm": True}, "both model.qk_norm and model.qkv_bias"), ({"mcore": {"x": 1}}, "model.mcore")):
+        with pytest.raises(ConfigError, match=sentence):
+            config_from_model(MODEL.model_copy(update=changes), vocab_size=50, dtype="float32", max_positions=64)

@@ -1,0 +1,242 @@
+"""Move a model between Hugging Face's folders and checkpoints of this program: Llama 3, Qwen2/2.5, Qwen3 and Mistral, dense.
+
+    python tools/convert_checkpoint.py from-huggingface models/Qwen3-0.6B --output teachers/qwen3 --tokenizer models/Qwen3-0.6B --check
+    python tools/convert_checkpoint.py to-huggingface runs/student --output exported/student --tokenizer data/tokenizer.model --check
+    python tools/convert_checkpoint.py from-megatron other/iter_0010000 --model model.toml --output teachers/other
+
+What comes in is a checkpoint like any other: teacher.checkpoint or checkpoint.initialize_from, in any tensor- and pipeline-parallel
+layout. The model section that was derived is printed and saved as OUTPUT/model.toml. Only safetensors are read, no code of a model
+folder is run, and a model needs the memory of its largest tensor (or of one output file). --check compares the logits of both sides in
+fp32 on random tokens and needs transformers and the memory of the model in fp32.
+
+Exit codes: 0 done (and the same, with --check), 1 --check found a difference, 2 bad input, 5 the disk is full or not writable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_kd.config import ConfigError, ModelSection
+
+if TYPE_CHECKING:
+    from megatron_kd.checkpoint.store import CheckpointInfo
+
+SAVED_CONFIG = "huggingface_config.json"
+
+
+def main() -> int:
+    """Parse and convert."""
+    arguments = _parser().parse_args()
+    try:
+        return int(arguments.run(arguments))
+    except ConfigError as error:
+        print(f"convert_checkpoint: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        print(f"convert_checkpoint: stopped: {error}: nothing was left behind; free space or choose another --output", file=sys.stderr)
+        return 5
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    into = commands.add_parser("from-huggingface", help="a model folder with config.json and safetensors becomes a checkpoint")
+    into.add_argument("input", type=Path, help="folder of the model")
+    into.add_argument("--precision", choices=["bf16", "fp32"], help="type of the checkpoint (as stored: bf16, and fp32 for fp16 and fp32)")
+    into.add_argument(
+        "--vocab-size", type=int, help="keep only this many ids: the rest of the embedding is padding that no token of the tokenizer uses"
+    )
+    into.add_argument("--vocab-size-multiple", type=int, default=128, help="pad the vocabulary to a multiple of this (128)")
+    into.set_defaults(run=_from_huggingface)
+    out = commands.add_parser("to-huggingface", help="a checkpoint becomes a model folder")
+    out.add_argument("input", type=Path, help="run directory, its checkpoints folder, or one step-* folder")
+    out.add_argument(
+        "--max-positions", type=int, help="longest sequence; unset: batch.sequence_length of the run, or of the model imported"
+    )
+    out.add_argument("--shard-gigabytes", type=float, default=2.0, help="largest output file, 1e9 bytes (2)")
+    out.set_defaults(run=_to_huggingface)
+    adopt = commands.add_parser("from-megatron", help="a distributed checkpoint of another megatron-core program, Llama-style")
+    adopt.add_argument("input", type=Path, help="folder with .metadata and *.distcp")
+    adopt.add_argument("--model", type=Path, required=True, help="TOML file with the model's [model] table, vocab_size included")
+    adopt.set_defaults(run=_from_megatron)
+    for command in (into, out, adopt):
+        command.add_argument("--output", type=Path, required=True, help="what is written; must not exist")
+        command.add_argument("--tokenizer", type=Path, help="the model's tokenizer; its digest is kept with the weights")
+        if command is not adopt:
+            command.add_argument("--check", action="store_true", help="compare the logits of both sides")
+    return parser
+
+
+def _from_huggingface(arguments: argparse.Namespace) -> int:
+    _must_not_exist(arguments.output)
+    from megatron_kd.checkpoint.convert import open_huggingface, write_checkpoint
+
+    if arguments.vocab_size_multiple < 1:
+        raise ConfigError(f"--vocab-size-multiple ({arguments.vocab_size_multiple}) must be at least 1")
+    source = open_huggingface(
+        arguments.input,
+        vocab_size=arguments.vocab_size,
+        vocab_size_multiple=arguments.vocab_size_multiple,
+        precision=arguments.precision,
+    )
+    digest = _digest(arguments.tokenizer, source.vocab_size)
+    folder = write_checkpoint(arguments.output, source, tokenizer=digest)
+    (arguments.output / SAVED_CONFIG).write_text(json.dumps(dict(source.config), indent=2) + "\n", encoding="utf-8")
+    _report(arguments.output, folder, digest)
+    return _check(folder, arguments.input) if arguments.check else 0
+
+
+def _from_megatron(arguments: argparse.Namespace) -> int:
+    _must_not_exist(arguments.output)
+    from megatron_kd.checkpoint.convert import adopt_checkpoint
+
+    model = _read_model(arguments.model)
+    assert model.vocab_size is not None
+    digest = _digest(arguments.tokenizer, model.vocab_size)
+    folder = adopt_checkpoint(arguments.input, model, arguments.output, tokenizer=digest)
+    _report(arguments.output, folder, digest)
+    return 0
+
+
+def _to_huggingface(arguments: argparse.Namespace) -> int:
+    from megatron_kd.checkpoint.convert import write_huggingface
+    from megatron_kd.checkpoint.store import find_checkpoint, read_info
+
+    folder = find_checkpoint(arguments.input, what="input")
+    info = read_info(folder, what="input")
+    saved = _saved_config(folder)
+    if arguments.tokenizer is not None:
+        digest = _digest(arguments.tokenizer, info.vocab_size)
+        if info.tokenizer is not None and digest != info.tokenizer:
+            raise ConfigError(
+                f"--tokenizer {arguments.tokenizer} is not the one this model was made with (digest {digest}, {info.tokenizer})"
+            )
+    config = write_huggingface(
+        arguments.output,
+        folder,
+        info,
+        max_positions=arguments.max_positions or _max_positions(folder, saved),
+        special_ids=_special_ids(arguments.tokenizer, saved),
+        shard_bytes=int(arguments.shard_gigabytes * 1e9),
+        files=_tokenizer_files(arguments.tokenizer),
+    )
+    print(json.dumps(config, indent=2))
+    print(f"written: {arguments.output}")
+    return _check(folder, arguments.output) if arguments.check else 0
+
+
+def _must_not_exist(output: Path) -> None:
+    if output.exists():
+        raise ConfigError(f"--output {output} exists already: choose another name")
+
+
+def _read_model(path: Path) -> ModelSection:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        model = ModelSection.model_validate(content.get("model", content))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model {path} holds no usable [model] table ({' '.join(str(error).split())[:300]})") from error
+    if model.vocab_size is None:
+        raise ConfigError(f"--model {path} must say model.vocab_size, the true number of ids")
+    return model
+
+
+def _digest(tokenizer: Path | None, vocab_size: int) -> str | None:
+    if tokenizer is None:
+        print(
+            "note: no --tokenizer: the weights will carry no digest of the vocabulary, so a run cannot prove that it uses the same ids",
+            file=sys.stderr,
+        )
+        return None
+    from megatron_kd.data.tokenizer import load_tokenizer
+
+    info = load_tokenizer(tokenizer)[1]
+    if info.vocab_size > vocab_size:
+        raise ConfigError(f"--tokenizer {tokenizer} has {info.vocab_size} ids, the model only {vocab_size}: it belongs to another model")
+    return info.digest
+
+
+def _report(output: Path, folder: Path, digest: str | None) -> None:
+    """Print and save the model section."""
+    from megatron_kd.checkpoint.store import read_info
+    from megatron_kd.config.dump import section_toml
+    from megatron_kd.telemetry.flops import parameter_count
+
+    info = read_info(folder, what="output")
+    model = info.model_section()
+    text = section_toml(model, "model")
+    (output / "model.toml").write_text(text, encoding="utf-8")
+    print(text)
+    print(f"written: {folder} ({parameter_count(model, info.vocab_size):,} weights, {info.precision}, tokenizer {digest or 'unknown'})")
+    print(f'use it in any layout as teacher.checkpoint = "{output}" or checkpoint.initialize_from = "{output}"')
+
+
+def _saved_config(folder: Path) -> dict[str, Any]:
+    """What was saved beside an imported model."""
+    path = folder.parent.parent / SAVED_CONFIG
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _max_positions(folder: Path, saved: dict[str, Any]) -> int:
+    if "max_position_embeddings" in saved:
+        return int(saved["max_position_embeddings"])
+    run = folder.parent.parent / "config.toml"
+    if not run.is_file():
+        raise ConfigError(
+            "--max-positions is needed: the checkpoint is not in a run directory whose config.toml would say the sequence length"
+        )
+    return int(tomllib.loads(run.read_text(encoding="utf-8"))["batch"]["sequence_length"])
+
+
+def _special_ids(tokenizer: Path | None, saved: dict[str, Any]) -> dict[str, int]:
+    found = {name: saved[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if saved.get(name) is not None}
+    if tokenizer is not None and "eos_token_id" not in found:
+        from megatron_kd.data.tokenizer import load_tokenizer
+
+        found["eos_token_id"] = load_tokenizer(tokenizer)[1].end_of_document
+    return found
+
+
+def _tokenizer_files(tokenizer: Path | None) -> dict[str, bytes]:
+    if tokenizer is None:
+        return {}
+    from megatron_kd.data.tokenizer_files import huggingface_files
+
+    return huggingface_files(tokenizer)
+
+
+def _check(ours: Path, theirs: Path) -> int:
+    """Print the comparison of both sides; 1 where they differ."""
+    from megatron_kd.parallel.platform import start_platform
+
+    platform = start_platform("cpu")
+    from megatron_kd.checkpoint.store import read_info
+    from megatron_kd.config import ParallelSection
+    from megatron_kd.parallel.groups import start_groups, stop_groups
+    from megatron_kd.train.compare import LIMIT, compare, huggingface_logits, our_logits, random_tokens
+
+    info: CheckpointInfo = read_info(ours, what="check")
+    tokens = random_tokens(info, seed=0)
+    wanted = huggingface_logits(theirs, tokens)
+    layout = ParallelSection()
+    try:
+        found = our_logits(ours, info, start_groups(platform, layout, timeout_seconds=600), layout, tokens)
+    finally:
+        stop_groups()
+    assert found is not None
+    result = compare(found, wanted)
+    verdict = "the same model" if result.same else "NOT the same model"
+    print(
+        f"check: largest difference of logits {result.difference:.2e} over {result.tokens} random tokens "
+        f"(largest logit {result.scale:.3g}, limit {LIMIT:g}): {verdict}"
+    )
+    return 0 if result.same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
