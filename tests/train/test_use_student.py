@@ -166,7 +166,7 @@ BAD: dict[str, tuple[list[object], str]] = {
     "top_p": (["generate.py", "run", "--prompt", "x", "--top-p", "0"], "top_p (0.0) must be in (0, 1]"),
     "tensor": (["generate.py", "run", "--prompt", "x", "--tensor", "3"], "must be a multiple of --tensor (3)"),
     "ranks": (["generate.py", "run", "--prompt", "x", "--tensor", "2"], "1 processes cannot be split"),
-    "other tokenizer": (["generate.py", "run", "--prompt", "x", "--tokenizer", "corpus/1.txt"], "is not a SentencePiece model"),
+    "other tokenizer": (["generate.py", "run", "--prompt", "x", "--tokenizer", "corpus/1.txt"], "is no tokenizer"),
     "no data": (["evaluate.py", "perplexity", "run", "--data", "x=absent"], "absent"),
     "data's form": (["evaluate.py", "perplexity", "run", "--data", "valid"], "--data valid must be NAME=PREFIX"),
     "long": (["evaluate.py", "perplexity", "run", "--sequence-length", "9000000"], "fewer than one sequence"),
