@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-VOCAB, TOKENS = 101, 48
+VOCAB, TOKENS, CACHED = 101, 48, 40
 
 BASE: dict[str, Any] = {
     "hidden_size": 32,
@@ -114,7 +114,7 @@ def _difference(folder: Path, groups: Any, parallel: Any, tokens: torch.Tensor) 
     """Largest difference of our logits from transformers' on any rank that has them."""
     from megatron_kd.checkpoint.store import find_checkpoint, read_info
     from megatron_kd.telemetry.memory import rank_parameters
-    from megatron_kd.train.frozen import FrozenModel
+    from megatron_kd.train.frozen import FrozenModel, KeyValueCache
 
     checkpoint = find_checkpoint(folder / "ours", what="test")
     info = read_info(checkpoint, what="test")
@@ -122,7 +122,14 @@ def _difference(folder: Path, groups: Any, parallel: Any, tokens: torch.Tensor) 
     place = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "stage": groups.pipeline_rank}
     assert sum(weight.numel() for weight in model.chunk.parameters()) == rank_parameters(info.model_section(), VOCAB, **place), folder
     hidden = model.hidden(tokens)
-    wanted = torch.load(folder / "wanted.pt", weights_only=True)
-    worst = torch.tensor(0.0 if hidden is None else float((model.logits(hidden).transpose(0, 1) - wanted).abs().max()))
+    # The same once more with a key/value cache: most tokens at once, the last ones one by one.
+    cache = KeyValueCache(len(tokens), TOKENS)
+    continued = [model.hidden(tokens[:, :CACHED], 0, cache)]
+    continued += [model.hidden(tokens[:, place : place + 1], place, cache) for place in range(CACHED, TOKENS)]
+    worst = torch.tensor(0.0)
+    if hidden is not None:
+        wanted = torch.load(folder / "wanted.pt", weights_only=True)
+        one, other = (model.logits(each).transpose(0, 1) for each in (hidden, torch.cat(continued)))
+        worst = torch.max((one - wanted).abs().max(), (other - wanted[:, CACHED - 1 :]).abs().max())
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return float(worst)

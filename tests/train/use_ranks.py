@@ -53,8 +53,8 @@ def train_and_use(rendezvous: str, config: RunConfig, valid: str, tokenizer_path
         groups = start_groups(platform, layout, timeout_seconds=60)
         model = FrozenModel(folder, info, groups, layout, precision="fp32", sequence_length=length)
 
-        def texts(sampling: Sampling, prompts: Any = PROMPTS, model: Any = model) -> list[Any]:
-            return generate(model, tokenizer, prompts, sampling, end_of_document=known.end_of_document, batch_size=3)
+        def texts(sampling: Sampling, batch_size: int = 3, model: Any = model) -> list[Any]:
+            return generate(model, tokenizer, PROMPTS, sampling, end_of_document=known.end_of_document, batch_size=batch_size)
 
         greedy = texts(Sampling(NEW_TOKENS))
         used.greedy[name] = [each.text for each in greedy]
@@ -62,7 +62,7 @@ def train_and_use(rendezvous: str, config: RunConfig, valid: str, tokenizer_path
         if name == "one":
             used.tokens = [each.tokens for each in greedy]
             used.uncached = [_uncached(model, each.prompt, known.end_of_document) for each in greedy]
-            used.alone = [texts(Sampling(NEW_TOKENS, temperature=1.0, top_p=0.9, seed=5), PROMPTS[:1])[0].text]
+            used.alone = [each.text for each in texts(Sampling(NEW_TOKENS, temperature=1.0, top_p=0.9, seed=5), 1)]
         cache = config.run.directory / "measured"
         result = measure(model, valid, "held_out", sequence_length=length, batch_size=3, index_cache=cache, max_sequences=MEASURED)
         used.perplexity[name] = (result.cross_entropy, result.tokens)

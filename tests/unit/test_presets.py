@@ -126,7 +126,8 @@ def test_describe_model(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert all(name in run() for name in PRESETS)
+    listed = run()
+    assert all(name in listed for name in PRESETS)
     found = json.loads(run("--preset", "llama-3.2-1b", "--ranks", "8", "--parallel.tensor", "2", "--json"))
     assert found["parameters"]["total"] == RELEASED["llama-3.2-1b"]
     assert found["layout"]["data"] == 4 and len(found["memory_per_rank"]) == 1
