@@ -45,7 +45,10 @@ BAD_OVERRIDES = {
     "half-open range": (["--optimizer.beta2", "1"], "optimizer.beta2 must be a number in [0, 1), got 1 on the command line"),
     "lower bound": (["--distill.z_loss", "-1"], "distill.z_loss must be a number >= 0, got -1 on the command line"),
     "boolean": (["--model.qk_norm", "maybe"], "model.qk_norm must be true or false, got maybe on the command line"),
-    "choice": (["--teacher.source", "disk"], "teacher.source must be one of none, online, cached, huggingface, got disk on the command line"),
+    "choice": (
+        ["--teacher.source", "disk"],
+        "teacher.source must be one of none, online, cached, huggingface, got disk on the command line",
+    ),
     "null": (["--run.directory", "null"], "run.directory must be a path, got null on the command line"),
     "null list": (["--data.train", "null"], "data.train must be a list of text (at least 1), got null on the command line"),
     "empty list": (["--data.train", "[]"], "data.train must be a list of text (at least 1), got [] on the command line"),
