@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what the tests need and run them: `bash tests/run.sh [pytest arguments]`. About 16 minutes on 2 cores, set-up included.
+# Set up what the tests need and run them: `bash tests/run.sh [pytest arguments]`. About 25 minutes on 2 cores, set-up included.
 # The longer tests: bash tests/run.sh -m slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
