@@ -54,7 +54,7 @@ class ShardInfo:
 
 def record_crc(key: bytes, tokens: int, payload: bytes | memoryview) -> int:
     """CRC-32 over key, tokens (little-endian int32) and payload."""
-    return crc32(payload, crc32(tokens.to_bytes(4, "little"), crc32(key)))
+    return crc32(payload, crc32(tokens.to_bytes(4, "little", signed=True), crc32(key)))
 
 
 class ShardWriter:
@@ -150,7 +150,7 @@ class Shard:
     """A complete shard, open for reading through `source` (a memory map or any other Arrow input file)."""
 
     def __init__(self, path: str, source: pa.NativeFile, info: ShardInfo, identity: CacheIdentity) -> None:
-        self.path, self.info = path, info
+        self.path, self.info, self.identity = path, info, identity
         if source.size() != info.bytes:
             raise CorruptCache(f"{path}: {source.size()} bytes, expected {info.bytes}: the file was cut or replaced")
         with readable(self.path):

@@ -105,10 +105,19 @@ def _verify_shard(storage: Storage, directory: Path, name: str, identity: CacheI
     path = directory / info.file
     if not path.exists():
         raise CorruptCache(f"{path} is missing")
-    digest = file_digest(path)
+    digest, damage = file_digest(path), None
+    try:
+        _verify_records(Shard(str(path), storage.open(info.file), info, identity))
+    except CorruptCache as error:
+        damage = error
     if digest != info.sha256:
-        raise CorruptCache(f"{path}: SHA-256 {digest}, expected {info.sha256}")
-    shard = Shard(str(path), storage.open(info.file), info, identity)
+        raise CorruptCache(f"{path}: SHA-256 {digest}, expected {info.sha256}; {damage or 'each of its records is sound'}")
+    if damage is not None:
+        raise damage
+
+
+def _verify_records(shard: Shard) -> None:
+    path, info, identity = shard.path, shard.info, shard.identity
     found = 0
     for record in _records_of(shard):
         found += 1

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from megatron_kd.cache import CacheReader, MissingTarget
+from megatron_kd.cache import CacheError, CacheReader, MissingTarget
 from megatron_kd.config import ConfigError
 from megatron_kd.data.batches import Microbatch
 from megatron_kd.data.dataset import TokenDataset
@@ -32,16 +32,21 @@ class CachedTeacher:
     def attach(self, tokens: Tensor, keys: Tensor) -> SparseTarget | None:
         """The targets [S, B, K] of samples [B, S] named `keys` [B, 2]; None on ranks that need none.
 
-        MissingTarget, CorruptCache.
+        ConfigError where the cache lacks one and there is no fallback, or where a record is damaged.
         """
         if not self._decodes:
             return None
         try:
             return self.reader.get_many([key_of(key) for key in keys])
-        except MissingTarget:
-            if self.fallback is None:
-                raise
-            return None
+        except CacheError as error:
+            if self.fallback is not None and isinstance(error, MissingTarget):
+                return None
+            advice = (
+                "complete it with tools/cache_teacher.py"
+                if isinstance(error, MissingTarget)
+                else "find and redo what is damaged with tools/inspect_cache.py repair"
+            )
+            raise ConfigError(f"teacher.cache: {error}; {advice}") from error
 
     def attach_known(self, tokens: Tensor, keys: Tensor) -> SparseTarget | None:
         """The same for held-out data, where None stands for samples that the cache does not hold."""

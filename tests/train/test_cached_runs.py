@@ -224,6 +224,12 @@ def test_a_cache_is_compared_with_its_teacher_and_repaired(teacher: tuple[Path, 
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
+    code, output = inspect("verify", str(cache))
+    assert code == 1 and re.search(r"shard-00000001.arrow: SHA-256 .*record \d+ of batch 0 \(key \w+\): checksum", output), output
+    cached = ["--teacher.source", "cached", "--teacher.cache", str(cache), "--train.steps", "60"]
+    code, output = finish(start([*command(run_file), *cached]))
+    assert code == 2 and re.search(r"^megatron_kd: error: teacher.cache: .*shard-00000001.*checksum.*repair$", output, re.M), output
+    assert "Traceback" not in output, output
     code, output = inspect("repair", str(cache), "--shard-samples", "50")
     assert code == 0 and f"removed: {shard}: SHA-256" in output, output
     assert records(cache) == before
