@@ -4,7 +4,8 @@
     python tools/bench_preprocess.py --megatron Megatron-LM --input text.jsonl --tokenizer tokenizer.model --workers 2 --rounds 5
 
 Whole processes are timed, start-up included, in turns; the ratio is formed within each turn. Megatron-LM's tool reads SentencePiece
-models and Hugging Face tokenizers; its own requirements (six, transformers) must be installed. Without --megatron only this tool is timed.
+models and Hugging Face tokenizers, into which a .tiktoken file is turned for it (not timed); its own requirements (six, transformers)
+must be installed. Without --megatron only this tool is timed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 from megatron_kd.config import ConfigError
 from megatron_kd.config.durable import write_atomically
 from megatron_kd.data.tokenizer import load_tokenizer, tokenizer_file
+from megatron_kd.data.vocabularies import PATTERNS
 
 HERE = Path(__file__).resolve().parent
 
@@ -37,7 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--megatron", type=Path, metavar="DIR", help="a checkout of Megatron-LM")
     add("--input", required=True, type=Path, metavar="FILE", help="one .jsonl file with a text key")
-    add("--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, or a tokenizer.json or its folder")
+    add("--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, a tokenizer.json or its folder, or .tiktoken")
     add("--workers", type=int, default=2, help="processes (%(default)s)")
     add("--rounds", type=int, default=3, help="turns (%(default)s)")
     add("--output", type=Path, metavar="FILE", help="write the result as JSON")
@@ -48,20 +50,27 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def megatron_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
-    """Megatron-LM's tool on the same input; a lone tokenizer.json gets the folder that transformers wants."""
+    """Megatron-LM's tool on the same input; what it does not read as it is becomes a folder that transformers reads."""
     vocabulary, info = load_tokenizer(arguments.tokenizer)
     model = tokenizer_file(arguments.tokenizer)
-    if vocabulary.kind == "tiktoken":
-        raise ConfigError("Megatron-LM's tool does not read .tiktoken files: give another --tokenizer, or leave --megatron out")
     kind = "SentencePieceTokenizer"
-    if vocabulary.kind == "huggingface":
+    if vocabulary.kind != "sentencepiece":
         if info.end_of_document is None:
             raise ConfigError(f"{model} names no token that ends documents, which Megatron-LM's tool needs")
         kind, given = "HuggingFaceTokenizer", model
+        end = vocabulary.tokens[info.end_of_document].decode("utf-8")
         model = folder / "tokenizer"
         model.mkdir()
-        shutil.copy(given, model / "tokenizer.json")
-        end = vocabulary.tokens[info.end_of_document].decode("utf-8")
+        if vocabulary.kind == "tiktoken":
+            # The same ranks and the same cuts: Megatron-LM's own tiktoken format numbers ids otherwise.
+            from transformers.convert_slow_tokenizer import TikTokenConverter
+
+            converter = TikTokenConverter(
+                vocab_file=str(given), pattern=PATTERNS.get(vocabulary.pattern or "", vocabulary.pattern), extra_special_tokens=[end]
+            )
+            converter.converted().save(str(model / "tokenizer.json"))
+        else:
+            shutil.copy(given, model / "tokenizer.json")
         (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}))
     script = arguments.megatron / "tools/preprocess_data.py"
     if not script.is_file():
