@@ -125,8 +125,8 @@ def _levels(records: Sequence[RecordParts], kept: Ints) -> tuple[Singles, NDArra
     values, shares = np.empty(len(levels), np.float32), np.empty(len(levels))
     for record, part in _parts(records):
         mine = levels[part]
-        table = Levels(max(record.steps, 1)).logprobs(int(mine.max(initial=0)))
-        values[part], shares[part] = table.astype(np.float32)[mine], np.exp(table)[mine]
+        logprobs, probabilities = Levels(max(record.steps, 1)).table(int(mine.max(initial=0)))
+        values[part], shares[part] = logprobs[mine], probabilities[mine]
     return values, sums(shares, kept)
 
 

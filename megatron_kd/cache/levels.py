@@ -52,14 +52,15 @@ class Levels:
         lower = level + (2 * math.log(root) - values) * STEPS_PER_NAT
         return np.rint(np.minimum(np.where(upper < level, upper, lower), LEVELS - 1)).astype(np.int64)
 
-    def logprobs(self, most: int) -> Floats:
-        """Log-probabilities of the levels 0 to `most`."""
-        return _table(self.steps, 1 << most.bit_length())[: most + 1]
+    def table(self, most: int) -> tuple[Singles, Floats]:
+        """Log-probabilities and probabilities of the levels from 0 to at least `most`."""
+        return _table(self.steps, 1 << most.bit_length())
 
 
 @lru_cache(maxsize=64)
-def _table(steps: int, count: int) -> Floats:
+def _table(steps: int, count: int) -> tuple[Singles, Floats]:
     root, turn = Levels(steps)._turn
     level = np.arange(count, dtype=np.float64)
     upper = 2 * np.log(np.maximum(1 - level / steps, root))
-    return np.where(level < turn, upper, 2 * math.log(root) - (level - turn) / STEPS_PER_NAT)
+    logprobs = np.where(level < turn, upper, 2 * math.log(root) - (level - turn) / STEPS_PER_NAT)
+    return logprobs.astype(np.float32), np.exp(logprobs)

@@ -74,7 +74,7 @@ class Place(NamedTuple):
 class CacheReader:
     """Targets by the tokens they belong to. Threads may share it; processes each open their own.
 
-    Opening reads the keys of every record (24 bytes a sample stay in memory) and each shard's size, not its content; every
+    Opening reads the keys of every record (28 bytes a sample stay in memory) and each shard's size, not its content; every
     record's checksum is compared when it is read. Shards that were not finished do not exist for it. Where several shards
     hold a sample, the one of the latest training step is read.
 
@@ -121,29 +121,36 @@ class CacheReader:
                 raise CorruptCache(f"{shard.path}: {found} records, expected {shard.info.records}")
         words: NDArray[np.uint64] = np.concatenate(keys) if keys else np.zeros((0, 2), dtype=np.uint64)
         order_of = np.lexsort((words[:, 1], words[:, 0]))  # stable: among equal keys the latest stays first
-        self._keys = words[order_of]
+        # Halves apart: a search in a column of both would copy the column.
+        self._firsts, self._seconds = words[order_of, 0], words[order_of, 1]
         self._places = np.concatenate(places)[order_of] if places else np.zeros((0, 3), dtype=np.int32)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._firsts)
 
-    def find(self, key: bytes) -> Place | None:
-        """Where the record of `key` is; None where there is none."""
-        high, low = np.frombuffer(key, dtype="<u8")
-        start = int(np.searchsorted(self._keys[:, 0], high))
-        while start < len(self._keys) and self._keys[start, 0] == high:
-            if self._keys[start, 1] == low:
-                return Place(*(int(n) for n in self._places[start]))
+    def find(self, keys: Sequence[bytes]) -> list[Place | None]:
+        """Where the record of each key is; None where there is none."""
+        wanted = np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2)
+        starts = np.searchsorted(self._firsts, wanted[:, 0]).tolist()
+        return [self._from(start, *halves) for start, halves in zip(starts, wanted.tolist(), strict=True)]
+
+    def _from(self, start: int, first: int, second: int) -> Place | None:
+        """The place of a key, whose first half stands from `start` on if anywhere."""
+        while start < len(self) and self._firsts[start] == first:
+            if self._seconds[start] == second:
+                return Place(*self._places[start].tolist())
             start += 1
         return None
 
     def missing(self, keys: Iterable[bytes]) -> list[int]:
         """Positions in `keys` of those that the cache does not hold."""
-        return [position for position, key in enumerate(keys) if self.find(key) is None]
+        return [position for position, place in enumerate(self.find(list(keys))) if place is None]
 
     def record(self, key: bytes) -> Record:
         """The record of `key`, its checksum compared. MissingTarget, CorruptCache."""
-        place = self.find(key)
+        return self._record(key, self.find([key])[0])
+
+    def _record(self, key: bytes, place: Place | None) -> Record:
         if place is None:
             raise MissingTarget(
                 f"{self.storage.name} holds no target for the sample {key.hex()} among its {len(self)}: it was made from other data, "
@@ -157,7 +164,7 @@ class CacheReader:
 
     def keys(self) -> Iterator[bytes]:
         """The names of all samples, in order; twice where two shards hold one."""
-        return (words.tobytes() for words in self._keys)
+        return (np.array(halves).tobytes() for halves in zip(self._firsts, self._seconds, strict=True))
 
     def _batch(self, place: Place) -> pa.RecordBatch:
         at = place.shard, place.batch
@@ -177,7 +184,7 @@ class CacheReader:
 
     def get_many(self, keys: Sequence[bytes]) -> SparseTarget:
         """The targets [S, B, K] of B samples by their `sample_key`s, K the widest of theirs. MissingTarget, CorruptCache."""
-        records = [self.record(key) for key in keys]
+        records = [self._record(key, place) for key, place in zip(keys, self.find(keys), strict=True)]
         try:
             targets = decode_many([record.payload for record in records])
         except BadRecord as error:
