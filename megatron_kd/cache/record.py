@@ -49,8 +49,7 @@ def take_apart(data: bytes | memoryview) -> RecordParts:
     view = memoryview(data)
     if len(view) < HEADER.size:
         raise BadRecord(f"{len(view)} bytes are too few for a record's header of {HEADER.size}")
-    version, *numbers = HEADER.unpack(view[: HEADER.size])
-    fields, lengths = numbers[:7], numbers[7:]
+    version, flags, slots, count, entries, draws, steps, temperature, *lengths = HEADER.unpack(view[: HEADER.size])
     if version != VERSION:
         raise BadRecord(f"record version {version}; this program reads {VERSION}")
     if HEADER.size + sum(lengths) != len(view):
@@ -60,7 +59,7 @@ def take_apart(data: bytes | memoryview) -> RecordParts:
     for name, length in zip(SECTIONS, lengths, strict=True):
         sections[name] = view[start : start + length]
         start += length
-    record = RecordParts(*fields, sections)
+    record = RecordParts(flags, slots, count, entries, draws, steps, temperature, sections)
     if not record.tokens <= record.entries <= record.tokens * record.slots or not record.temperature > 0:
         raise BadRecord(f"{record.entries} entries for {record.tokens} tokens of at most {record.slots}, at {record.temperature}")
     if not record.flags & (SAMPLED | FP32) and record.entries and not record.steps:

@@ -23,7 +23,15 @@ FORMAT = 1
 _STEP = re.compile(r"step-(\d{8})")
 
 # What decides whether weights fit: everything else in the model section may change between runs.
-_SHAPE = ("hidden_size", "num_layers", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size", "vocab_size_multiple")
+_SHAPE: tuple[str, ...] = (
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "num_query_groups",
+    "head_dim",
+    "ffn_hidden_size",
+    "vocab_size_multiple",
+)
 _SHAPE += ("tied_embeddings", "qk_norm", "qkv_bias", "norm_eps", "rope_base", "rope_scaling_factor", "rope_low_frequency_factor")
 _SHAPE += ("rope_high_frequency_factor", "rope_original_length", "sliding_window")
 

@@ -184,7 +184,7 @@ def write_pieces(folder: Path, pieces: Iterable[Piece], *, objects: Iterable[str
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized.*")
         try:
-            dcp.save({}, storage_writer=FileSystemWriter(str(folder), sync_files=False), planner=planner, no_dist=True)
+            dcp.state_dict_saver.save({}, storage_writer=FileSystemWriter(str(folder), sync_files=False), planner=planner, no_dist=True)
         except dcp.api.CheckpointException as error:
             # One process, one failure: what the caller can do about it is in the failure itself.
             (failure, _), *_others = error.failures.values()

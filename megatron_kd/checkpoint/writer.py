@@ -32,16 +32,19 @@ class InProcessSave(TorchDistSaveShardedStrategy):
 
         def write() -> None:
             transforms = [writer.transforms] if hasattr(writer, "transforms") else []
-            results: dict[int, Any] | Exception = {}
+            results: dict[int, Any] = {}
+            problem: Exception | None = None
+            done: queue.Queue[Any]
+            pending: queue.Queue[int]
             for index, bucket in enumerate(writer.preload_tensors(writer.write_buckets, False)):
                 done, pending = queue.Queue(), queue.Queue()
                 pending.put(index)
                 writer.write_preloaded_data(transforms, index, bucket, done, pending, True)
                 _, written = done.get()
                 if isinstance(written, Exception):
-                    results = written
+                    problem = written
                     break
                 results[index] = written
-            writer.results_queue.put(results)
+            writer.results_queue.put(problem or results)
 
         return AsyncRequest(write if writer.write_buckets else None, (), request.finalize_fns)

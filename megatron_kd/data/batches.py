@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -84,7 +85,8 @@ class Microbatch:
         """The same microbatch with `function` applied to every tensor."""
         target = None if self.target is None else self.target.map(function)
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "target"}
-        return Microbatch(**{name: None if tensor is None else function(tensor) for name, tensor in tensors.items()}, target=target)
+        mapped: dict[str, Any] = {name: None if tensor is None else function(tensor) for name, tensor in tensors.items()}
+        return replace(self, **mapped, target=target)
 
     def to(self, device: torch.device) -> Microbatch:
         """This microbatch on `device`; copies from pinned memory do not wait."""

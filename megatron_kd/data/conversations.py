@@ -80,8 +80,9 @@ def messages_of(row: dict[str, Any], *, messages_key: str, prompt_key: str, resp
         found = [{"role": "user", "content": row[prompt_key]}, {"role": "assistant", "content": row[response_key]}]
     else:
         raise BadConversation(f"no key {messages_key!r}, and not both {prompt_key!r} and {response_key!r}")
-    good = isinstance(found, list) and found and all(isinstance(one, dict) for one in found)
-    if not good or not all(isinstance(one.get(name), str) for one in found for name in ("role", "content")):
+    if not (isinstance(found, list) and found and all(isinstance(one, dict) for one in found)) or not all(
+        isinstance(one.get(name), str) for one in found for name in ("role", "content")
+    ):
         raise BadConversation("its messages are not a list of objects with a role and a content")
     if not any(one["role"] == "assistant" and one["content"].strip() for one in found):
         raise BadConversation("the assistant says nothing in it")

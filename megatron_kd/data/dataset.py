@@ -152,7 +152,7 @@ class Part:
         return int(self._orders[number][index])
 
 
-class TokenDataset(torch.utils.data.Dataset):
+class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """`len(dataset)` samples in a fixed order; reading one needs no other.
 
     Attributes:

@@ -103,7 +103,8 @@ class SentencePieceVocabulary(Vocabulary):
     def __init__(self, model: bytes) -> None:
         processor = SentencePieceProcessor()
         processor.LoadFromSerializedProto(model)
-        proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+        protos: Any = sentencepiece_model_pb2  # made at import, unknown to type checkers
+        proto = protos.ModelProto.FromString(model)
         pieces = [piece.piece for piece in proto.pieces]
         ids = range(len(pieces))
         special = frozenset(i for i in ids if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i))
@@ -113,7 +114,7 @@ class SentencePieceVocabulary(Vocabulary):
         whole_words = not any("▁" in text.lstrip("▁") or " " in text for text in pieces)
         space_known = processor.piece_to_id("▁") not in special
         simple = plain and whole_words and space_known and spec.escape_whitespaces and not spec.remove_extra_whitespaces
-        merges = proto.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
+        merges = proto.trainer_spec.model_type == protos.TrainerSpec.BPE
         cuts = bool(simple and merges and not proto.trainer_spec.treat_whitespace_as_suffix)
         eos = processor.eos_id() if processor.eos_id() >= 0 else None
         super().__init__("sentencepiece", tokens, special, eos, cuts, bool(spec.add_dummy_prefix), "▁", cuts, looks_nearby=False)

@@ -217,5 +217,5 @@ class TritonRows(PlainRows):
 
 def _launch(kernel: Any, grid: tuple[int, ...], values: Tensor, *arguments: object, **constants: object) -> None:
     """Runs a kernel on the device of its first tensor. Fused multiply-adds are asked for, so that no default decides on bits."""
-    with torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(values):
         kernel[grid](values, *arguments, **constants, enable_fp_fusion=True)

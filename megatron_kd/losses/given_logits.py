@@ -51,9 +51,7 @@ def kd_cross_entropy(
     check_inputs(labels, target, None, spec, vocab_size=shard.vocab_size)
     if not torch.is_grad_enabled():  # a leaf asks for its gradient even then
         logits = logits.detach()
-    total, ce, kd = _GivenLogits.apply(  # type: ignore[no-untyped-call]
-        logits, labels.reshape(-1), target and target.flatten(), spec, shard, tp_group
-    )
+    total, ce, kd = _GivenLogits.apply(logits, labels.reshape(-1), target and target.flatten(), spec, shard, tp_group)
     return KDLoss(total.view(labels.shape), ce.view(labels.shape), kd.view(labels.shape))
 
 

@@ -182,6 +182,6 @@ def run_head(
     if not torch.is_grad_enabled():  # a parameter asks for its gradient even then
         hidden, weight = hidden.detach(), weight.detach()
     call = HeadCall(make_loss, shard, options.tp_group, chunks, schedule, len(HEALTH) if options.health else 0)
-    total, ce, kd, extra = HeadFunction.apply(hidden.reshape(-1, hidden.shape[-1]), weight, call)  # type: ignore[no-untyped-call]
+    total, ce, kd, extra = HeadFunction.apply(hidden.reshape(-1, hidden.shape[-1]), weight, call)
     loss = KDLoss(total.view(labels.shape), ce.view(labels.shape), kd.view(labels.shape))
     return loss, extra.view(*labels.shape, -1) if options.health else None

@@ -81,4 +81,6 @@ def _hidden_states_output(chunk: GPTModel, config: TransformerConfig, groups: Gr
 
 def output_weight(chunk: GPTModel) -> Tensor:
     """[V/tp, H], the weight that the loss multiplies by; the embedding's own where the two are tied on one stage."""
-    return chunk.shared_embedding_or_output_weight() if chunk.share_embeddings_and_output_weights else chunk.output_layer.weight
+    tied = chunk.share_embeddings_and_output_weights
+    weight: Tensor = chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
+    return weight

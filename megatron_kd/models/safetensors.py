@@ -130,7 +130,7 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, sh
     if len(files) == 1:
         files[0][0].rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for (path, held), name in zip(files, names, strict=True):
         path.rename(folder / name)
         weight_map |= dict.fromkeys(held, name)

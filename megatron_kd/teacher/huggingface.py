@@ -104,11 +104,12 @@ class HuggingFaceTeacher:
     def _take_head(self, rows: int) -> Tensor:
         """[rows, H], this tensor rank's rows of the head (zero past the vocabulary); the model's own head then hands hidden states on."""
         head = self.model.get_output_embeddings()
-        weight = getattr(head, "weight", None)
+        weight: Tensor | None = getattr(head, "weight", None)
         problem = None
         if weight is None or getattr(head, "bias", None) is not None:
             problem = f"{_WHAT}: the teacher's head is not one matrix without bias, which targets are made from: convert or choose another"
         raise_together(problem, ConfigError)
+        assert weight is not None
         start = rows * self.groups.tensor_rank
         with _whole(weight):
             mine = torch.zeros(rows, weight.shape[1], dtype=DTYPES[self.precision], device=self.groups.platform.device)
@@ -154,7 +155,7 @@ def _spread(folder: Path, dtype: torch.dtype, groups: Groups, offload: bool) -> 
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,

@@ -134,8 +134,10 @@ def _check_dense(config: RunConfig, inputs: Inputs) -> None:
     if not config.distill.dense or inputs.teacher is None:
         return
     theirs, tensor = inputs.teacher[1].model_section().vocab_size_multiple, config.parallel.tensor
-    rows = [padded_vocab_size(inputs.vocab_size, multiple) // tensor for multiple in (config.model.vocab_size_multiple, theirs)]
-    if not same_vocabulary_ranges(*rows, inputs.vocab_size):
+    own_rows, their_rows = (
+        padded_vocab_size(inputs.vocab_size, multiple) // tensor for multiple in (config.model.vocab_size_multiple, theirs)
+    )
+    if not same_vocabulary_ranges(own_rows, their_rows, inputs.vocab_size):
         raise ConfigError(
             f"distill.dense with parallel.tensor = {tensor} needs teacher and student to pad the vocabulary alike: set "
             f"model.vocab_size_multiple ({config.model.vocab_size_multiple}) to the teacher's {theirs}"

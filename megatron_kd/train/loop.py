@@ -10,7 +10,7 @@ from megatron_kd.parallel.groups import seed_step
 from megatron_kd.telemetry.flops import flops_per_token, measure_peak_tflops, peak_tflops
 from megatron_kd.telemetry.progress import Progress
 from megatron_kd.telemetry.throughput import Stopwatch
-from megatron_kd.telemetry.writer import RunWriter
+from megatron_kd.telemetry.writer import RunWriter, State
 from megatron_kd.train.build import Run
 from megatron_kd.train.capture import CaptureError
 from megatron_kd.train.evaluate import evaluate
@@ -33,7 +33,7 @@ def train(run: Run) -> None:
             _loop(run, writer, bar)
             writer.status("finished", step=progress.step)
         except BaseException as error:
-            state = "stopped" if isinstance(error, NonFiniteError | CaptureError) else "failed"
+            state: State = "stopped" if isinstance(error, NonFiniteError | CaptureError) else "failed"
             writer.status(state, step=progress.step, message=str(error)[:500])
             raise
         finally:
