@@ -154,7 +154,7 @@ def test_the_tool_writes_packed_samples_that_a_run_accepts(tokenizers: dict[str,
 
 
 def write_chats(path: Path, count: int, rng: random.Random) -> list[str]:
-    rows = [(f"{n}?", " ".join(rng.choice(["yes", "no", "naïve", "7"]) for _ in range(rng.randint(1, 18)))) for n in range(count)]
+    rows = [(f"{n}?", " ".join(rng.choice(["yes", "no", "naïve", "7"]) for _ in range(rng.randint(1, 10)))) for n in range(count)]
     path.write_text("".join(json.dumps({"prompt": ask, "response": say}) + "\n" for ask, say in rows))
     return [say for _, say in rows]
 
