@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.indexed import check_token_file, read_index
-from megatron_kd.data.pieces import publish
+from megatron_kd.data.indexed import check_token_file, read_index, read_roles
+from megatron_kd.data.publish import publish
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -38,12 +38,15 @@ def merged_description(prefixes: Sequence[str]) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{prefix}.json cannot be read, so its tokenizer is not known ({error}): make {prefix} again") from error
     description: dict[str, Any] = {}
-    for key in ("tokenizer_digest", "vocab_size", "end_of_document", "append_eod", "dtype"):
+    for key in ("tokenizer_digest", "vocab_size", "end_of_document", "append_eod", "dtype", "packed_length"):
         values = {json.dumps(one.get(key)) for one in found}
         if len(values) > 1:
             raise ConfigError(f"{' and '.join(prefixes)} differ in {key} ({', '.join(sorted(values))}): they cannot be one file")
         description[key] = found[0].get(key)
-    description |= {key: sum(one.get(key, 0) for one in found) for key in ("bytes", "tokens", "documents")}
+    summed = ("bytes", "tokens", "documents", "conversations", "loss_tokens")
+    description |= {key: sum(one.get(key, 0) for one in found) for key in summed}
+    # Conversations have some of these, text has others.
+    description = {key: value for key, value in description.items() if key in found[0]}
     return description | {
         "max_id": max(one["max_id"] for one in found),
         "merged_from": [str(Path(prefix).absolute()) for prefix in prefixes],
@@ -52,7 +55,7 @@ def merged_description(prefixes: Sequence[str]) -> dict[str, Any]:
 
 def merge(prefixes: Sequence[str], output: Path) -> dict[str, Any]:
     """Write the result. ConfigError for damaged or unlike parts, or where the output is there already."""
-    for ending in (".bin", ".idx"):
+    for ending in (".bin", ".idx", ".json"):
         if Path(f"{output}{ending}").exists():
             raise ConfigError(f"{output}{ending} is there already: choose another --output")
     description = merged_description(prefixes)
@@ -69,7 +72,11 @@ def merge(prefixes: Sequence[str], output: Path) -> dict[str, Any]:
             documents[np.diff(index.documents) == 1] = index.lengths
             lengths.append(output.with_name(f".{output.name}.lengths{number}.partial-{os.getpid()}"))
             documents.tofile(lengths[-1])
-        publish(output, np.dtype(description["dtype"]), [Path(f"{prefix}.bin") for prefix in prefixes], lengths, description)
+        roles = [Path(f"{prefix}.roles") for prefix in prefixes if read_roles(prefix) is not None]
+        if len(roles) not in (0, len(prefixes)):
+            raise ConfigError(f"some of {' and '.join(prefixes)} have a .roles file and others do not: they cannot be one file")
+        parts = [Path(f"{prefix}.bin") for prefix in prefixes]
+        publish(output, np.dtype(description["dtype"]), parts, lengths, description, roles)
     finally:
         for path in lengths:
             path.unlink(missing_ok=True)

@@ -12,36 +12,18 @@ interruption, goes on from them.
 from __future__ import annotations
 
 import argparse
-import errno
-import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from megatron_kd.config import ConfigError
 from megatron_kd.data.documents import FORMATS
-from megatron_kd.data.pieces import PieceNote
 from megatron_kd.data.preprocess import Plan, finish, finished, holding, make_plan, make_share, refuse_other_output, submit
+from megatron_kd.data.progress import Progress, parse_holdout, run_and_report
 from megatron_kd.data.vocabularies import PATTERNS
 
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _EXIT_CODES = "Exit codes: 0 done, 2 bad input, 5 no space left (finished pieces are kept), 1 another failure, 130 interrupted."
-
-
-def parse_holdout(text: str) -> tuple[str, float]:
-    name, _, fraction = text.partition("=")
-    try:
-        value = float(fraction)
-    except ValueError:
-        value = 0.0
-    if not name or os.sep in name or not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FRACTION with a fraction in (0, 1), such as valid=0.05")
-    return name, value
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -114,35 +96,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-class Progress:
-    """A bar in bytes of input with MB/s, tokens/s and the time left; nothing where stderr is not a terminal."""
-
-    def __init__(self, total: int) -> None:
-        self.tokens = self.kept = self.made_bytes = 0
-        self._started = time.monotonic()
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
-
-    def __call__(self, note: PieceNote, kept: bool) -> None:
-        self.kept += kept
-        if kept and not self._bar.disable:
-            self._bar.initial += note.size  # what an earlier run made says nothing about this one's speed
-        elif not kept:
-            self.tokens += sum(note.tokens)
-            self.made_bytes += sum(note.text_bytes)
-        self._bar.set_postfix_str(f"{self.tokens / max(1e-9, time.monotonic() - self._started):,.0f} tokens/s", refresh=False)
-        self._bar.update(note.size)
-
-    def summary(self) -> dict[str, Any]:
-        self._bar.close()
-        seconds = max(1e-9, time.monotonic() - self._started)
-        return {
-            "kept_pieces": self.kept,
-            "seconds": round(seconds, 2),
-            "megabytes_per_second": round(self.made_bytes / 1e6 / seconds, 2),
-            "tokens_per_second": round(self.tokens / seconds),
-        }
-
-
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     plan = make_plan(
         arguments.input, arguments.output, arguments.tokenizer,
@@ -178,28 +131,8 @@ def make(plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        summary = run(parse_arguments(arguments))
-    except ConfigError as error:
-        return complain(error, 2)
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            return complain(f"no space is left for the output ({error.strerror}): free some and run the same command again", 5)
-        return complain(error, 1)
-    except KeyboardInterrupt:
-        return complain("interrupted: run the same command again to go on from the finished pieces", 130)
-    print(json.dumps(summary, indent=2))
-    if summary.get("unreadable"):
-        print(
-            f"preprocess_data: {summary['unreadable']} documents were left out, such as {summary['unreadable_documents'][0]}",
-            file=sys.stderr,
-        )
-    return 0
-
-
-def complain(message: object, code: int) -> int:
-    print(f"preprocess_data: {message}", file=sys.stderr)
-    return code
+    parsed = parse_arguments(arguments)
+    return run_and_report("preprocess_data", "documents", lambda: run(parsed))
 
 
 if __name__ == "__main__":

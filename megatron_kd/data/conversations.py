@@ -131,7 +131,8 @@ class ConversationEncoder:
                 ids.append(part)
                 roles.append(np.full(len(part), COUNTS_FOR_LOSS if counts else 0, dtype=np.uint8))
         joined, own = np.concatenate(ids), np.concatenate(roles)
-        own[0] |= STARTS_DOCUMENT
+        # Nothing in a conversation comes before its first token, so nothing there can predict it.
+        own[0] = STARTS_DOCUMENT
         return joined, own
 
     def _ids(self, text: str, *, first: bool) -> np.ndarray:

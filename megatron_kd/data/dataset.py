@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from megatron_kd.config.durable import sync_path
 from megatron_kd.config.run import ConfigError
-from megatron_kd.data.indexed import COUNTS_FOR_LOSS, STARTS_DOCUMENT, read_index, read_roles
+from megatron_kd.data.indexed import COUNTS_FOR_LOSS, STARTS_DOCUMENT, packed_length, read_index, read_roles
 from megatron_kd.parallel.collectives import raise_together
 from megatron_kd.targets.keys import mark_starts
 
@@ -61,11 +61,12 @@ class _Source:
     sequence_length: int
     vocabulary: _Vocabulary
     mask_end_of_document: bool
+    packed: bool = False
 
     def open(self, cache: Path) -> GPTDataset:
         """The samples of one pass over this prefix, by way of a complete folder in `cache`."""
         digest = hashlib.sha256(self.lengths.tobytes()).hexdigest()
-        folder = cache / _key("samples", digest, self.sequence_length)
+        folder = cache / _key("samples", digest, self.sequence_length, *(["packed"] if self.packed else []))
         _complete(folder, lambda temporary: self._build(digest, temporary))
         _refuse_damaged(folder, 3)
         return self._build(digest, folder)
@@ -86,6 +87,8 @@ class _Source:
             reset_attention_mask=False,
             eod_mask_loss=self.mask_end_of_document,
             create_attention_mask=False,
+            # A packed sample ends with a conversation: it needs no token after it, and its last label does not count.
+            add_extra_token_to_sequence=not self.packed,
         )
         tokens = GPTDataset.build_low_level_dataset(self.prefix, config)
         indices = np.arange(len(self.lengths), dtype=np.int32)
@@ -120,6 +123,10 @@ class Part:
     def _marks(self, index: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """bool [S]: where a document begins, save at 0; fp32 [S]: 1 where the label counts."""
         samples = self.samples
+        if not samples.config.add_extra_token_to_sequence:
+            first, offset = samples.sample_index[samples.shuffle_index[index]]
+            # megatron-core may say that a sample begins at the end of the sequence before.
+            return self._packed_marks(int(samples.document_index[first + (offset == size)]), size)
         place = samples.shuffle_index[index]
         (first, offset), (last, _) = samples.sample_index[place], samples.sample_index[place + 1]
         sequences = samples.document_index[first : last + 1]
@@ -139,6 +146,15 @@ class Part:
             at += int(length)
         starts[0] = False
         return torch.from_numpy(starts[:size]), torch.from_numpy(counts[1:])
+
+    def _packed_marks(self, sequence: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_marks` of a sample that is one sequence of the file; the label after its last token does not count."""
+        assert self._roles is not None
+        roles = self._roles[sequence * size : (sequence + 1) * size]
+        starts, counts = roles & STARTS_DOCUMENT != 0, np.zeros(size, dtype=np.float32)
+        counts[:-1] = roles[1:] & COUNTS_FOR_LOSS != 0
+        starts[0] = False
+        return torch.from_numpy(starts), torch.from_numpy(counts)
 
     def place(self, nth: int) -> int:
         """Which sample of a pass the run reads as its `nth` of this prefix."""
@@ -244,8 +260,12 @@ def build_dataset(
     if num_samples < 1 or not prefixes or len(weights or prefixes) != len(prefixes) or (len(prefixes) > 1 and not repeat):
         raise ValueError("build_dataset needs num_samples >= 1, a prefix, a weight for each (or None), and one prefix without repeat")
     vocabulary = _Vocabulary(vocab_size, -1 if end_of_document is None else end_of_document)
-    lengths = [_usable_lengths(prefix, sequence_length, name) for prefix in prefixes]
-    sources = [_Source(str(p), n, sequence_length, vocabulary, mask_end_of_document) for p, n in zip(prefixes, lengths, strict=True)]
+    packed = [packed_length(prefix) == sequence_length for prefix in prefixes]
+    lengths = [_usable_lengths(p, sequence_length + (not whole), name) for p, whole in zip(prefixes, packed, strict=True)]
+    sources = [
+        _Source(str(p), n, sequence_length, vocabulary, mask_end_of_document, whole)
+        for p, n, whole in zip(prefixes, lengths, packed, strict=True)
+    ]
     shares = np.array(weights or [part.sum(dtype=np.int64) for part in lengths], dtype=np.float64)
     cache = Path(index_cache)
 
@@ -261,11 +281,11 @@ def build_dataset(
         return _rank_zero_first(assemble)
 
 
-def _usable_lengths(prefix: str, sequence_length: int, name: str) -> np.ndarray:
+def _usable_lengths(prefix: str, needed: int, name: str) -> np.ndarray:
     index = read_index(prefix)
-    if index.num_tokens < sequence_length + 1:
+    if index.num_tokens < needed:
         raise ConfigError(
-            f"{name}: {prefix} has {index.num_tokens} tokens, but one sample needs batch.sequence_length + 1 = {sequence_length + 1}: "
+            f"{name}: {prefix} has {index.num_tokens} tokens, but one sample needs batch.sequence_length + 1 = {needed}: "
             "use more data or a smaller batch.sequence_length"
         )
     return index.lengths

@@ -28,6 +28,7 @@ _LINES = (".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _SMALLEST, _LARGEST, _PIECES = 1_000_000, 32_000_000, 64
 _MOST_FILES = 4096
+_ROWS, _ROWS_BYTES, _KEYS_NAMED = 1024, 32_000_000, 6
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class TextFile:
 class Unit:
     """A part of one file: the lines that begin in bytes [start, end), row groups start .. end - 1, or the whole file.
 
-    format: "text", "jsonl" or "parquet"; size: bytes of the file that it stands for.
+    format: "text", "jsonl", "lines" (whole lines of JSON) or "parquet"; size: bytes of the file that it stands for.
     """
 
     file: TextFile
@@ -124,7 +125,7 @@ def unchanged(file: TextFile) -> bool:
 
 
 def format_of(path: Path, wanted: str = "auto") -> str:
-    """ "text", "jsonl" or "parquet"; ConfigError where a name ending in .json leaves it open."""
+    """ "text", "jsonl", "parquet", or what was wanted; ConfigError where a name ending in .json leaves it open."""
     if wanted != "auto":
         return wanted
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -189,7 +190,7 @@ def _row_groups(file: TextFile, target: int) -> list[Unit]:
 
 def documents(unit: Unit, text_key: str, count_line: Callable[[], None] = lambda: None) -> Iterator[Document]:
     """The documents of one unit, in order. `count_line` is called once for each line or row that is read, empty ones included."""
-    read = {"text": _text_document, "jsonl": _line_documents, "parquet": _row_documents}[unit.format]
+    read = {"text": _text_document, "jsonl": _line_documents, "lines": _line_documents, "parquet": _row_documents}[unit.format]
     line = 0
 
     def count() -> None:
@@ -219,17 +220,29 @@ def _line_documents(unit: Unit, text_key: str, count: Callable[[], None]) -> Ite
         offset = 0
         if unit.start:
             stream.seek(unit.start - 1)
-            offset = unit.start - 1 + len(stream.readline())
+            offset = unit.start - 1 + _skip_line(stream, unit.end - unit.start + 1)
         while compressed or offset < unit.end:
             data = stream.readline()
             if not data:
                 return
             line += 1
             count()
+            name, offset = f"{unit.file.key}:{offset}", offset + len(data)
             if not data.isspace():
-                text, problem = _text_of(data, text_key, loads)
-                yield Document(f"{unit.file.key}:{offset}", line, text, problem)
-            offset += len(data)
+                text, problem = _text_of(data, text_key, loads) if unit.format == "jsonl" else _whole_line(data)
+                data = b""  # a line can be as long as memory is large
+                yield Document(name, line, text, problem)
+
+
+def _skip_line(stream: IO[bytes], most: int) -> int:
+    """Bytes up to the end of a line, or `most` and more where it goes on that long; no long line is held."""
+    skipped = 0
+    while skipped < most:
+        part = stream.readline(1 << 20)
+        skipped += len(part)
+        if not part or part.endswith(b"\n"):
+            break
+    return skipped
 
 
 def _row_documents(unit: Unit, text_key: str, count: Callable[[], None]) -> Iterator[Document]:
@@ -240,7 +253,10 @@ def _row_documents(unit: Unit, text_key: str, count: Callable[[], None]) -> Iter
             raise ValueError(f"no column {text_key!r} (it has {', '.join(file.schema_arrow.names)})")
         row = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
         line = 0
-        for batch in file.iter_batches(1024, row_groups=list(range(unit.start, unit.end)), columns=[text_key]):
+        # Few rows at a time where rows are long.
+        count_here = sum(file.metadata.row_group(group).num_rows for group in range(unit.start, unit.end))
+        rows = min(_ROWS, max(1, _ROWS_BYTES * count_here // max(1, unit.size)))
+        for batch in file.iter_batches(rows, row_groups=list(range(unit.start, unit.end)), columns=[text_key]):
             for text in batch.column(0).to_pylist():
                 line, row = line + 1, row + 1
                 count()
@@ -257,6 +273,13 @@ def fast_loads() -> Callable[[bytes], Any]:
     return orjson.loads
 
 
+def _whole_line(data: bytes) -> tuple[str | None, str]:
+    try:
+        return data.decode("utf-8-sig"), ""
+    except UnicodeDecodeError:
+        return None, "not UTF-8"
+
+
 def _text_of(data: bytes, text_key: str, loads: Callable[[bytes], Any]) -> tuple[str | None, str]:
     """The text of one JSON line, or None and the reason."""
     try:
@@ -269,14 +292,18 @@ def _text_of(data: bytes, text_key: str, loads: Callable[[bytes], Any]) -> tuple
             return None, "not UTF-8"
         except (ValueError, RecursionError) as error:
             return None, f"not JSON: {_one_line(error)}"
-    if not isinstance(row, dict) or text_key not in row:
-        return None, f"no key {text_key!r}"
+    if not isinstance(row, dict):
+        return None, "no JSON object"
+    if text_key not in row:
+        keys = ", ".join(map(repr, list(row)[:_KEYS_NAMED])) + (", ..." if len(row) > _KEYS_NAMED else "")
+        return None, f"no key {text_key!r}" + (f", it has {keys}" if row else "")
     text = row[text_key]
     if not isinstance(text, str):
         return None, f"{text_key!r} is not a string"
     try:
         # JSON can hold half of a surrogate pair, which is no text.
-        text.encode("utf-8")
+        if not text.isascii():
+            text.encode("utf-8")
     except UnicodeEncodeError:
         return None, f"{text_key!r} holds half of a surrogate pair"
     return text, ""

@@ -14,8 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-# A run of whitespace of two or more characters, up to its last space: no cut before the spaces in it.
-_RUNS = re.compile(r"\s+ ")
+# A whole run, then its last space: one expression for both would try every character of a run without spaces as its beginning.
+_RUNS = re.compile(r"\s\s+")
 _WORDS_KEPT = 200_000
 _LONGEST_KEPT = 64
 # Characters of a document that are worked on at one time.
@@ -139,13 +139,16 @@ def _keys(text: str) -> list[str]:
     plain = 0  # everything before this is in `keys`
     for run in _RUNS.finditer(text):
         first = run.start()
+        last = text.rfind(" ", first + 1, run.end())
+        if last < 0:
+            continue  # no space in it that could be cut at
         if end < 0 or first >= end:
             if end >= 0:
                 keys.append(" " + text[start:end])
                 plain = end
             start = first if text[first] == " " else max(text.rfind(" ", plain, first), plain)
             _plain_keys(text, plain, start, keys)
-        end = text.find(" ", run.end())
+        end = text.find(" ", last + 1)
         if end < 0:
             end = len(text)
     if end >= 0:

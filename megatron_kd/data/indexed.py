@@ -125,8 +125,11 @@ def read_roles(prefix: str | Path) -> np.ndarray | None:
 def packed_length(prefix: str | Path) -> int | None:
     """Tokens of a sample into which whole conversations were packed (tools/preprocess_instructions.py); None for plain text."""
     path = Path(f"{prefix}.json")
-    found = json.loads(path.read_text(encoding="utf-8")).get("packed_length") if path.exists() else None
-    return None if found is None else int(found)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["packed_length"]
+        return int(found)
+    except (OSError, ValueError, KeyError, TypeError):  # `check_token_file` says what is wrong with it
+        return None
 
 
 def check_token_file(
@@ -149,6 +152,8 @@ def check_token_file(
     _check_size(f"{prefix}.bin", num_tokens, index.dtype)
     if os.path.exists(f"{prefix}.roles"):
         _check_size(f"{prefix}.roles", num_tokens, np.dtype(np.uint8))
+    elif packed_length(prefix) is not None:
+        raise ConfigError(f"{prefix}.roles is missing, without which the loss would count on every token: copy it too, or {_REBUILD}")
     _check_sidecar(prefix, num_tokens, vocab_size, tokenizer_digest)
     _check_ids(prefix, index, num_tokens, vocab_size, scan_tokens)
     return TokenFile(str(prefix), num_tokens, len(index.documents) - 1, index.dtype)

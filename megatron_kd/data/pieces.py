@@ -10,23 +10,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
-from megatron_kd.config.durable import sync_path, write_atomically
+from megatron_kd.config.durable import write_atomically
 from megatron_kd.config.run import ConfigError
 from megatron_kd.data.documents import Document, Unit, documents
 from megatron_kd.data.encode import Encoder
-from megatron_kd.data.indexed import index_header
+from megatron_kd.data.publish import publish
 from megatron_kd.data.tokenizer import encoding_digest, load_tokenizer
+from megatron_kd.data.vocabularies import Untokenizable
 
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 2_000_000
 _COPIED = 1 << 20
@@ -40,7 +40,11 @@ class Job:
 
     tokenizer, end_of_document, pattern: see `load_tokenizer`; encoding: its `encoding_digest`. splits: (name, fraction); the first
     takes what no other takes. append_eod: end every document with end_of_document. strict: stop at a document without text.
+    Conversations are another kind of job (`chats.ChatJob`): `kinds`, `write` and `publish` are all that differs.
     """
+
+    kinds: ClassVar[tuple[str, ...]] = ("ids", "lengths")
+    advice: ClassVar[str] = "check --text-key, --format and the input"
 
     tokenizer: str
     encoding: str
@@ -57,10 +61,36 @@ class Job:
         units = [(u.file.key, u.file.size, u.file.stamp, u.format, u.start, u.end) for piece in pieces for u in piece]
         return hashlib.sha256(json.dumps([own, units]).encode("utf-8", "surrogateescape")).hexdigest()
 
+    def write(self, piece: Sequence[Unit], files: Sequence[Sequence[IO[bytes]]], note: PieceNote) -> None:
+        """Write one piece into its files, by split and kind, and count it in `note`."""
+        encoder, end = _encoder(self.tokenizer, self.encoding, self.end_of_document, self.pattern)
+        dtype = encoder.vocabulary.dtype
+        suffix = dtype.type(end).tobytes() if self.append_eod else b""
+        for batch in _batches(readable(piece, self, note)):
+            kept, encoded = _encode(encoder, batch, self, note)
+            for split in range(len(self.splits)):
+                chosen = [(one.text, ids) for one, ids in zip(kept, encoded, strict=True) if one.split == split]
+                _write(chosen, suffix, dtype, files[split], note, split)
+
+    def publish(
+        self, prefix: Path, dtype: np.dtype, folder: Path, split: int, notes: Sequence[PieceNote], about: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Put one split together under its names; its description: `about` and what the notes say."""
+        description = about | {
+            "append_eod": self.append_eod,
+            "bytes": sum(note.text_bytes[split] for note in notes),
+            "tokens": sum(note.tokens[split] for note in notes),
+            "documents": sum(note.documents[split] for note in notes),
+            "max_id": max(note.max_id[split] for note in notes),
+        }
+        ids, lengths = ([piece_path(folder, number, f"{split}.{kind}") for number in range(len(notes))] for kind in ("ids", "lengths"))
+        publish(prefix, dtype, ids, lengths, description)
+        return description
+
 
 @dataclass
 class PieceNote:
-    """What one piece holds. Per split: documents with ids, ids, bytes of text, largest id, and bytes of its two files.
+    """What one piece holds. Per split: documents with ids, ids, bytes of text, largest id, and bytes of its files.
 
     lines: per unit, for the line numbers of the units after it. problems: (file, unit, line, reason) of documents without text.
     """
@@ -76,6 +106,18 @@ class PieceNote:
     lines: list[int] = field(default_factory=list)
     problems: list[list[Any]] = field(default_factory=list)
     num_problems: int = 0
+    too_long: int = 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """A document with text: the split it belongs to, and its place in `piece`."""
+
+    split: int
+    document: Document
+    text: str
+    place: int
+    unit: Unit
 
 
 def choose_split(key: str, splits: Sequence[tuple[str, float]]) -> int:
@@ -103,11 +145,11 @@ def piece_path(folder: Path, number: int, ending: str) -> Path:
     return folder / f"piece-{number:06}.{ending}"
 
 
-def find_note(folder: Path, number: int, made_from: str, num_splits: int) -> PieceNote | None:
+def find_note(folder: Path, number: int, made_from: str, job: Job) -> PieceNote | None:
     """The note of a finished piece of this very job; None where the piece is to be made."""
     try:
         note = PieceNote(**json.loads(piece_path(folder, number, "json").read_text(encoding="utf-8")))
-        sizes = [[os.path.getsize(piece_path(folder, number, f"{s}.{kind}")) for kind in ("ids", "lengths")] for s in range(num_splits)]
+        sizes = [[os.path.getsize(piece_path(folder, number, f"{s}.{kind}")) for kind in job.kinds] for s in range(len(job.splits))]
     except (OSError, ValueError, TypeError):
         return None
     return note if note.made_from == made_from and note.sizes == sizes else None
@@ -120,21 +162,15 @@ def encode_piece(number: int, piece: Sequence[Unit], job: Job, folder: Path) -> 
         ConfigError: strict, and a document has no text; or a document of more than 2^31 - 1 ids.
         OSError: the files cannot be written; nothing of them stays.
     """
-    encoder, end = _encoder(job.tokenizer, job.encoding, job.end_of_document, job.pattern)
-    suffix = encoder.vocabulary.dtype.type(end).tobytes() if job.append_eod else b""
     count = len(job.splits)
     note = PieceNote(job.digest([piece]), [0] * count, [0] * count, [0] * count, [-1] * count, [], sum(unit.size for unit in piece))
-    temporary = [[piece_path(folder, number, f"{s}.{kind}.partial-{os.getpid()}") for kind in ("ids", "lengths")] for s in range(count)]
+    temporary = [[piece_path(folder, number, f"{s}.{kind}.partial-{os.getpid()}") for kind in job.kinds] for s in range(count)]
     files = [[open(path, "wb") for path in pair] for pair in temporary]  # noqa: SIM115
     try:
-        for batch in _batches(_readable(piece, job, note)):
-            encoded = encoder.encode([text for _, text in batch])
-            for split in range(count):
-                chosen = [(text, ids) for (own, text), ids in zip(batch, encoded, strict=True) if own == split]
-                _write(chosen, suffix, encoder.vocabulary.dtype, files[split], note, split)
+        job.write(piece, files, note)
         for split, pair in enumerate(files):
             note.sizes.append([stream.tell() for stream in pair])
-            for stream, source, kind in zip(pair, temporary[split], ("ids", "lengths"), strict=True):
+            for stream, source, kind in zip(pair, temporary[split], job.kinds, strict=True):
                 stream.flush()
                 os.fsync(stream.fileno())
                 os.replace(source, piece_path(folder, number, f"{split}.{kind}"))
@@ -149,8 +185,8 @@ def encode_piece(number: int, piece: Sequence[Unit], job: Job, folder: Path) -> 
     return note
 
 
-def _readable(piece: Sequence[Unit], job: Job, note: PieceNote) -> Iterator[tuple[int, str]]:
-    """(split, text) of every document with text; the others and the lines are counted in `note`."""
+def readable(piece: Sequence[Unit], job: Job, note: PieceNote) -> Iterator[Found]:
+    """Every document with text; the others and the lines are counted in `note`."""
     for place, unit in enumerate(piece):
         note.lines.append(0)
 
@@ -159,24 +195,25 @@ def _readable(piece: Sequence[Unit], job: Job, note: PieceNote) -> Iterator[tupl
 
         for document in documents(unit, job.text_key, count):
             if document.text is None:
-                _note_problem(document, place, unit, job, note)
+                note_problem(document, document.problem, place, unit, job, note)
             else:
-                yield choose_split(document.name, job.splits), document.text
+                yield Found(choose_split(document.name, job.splits), document, document.text, place, unit)
 
 
-def _note_problem(document: Document, place: int, unit: Unit, job: Job, note: PieceNote) -> None:
+def note_problem(document: Document, problem: str, place: int, unit: Unit, job: Job, note: PieceNote) -> None:
+    """Count a document that cannot be used. ConfigError, strict."""
     if job.strict:
         line = document.line + _lines_before(unit) if document.line else 0
         where = f"{unit.file.path}:{line}" if line else f"{unit.file.path}"
-        raise ConfigError(f"{where} cannot be used ({document.problem}): repair it, --exclude its file, or leave out --strict")
+        raise ConfigError(f"{where} cannot be used ({problem}): repair it, --exclude its file, or leave out --strict")
     note.num_problems += 1
     if len(note.problems) < _LISTED:
-        note.problems.append([str(unit.file.path), place, document.line, document.problem])
+        note.problems.append([str(unit.file.path), place, document.line, problem])
 
 
 def _lines_before(unit: Unit) -> int:
     """Lines of a .jsonl file before the first that begins in this unit."""
-    if unit.format != "jsonl" or not unit.start:
+    if unit.format == "parquet" or not unit.start:
         return 0
     lines, left = 0, unit.start - 1
     with open(unit.file.path, "rb") as stream:
@@ -189,17 +226,33 @@ def _lines_before(unit: Unit) -> int:
     return lines + 1
 
 
-def _batches(found: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    batch: list[tuple[int, str]] = []
+def _batches(found: Iterator[Found]) -> Iterator[list[Found]]:
+    batch: list[Found] = []
     characters = 0
     for item in found:
         batch.append(item)
-        characters += len(item[1])
+        characters += len(item.text)
         if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _encode(encoder: Encoder, batch: list[Found], job: Job, note: PieceNote) -> tuple[list[Found], list[bytes]]:
+    """The documents that the tokenizer takes, and their ids."""
+    try:
+        return batch, encoder.encode([found.text for found in batch])
+    except Untokenizable:
+        pass  # one of them: which?
+    kept, encoded = [], []
+    for found in batch:
+        try:
+            encoded += encoder.encode([found.text])
+            kept.append(found)
+        except Untokenizable as error:
+            note_problem(found.document, str(error), found.place, found.unit, job, note)
+    return kept, encoded
 
 
 def _write(chosen: Sequence[tuple[str, bytes]], suffix: bytes, dtype: np.dtype, files: Sequence[Any], note: PieceNote, split: int) -> None:
@@ -216,66 +269,9 @@ def _write(chosen: Sequence[tuple[str, bytes]], suffix: bytes, dtype: np.dtype, 
     note.empty += int((lengths == 0).sum())
     note.documents[split] += int((lengths > 0).sum())
     note.tokens[split] += len(data) // size
-    note.text_bytes[split] += sum(len(text.encode("utf-8")) for text, _ in chosen)
+    note.text_bytes[split] += sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text, _ in chosen)
     if data:
         note.max_id[split] = max(note.max_id[split], int(np.frombuffer(data, dtype).max()))
-
-
-def publish(prefix: Path, dtype: np.dtype, ids: Sequence[Path], lengths: Sequence[Path], description: dict[str, Any]) -> None:
-    """Put files of ids and of document lengths together as `prefix`.bin, .idx and .json, each complete or absent.
-
-    The old index goes first and the new one comes last, so that an interruption never pairs an index with foreign tokens.
-    """
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    temporary = {kind: prefix.with_name(f".{prefix.name}.{kind}.partial-{os.getpid()}") for kind in ("bin", "idx")}
-    try:
-        with open(temporary["bin"], "wb") as target:
-            for path in ids:
-                with open(path, "rb") as source:
-                    shutil.copyfileobj(source, target, _COPIED)
-            target.flush()
-            os.fsync(target.fileno())
-        with open(temporary["idx"], "wb") as target:
-            for block in _index_blocks(dtype, lengths):
-                target.write(block)
-            target.flush()
-            os.fsync(target.fileno())
-        for ending in ("idx", "roles"):
-            Path(f"{prefix}.{ending}").unlink(missing_ok=True)
-        os.replace(temporary["bin"], f"{prefix}.bin")
-        write_atomically(f"{prefix}.json", (json.dumps(description, indent=2) + "\n").encode())
-        os.replace(temporary["idx"], f"{prefix}.idx")
-        sync_path(prefix.parent)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-
-
-def _index_blocks(dtype: np.dtype, paths: Sequence[Path]) -> Iterator[bytes]:
-    """An .idx file in blocks: header, lengths and offsets of sequences, and per document the sequences up to its end."""
-
-    def blocks() -> Iterator[np.ndarray]:
-        for path in paths:
-            with open(path, "rb") as stream:
-                while data := stream.read(_COPIED):
-                    yield np.frombuffer(data, "<i4")
-
-    num_documents = sum(map(len, blocks()))
-    num_sequences = sum(int((block > 0).sum()) for block in blocks())
-    yield index_header(dtype, num_sequences, num_documents + 1)
-    for block in blocks():
-        yield block[block > 0].tobytes()
-    start = 0
-    for block in blocks():
-        ends = start + np.cumsum(block[block > 0], dtype=np.int64)
-        yield ((ends - block[block > 0]) * dtype.itemsize).astype("<i8").tobytes()
-        start = int(ends[-1]) if len(ends) else start
-    yield np.zeros(1, "<i8").tobytes()
-    start = 0
-    for block in blocks():
-        marks = start + np.cumsum(block > 0, dtype=np.int64)
-        yield marks.astype("<i8").tobytes()
-        start = int(marks[-1]) if len(marks) else start
 
 
 def numbered_problems(pieces: Sequence[Sequence[Unit]], notes: Sequence[PieceNote]) -> Iterator[str]:
@@ -323,7 +319,7 @@ def run_pieces(
     from concurrent.futures import Future, ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
 
-    kept = {n: find_note(folder, n, job.digest([pieces[n]]), len(job.splits)) for n in chosen}
+    kept = {n: find_note(folder, n, job.digest([pieces[n]]), job) for n in chosen}
     todo = [number for number in chosen if kept[number] is None]
     if min(workers, len(todo)) <= 1:
         for number in chosen:

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from megatron_kd.config.run import ConfigError
-from megatron_kd.data.documents import Unit, find_text_files, make_pieces, unchanged
+from megatron_kd.data.documents import TextFile, Unit, find_text_files, make_pieces, unchanged
 from megatron_kd.data.indexed import read_index
-from megatron_kd.data.pieces import Job, PieceNote, find_note, first_problems, piece_path, publish, run_pieces
+from megatron_kd.data.pieces import Job, PieceNote, find_note, first_problems, run_pieces
 from megatron_kd.data.tokenizer import TokenizerInfo, encoding_digest, load_tokenizer
 
 
@@ -83,12 +83,17 @@ def make_plan(
     splits = ((output.name, 0.0), *holdout)
     encoding = encoding_digest(tokenizer, vocabulary)
     job = Job(str(Path(tokenizer).absolute()), encoding, splits, append_eod, text_key, end_of_document, pattern, strict)
-    pieces = make_pieces(find_text_files(inputs, patterns, exclude), format, piece_bytes)
+    files = without_output(find_text_files(inputs, patterns, exclude), output, [name for name, _ in splits])
+    pieces = make_pieces(files, format, piece_bytes)
+    refuse_foreign_files([output.with_name(name) for name, _ in splits])
     return Plan(output, job, info, vocabulary.dtype, pieces, job.digest(pieces))
 
 
 def finished(plan: Plan) -> dict[str, Any] | None:
-    """Descriptions of the output by prefix where it is complete and was made by this very plan, else None."""
+    """Descriptions of the output by prefix where it is complete and was made by this very plan, else None.
+
+    What an earlier run had no time to remove is removed.
+    """
     found = {}
     for prefix in plan.prefixes:
         try:
@@ -102,14 +107,17 @@ def finished(plan: Plan) -> dict[str, Any] | None:
         if tokens != sidecar.get("tokens") or size != tokens * plan.dtype.itemsize:
             return None
         found[str(prefix)] = sidecar
+    if plan.folder.is_dir():
+        with holding(plan):
+            shutil.rmtree(plan.folder)
     return found
 
 
 def refuse_other_output(plan: Plan) -> None:
     """ConfigError where finished files of another job lie under the output's names."""
     for prefix in plan.prefixes:
-        for ending in ("idx", "bin", "json"):
-            if ending == "json" or not Path(f"{prefix}.{ending}").exists():
+        for ending in ("idx", "bin"):
+            if not Path(f"{prefix}.{ending}").exists():
                 continue
             same = False
             try:
@@ -121,6 +129,41 @@ def refuse_other_output(plan: Plan) -> None:
                     f"{prefix}.{ending} is there already, from other input, tokenizer or settings: choose another --output, or replace "
                     "it with --overwrite"
                 )
+
+
+def refuse_foreign_files(prefixes: Sequence[Path]) -> None:
+    """ConfigError where a file that no tool here wrote has the name of a description, such as somebody's text."""
+    for path in (Path(f"{prefix}.json") for prefix in prefixes):
+        if path.exists() and not _is_description(path):
+            raise ConfigError(f"{path} is there already and does not describe token files: choose another --output, or move it away")
+
+
+def _is_description(path: Path) -> bool:
+    try:
+        return path.stat().st_size < 1_000_000 and "tokenizer_digest" in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def without_output(files: Sequence[TextFile], output: Path, names: Sequence[str]) -> list[TextFile]:
+    """The files less those that this very job writes, which lie in the input's folder when it is run a second time."""
+    folder = output.parent.resolve()
+    written = {f"{name}.{ending}" for name in names for ending in ("bin", "idx", "roles")} | {
+        f"{output.name}.pieces",
+        f"{output.name}.logs",
+    }
+    described = {folder / f"{name}.json" for name in names}
+
+    def own(path: Path) -> bool:
+        path = path.parent.resolve() / path.name
+        if not path.is_relative_to(folder):
+            return False
+        return path.relative_to(folder).parts[0] in written or (path in described and _is_description(path))
+
+    left = [file for file in files if not own(file.path)]
+    if not left:
+        raise ConfigError(f"the only input is what lies under the name of the output, {output}: change --input or --output")
+    return left
 
 
 @contextmanager
@@ -163,46 +206,34 @@ def finish(plan: Plan) -> dict[str, Any]:
         raise ConfigError(f"{changed[0]} changed while it was being read: run the same command again")
     notes = []
     for number, piece in enumerate(plan.pieces):
-        note = find_note(plan.folder, number, plan.job.digest([piece]), len(plan.job.splits))
+        note = find_note(plan.folder, number, plan.job.digest([piece]), plan.job)
         if note is None:
             raise ConfigError(f"piece {number} of {len(plan.pieces)} is not there: run the same command without --shard to make it")
         notes.append(note)
     num_problems, problems = sum(note.num_problems for note in notes), first_problems(plan.pieces, notes)
+    too_long = sum(note.too_long for note in notes)
     for split, prefix in enumerate(plan.prefixes):
         if not sum(note.documents[split] for note in notes):
             if problems:
-                reason = f"{num_problems} could not be read, the first: {problems[0]}"
-                raise ConfigError(f"no document went into {prefix} ({reason}): check --text-key, --format and the input")
+                reason = f"{num_problems} could not be used, the first: {problems[0]}"
+                raise ConfigError(f"no document went into {prefix} ({reason}): {plan.job.advice}")
             raise ConfigError(f"no document went into {prefix}: give more text or another --holdout fraction")
-    outputs = {str(prefix): _publish_split(plan, split, prefix, notes) for split, prefix in enumerate(plan.prefixes)}
+    about = {
+        "tokenizer_digest": plan.info.digest, "vocab_size": plan.info.vocab_size, "end_of_document": plan.info.end_of_document,
+        "made_from": plan.made_from, "dtype": plan.dtype.name,
+    }  # fmt: skip
+    outputs = {
+        str(prefix): plan.job.publish(prefix, plan.dtype, plan.folder, split, notes, about) for split, prefix in enumerate(plan.prefixes)
+    }
     shutil.rmtree(plan.folder)
     return {
         "outputs": outputs,
         "empty": sum(note.empty for note in notes),
-        "unreadable": num_problems,
+        "unreadable": num_problems - too_long,
+        **({"too_long": too_long} if "roles" in plan.job.kinds else {}),
         "unreadable_documents": problems,
         "pieces": len(plan.pieces),
     }
-
-
-def _publish_split(plan: Plan, split: int, prefix: Path, notes: Sequence[PieceNote]) -> dict[str, Any]:
-    sidecar = {
-        "tokenizer_digest": plan.info.digest,
-        "vocab_size": plan.info.vocab_size,
-        "end_of_document": plan.info.end_of_document,
-        "append_eod": plan.job.append_eod,
-        "bytes": sum(note.text_bytes[split] for note in notes),
-        "made_from": plan.made_from,
-        "tokens": sum(note.tokens[split] for note in notes),
-        "documents": sum(note.documents[split] for note in notes),
-        "max_id": max(note.max_id[split] for note in notes),
-        "dtype": plan.dtype.name,
-    }
-    numbers = range(len(plan.pieces))
-    ids = [piece_path(plan.folder, number, f"{split}.ids") for number in numbers]
-    lengths = [piece_path(plan.folder, number, f"{split}.lengths") for number in numbers]
-    publish(prefix, plan.dtype, ids, lengths, sidecar)
-    return sidecar
 
 
 def share_step(plan: Plan, data: Any = None, rank: int = 0, world_size: int = 1) -> None:

@@ -34,6 +34,10 @@ PATTERNS = {
 _END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|end▁of▁sentence|>", "[EOS]")
 
 
+class Untokenizable(ValueError):
+    """Text for which the tokenizer's own library finds no ids; the message says why."""
+
+
 @dataclass
 class Vocabulary:
     """Base of the three kinds.
@@ -69,7 +73,7 @@ class Vocabulary:
         self.dtype = optimal_dtype(len(self.tokens))
 
     def encode_batch(self, texts: Sequence[str]) -> list[bytes]:
-        """The ids of each text, as bytes of `dtype`, as if it stood inside a document."""
+        """The ids of each text, as bytes of `dtype`, as if it stood inside a document. Untokenizable where there are none."""
         raise NotImplementedError
 
     def encode_document(self, text: str) -> bytes:
@@ -238,7 +242,10 @@ class TiktokenVocabulary(Vocabulary):
 
     def encode_batch(self, texts: Sequence[str]) -> list[bytes]:
         encode = self._encoding.encode_to_numpy
-        return [encode(text, allowed_special="all").astype(self.dtype).tobytes() for text in texts]
+        try:
+            return [encode(text, allowed_special="all").astype(self.dtype).tobytes() for text in texts]
+        except ValueError as error:  # its expressions give up on a run of a million spaces, say
+            raise Untokenizable(f"tiktoken finds no ids for it: {' '.join(str(error).split())}") from error
 
 
 def parse_ranks(content: bytes) -> dict[bytes, int] | None:

@@ -192,7 +192,7 @@ def test_broken_input_is_counted_with_its_lines(tokenizers: dict[str, Path], tmp
     # A line far inside a file, found by a piece that begins after it.
     (tmp_path / "late.jsonl").write_bytes(b"\n".join([*rows[:150], b"[]", *rows[150:]]))
     assert here(tmp_path / "late.jsonl", path, tmp_path / "strict", "--strict") == 2
-    assert "late.jsonl:151 cannot be used (no key 'text')" in capsys.readouterr().err
+    assert "late.jsonl:151 cannot be used (no JSON object)" in capsys.readouterr().err
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tokenizers: dict[str, Path], tmp_path: Path) -> None:
