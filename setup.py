@@ -31,6 +31,8 @@ setup(
         "safetensors",
         "pyarrow",
         "zstandard",
+        # megatron-core's grids of ranks need it and do not declare it.
+        "einops",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],

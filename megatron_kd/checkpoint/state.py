@@ -89,7 +89,10 @@ def load_training_state(folder: Path, models: Sequence[GPTModel], optimizer: Opt
 
 
 def _model_state(models: Sequence[GPTModel]) -> dict[str, Any]:
-    return {f"model{index}": model.sharded_state_dict(metadata=_metadata()) for index, model in enumerate(models)}
+    return {
+        f"model{index}": model.sharded_state_dict(metadata={**_metadata(), "dp_cp_group": model.pg_collection.dp_cp})
+        for index, model in enumerate(models)
+    }
 
 
 def _into_models(models: Sequence[GPTModel], loaded: dict[str, Any]) -> None:

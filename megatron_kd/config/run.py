@@ -78,6 +78,8 @@ class RunConfig(Section):
             found.append(f"distill.top_k ({self.distill.top_k}) must be at most model.vocab_size ({model.vocab_size})")
         if self.distill.dense and self.teacher.source == "cached":
             found.append('distill.dense compares whole distributions, which a cache does not hold: set teacher.source = "online"')
+        if self.distill.dense and self.teacher.has_own_layout:
+            found.append("distill.dense needs the teacher in the student's layout: unset teacher.parallel and teacher.micro_batch_size")
         if opt.warmup_steps > train.steps:
             found.append(f"optimizer.warmup_steps ({opt.warmup_steps}) must be at most train.steps ({train.steps})")
         if opt.schedule == "wsd" and opt.warmup_steps + opt.decay_steps > train.steps:
@@ -130,6 +132,24 @@ class RunConfig(Section):
                 f"parallel.pipeline ({self.parallel.pipeline}): change batch.global_batch_size or batch.micro_batch_size"
             )
         return size
+
+    def teacher_layout(self, world_size: int) -> tuple[int, int, int]:
+        """(tensor, pipeline, micro-batch size) of an online teacher; ConfigError where they do not divide."""
+        own = self.teacher.parallel
+        tensor, pipeline = own.tensor or self.parallel.tensor, own.pipeline or self.parallel.pipeline
+        micro_batch_size = self.teacher.micro_batch_size or self.batch.micro_batch_size
+        if world_size % (tensor * pipeline):
+            raise ConfigError(
+                f"{world_size} processes cannot be split into teacher.parallel.tensor * teacher.parallel.pipeline = {tensor} * {pipeline}"
+            )
+        per_round = micro_batch_size * (world_size // (tensor * pipeline))
+        if self.batch.global_batch_size % per_round:
+            raise ConfigError(
+                f"batch.global_batch_size ({self.batch.global_batch_size}) must be a multiple of the teacher's micro-batch size * its "
+                f"data-parallel size = {micro_batch_size} * {world_size // (tensor * pipeline)} = {per_round}: change "
+                "teacher.micro_batch_size or teacher.parallel"
+            )
+        return tensor, pipeline, micro_batch_size
 
     def num_microbatches(self, world_size: int) -> int:
         """Forward passes of one data-parallel rank in one step."""

@@ -16,6 +16,13 @@ from megatron_kd.config.model import ModelSection as ModelSection
 from megatron_kd.config.model import Section as Section
 
 
+class TeacherParallelSection(Section):
+    """How an online teacher is laid out over the same ranks; the data-parallel size is what remains. Unset: as the student."""
+
+    tensor: int | None = Field(default=None, gt=0, description="Tensor-parallel size of the teacher. Unset: the student's.")
+    pipeline: int | None = Field(default=None, gt=0, description="Pipeline stages of the teacher. Unset: the student's.")
+
+
 class TeacherSection(Section):
     """Where the distillation targets come from."""
 
@@ -45,9 +52,23 @@ class TeacherSection(Section):
         default="error",
         description='cached: what to do about a sample that the cache does not hold. "online": run teacher.checkpoint for it.',
     )
+    parallel: TeacherParallelSection = Field(
+        default=TeacherParallelSection(),
+        description="online: a layout of the teacher's own, over the same ranks.",
+    )
+    micro_batch_size: int | None = Field(
+        default=None, gt=0, description="online: sequences in one forward pass of the teacher. Unset: batch.micro_batch_size."
+    )
+
+    @property
+    def has_own_layout(self) -> bool:
+        """Whether anything about how the teacher runs differs, or may differ, from how the student does."""
+        return (self.parallel.tensor, self.parallel.pipeline, self.micro_batch_size) != (None, None, None)
 
     @model_validator(mode="after")
     def _check(self) -> TeacherSection:
+        if self.has_own_layout and self.source != "online" and self.on_miss != "online":
+            raise ValueError(f'teacher.parallel and teacher.micro_batch_size are for an online teacher, not for source = "{self.source}"')
         if self.source in ("online", "huggingface") and self.checkpoint is None:
             raise ValueError(f'source = "{self.source}" needs teacher.checkpoint')
         if self.source == "cached" and self.cache is None:

@@ -54,15 +54,16 @@ class Microbatch:
         *,
         within_documents: bool,
         attach: Attach | None = None,
+        keys: torch.Tensor | None = None,
     ) -> Microbatch:
-        """named: int64 [B, S], see `TokenDataset`; the other tensors as above; attach: see `BatchSource`."""
+        """named: int64 [B, S], see `TokenDataset`; the other tensors as above; attach: see `BatchSource`; keys: where they are known."""
         tokens, starts = read_starts(named)
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens).contiguous()
         documents = None
         if within_documents:
             documents = starts.long().cumsum(1)
             positions = positions - (positions * starts).cummax(1).values
-        keys = sample_keys(named)
+        keys = sample_keys(named) if keys is None else keys
         target = None if attach is None else attach(tokens, keys)
         return Microbatch(tokens, labels, loss_mask, positions, sample_ids, keys, documents, target)
 

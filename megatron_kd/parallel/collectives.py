@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -33,6 +33,26 @@ def all_gather(tensor: Tensor, group: Group) -> Tensor:
     gathered = tensor.new_empty((size * tensor.shape[0], *tensor.shape[1:]))
     dist.all_gather_into_tensor(gathered, tensor, group=group)
     return gathered.view(size, *tensor.shape)
+
+
+def exchange(sends: Mapping[int, Tensor], sizes: Mapping[int, int], *, like: Tensor) -> dict[int, Tensor]:
+    """Tensors to ranks of the world, and from them. One all-to-all over the world; none where it has one rank.
+
+    Args:
+        sends: rank -> what it gets, of `like`'s type.
+        sizes: rank -> how many numbers come from it.
+        like: a tensor of the type and on the device of all.
+    Returns:
+        rank -> what came from it, flat.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return {rank: tensor.reshape(-1) for rank, tensor in sends.items()}
+    ranks = range(dist.get_world_size())
+    outgoing = [sends[rank].reshape(-1) if rank in sends else like.new_empty(0) for rank in ranks]
+    incoming = [sizes.get(rank, 0) for rank in ranks]
+    received = like.new_empty(sum(incoming))
+    dist.all_to_all_single(received, torch.cat(outgoing), incoming, [len(each) for each in outgoing])
+    return {rank: part for rank, part in zip(ranks, received.split(incoming), strict=True) if len(part)}
 
 
 @dataclass

@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -41,6 +42,19 @@ class Groups:
     def is_last_stage(self) -> bool:
         """Whether this rank holds the output head."""
         return self.pipeline_rank == self.pipeline_size - 1
+
+    def rank_of(self, data: int, pipeline: int, tensor: int) -> int:
+        """The rank at this place of the layout: tensor counts fastest, then data, then pipeline."""
+        return tensor + self.tensor_size * (data + self.data_size * pipeline)
+
+    def replica(self, data: int) -> list[int]:
+        """All ranks of a data-parallel replica."""
+        return [self.rank_of(data, pipeline, tensor) for pipeline in range(self.pipeline_size) for tensor in range(self.tensor_size)]
+
+    def nearest(self, data: int, rank: int) -> int:
+        """`rank` itself where it is one of the replica's, else one of them, so that many askers share the answering."""
+        ranks = self.replica(data)
+        return rank if rank in ranks else ranks[rank % len(ranks)]
 
     @property
     def reports_loss(self) -> bool:
@@ -83,6 +97,37 @@ def start_groups(platform: Platform, parallel: ParallelSection, *, timeout_secon
     )
     seed_step(0, 0, groups)  # building layers needs the generators to exist
     return groups
+
+
+def second_layout(first: Groups, *, tensor: int, pipeline: int, timeout_seconds: float) -> Groups:
+    """Another layout over the ranks of `first`, beside it: for a model whose groups are handed to it. Collective over the world.
+
+    Sizes must divide the world. Ranks are numbered as in `start_groups`: tensor fastest, then data, then pipeline.
+    """
+    data = first.world_size // (tensor * pipeline)
+    grid = HyperCommGrid([tensor, 1, data, pipeline], ["tp", "cp", "dp", "pp"])
+    timeout = timedelta(seconds=timeout_seconds)
+    named = {"tp": "tp", "cp": "cp", "dp": "dp", "pp": "pp", "dp_cp": ["cp", "dp"], "mp": ["tp", "pp"]}
+    collection = ProcessGroupCollection(**{name: grid.create_pg(dims, timeout=timeout) for name, dims in named.items()})
+    # The last stage of a tied model holds the first one's weights too.
+    ends = [sorted({ranks[0], ranks[-1]}) for ranks in grid.get_rank_enum("pp")]
+    members = [dist.new_group(ranks, timeout=timeout) for ranks in ends]
+    mine = [group for ranks, group in zip(ends, members, strict=True) if first.rank in ranks]
+    collection.embd = mine[0] if mine else None
+    collection.pos_embd = None
+    return Groups(
+        platform=first.platform,
+        world_size=first.world_size,
+        rank=first.rank,
+        tensor_rank=dist.get_rank(collection.tp),
+        tensor_size=tensor,
+        pipeline_rank=dist.get_rank(collection.pp),
+        pipeline_size=pipeline,
+        data_rank=dist.get_rank(collection.dp),
+        data_size=data,
+        virtual_pipeline=1,
+        collection=collection,
+    )
 
 
 def _forget_model_groups() -> None:

@@ -58,7 +58,7 @@ class CachedTeacher:
         """See TeacherSource. Collective only where the fallback is, and that only for what the cache does not hold."""
         found: list[Target | None] = [microbatch.target for microbatch in microbatches]
         absent = [place for place, target in enumerate(found) if target is None]
-        if self.fallback is not None and absent:
+        if self.fallback is not None:  # asked by every rank, also for nothing: it may have to be asked by all together
             for place, target in zip(absent, self.fallback.targets([microbatches[place] for place in absent]), strict=True):
                 found[place] = target
         return found

@@ -87,7 +87,7 @@ class OnlineTeacher:
         chunk_tokens: int | None = None,
         within_documents: bool = False,
     ) -> None:
-        self.groups, self.sequence_length = groups, sequence_length
+        self.groups, self.sequence_length, self.within_documents = groups, sequence_length, within_documents
         # The forward-only pass needs no interleaving; the same groups serve one chunk per stage.
         plain = parallel.model_copy(update={"virtual_pipeline": 1})
         self.config = transformer_config(model, plain, groups.platform, precision=precision)
@@ -104,6 +104,8 @@ class OnlineTeacher:
     @torch.no_grad()
     def targets(self, microbatches: Sequence[Microbatch]) -> list[Target | None]:
         """See TeacherSource. One forward-only pipeline over the microbatches; collective over the model-parallel groups."""
+        if not microbatches:
+            return []
         schedule = get_forward_backward_func(pp_size=self.groups.pipeline_size, vp_size=None)
         found = schedule(
             forward_step_func=self._forward_step,

@@ -81,6 +81,7 @@ def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
         folder = find_checkpoint(config.teacher.checkpoint, what="teacher.checkpoint")
         teacher = folder, read_info(folder, what="teacher.checkpoint")
         check_same_vocabulary(teacher[1], vocab_size=vocab_size, tokenizer=digest, folder=folder, what="teacher.checkpoint")
+        _check_teacher_layout(config, teacher[1].model_section(), folder, world_size)
         window = teacher[1].model_section().window_problem(config.batch.sequence_length)
         if window is not None:
             raise ConfigError(f"teacher.checkpoint: {folder}: batch.sequence_length {window}")
@@ -91,6 +92,30 @@ def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
         info = read_info(initial, what="checkpoint.initialize_from")
         check_same_model(info, config.model, vocab_size=vocab_size, tokenizer=digest, folder=initial, what="checkpoint.initialize_from")
     return Inputs(vocab_size, tokenizer, teacher, resume, initial, huggingface)
+
+
+def _check_teacher_layout(config: RunConfig, model: ModelSection, folder: Path, world_size: int) -> None:
+    """ConfigError where the teacher cannot be cut as the run file says: by its own sizes, or by the student's."""
+    if config.teacher.source == "cached" and config.teacher.on_miss != "online":
+        return
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    if config.teacher.has_own_layout:
+        tensor, pipeline, _ = config.teacher_layout(world_size)
+    cut = [
+        (name, size, "tensor", tensor)
+        for name, size in (
+            ("num_attention_heads", model.num_attention_heads),
+            ("num_query_groups", model.num_query_groups or model.num_attention_heads),
+            ("ffn_hidden_size", model.ffn_hidden_size),
+            ("vocab_size_multiple", model.vocab_size_multiple),
+        )
+    ]
+    for name, size, by, ranks in [*cut, ("num_layers", model.num_layers, "pipeline", pipeline)]:
+        if size % ranks:
+            raise ConfigError(
+                f"teacher.checkpoint: {folder} has {name} = {size}, which {ranks} {by}-parallel ranks cannot share: "
+                f"set teacher.parallel.{by} to a divisor of {size}"
+            )
 
 
 def _check_packed(config: RunConfig, prefix: str) -> None:

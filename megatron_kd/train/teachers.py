@@ -7,15 +7,16 @@ from dataclasses import replace
 from megatron_kd.cache import CacheError, CacheIdentity, CacheReader
 from megatron_kd.checkpoint.state import load_weights
 from megatron_kd.checkpoint.store import checkpoint_digest
-from megatron_kd.config import ConfigError, RunConfig
+from megatron_kd.config import ConfigError, ParallelSection, RunConfig
 from megatron_kd.data.batches import Attach
 from megatron_kd.parallel.collectives import from_rank_zero, raise_together
-from megatron_kd.parallel.groups import Groups
+from megatron_kd.parallel.groups import Groups, second_layout
 from megatron_kd.parallel.shards import padded_vocab_size
 from megatron_kd.targets import SampleSelection, Selection, TopSelection
 from megatron_kd.teacher.cached import CachedTeacher
 from megatron_kd.teacher.huggingface import HuggingFaceTeacher
 from megatron_kd.teacher.online import OnlineTeacher
+from megatron_kd.teacher.own_layout import OwnLayoutTeacher
 from megatron_kd.teacher.source import NoTeacher, TeacherSource
 from megatron_kd.train.foreign import use_zero3
 from megatron_kd.train.inputs import Inputs
@@ -48,6 +49,16 @@ def online_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> OnlineT
     return teacher
 
 
+def _live_teacher(config: RunConfig, inputs: Inputs, groups: Groups, *, even: bool) -> TeacherSource:
+    """The teacher of teacher.checkpoint in the student's layout, or in its own where the run file gives it one."""
+    if not config.teacher.has_own_layout:
+        return online_teacher(config, inputs, groups)
+    tensor, pipeline, micro_batch_size = config.teacher_layout(groups.world_size)
+    own = second_layout(groups, tensor=tensor, pipeline=pipeline, timeout_seconds=config.train.timeout_seconds)
+    teacher_alone = config.model_copy(update={"parallel": ParallelSection(tensor=tensor, pipeline=pipeline)})
+    return OwnLayoutTeacher(online_teacher(teacher_alone, inputs, own), groups, micro_batch_size=micro_batch_size, even=even)
+
+
 def huggingface_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> HuggingFaceTeacher:
     """The teacher of a Hugging Face folder. Collective over the world; ConfigError on every rank where it cannot serve."""
     assert inputs.huggingface is not None
@@ -70,11 +81,11 @@ def build_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> TeacherS
     if config.teacher.source == "none":
         return NoTeacher()
     if config.teacher.source == "online":
-        return online_teacher(config, inputs, groups)
+        return _live_teacher(config, inputs, groups, even=True)
     if config.teacher.source == "huggingface":
         return huggingface_teacher(config, inputs, groups)
     reader = _open_cache(config, inputs)
-    fallback = online_teacher(config, inputs, groups) if config.teacher.on_miss == "online" else None
+    fallback = _live_teacher(config, inputs, groups, even=False) if config.teacher.on_miss == "online" else None
     return CachedTeacher(reader, decodes=groups.is_last_stage, fallback=fallback)
 
 

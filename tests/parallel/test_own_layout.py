@@ -1,0 +1,154 @@
+"""A teacher in a layout of its own: the targets and the curve of one process, whatever the two layouts are."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_kd.config import ConfigError, RunConfig
+from megatron_kd.teacher.split import Split
+from megatron_kd.train.inputs import check_inputs
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import tiny, write_tokens
+from tests.losses.cases import fresh_seed, say
+from tests.parallel.layouts import run_all
+from tests.parallel.own_layout_ranks import Asked, ask_all
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
+
+STEPS, K, SAMPLES = 20, 9, 8
+LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2)]  # (tensor, pipeline)
+BATCH = {"global_batch_size": SAMPLES, "micro_batch_size": 1, "sequence_length": 25}  # not a multiple of the tensor-parallel size
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "top": {"alpha": 0.7, "top_k": K, "top_p": 0.9, "tail": "bucket"},
+    "draws": {"alpha": 0.7, "num_draws": K, "tail": "renormalize"},
+}
+
+
+class Bench:
+    """A teacher, and runs that distil it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.data = folder, write_tokens(folder)
+        model = {"hidden_size": 48, "ffn_hidden_size": 96, "tied_embeddings": True}
+        teacher = tiny(folder / "teacher", self.data, model=model, train={"steps": 40}, batch=BATCH)
+        run_ranks(run_all, 1, [(teacher, 40, True)])
+
+    def config(self, student: tuple[int, int] = (1, 1), own_layout: tuple[int, int] | None = None, /, **overrides: Any) -> RunConfig:
+        tensor, pipeline = student
+        own = {"parallel": {"tensor": own_layout[0], "pipeline": own_layout[1]}} if own_layout else {}
+        settings: dict[str, Any] = {
+            "batch": BATCH,
+            "parallel": {"tensor": tensor, "pipeline": pipeline},
+            "teacher": {"source": "online", "checkpoint": str(self.folder / "teacher"), **own},
+        }
+        for section, keys in {"distill": SELECTIONS["top"], **overrides}.items():
+            settings[section] = {**settings.get(section, {}), **keys}
+        return tiny(self.folder / "student", self.data, **settings)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("own_layout"))
+
+
+@pytest.fixture(scope="module")
+def single(bench: Bench) -> dict[str, Asked]:
+    configs = {name: bench.config(distill=distill) for name, distill in SELECTIONS.items()}
+    return dict(zip(configs, run_ranks(ask_all, 1, list(configs.values()), STEPS)[0], strict=True))
+
+
+def check(found: list[Asked], wanted: Asked, *, entries: int = K) -> None:
+    """found: of every rank."""
+    for rank in found:
+        assert set(rank.targets) == rank.expected  # its own samples' targets, and no other's
+        for sample, numbers in rank.targets.items():
+            ids, *values = numbers
+            assert torch.equal(ids, wanted.targets[sample][0])
+            for value, other in zip(values, wanted.targets[sample][1:], strict=True):
+                torch.testing.assert_close(value, other, rtol=0, atol=1e-6)
+    assert set().union(*(rank.expected for rank in found)) == set(range(SAMPLES))
+    assert sum(rank.sent for rank in found) / (SAMPLES * BATCH["sequence_length"]) <= 12 * entries
+    for row, other in zip(found[0].rows, wanted.rows, strict=False):
+        for name in ("total_loss", "ce_loss", "kd_loss"):
+            assert abs(row[name] - other[name]) <= 1e-5 * other["total_loss"], (row["step"], name)
+
+
+def run_pairs(bench: Bench, world: int, pairs: list[tuple[Any, Any]], steps: int, wanted: Asked) -> None:
+    by_rank = run_ranks(ask_all, world, [bench.config(*pair) for pair in pairs], steps, timeout=540)
+    for number, pair in enumerate(pairs):
+        found = [rank[number] for rank in by_rank]
+        assert len(found[0].rows) == steps
+        try:
+            check(found, wanted)
+        except AssertionError as error:
+            raise AssertionError(f"student {pair[0]}, teacher {pair[1]} on {world} ranks: {error}") from error
+
+
+def pairs_of(world: int) -> list[tuple[Any, Any]]:
+    fits = [layout for layout in LAYOUTS if layout[0] * layout[1] <= world]
+    return list(product(fits, fits))
+
+
+def test_four_ranks(bench: Bench, single: dict[str, Asked]) -> None:
+    run_pairs(bench, 4, [((1, 2), (2, 2)), ((2, 1), (1, 1))], 3, single["top"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_pair_of_layouts(bench: Bench, single: dict[str, Asked], world: int) -> None:
+    run_pairs(bench, world, pairs_of(world), STEPS, single["top"])
+
+
+def test_two_ranks(bench: Bench, single: dict[str, Asked]) -> None:
+    """Each layout that differs, random draws, other microbatches, virtual stages: in one world."""
+    cases = {
+        "tensor": ("top", bench.config((1, 1), (2, 1))),
+        "across": ("top", bench.config((2, 1), (1, 2))),
+        "draws": ("draws", bench.config((1, 2), (2, 1), distill=SELECTIONS["draws"])),
+        "microbatches": ("top", bench.config((2, 1), teacher={"micro_batch_size": 4})),
+        "virtual": ("top", bench.config((1, 2), (1, 1), parallel={"virtual_pipeline": 2})),
+    }
+    by_rank = run_ranks(ask_all, 2, [config for _, config in cases.values()], 4, timeout=300)
+    for number, (wanted, _) in enumerate(cases.values()):
+        check([rank[number] for rank in by_rank], single[wanted])
+
+
+def test_each_sample_belongs_to_one_of_each() -> None:
+    seed = fresh_seed()
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(200):
+        owners, workers = (int(n) for n in torch.randint(1, 7, (2,), generator=generator))
+        split = Split(tuple(torch.randint(0, 9, (owners,), generator=generator).tolist()), workers)
+        samples = [sample for part in split.ranges() for sample in range(part.start, part.stop)]
+        assert samples == list(range(split.total)), say(seed, split)
+        for part in split.ranges():
+            for sample in (part.start, part.stop - 1):
+                assert sample in split.owned(part.owner) and sample in split.worked(part.worker), say(seed, split, part)
+        shares = [len(split.worked(worker)) for worker in range(workers)]
+        assert max(shares) - min(shares) <= 1, say(seed, split)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "world", "words"),
+    [
+        ({"parallel": {"tensor": 3}}, 4, "4 processes cannot be split into teacher.parallel.tensor"),
+        ({"micro_batch_size": 3}, 1, "must be a multiple of the teacher's micro-batch size"),
+        ({"parallel": {"tensor": 4}}, 4, "num_query_groups = 2, which 4 tensor-parallel ranks cannot share"),
+        ({"parallel": {"pipeline": 8}}, 8, "num_layers = 4, which 8 pipeline-parallel ranks cannot share"),
+    ],
+)
+def test_what_does_not_divide_is_refused(bench: Bench, teacher: dict[str, Any], world: int, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_inputs(bench.config(teacher=teacher), world_size=world)
+
+
+def test_what_cannot_have_its_own_layout(bench: Bench) -> None:
+    with pytest.raises(ValueError, match="distill.dense needs the teacher in the student's layout"):
+        bench.config((1, 1), (2, 1), distill={"alpha": 0.7, "dense": True})
+    with pytest.raises(ValueError, match="teacher.parallel and teacher.micro_batch_size are for an online teacher"):
+        bench.config((1, 1), (2, 1), teacher={"source": "cached", "cache": "somewhere"})
