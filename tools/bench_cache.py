@@ -41,6 +41,8 @@ from megatron_kd.targets import SampleSelection, Selection, SparseTarget, TopSel
 
 SELECTIONS: dict[str, Selection] = {
     "50 draws": SampleSelection(50, seed=0),
+    # As few ids as draws from a teacher of much lower entropy name.
+    "50 draws at 0.7": SampleSelection(50, seed=0, temperature=0.7),
     "top-p 0.95 of top-50": TopSelection(50, top_p=0.95),
     "top-p 0.95 of top-100": TopSelection(100, top_p=0.95),
     "top-64": TopSelection(64),

@@ -107,8 +107,8 @@ def _encoder(job: ChatJob) -> ConversationEncoder:
 
 def _pack(packer: Packer, folder: Path, split: int, num_pieces: int, dtype: np.dtype) -> Iterator[Packed]:
     for number in range(num_pieces):
-        paths = [piece_path(folder, number, f"{split}.{kind}") for kind in ("ids", "lengths", "roles")]
-        ids, lengths, roles = (np.fromfile(path, kind) for path, kind in zip(paths, (dtype, "<i4", np.uint8), strict=True))
+        kinds = {"ids": dtype, "lengths": np.dtype("<i4"), "roles": np.dtype(np.uint8)}
+        ids, lengths, roles = (np.fromfile(piece_path(folder, number, f"{split}.{name}"), kind) for name, kind in kinds.items())
         ends = np.cumsum(lengths, dtype=np.int64)[:-1]
         for own, parts in zip(np.split(ids, ends), np.split(roles, ends), strict=True) if len(lengths) else ():
             sample = packer.add(own, parts)
