@@ -22,8 +22,8 @@ def read_task(path: Path, data_folder: Path) -> dict[str, Any]:
     """
     try:
         import yaml
-    except ImportError:
-        raise _missing() from None
+    except ImportError as error:
+        raise _missing(error) from None
     try:
         task = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -58,7 +58,7 @@ def run_tasks(
         from lm_eval.tasks import TaskManager
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise _missing() from error
+        raise _missing(error) from error
     model = load_causal_lm(folder, torch.float32 if device == "cpu" else torch.bfloat16, what="model").to(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -87,5 +87,5 @@ def _standard_error(share: float, items: int) -> float:
     return math.sqrt(share * (1.0 - share) / (items - 1))
 
 
-def _missing() -> ConfigError:
-    return ConfigError("tasks need lm-evaluation-harness: pip install 'megatron-kd[evaluate]'")
+def _missing(error: ImportError) -> ConfigError:
+    return ConfigError(f"tasks need lm-evaluation-harness ({error}): pip install 'megatron-kd[evaluate]'")

@@ -163,6 +163,7 @@ BAD: dict[str, tuple[list[object], str]] = {
     "no checkpoint": (["generate.py", "nowhere", "--prompt", "x"], "no checkpoint at nowhere"),
     "no prompt": (["generate.py", "run"], "give at least one --prompt"),
     "temperature": (["generate.py", "run", "--prompt", "x", "--temperature", "-1"], "temperature (-1.0) must be >= 0"),
+    "no number": (["generate.py", "run", "--prompt", "x", "--temperature", "nan"], "temperature (nan) must be >= 0 and finite"),
     "top_p": (["generate.py", "run", "--prompt", "x", "--top-p", "0"], "top_p (0.0) must be in (0, 1]"),
     "tensor": (["generate.py", "run", "--prompt", "x", "--tensor", "3"], "must be a multiple of --tensor (3)"),
     "ranks": (["generate.py", "run", "--prompt", "x", "--tensor", "2"], "1 processes cannot be split"),
@@ -171,6 +172,9 @@ BAD: dict[str, tuple[list[object], str]] = {
     "data's form": (["evaluate.py", "perplexity", "run", "--data", "valid"], "--data valid must be NAME=PREFIX"),
     "long": (["evaluate.py", "perplexity", "run", "--sequence-length", "9000000"], "fewer than one sequence"),
     "output": (["convert_checkpoint.py", "to-huggingface", "run", "--output", "corpus"], "exists already"),
+    "shards": (["convert_checkpoint.py", "to-huggingface", "run", "--output", "x", "--shard-gigabytes", "nan"], "(nan) must be > 0"),
+    "positions": (["convert_checkpoint.py", "to-huggingface", "run", "--output", "x", "--max-positions", "0"], "(0) must be at least 1"),
+    "no ranks": (["describe_model.py", "--preset", "qwen3-0.6b", "--ranks", "0"], "--ranks (0) must be at least 1"),
     "no positions": (["convert_checkpoint.py", "to-huggingface", "teacher", "--output", "x"], "--max-positions is needed"),
 }
 
