@@ -120,6 +120,7 @@ def _to_huggingface(arguments: argparse.Namespace) -> int:
             raise ConfigError(
                 f"--tokenizer {arguments.tokenizer} is not the one this model was made with (digest {digest}, {info.tokenizer})"
             )
+    files = _tokenizer_files(arguments.tokenizer)
     config = write_huggingface(
         arguments.output,
         folder,
@@ -127,9 +128,15 @@ def _to_huggingface(arguments: argparse.Namespace) -> int:
         max_positions=arguments.max_positions or _max_positions(folder, saved),
         special_ids=_special_ids(arguments.tokenizer, saved),
         shard_bytes=int(arguments.shard_gigabytes * 1e9),
-        files=_tokenizer_files(arguments.tokenizer),
+        files=files,
     )
     print(json.dumps(config, indent=2))
+    if config["model_type"] == "qwen2" and files and b"Qwen2Tokenizer" not in files["tokenizer_config.json"]:
+        print(
+            "note: transformers 5 gives qwen2 models a tokenizer of its own, whatever tokenizer_config.json says: it may cut texts "
+            "otherwise than this tokenizer: compare the ids before you use AutoTokenizer or tools/evaluate.py tasks",
+            file=sys.stderr,
+        )
     print(f"written: {arguments.output}")
     return _check(folder, arguments.output) if arguments.check else 0
 

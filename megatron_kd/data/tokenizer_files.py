@@ -10,8 +10,8 @@ from sentencepiece import SentencePieceProcessor
 from megatron_kd.config.run import ConfigError
 
 _HUGGINGFACE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja")
-# Without a class transformers takes that of the model's family, which puts rules of its own in the place of the file's.
-_PLAIN = {"tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": false}\n'}
+# Without this class transformers takes that of the model's family, which puts rules of its own in the place of the file's.
+_PLAIN = {"tokenizer_config.json": b'{"tokenizer_class": "TokenizersBackend", "clean_up_tokenization_spaces": false}\n'}
 
 
 def huggingface_files(path: Path) -> dict[str, bytes]:

@@ -66,7 +66,10 @@ def run_tasks(
         raise ConfigError(
             f"model: {folder} holds no tokenizer that transformers loads ({str(error).splitlines()[0][:150]}): export it with --tokenizer"
         ) from error
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=device, max_length=max_length)
+    start = _start_id(model, tokenizer, folder)
+    wrapped = HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=device, max_length=max_length, prefix_token_id=start
+    )
     manager = TaskManager(include_defaults=False)
     try:
         found = lm_eval.simple_evaluate(wrapped, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False)
@@ -80,6 +83,19 @@ def run_tasks(
         errors = {f"{key}_stderr": _standard_error(value, items) for key, value in numbers.items() if key.startswith("acc") and items > 1}
         results[name] = {**numbers, **errors, "items": items}
     return results
+
+
+def _start_id(model: Any, tokenizer: Any, folder: Path) -> int:
+    """The id that stands before a text without context: the first known of bos and eos, of the tokenizer, then of config.json."""
+    for owner in (tokenizer, model.config):
+        for name in ("bos_token_id", "eos_token_id"):
+            found = getattr(owner, name, None)
+            if found is not None:
+                return int(found[0] if isinstance(found, list) else found)
+    raise ConfigError(
+        f"model: neither the tokenizer nor config.json of {folder} names a bos or eos id, after which texts are scored: set eos_token_id "
+        "in config.json"
+    )
 
 
 def _standard_error(share: float, items: int) -> float:

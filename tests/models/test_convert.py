@@ -18,6 +18,7 @@ from megatron_kd.checkpoint.convert import OurWeights, adopt_checkpoint, open_hu
 from megatron_kd.checkpoint.store import read_info
 from megatron_kd.checkpoint.tensors import TensorReader
 from megatron_kd.config import ConfigError, ModelSection
+from megatron_kd.data.tokenizer_files import huggingface_files
 from megatron_kd.models.huggingface import config_from_model, model_from_config, rows_of
 from tests.helpers.ranks import run_ranks
 from tests.losses.cases import fresh_seed
@@ -232,6 +233,7 @@ def _peak_growth(run: Callable[[], Any]) -> int:
     return (kilobytes("VmHWM") - before) * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="measured through Linux's /proc")
 def test_memory_of_a_conversion_is_that_of_its_largest_pieces(tmp_path: Path) -> None:
     """A model of 32 layers, 100 MB: neither way holds much more than a few tensors, or one output file."""
@@ -291,3 +293,27 @@ def test_models_that_no_family_has(tmp_path: Path) -> None:
     for changes, sentence in (({"qk_norm": True}, "both model.qk_norm and model.qkv_bias"), ({"mcore": {"x": 1}}, "model.mcore")):
         with pytest.raises(ConfigError, match=sentence):
             config_from_model(MODEL.model_copy(update=changes), vocab_size=50, dtype="float32", max_positions=64)
+
+
+def test_exported_tokenizer_keeps_its_rules(tmp_path: Path) -> None:
+    """Numbers are one word for this tokenizer; the class that transformers has for Qwen3 models cuts them into digits."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer
+
+    mine = Tokenizer(models.BPE())
+    mine.pre_tokenizer, mine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    mine.train_from_iterator([text := "it's 1234567 and 1234567\n\n"] * 9, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    (tmp_path / "given").mkdir()
+    for name in ("own_name.json", "given/tokenizer.json"):
+        mine.save(str(tmp_path / name))
+        folder = tmp_path / f"exported_{Path(name).stem}"
+        folder.mkdir()
+        qwen3 = MODEL.model_copy(update={"qkv_bias": False, "qk_norm": True})
+        config = config_from_model(qwen3, vocab_size=300, dtype="float32", max_positions=64)
+        (folder / "config.json").write_text(json.dumps(config))
+        for file, content in huggingface_files(tmp_path / name).items():
+            (folder / file).write_bytes(content)
+        theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        assert theirs(text).input_ids == mine.encode(text).ids and len(mine.encode(" 1234567").ids) == 1
+        assert theirs.decode(theirs(text).input_ids) == text

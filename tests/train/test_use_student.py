@@ -16,7 +16,7 @@ from megatron_kd.checkpoint.convert import open_huggingface, write_checkpoint
 from megatron_kd.config import ConfigError, ModelSection, dump_toml
 from megatron_kd.data.indexed import TokenFileWriter
 from megatron_kd.data.tokenizer import load_tokenizer
-from megatron_kd.train.harness import read_task
+from megatron_kd.train.harness import _start_id, read_task
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny
 from tests.helpers.tools import Done, run_tools
@@ -219,3 +219,20 @@ def test_tasks_of_the_harness(student: Student, told: dict[str, Done], tmp_path:
     assert run_tools({"tasks": words}, cwd=tmp_path)["tasks"].code == 0
     found = json.loads((tmp_path / "scores.json").read_text())["results"]["piqa"]
     assert found["items"] == 3 and abs(found["acc"] - 2 / 3) < 1e-9
+
+
+def test_texts_are_scored_after_a_known_id(tmp_path: Path) -> None:
+    """The tokenizer's own ids come first; many a tokenizer.json names none, and config.json does."""
+
+    class Ids:
+        def __init__(self, bos: int | None, eos: int | list[int] | None) -> None:
+            self.bos_token_id, self.eos_token_id = bos, eos
+
+    class Model:
+        def __init__(self, config: Ids) -> None:
+            self.config = config
+
+    for tokenizer, config, wanted in ((Ids(0, 1), Ids(2, 3), 0), (Ids(None, 1), Ids(2, 3), 1), (Ids(None, None), Ids(None, [4, 5]), 4)):
+        assert _start_id(Model(config), tokenizer, tmp_path) == wanted
+    with pytest.raises(ConfigError, match="names a bos or eos id"):
+        _start_id(Model(Ids(None, None)), Ids(None, None), tmp_path)
