@@ -26,7 +26,7 @@ from megatron_kd.config import ConfigError, ModelSection
 if TYPE_CHECKING:
     from megatron_kd.checkpoint.store import CheckpointInfo
 
-SAVED_CONFIG = "huggingface_config.json"
+SAVED_CONFIG, MODEL_FILE = "huggingface_config.json", "model.toml"
 
 
 def main() -> int:
@@ -85,8 +85,8 @@ def _from_huggingface(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
     )
     digest = _digest(arguments.tokenizer, source.vocab_size)
-    folder = write_checkpoint(arguments.output, source, tokenizer=digest)
-    (arguments.output / SAVED_CONFIG).write_text(json.dumps(dict(source.config), indent=2) + "\n", encoding="utf-8")
+    saved = {SAVED_CONFIG: (json.dumps(dict(source.config), indent=2) + "\n").encode()}
+    folder = write_checkpoint(arguments.output, source, tokenizer=digest, files={**saved, **_model_file(source.model)})
     _report(arguments.output, folder, digest)
     return _check(folder, arguments.input) if arguments.check else 0
 
@@ -98,7 +98,7 @@ def _from_megatron(arguments: argparse.Namespace) -> int:
     model = _read_model(arguments.model)
     assert model.vocab_size is not None
     digest = _digest(arguments.tokenizer, model.vocab_size)
-    folder = adopt_checkpoint(arguments.input, model, arguments.output, tokenizer=digest)
+    folder = adopt_checkpoint(arguments.input, model, arguments.output, tokenizer=digest, files=_model_file(model))
     _report(arguments.output, folder, digest)
     return 0
 
@@ -107,6 +107,10 @@ def _to_huggingface(arguments: argparse.Namespace) -> int:
     from megatron_kd.checkpoint.convert import write_huggingface
     from megatron_kd.checkpoint.store import find_checkpoint, read_info
 
+    if not 0 < arguments.shard_gigabytes < float("inf"):
+        raise ConfigError(f"--shard-gigabytes ({arguments.shard_gigabytes}) must be > 0 and finite")
+    if arguments.max_positions is not None and arguments.max_positions < 1:
+        raise ConfigError(f"--max-positions ({arguments.max_positions}) must be at least 1")
     folder = find_checkpoint(arguments.input, what="input")
     info = read_info(folder, what="input")
     saved = _saved_config(folder)
@@ -116,6 +120,7 @@ def _to_huggingface(arguments: argparse.Namespace) -> int:
             raise ConfigError(
                 f"--tokenizer {arguments.tokenizer} is not the one this model was made with (digest {digest}, {info.tokenizer})"
             )
+    files = _tokenizer_files(arguments.tokenizer)
     config = write_huggingface(
         arguments.output,
         folder,
@@ -123,9 +128,15 @@ def _to_huggingface(arguments: argparse.Namespace) -> int:
         max_positions=arguments.max_positions or _max_positions(folder, saved),
         special_ids=_special_ids(arguments.tokenizer, saved),
         shard_bytes=int(arguments.shard_gigabytes * 1e9),
-        files=_tokenizer_files(arguments.tokenizer),
+        files=files,
     )
     print(json.dumps(config, indent=2))
+    if config["model_type"] == "qwen2" and files and b"Qwen2Tokenizer" not in files["tokenizer_config.json"]:
+        print(
+            "note: transformers 5 gives qwen2 models a tokenizer of its own, whatever tokenizer_config.json says: it may cut texts "
+            "otherwise than this tokenizer: compare the ids before you use AutoTokenizer or tools/evaluate.py tasks",
+            file=sys.stderr,
+        )
     print(f"written: {arguments.output}")
     return _check(folder, arguments.output) if arguments.check else 0
 
@@ -161,17 +172,21 @@ def _digest(tokenizer: Path | None, vocab_size: int) -> str | None:
     return info.digest
 
 
-def _report(output: Path, folder: Path, digest: str | None) -> None:
-    """Print and save the model section."""
-    from megatron_kd.checkpoint.store import read_info
+def _model_file(model: ModelSection) -> dict[str, bytes]:
+    """The model section as the file that --model and a run file take."""
     from megatron_kd.config.dump import section_toml
+
+    return {MODEL_FILE: section_toml(model, "model").encode()}
+
+
+def _report(output: Path, folder: Path, digest: str | None) -> None:
+    """Print the model section as it was saved, and how to use the result."""
+    from megatron_kd.checkpoint.store import read_info
     from megatron_kd.telemetry.flops import parameter_count
 
     info = read_info(folder, what="output")
     model = info.model_section()
-    text = section_toml(model, "model")
-    (output / "model.toml").write_text(text, encoding="utf-8")
-    print(text)
+    print((output / MODEL_FILE).read_text(encoding="utf-8"))
     print(f"written: {folder} ({parameter_count(model, info.vocab_size):,} weights, {info.precision}, tokenizer {digest or 'unknown'})")
     print(f'use it in any layout as teacher.checkpoint = "{output}" or checkpoint.initialize_from = "{output}"')
 

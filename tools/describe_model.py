@@ -27,6 +27,8 @@ def main() -> int:
     """Parse, compute, print."""
     arguments, overrides = _parser().parse_known_args()
     try:
+        if arguments.ranks is not None and arguments.ranks < 1:
+            raise ConfigError(f"--ranks ({arguments.ranks}) must be at least 1")
         if arguments.config is None and arguments.preset is None and not overrides:
             found: Any = _presets()
             text = _preset_table(found)

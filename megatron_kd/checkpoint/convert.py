@@ -5,6 +5,7 @@ Everything passes tensor by tensor; nothing here builds a model. The result appe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -80,6 +81,12 @@ def open_huggingface(
 
 
 def _check_tensors(weights: SafetensorsFolder, model: ModelSection, vocab_size: int, what: str) -> None:
+    if model.num_layers > len(weights.tensors):
+        # Before anything is made for each layer: the number may be anything.
+        raise ConfigError(
+            f"{what}: config.json says {model.num_layers} layers, but {weights.folder} holds only {len(weights.tensors)} tensors: they are "
+            "not of one model, or files are missing"
+        )
     wanted = {
         name: shape
         for row, layer in rows_of(model)
@@ -113,13 +120,20 @@ def _some(names: list[str]) -> str:
     return f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
 
 
-def write_checkpoint(output: Path, source: Source, *, tokenizer: str | None) -> Path:
-    """Write `output`/checkpoints/step-00000000 from a Hugging Face folder; returns it. tokenizer: digest of its vocabulary."""
+def write_checkpoint(output: Path, source: Source, *, tokenizer: str | None, files: Mapping[str, bytes] | None = None) -> Path:
+    """Write `output`/checkpoints/step-00000000 from a Hugging Face folder; returns it. `output` must not exist.
+
+    tokenizer: digest of its vocabulary. files: what else goes into `output`, name -> content.
+    """
     pieces = [piece for row, layer in rows_of(source.model) for piece in _pieces(source, row, layer)]
-    return _commit(output, source.model, pieces, precision=source.precision, tokenizer=tokenizer)
+    return _commit(output, source.model, pieces, precision=source.precision, tokenizer=tokenizer, files=files)
 
 
-def _commit(output: Path, model: ModelSection, pieces: list[Piece], *, precision: str, tokenizer: str | None) -> Path:
+def _commit(
+    output: Path, model: ModelSection, pieces: list[Piece], *, precision: str, tokenizer: str | None, files: Mapping[str, bytes] | None
+) -> Path:
+    if output.exists():
+        raise ConfigError(f"output {output} exists already: choose another name")
     assert model.vocab_size is not None
     info = CheckpointInfo(
         step=0,
@@ -135,16 +149,35 @@ def _commit(output: Path, model: ModelSection, pieces: list[Piece], *, precision
     )
     layers = model.num_layers
     objects = [f"{name}._extra_state/shard_{layer}_{layers}" for name in EXTRA_STATES for layer in range(layers)]
-    new = not output.exists()
-    pending = PendingCheckpoint(output / "checkpoints", 0)
-    try:
+    with _appearing(output) as hidden:
+        pending = PendingCheckpoint(hidden / "checkpoints", 0)
         pending.start()
         write_pieces(pending.folder, pieces, objects=objects)
         pending.commit(info)
+        _write_files(hidden, files)
+    return output / pending.final.relative_to(hidden)
+
+
+@contextlib.contextmanager
+def _appearing(output: Path) -> Iterator[Path]:
+    """A hidden folder that becomes `output` once it is complete; a failure leaves neither. What a killed one left is removed."""
+    hidden = output.with_name(f".incomplete-{output.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    try:
+        yield hidden
+        for path in [*hidden.iterdir(), hidden]:
+            sync_path(path)
+        os.replace(hidden, output)
+        sync_path(output.parent)
     except BaseException:
-        shutil.rmtree(output if new else pending.folder, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
         raise
-    return pending.final
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes] | None) -> None:
+    for name, content in (files or {}).items():
+        (folder / name).write_bytes(content)
 
 
 def _pieces(source: Source, row: Row, layer: int | None) -> Iterator[Piece]:
@@ -238,8 +271,19 @@ class OurWeights:
             raise ConfigError(f"{self._what}: {name} has shape {list(found.shape)}, but the model says {list(wanted)}")
 
 
-def adopt_checkpoint(folder: Path, model: ModelSection, output: Path, *, tokenizer: str | None, what: str = "input") -> Path:
-    """Bring a megatron-core checkpoint written by another program under our roof: weights only, checked, padded as here."""
+def adopt_checkpoint(
+    folder: Path,
+    model: ModelSection,
+    output: Path,
+    *,
+    tokenizer: str | None,
+    files: Mapping[str, bytes] | None = None,
+    what: str = "input",
+) -> Path:
+    """Bring a megatron-core checkpoint written by another program under our roof: weights only, checked, padded as here.
+
+    See write_checkpoint for the rest.
+    """
     assert model.vocab_size is not None
     weights = OurWeights(folder, model, model.vocab_size, what=what)
     precision = "bf16" if weights.dtypes() == {torch.bfloat16} else "fp32"
@@ -257,7 +301,8 @@ def adopt_checkpoint(folder: Path, model: ModelSection, output: Path, *, tokeniz
         whole, offset = (model.num_layers, *shape), (layer, *[0] * len(shape))
         return Piece(row.ours, whole, offset, (1, *shape), dtype, lambda: weights.read(row, layer)[None])
 
-    return _commit(output, model, [piece(*place) for place in rows_of(model)], precision=precision, tokenizer=tokenizer)
+    pieces = [piece(*place) for place in rows_of(model)]
+    return _commit(output, model, pieces, precision=precision, tokenizer=tokenizer, files=files)
 
 
 def write_huggingface(
@@ -285,21 +330,9 @@ def write_huggingface(
     config = config_from_model(
         model, vocab_size=info.vocab_size, dtype=_HF_DTYPES[dtype], max_positions=max_positions, special_ids=special_ids
     )
-    hidden = output.with_name(f".incomplete-{output.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
-    try:
+    with _appearing(output) as hidden:
         write_safetensors(hidden, _their_tensors(weights, dtype), shard_bytes=shard_bytes)
-        (hidden / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name, content in (files or {}).items():
-            (hidden / name).write_bytes(content)
-        for path in [*hidden.iterdir(), hidden]:
-            sync_path(path)
-        os.replace(hidden, output)
-        sync_path(output.parent)
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        raise
+        _write_files(hidden, {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **(files or {})})
     return config
 
 

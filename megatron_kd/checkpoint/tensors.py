@@ -226,6 +226,10 @@ class _LazyPlanner(SavePlanner):
         tensor = piece.load().to(piece.dtype).contiguous()
         if tuple(tensor.shape) != piece.shape:
             raise ConfigError(f"{piece.name} has shape {list(tensor.shape)}, expected {list(piece.shape)}")
+        if not torch.isfinite(tensor).all():
+            raise ConfigError(
+                f"{piece.name}, from {list(piece.offset)} on, holds numbers that are not finite in {piece.dtype}: use another copy"
+            )
         return tensor
 
 

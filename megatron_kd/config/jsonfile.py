@@ -17,6 +17,6 @@ def read_json(path: Path, *, what: str) -> dict[str, Any]:
             raise ValueError("not a JSON object")
     except FileNotFoundError:
         raise ConfigError(f"{what}: {path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{what}: {path} cannot be read as JSON ({error})") from error
     return content

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from megatron_kd.config import ConfigError, ModelSection
 
 
@@ -119,6 +121,19 @@ def their_shapes(row: Row, model: ModelSection, vocab_size: int) -> list[tuple[i
 
 def model_from_config(config: Mapping[str, Any], *, what: str) -> ModelSection:
     """The model section of a config.json. ConfigError, one sentence, for what is not one of FAMILIES or not supported here."""
+    try:
+        return _model_from_config(config, what)
+    except KeyError as error:
+        raise ConfigError(f"{what}: config.json lacks {error.args[0]}") from error
+    except ValidationError as error:
+        reasons = ((".".join(map(str, found["loc"])), found["msg"].removeprefix("Value error, ")) for found in error.errors())
+        reason = "; ".join(f"{place}: {problem}" if place else problem for place, problem in reasons)
+        raise ConfigError(f"{what}: config.json describes no usable model ({reason})") from error
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(f"{what}: config.json describes no usable model (a value has the wrong type: {error})") from error
+
+
+def _model_from_config(config: Mapping[str, Any], what: str) -> ModelSection:
     family = _family(config, what)
     _refuse_unsupported(config, what)
 
@@ -126,31 +141,23 @@ def model_from_config(config: Mapping[str, Any], *, what: str) -> ModelSection:
         value = config.get(name)
         return family.defaults.get(name, default) if value is None and name not in config else value
 
-    try:
-        heads = config["num_attention_heads"]
-        values = {
-            "hidden_size": config["hidden_size"],
-            "num_layers": config["num_hidden_layers"],
-            "num_attention_heads": heads,
-            "num_query_groups": get("num_key_value_heads", heads) or heads,
-            "head_dim": get("head_dim"),
-            "ffn_hidden_size": config["intermediate_size"],
-            "vocab_size": config["vocab_size"],
-            "tied_embeddings": bool(get("tie_word_embeddings", False)),
-            "qk_norm": family.qk_norm,
-            "qkv_bias": family.qkv_bias,
-            "norm_eps": get("rms_norm_eps"),
-            "sliding_window": _window(config, get("sliding_window"), what),
-            **_rope(config, what),
-        }
-        return ModelSection.model_validate(values)
-    except KeyError as error:
-        raise ConfigError(f"{what}: config.json lacks {error.args[0]}") from error
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        reason = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())  # type: ignore[attr-defined]
-        raise ConfigError(f"{what}: config.json describes no usable model ({reason})") from error
+    heads = config["num_attention_heads"]
+    values = {
+        "hidden_size": config["hidden_size"],
+        "num_layers": config["num_hidden_layers"],
+        "num_attention_heads": heads,
+        "num_query_groups": get("num_key_value_heads", heads) or heads,
+        "head_dim": get("head_dim"),
+        "ffn_hidden_size": config["intermediate_size"],
+        "vocab_size": config["vocab_size"],
+        "tied_embeddings": bool(get("tie_word_embeddings", False)),
+        "qk_norm": family.qk_norm,
+        "qkv_bias": family.qkv_bias,
+        "norm_eps": get("rms_norm_eps"),
+        "sliding_window": _window(config, get("sliding_window"), what),
+        **_rope(config, what),
+    }
+    return ModelSection.model_validate(values)
 
 
 def _family(config: Mapping[str, Any], what: str) -> Family:

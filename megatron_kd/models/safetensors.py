@@ -20,7 +20,7 @@ from megatron_kd.config.durable import sync_path
 from megatron_kd.config.jsonfile import read_json
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,15 @@ class SafetensorsFolder:
         return weights
 
     def _files(self, promised: Mapping[str, str]) -> list[Path]:
+        if promised and WHOLE not in promised.values() and (self.folder / WHOLE).is_file():
+            # transformers would read the one, an index means the other: nobody can tell which weights are meant.
+            raise ConfigError(f"{self._what}: {self.folder} holds both {WHOLE} and an {INDEX} of other files: remove the one that is old")
         if promised:
             files = [self.folder / name for name in sorted(set(promised.values()))]
         else:
-            files = sorted(self.folder.glob("*.safetensors"))
+            # A whole model in one file has this name; what lies beside it is another form of it (Mistral's consolidated.safetensors).
+            whole = self.folder / WHOLE
+            files = [whole] if whole.is_file() else sorted(self.folder.glob("*.safetensors"))
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ConfigError(f"{self._what}: {', '.join(missing)} named in {INDEX} is missing in {self.folder}: complete the download")
@@ -128,7 +133,7 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, sh
     close()
     names = [f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" for number in range(len(files))]
     if len(files) == 1:
-        files[0][0].rename(folder / "model.safetensors")
+        files[0][0].rename(folder / WHOLE)
         return
     weight_map: dict[str, str] = {}
     for (path, held), name in zip(files, names, strict=True):

@@ -16,6 +16,9 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> torch.nn.M
         from transformers.utils import logging
     except ImportError:
         raise ConfigError(f"{what}: transformers is not installed: pip install 'megatron-kd[huggingface]'") from None
+    if not (folder / "config.json").is_file():
+        # transformers would take the path for the name of a model, and look in its cache of downloads.
+        raise ConfigError(f"{what}: {folder} is no folder of a model (it has no config.json)")
     logging.disable_progress_bar()
     try:
         model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(

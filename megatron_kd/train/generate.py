@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -42,8 +43,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens ({self.max_new_tokens}) must be at least 1")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature ({self.temperature}) must be >= 0 (0: the likeliest id)")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature ({self.temperature}) must be >= 0 and finite (0: the likeliest id)")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p ({self.top_p}) must be in (0, 1]")
         if "" in self.stop:

@@ -22,8 +22,8 @@ def read_task(path: Path, data_folder: Path) -> dict[str, Any]:
     """
     try:
         import yaml
-    except ImportError:
-        raise _missing() from None
+    except ImportError as error:
+        raise _missing(error) from None
     try:
         task = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -58,7 +58,7 @@ def run_tasks(
         from lm_eval.tasks import TaskManager
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise _missing() from error
+        raise _missing(error) from error
     model = load_causal_lm(folder, torch.float32 if device == "cpu" else torch.bfloat16, what="model").to(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -66,7 +66,10 @@ def run_tasks(
         raise ConfigError(
             f"model: {folder} holds no tokenizer that transformers loads ({str(error).splitlines()[0][:150]}): export it with --tokenizer"
         ) from error
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=device, max_length=max_length)
+    start = _start_id(model, tokenizer, folder)
+    wrapped = HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=device, max_length=max_length, prefix_token_id=start
+    )
     manager = TaskManager(include_defaults=False)
     try:
         found = lm_eval.simple_evaluate(wrapped, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False)
@@ -82,10 +85,23 @@ def run_tasks(
     return results
 
 
+def _start_id(model: Any, tokenizer: Any, folder: Path) -> int:
+    """The id that stands before a text without context: the first known of bos and eos, of the tokenizer, then of config.json."""
+    for owner in (tokenizer, model.config):
+        for name in ("bos_token_id", "eos_token_id"):
+            found = getattr(owner, name, None)
+            if found is not None:
+                return int(found[0] if isinstance(found, list) else found)
+    raise ConfigError(
+        f"model: neither the tokenizer nor config.json of {folder} names a bos or eos id, after which texts are scored: set eos_token_id "
+        "in config.json"
+    )
+
+
 def _standard_error(share: float, items: int) -> float:
     """Of the mean of `items` answers that are right or wrong."""
     return math.sqrt(share * (1.0 - share) / (items - 1))
 
 
-def _missing() -> ConfigError:
-    return ConfigError("tasks need lm-evaluation-harness: pip install 'megatron-kd[evaluate]'")
+def _missing(error: ImportError) -> ConfigError:
+    return ConfigError(f"tasks need lm-evaluation-harness ({error}): pip install 'megatron-kd[evaluate]'")

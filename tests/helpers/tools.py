@@ -27,7 +27,7 @@ class Done:
 def run_tools(calls: dict[str, list[object]], *, cwd: Path, timeout: float = 300) -> dict[str, Done]:
     """Name -> [tool, argument, ...], in order, in one fresh process in `cwd`."""
     lines = {name: [str(word) for word in words] for name, words in calls.items()}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, __file__]
     done = subprocess.run(command, input=json.dumps(lines), capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment)
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from megatron_kd.checkpoint.convert import OurWeights, adopt_checkpoint, open_hu
 from megatron_kd.checkpoint.store import read_info
 from megatron_kd.checkpoint.tensors import TensorReader
 from megatron_kd.config import ConfigError, ModelSection
+from megatron_kd.data.tokenizer_files import huggingface_files
 from megatron_kd.models.huggingface import config_from_model, model_from_config, rows_of
 from tests.helpers.ranks import run_ranks
 from tests.losses.cases import fresh_seed
@@ -136,6 +140,12 @@ def _index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _two_models(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "part.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(folder / "part.safetensors"), "part.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def _pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -163,6 +173,13 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (_truncate, "truncated or damaged"),
     "missing file": (_index, "model-2.safetensors named in model.safetensors.index.json is missing"),
     "pickled": (_pickled, "only pickled weights .pytorch_model.bin."),
+    "wrong type": (_edit_config(rope_parameters=[1]), "a value has the wrong type"),
+    "wrong type of family": (_edit_config(model_type=["llama"]), "a value has the wrong type"),
+    "heads and groups": (_edit_config(num_key_value_heads=3), r"no usable model \(num_attention_heads \(4\) must be a multiple"),
+    "endless layers": (_edit_config(num_hidden_layers=10**12), "says 1000000000000 layers, but .* holds only 27 tensors"),
+    "two models": (_two_models, "holds both model.safetensors and an model.safetensors.index.json of other files"),
+    "not finite": (_edit_tensors(lambda t: t["model.norm.weight"].fill_(float("nan"))), "final_layernorm.weight, .* not finite"),
+    "nested config": (lambda folder: (folder / "config.json").write_text("[" * 10**5), "cannot be read as JSON"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as JSON"),
 }
@@ -179,6 +196,61 @@ def test_bad_folders_are_named(tmp_path: Path, name: str) -> None:
         write_checkpoint(tmp_path / "ours", open_huggingface(folder), tokenizer=None)
     assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "ours").exists()
+
+
+def test_what_lies_beside_the_model_is_not_read(tmp_path: Path) -> None:
+    """Mistral's folders hold the same weights once more under other names."""
+    folder = write_folder(tmp_path / "theirs")
+    save_file({"tok_embeddings.weight": torch.ones(2)}, folder / "consolidated.safetensors")
+    assert "tok_embeddings.weight" not in open_huggingface(folder).weights.tensors
+
+
+def test_a_killed_conversion_leaves_the_name_free(tmp_path: Path) -> None:
+    """The folder appears whole: under its name there is nothing before, and an earlier attempt is no obstacle."""
+    (tmp_path / ".incomplete-ours/checkpoints/.incomplete-step-00000000").mkdir(parents=True)
+    source = open_huggingface(write_folder(tmp_path / "theirs"))
+    write_checkpoint(tmp_path / "ours", source, tokenizer=None, files={"note": b"1"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == ["checkpoints", "note"]
+    with pytest.raises(ConfigError, match="exists already"):
+        write_checkpoint(tmp_path / "ours", source, tokenizer=None)
+    # A name that no folder can be given: the failure comes after all weights have been written.
+    with pytest.raises(OSError):
+        write_checkpoint(tmp_path / "other", source, tokenizer=None, files={"no/such/folder": b""})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+def _peak_growth(run: Callable[[], Any]) -> int:
+    """Bytes by which the memory of this process grew at most while `run` ran."""
+
+    def kilobytes(name: str) -> int:
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = kilobytes("VmRSS")
+    run()
+    return (kilobytes("VmHWM") - before) * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="measured through Linux's /proc")
+def test_memory_of_a_conversion_is_that_of_its_largest_pieces(tmp_path: Path) -> None:
+    """A model of 32 layers, 100 MB: neither way holds much more than a few tensors, or one output file."""
+    shape = {"hidden_size": 256, "num_layers": 32, "ffn_hidden_size": 768, "vocab_size": 1000, "qkv_bias": False}
+    folder = write_model(tmp_path / "theirs", ModelSection.model_validate({**MODEL.model_dump(), **shape, "num_attention_heads": 4}))
+    size = (folder / "model.safetensors").stat().st_size
+    assert size > 90e6
+    warm = open_huggingface(write_folder(tmp_path / "small"))
+    write_huggingface(tmp_path / "b", write_checkpoint(tmp_path / "a", warm, tokenizer=None), _info(tmp_path / "a"), max_positions=64)
+    source = open_huggingface(folder)
+    assert _peak_growth(lambda: write_checkpoint(tmp_path / "ours", source, tokenizer=None)) < size / 4
+    info, ours = _info(tmp_path / "ours"), tmp_path / "ours/checkpoints/step-00000000"
+    assert _peak_growth(lambda: write_huggingface(tmp_path / "back", ours, info, max_positions=64, shard_bytes=10**7)) < size / 3
+
+
+def _info(folder: Path) -> Any:
+    return read_info(folder / "checkpoints/step-00000000", what="test")
 
 
 def test_file_damaged_while_it_is_read(tmp_path: Path) -> None:
@@ -221,3 +293,27 @@ def test_models_that_no_family_has(tmp_path: Path) -> None:
     for changes, sentence in (({"qk_norm": True}, "both model.qk_norm and model.qkv_bias"), ({"mcore": {"x": 1}}, "model.mcore")):
         with pytest.raises(ConfigError, match=sentence):
             config_from_model(MODEL.model_copy(update=changes), vocab_size=50, dtype="float32", max_positions=64)
+
+
+def test_exported_tokenizer_keeps_its_rules(tmp_path: Path) -> None:
+    """Numbers are one word for this tokenizer; the class that transformers has for Qwen3 models cuts them into digits."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer
+
+    mine = Tokenizer(models.BPE())
+    mine.pre_tokenizer, mine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    mine.train_from_iterator([text := "it's 1234567 and 1234567\n\n"] * 9, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    (tmp_path / "given").mkdir()
+    for name in ("own_name.json", "given/tokenizer.json"):
+        mine.save(str(tmp_path / name))
+        folder = tmp_path / f"exported_{Path(name).stem}"
+        folder.mkdir()
+        qwen3 = MODEL.model_copy(update={"qkv_bias": False, "qk_norm": True})
+        config = config_from_model(qwen3, vocab_size=300, dtype="float32", max_positions=64)
+        (folder / "config.json").write_text(json.dumps(config))
+        for file, content in huggingface_files(tmp_path / name).items():
+            (folder / file).write_bytes(content)
+        theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        assert theirs(text).input_ids == mine.encode(text).ids and len(mine.encode(" 1234567").ids) == 1
+        assert theirs.decode(theirs(text).input_ids) == text

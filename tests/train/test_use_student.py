@@ -16,7 +16,7 @@ from megatron_kd.checkpoint.convert import open_huggingface, write_checkpoint
 from megatron_kd.config import ConfigError, ModelSection, dump_toml
 from megatron_kd.data.indexed import TokenFileWriter
 from megatron_kd.data.tokenizer import load_tokenizer
-from megatron_kd.train.harness import read_task
+from megatron_kd.train.harness import _start_id, read_task
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny
 from tests.helpers.tools import Done, run_tools
@@ -163,6 +163,7 @@ BAD: dict[str, tuple[list[object], str]] = {
     "no checkpoint": (["generate.py", "nowhere", "--prompt", "x"], "no checkpoint at nowhere"),
     "no prompt": (["generate.py", "run"], "give at least one --prompt"),
     "temperature": (["generate.py", "run", "--prompt", "x", "--temperature", "-1"], "temperature (-1.0) must be >= 0"),
+    "no number": (["generate.py", "run", "--prompt", "x", "--temperature", "nan"], "temperature (nan) must be >= 0 and finite"),
     "top_p": (["generate.py", "run", "--prompt", "x", "--top-p", "0"], "top_p (0.0) must be in (0, 1]"),
     "tensor": (["generate.py", "run", "--prompt", "x", "--tensor", "3"], "must be a multiple of --tensor (3)"),
     "ranks": (["generate.py", "run", "--prompt", "x", "--tensor", "2"], "1 processes cannot be split"),
@@ -171,6 +172,9 @@ BAD: dict[str, tuple[list[object], str]] = {
     "data's form": (["evaluate.py", "perplexity", "run", "--data", "valid"], "--data valid must be NAME=PREFIX"),
     "long": (["evaluate.py", "perplexity", "run", "--sequence-length", "9000000"], "fewer than one sequence"),
     "output": (["convert_checkpoint.py", "to-huggingface", "run", "--output", "corpus"], "exists already"),
+    "shards": (["convert_checkpoint.py", "to-huggingface", "run", "--output", "x", "--shard-gigabytes", "nan"], "(nan) must be > 0"),
+    "positions": (["convert_checkpoint.py", "to-huggingface", "run", "--output", "x", "--max-positions", "0"], "(0) must be at least 1"),
+    "no ranks": (["describe_model.py", "--preset", "qwen3-0.6b", "--ranks", "0"], "--ranks (0) must be at least 1"),
     "no positions": (["convert_checkpoint.py", "to-huggingface", "teacher", "--output", "x"], "--max-positions is needed"),
 }
 
@@ -215,3 +219,20 @@ def test_tasks_of_the_harness(student: Student, told: dict[str, Done], tmp_path:
     assert run_tools({"tasks": words}, cwd=tmp_path)["tasks"].code == 0
     found = json.loads((tmp_path / "scores.json").read_text())["results"]["piqa"]
     assert found["items"] == 3 and abs(found["acc"] - 2 / 3) < 1e-9
+
+
+def test_texts_are_scored_after_a_known_id(tmp_path: Path) -> None:
+    """The tokenizer's own ids come first; many a tokenizer.json names none, and config.json does."""
+
+    class Ids:
+        def __init__(self, bos: int | None, eos: int | list[int] | None) -> None:
+            self.bos_token_id, self.eos_token_id = bos, eos
+
+    class Model:
+        def __init__(self, config: Ids) -> None:
+            self.config = config
+
+    for tokenizer, config, wanted in ((Ids(0, 1), Ids(2, 3), 0), (Ids(None, 1), Ids(2, 3), 1), (Ids(None, None), Ids(None, [4, 5]), 4)):
+        assert _start_id(Model(config), tokenizer, tmp_path) == wanted
+    with pytest.raises(ConfigError, match="names a bos or eos id"):
+        _start_id(Model(Ids(None, None)), Ids(None, None), tmp_path)
