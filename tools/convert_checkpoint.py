@@ -134,7 +134,7 @@ def _to_huggingface(arguments: argparse.Namespace) -> int:
     if config["model_type"] == "qwen2" and files and b"Qwen2Tokenizer" not in files["tokenizer_config.json"]:
         print(
             "note: transformers 5 gives qwen2 models a tokenizer of its own, whatever tokenizer_config.json says: it may cut texts "
-            "otherwise than this tokenizer: compare the ids before you use AutoTokenizer or tools/evaluate.py tasks",
+            "otherwise than this tokenizer: compare the ids before you use AutoTokenizer (tools/evaluate.py tasks does)",
             file=sys.stderr,
         )
     print(f"written: {arguments.output}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_kd.config import ConfigError
-from megatron_kd.models.transformers_model import load_causal_lm
+from megatron_kd.models.transformers_model import load_causal_lm, load_text_tokenizer
 
 _NEEDED = ("task", "data_file", "output_type", "doc_to_text")
 
@@ -56,16 +56,10 @@ def run_tasks(
         import lm_eval
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
-        from transformers import AutoTokenizer
     except ImportError as error:
         raise _missing(error) from error
     model = load_causal_lm(folder, torch.float32 if device == "cpu" else torch.bfloat16, what="model").to(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"model: {folder} holds no tokenizer that transformers loads ({str(error).splitlines()[0][:150]}): export it with --tokenizer"
-        ) from error
+    tokenizer = load_text_tokenizer(folder, what="model")
     start = _start_id(model, tokenizer, folder)
     wrapped = HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=device, max_length=max_length, prefix_token_id=start

@@ -20,6 +20,7 @@ from megatron_kd.checkpoint.tensors import TensorReader
 from megatron_kd.config import ConfigError, ModelSection
 from megatron_kd.data.tokenizer_files import huggingface_files
 from megatron_kd.models.huggingface import config_from_model, model_from_config, rows_of
+from megatron_kd.models.transformers_model import load_text_tokenizer
 from tests.helpers.ranks import run_ranks
 from tests.losses.cases import fresh_seed
 from tests.models.families import FAMILIES, LAYOUTS, Found, convert_all
@@ -298,7 +299,6 @@ def test_models_that_no_family_has(tmp_path: Path) -> None:
 def test_exported_tokenizer_keeps_its_rules(tmp_path: Path) -> None:
     """Numbers are one word for this tokenizer; the class that transformers has for Qwen3 models cuts them into digits."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoTokenizer
 
     mine = Tokenizer(models.BPE())
     mine.pre_tokenizer, mine.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -314,6 +314,10 @@ def test_exported_tokenizer_keeps_its_rules(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config))
         for file, content in huggingface_files(tmp_path / name).items():
             (folder / file).write_bytes(content)
-        theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        theirs = load_text_tokenizer(folder, what="model")
         assert theirs(text).input_ids == mine.encode(text).ids and len(mine.encode(" 1234567").ids) == 1
         assert theirs.decode(theirs(text).input_ids) == text
+        # For Qwen2 models transformers has its own rules, whatever the files say.
+        (folder / "config.json").write_text(json.dumps(config_from_model(MODEL, vocab_size=300, dtype="float32", max_positions=64)))
+        with pytest.raises(ConfigError, match="does not read .*tokenizer.json as it is written"):
+            load_text_tokenizer(folder, what="model")

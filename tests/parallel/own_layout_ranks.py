@@ -42,6 +42,7 @@ def ask_all(rendezvous: str, configs: list[RunConfig], steps: int) -> list[Asked
 
 def first_targets(run: Any) -> Asked:
     """The targets of the first step, and what was sent for them."""
+    from megatron_kd.targets import SparseTarget
     from megatron_kd.teacher import own_layout
 
     asked, exchange = Asked(), own_layout.exchange
@@ -58,7 +59,7 @@ def first_targets(run: Any) -> Asked:
         own_layout.exchange = exchange
     for microbatch, target in zip(microbatches, targets, strict=True):
         asked.expected |= set(microbatch.sample_ids.tolist()) if run.groups.is_last_stage else set()
-        if target is not None:
+        if isinstance(target, SparseTarget):
             for place, sample in enumerate(microbatch.sample_ids.tolist()):
                 asked.targets[sample] = [tensor[:, place].clone() for tensor in target.tensors()]
     return asked
