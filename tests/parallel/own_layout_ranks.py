@@ -40,8 +40,20 @@ def ask_all(rendezvous: str, configs: list[RunConfig], steps: int) -> list[Asked
     return found
 
 
-def first_targets(run: Any) -> Asked:
-    """The targets of the first step, and what was sent for them."""
+def ask_unevenly(rendezvous: str, config: RunConfig, counts: list[list[int]]) -> list[Asked]:
+    """What replicas get who ask for other numbers of microbatches, as where a cache lacks some: counts[time][replica]."""
+    from megatron_kd.parallel.groups import stop_groups
+    from megatron_kd.train.build import build_run
+
+    run = build_run(config, rendezvous=rendezvous)
+    run.teacher.even = False
+    found = [first_targets(run, each[run.groups.data_rank]) for each in counts]
+    stop_groups()
+    return found
+
+
+def first_targets(run: Any, count: int | None = None) -> Asked:
+    """The targets of the first step (of its first `count` microbatches), and what was sent for them."""
     from megatron_kd.targets import SparseTarget
     from megatron_kd.teacher import own_layout
 
@@ -53,7 +65,7 @@ def first_targets(run: Any) -> Asked:
 
     own_layout.exchange = counted
     try:
-        microbatches = run.train_data.microbatches(0)
+        microbatches = run.train_data.microbatches(0)[:count]
         targets = run.teacher.targets(microbatches)
     finally:
         own_layout.exchange = exchange

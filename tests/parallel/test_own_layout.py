@@ -16,7 +16,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny, write_tokens
 from tests.losses.cases import fresh_seed, say
 from tests.parallel.layouts import run_all
-from tests.parallel.own_layout_ranks import Asked, ask_all
+from tests.parallel.own_layout_ranks import Asked, ask_all, ask_unevenly
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
@@ -62,15 +62,18 @@ def single(bench: Bench) -> dict[str, Asked]:
     return dict(zip(configs, run_ranks(ask_all, 1, list(configs.values()), STEPS)[0], strict=True))
 
 
+def check_targets(asked: Asked, wanted: Asked) -> None:
+    assert set(asked.targets) == asked.expected  # its own samples' targets, and no other's
+    for sample, (ids, *values) in asked.targets.items():
+        assert torch.equal(ids, wanted.targets[sample][0])
+        for value, other in zip(values, wanted.targets[sample][1:], strict=True):
+            torch.testing.assert_close(value, other, rtol=0, atol=1e-6)
+
+
 def check(found: list[Asked], wanted: Asked, *, entries: int = K) -> None:
     """found: of every rank."""
     for rank in found:
-        assert set(rank.targets) == rank.expected  # its own samples' targets, and no other's
-        for sample, numbers in rank.targets.items():
-            ids, *values = numbers
-            assert torch.equal(ids, wanted.targets[sample][0])
-            for value, other in zip(values, wanted.targets[sample][1:], strict=True):
-                torch.testing.assert_close(value, other, rtol=0, atol=1e-6)
+        check_targets(rank, wanted)
     assert set().union(*(rank.expected for rank in found)) == set(range(SAMPLES))
     assert sum(rank.sent for rank in found) / (SAMPLES * BATCH["sequence_length"]) <= 12 * entries
     for row, other in zip(found[0].rows, wanted.rows, strict=False):
@@ -116,6 +119,15 @@ def test_two_ranks(bench: Bench, single: dict[str, Asked]) -> None:
     by_rank = run_ranks(ask_all, 2, [config for _, config in cases.values()], 4, timeout=300)
     for number, (wanted, _) in enumerate(cases.values()):
         check([rank[number] for rank in by_rank], single[wanted])
+
+
+def test_replicas_that_ask_for_different_numbers(bench: Bench, single: dict[str, Asked]) -> None:
+    counts = [[1, 4], [0, 3], [0, 0], [4, 0]]
+    config = bench.config((1, 1), (2, 1), teacher={"micro_batch_size": 2})
+    for rank in run_ranks(ask_unevenly, 2, config, counts):
+        for asked in rank:
+            check_targets(asked, single["top"])
+    assert [len(asked.targets) for asked in rank] == [each[1] for each in counts]
 
 
 def test_each_sample_belongs_to_one_of_each() -> None:

@@ -205,6 +205,7 @@ def test_task_files(tmp_path: Path) -> None:
             read_task(tmp_path / "bad.yaml", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 def test_tasks_of_the_harness(student: Student, told: dict[str, Done], tmp_path: Path) -> None:
     """Texts that the model itself finds likeliest are answered right; scores are those of the items given."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -185,9 +186,9 @@ def test_dump_has_every_key_and_leaves_only_unset_ones_out(load: Load) -> None:
     config = load()
     text = dump_toml(config)
     for key, field in leaves(RunConfig).items():
-        section, name = key.split(".")
+        section, _, name = key.rpartition(".")
         body = text.split(f"[{section}]\n")[1].split("\n\n[", 1)[0]
-        value = getattr(getattr(config, section), name)
+        value = attrgetter(key)(config)
         if isinstance(value, dict):
             assert f"\n[{key}]\n" in text
         else:
