@@ -2,6 +2,7 @@
 
     python tools/bench_step.py                                         # one process, CPU or GPU
     torchrun --nproc-per-node 2 tools/bench_step.py --tensor 2         # any layout
+    torchrun --nproc-per-node 2 tools/bench_step.py --teacher-tensor 2 # the teacher in another one
 
 All three are measured in one process, in turn, round after round, so that a slow moment of the machine hits each alike; the
 ratio is formed within a round. An online step should cost no more than a plain step and a bare teacher forward together: what
@@ -64,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel size")
+    parser.add_argument("--teacher-tensor", type=int, help="tensor-parallel size of the teacher (the student's)")
+    parser.add_argument("--teacher-pipeline", type=int, help="pipeline-parallel size of the teacher (the student's)")
+    parser.add_argument("--teacher-micro-batch", type=int, help="sequences per microbatch of the teacher (the student's)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--output", help="also write JSON to this file")
     return parser
@@ -83,15 +87,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         runs = {"plain": build_run(plain), "online": _with_random_teacher(build_run(_without_teacher(online)), online, arguments)}
         device = runs["plain"].groups.platform.device
 
-        def bare() -> None:
-            run = runs["online"]
-            microbatches = run.train_data.microbatches(run.progress.consumed_samples)
-            _bare_forward(run.teacher, microbatches)
-
+        teacher, microbatches = runs["online"].teacher, runs["online"].train_data.microbatches(0)
+        alone, share = (teacher.teacher, teacher.share(microbatches)) if online.teacher.has_own_layout else (teacher, microbatches)
         tasks: dict[str, Callable[[], object]] = {
             "plain": lambda: train_step(runs["plain"]),
             "online": lambda: train_step(runs["online"]),
-            "teacher": bare,
+            "teacher": lambda: _bare_forward(alone, share),
         }
         times: dict[str, list[float]] = {name: [] for name in tasks}
         for counted in [False] + [True] * arguments.rounds:
@@ -139,8 +140,10 @@ def _with_random_teacher(run: Any, config: RunConfig, arguments: argparse.Namesp
     from dataclasses import replace
 
     from megatron_kd.models.initialize import initialize_weights
+    from megatron_kd.parallel.groups import second_layout
     from megatron_kd.targets import TopSelection
     from megatron_kd.teacher.online import OnlineTeacher
+    from megatron_kd.teacher.own_layout import OwnLayoutTeacher
 
     shape = config.model.model_copy(
         update={
@@ -150,17 +153,24 @@ def _with_random_teacher(run: Any, config: RunConfig, arguments: argparse.Namesp
             "num_attention_heads": arguments.teacher_hidden // 32,
         }
     )
+    groups, parallel, micro_batch_size = run.groups, config.parallel, config.batch.micro_batch_size
+    if config.teacher.has_own_layout:
+        tensor, pipeline, micro_batch_size = config.teacher_layout(groups.world_size)
+        groups = second_layout(groups, tensor=tensor, pipeline=pipeline, timeout_seconds=config.train.timeout_seconds)
+        parallel = parallel.model_copy(update={"tensor": tensor, "pipeline": pipeline})
     teacher = OnlineTeacher(
         shape,
-        config.parallel,
-        run.groups,
+        parallel,
+        groups,
         TopSelection(config.distill.top_k),
         precision=config.train.precision,
         vocab_size=run.inputs.vocab_size,
         sequence_length=config.batch.sequence_length,
     )
     initialize_weights(teacher.models, shape, vocab_size=run.inputs.vocab_size, seed=1)
-    return replace(run, config=config, teacher=teacher)
+    if not config.teacher.has_own_layout:
+        return replace(run, config=config, teacher=teacher)
+    return replace(run, config=config, teacher=OwnLayoutTeacher(teacher, run.groups, micro_batch_size=micro_batch_size))
 
 
 def _without_teacher(config: RunConfig) -> RunConfig:
@@ -189,7 +199,9 @@ def _config(arguments: argparse.Namespace, folder: Path, kind: str) -> RunConfig
         "run": {"directory": str(folder / f"run-{kind}")},
     }
     if kind == "online":
-        content["teacher"] = {"source": "online", "checkpoint": str(folder)}
+        layout = {"tensor": arguments.teacher_tensor, "pipeline": arguments.teacher_pipeline}
+        content["teacher"] = {"source": "online", "checkpoint": str(folder), "parallel": layout}
+        content["teacher"]["micro_batch_size"] = arguments.teacher_micro_batch
     return RunConfig.model_validate(content)
 
 

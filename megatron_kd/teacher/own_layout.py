@@ -71,6 +71,10 @@ class OwnLayoutTeacher:
         own = _pack(found, rows, self._form, self.sequence_length)
         return self._deliver(split, own, self._form, microbatches)
 
+    def share(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
+        """What this rank's replica of the teacher works on of the student's microbatches, as its own. Collective over the world."""
+        return self._microbatches(self._fetch(self._split(sum(len(each.tokens) for each in microbatches)), microbatches))
+
     def _split(self, count: int) -> Split:
         if self.even or self.student.world_size == 1:
             return Split((count,) * self.student.data_size, self.own.data_size)
