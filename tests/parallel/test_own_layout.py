@@ -150,13 +150,13 @@ def test_each_sample_belongs_to_one_of_each() -> None:
     [
         ({"parallel": {"tensor": 3}}, 4, "4 processes cannot be split into teacher.parallel.tensor"),
         ({"micro_batch_size": 3}, 1, "must be a multiple of the teacher's micro-batch size"),
-        ({"parallel": {"tensor": 4}}, 4, "num_query_groups = 2, which 4 tensor-parallel ranks cannot share"),
-        ({"parallel": {"pipeline": 8}}, 8, "num_layers = 4, which 8 pipeline-parallel ranks cannot share"),
+        ({"parallel": {"tensor": 4, "pipeline": 1}}, 4, "num_query_groups = 2, which 4 tensor-parallel ranks cannot share"),
+        ({"parallel": {"tensor": 1, "pipeline": 8}}, 8, "num_layers = 4, which 8 pipeline-parallel ranks cannot share"),
     ],
 )
 def test_what_does_not_divide_is_refused(bench: Bench, teacher: dict[str, Any], world: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        check_inputs(bench.config(teacher=teacher), world_size=world)
+        check_inputs(bench.config((2, 2) if world > 1 else (1, 1), teacher=teacher), world_size=world)
 
 
 def test_what_cannot_have_its_own_layout(bench: Bench) -> None:
