@@ -14,12 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +84,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from megatron_kd.train.build import build_run
     from megatron_kd.train.step import train_step
 
-    with tempfile.TemporaryDirectory() as folder:
-        online, plain = (_config(arguments, Path(folder), kind) for kind in ("online", "plain"))
+    with _shared_folder(arguments) as folder:
+        online, plain = (_config(arguments, folder, kind) for kind in ("online", "plain"))
         runs = {"plain": build_run(plain), "online": _with_random_teacher(build_run(_without_teacher(online)), online, arguments)}
         device = runs["plain"].groups.platform.device
 
@@ -106,6 +108,25 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     times[name].append(time.perf_counter() - begin)
         stop_groups()
     return _result(arguments, times, str(device))
+
+
+@contextmanager
+def _shared_folder(arguments: argparse.Namespace) -> Iterator[Path]:
+    """A temporary folder with random tokens, the same one on every rank. Collective over the world."""
+    from megatron_kd.config import ParallelSection
+    from megatron_kd.parallel.collectives import from_rank_zero
+    from megatron_kd.parallel.groups import start_groups
+    from megatron_kd.parallel.platform import start_platform
+
+    rank, _, local_rank = world_from_environment()
+    start_groups(start_platform(arguments.device, local_rank), ParallelSection(), timeout_seconds=600)
+    folder = Path(from_rank_zero(tempfile.mkdtemp))
+    try:
+        from_rank_zero(lambda: [_write_tokens(arguments, folder / kind) for kind in ("online", "plain")])
+        yield folder
+    finally:
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _bare_forward(teacher: Any, microbatches: Any) -> None:
@@ -186,7 +207,7 @@ def _config(arguments: argparse.Namespace, folder: Path, kind: str) -> RunConfig
             "ffn_hidden_size": 3 * arguments.hidden,
             "vocab_size": arguments.vocab,
         },
-        "data": {"train": [_tokens(arguments, folder / kind)], "index_cache": str(folder / "cache")},
+        "data": {"train": [str(folder / kind)], "index_cache": str(folder / "cache")},
         "batch": {
             "global_batch_size": arguments.batch,
             "micro_batch_size": arguments.micro_batch,
@@ -205,15 +226,14 @@ def _config(arguments: argparse.Namespace, folder: Path, kind: str) -> RunConfig
     return RunConfig.model_validate(content)
 
 
-def _tokens(arguments: argparse.Namespace, prefix: Path) -> str:
-    """Random tokens for every measured step, the same on each rank."""
+def _write_tokens(arguments: argparse.Namespace, prefix: Path) -> None:
+    """Random tokens for every measured step."""
     count = (arguments.rounds + 2) * arguments.batch * arguments.sequence + 1
     ids = np.random.default_rng(0).integers(0, arguments.vocab, count)
     with TokenFileWriter(prefix, optimal_dtype(arguments.vocab)) as writer:
         writer.add(ids.astype(writer.dtype), np.array([count], dtype=np.int32))
         writer.commit(tokenizer_digest=None, vocab_size=arguments.vocab)
     Path(f"{prefix}.json").unlink()
-    return str(prefix)
 
 
 def _result(arguments: argparse.Namespace, times: dict[str, list[float]], device: str) -> dict[str, Any]:

@@ -25,3 +25,13 @@ def test_a_tiny_run(tmp_path: Path) -> None:
     assert all(spread["min"] > 0 for spread in result["seconds"].values()) and set(result["seconds"]) == {"plain", "online", "teacher"}
     ratio = result["online / (plain + teacher)"]
     assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"] and result["versions"]["torch"] and result["commit"]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_teacher_in_its_own_layout() -> None:
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 tools/bench_step.py --teacher-tensor 2".split()
+    done = subprocess.run([sys.executable, *launch, *SMALL.split(), "--json"], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout[done.stdout.index("{") :])
+    assert result["online / (plain + teacher)"]["min"] > 0 and result["settings"]["teacher_tensor"] == 2
