@@ -98,7 +98,7 @@ def measure(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",
         "versions": {name: version(name) for name in ("torch", "numpy", "pyarrow")},
         "tokens": sum(len(target.indices) for target in first),
-        "teacher": {"checkpoint": str(config.teacher.checkpoint), "entropy": _mean([target.entropy for target in first])},
+        "teacher": {"checkpoint": Path(str(config.teacher.checkpoint)).name, "entropy": _mean([target.entropy for target in first])},
         "rounds": arguments.rounds,
         "layouts": rows,
         "published": PUBLISHED,

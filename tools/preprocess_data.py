@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kd.data.documents import FORMATS
-from megatron_kd.data.preprocess import Plan, finish, finished, holding, make_plan, make_share, refuse_other_output, submit
-from megatron_kd.data.progress import Progress, parse_holdout, run_and_report
+from megatron_kd.data.preprocess import Plan, already_made, make_plan, make_share, make_whole, submit
+from megatron_kd.data.progress import Progress, check_outputs, parse_holdout, run_and_report
 from megatron_kd.data.vocabularies import PATTERNS
 
 _EXIT_CODES = "Exit codes: 0 done, 2 bad input, 5 no space left (finished pieces are kept), 1 another failure, 130 interrupted."
@@ -84,11 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser()
     parsed = parser.parse_args(arguments)
-    names = [parsed.output.name, *(name for name, _ in parsed.holdout)]
-    if not parsed.output.name or len(set(names)) < len(names):
-        parser.error("--output needs a name, and the names of --output and --holdout must differ")
-    if sum(fraction for _, fraction in parsed.holdout) >= 1:
-        parser.error("the fractions of --holdout must sum to less than 1")
+    check_outputs(parser, parsed.output, parsed.holdout)
     if parsed.workers < 1 or parsed.tasks < 1:
         parser.error("--workers and --tasks must be at least 1")
     if parsed.executor == "slurm" and not parsed.slurm_partition:
@@ -103,11 +99,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         append_eod=arguments.append_eod, text_key=arguments.text_key, end_of_document=arguments.end_of_document,
         pattern=arguments.tiktoken_pattern, strict=arguments.strict,
     )  # fmt: skip
-    already = finished(plan)
-    if already is not None:
-        return {"outputs": already, "kept": True}
-    if not arguments.overwrite:
-        refuse_other_output(plan)
+    made = already_made(plan, overwrite=arguments.overwrite)
+    if made is not None:
+        return made
     if arguments.executor == "slurm":
         logs = arguments.slurm_logs or arguments.output.with_name(f"{arguments.output.name}.logs")
         options = dict(arguments.slurm_option)
@@ -124,10 +118,7 @@ def make(plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:
         share, of = arguments.shard
         make_share(plan, share, of, arguments.workers, progress)
         return {"shard": f"{share}/{of}", "pieces": len(range(share, len(plan.pieces), of)), **progress.summary()}
-    with holding(plan):
-        make_share(plan, 0, 1, arguments.workers, progress)
-        summary = finish(plan)
-    return summary | progress.summary()
+    return make_whole(plan, arguments.workers, progress) | progress.summary()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

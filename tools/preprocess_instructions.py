@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kd.data.chats import make_chat_plan
-from megatron_kd.data.preprocess import finish, finished, holding, make_share, refuse_other_output
-from megatron_kd.data.progress import Progress, parse_holdout, run_and_report
+from megatron_kd.data.preprocess import already_made, make_whole
+from megatron_kd.data.progress import Progress, check_outputs, parse_holdout, run_and_report
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -46,9 +46,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core: %(default)s)")
     add("--strict", action="store_true", help="stop at the first line that cannot be used, in place of counting it")
     parsed = parser.parse_args(arguments)
-    names = [parsed.output.name, *(name for name, _ in parsed.holdout)]
-    if not parsed.output.name or len(set(names)) < len(names) or sum(fraction for _, fraction in parsed.holdout) >= 1:
-        parser.error("--output needs a name, --holdout others, and the fractions of --holdout must sum to less than 1")
+    check_outputs(parser, parsed.output, parsed.holdout)
     if parsed.sequence_length < 2 or parsed.workers < 1:
         parser.error("--sequence-length must be at least 2, --workers at least 1")
     return parsed
@@ -62,16 +60,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         pattern=arguments.tiktoken_pattern, strict=arguments.strict,
         messages_key=arguments.messages_key, prompt_key=arguments.prompt_key, response_key=arguments.response_key,
     )  # fmt: skip
-    already = finished(plan)
-    if already is not None:
-        return {"outputs": already, "kept": True}
-    if not arguments.overwrite:
-        refuse_other_output(plan)
+    made = already_made(plan, overwrite=arguments.overwrite)
+    if made is not None:
+        return made
     progress = Progress(plan.size)
-    with holding(plan):
-        make_share(plan, 0, 1, arguments.workers, progress)
-        summary = finish(plan)
-    return summary | progress.summary()
+    return make_whole(plan, arguments.workers, progress) | progress.summary()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -113,6 +113,23 @@ def finished(plan: Plan) -> dict[str, Any] | None:
     return found
 
 
+def already_made(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
+    """The summary where there is nothing left to do. ConfigError where another job's output lies there, unless it may be replaced."""
+    found = finished(plan)
+    if found is not None:
+        return {"outputs": found, "kept": True}
+    if not overwrite:
+        refuse_other_output(plan)
+    return None
+
+
+def make_whole(plan: Plan, workers: int, report: Callable[[PieceNote, bool], None]) -> dict[str, Any]:
+    """Every piece, then the output; its summary."""
+    with holding(plan):
+        make_share(plan, 0, 1, workers, report)
+        return finish(plan)
+
+
 def refuse_other_output(plan: Plan) -> None:
     """ConfigError where finished files of another job lie under the output's names."""
     for prefix in plan.prefixes:

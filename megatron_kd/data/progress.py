@@ -8,7 +8,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -58,6 +59,15 @@ class Progress:
             "megabytes_per_second": round(self.made_bytes / 1e6 / seconds, 2),
             "tokens_per_second": round(self.tokens / seconds),
         }
+
+
+def check_outputs(parser: argparse.ArgumentParser, output: Path, holdout: Sequence[tuple[str, float]]) -> None:
+    """End the program where --output and --holdout do not fit together."""
+    names = [output.name, *(name for name, _ in holdout)]
+    if not output.name or len(set(names)) < len(names):
+        parser.error("--output needs a name, and the names of --output and --holdout must differ")
+    if sum(fraction for _, fraction in holdout) >= 1:
+        parser.error("the fractions of --holdout must sum to less than 1")
 
 
 def run_and_report(tool: str, unit: str, run: Callable[[], dict[str, Any]]) -> int:

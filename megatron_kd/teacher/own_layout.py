@@ -61,7 +61,7 @@ class OwnLayoutTeacher:
 
     def targets(self, microbatches: Sequence[Microbatch]) -> list[Target | None]:
         """See TeacherSource. Collective over the world."""
-        split = self._split(sum(len(each.tokens) for each in microbatches))
+        split = self._split(microbatches)
         if not split.total:
             return [None] * len(microbatches)
         rows = self._fetch(split, microbatches)
@@ -73,9 +73,10 @@ class OwnLayoutTeacher:
 
     def share(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
         """What this rank's replica of the teacher works on of the student's microbatches, as its own. Collective over the world."""
-        return self._microbatches(self._fetch(self._split(sum(len(each.tokens) for each in microbatches)), microbatches))
+        return self._microbatches(self._fetch(self._split(microbatches), microbatches))
 
-    def _split(self, count: int) -> Split:
+    def _split(self, microbatches: Sequence[Microbatch]) -> Split:
+        count = sum(len(each.tokens) for each in microbatches)
         if self.even or self.student.world_size == 1:
             return Split((count,) * self.student.data_size, self.own.data_size)
         counts = all_gather(torch.tensor([count], device=self.student.platform.device), dist.group.WORLD).flatten().tolist()
@@ -135,8 +136,7 @@ class OwnLayoutTeacher:
         received = exchange(sends, sizes, like=packed)
         if not student.is_last_stage or not microbatches:
             return [None] * len(microbatches)
-        count = sum(len(each.tokens) for each in microbatches)
-        rows = torch.cat([received[sender] for sender in sizes]).view(count, -1)
+        rows = torch.cat([received[sender] for sender in sizes]).view(split.counts[student.data_rank], -1)
         _check_names(rows[:, -KEY_WORDS:], microbatches)
         return _unpack(_whole(rows[:, :-KEY_WORDS], bounds, student, form), form, microbatches)
 

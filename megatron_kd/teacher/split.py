@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 
@@ -42,9 +44,8 @@ class Split:
 
     def ranges(self) -> Iterator[Range]:
         """All pairs of replicas with something in common, in the order of the samples."""
-        for owner in range(len(self.counts)):
-            for worker in range(self.workers):
-                mine, theirs = self.owned(owner), self.worked(worker)
-                start, stop = max(mine.start, theirs.start), min(mine.stop, theirs.stop)
-                if start < stop:
-                    yield Range(owner, worker, start, stop)
+        owners = list(accumulate(self.counts, initial=0))
+        workers = [worker * self.total // self.workers for worker in range(self.workers + 1)]
+        # Between neighbouring bounds of either kind; a replica without samples begins where the next one does.
+        for start, stop in pairwise(sorted({*owners, *workers})):
+            yield Range(bisect_right(owners, start) - 1, bisect_right(workers, start) - 1, start, stop)
