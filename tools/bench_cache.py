@@ -21,7 +21,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +37,7 @@ from megatron_kd.cache.decode import decode_many
 from megatron_kd.cache.encode import encode
 from megatron_kd.config import ConfigError, RunConfig, load_config
 from megatron_kd.targets import SampleSelection, Selection, SparseTarget, TopSelection
+from megatron_kd.telemetry.provenance import commit
 
 SELECTIONS: dict[str, Selection] = {
     "50 draws": SampleSelection(50, seed=0),
@@ -91,10 +91,9 @@ def measure(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     made = targets_of_teacher(config, arguments.samples)
     torch.set_num_threads(1)
     rows = [row for name, targets in made.items() for row in _compare(name, targets, arguments.rounds)]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     first = next(iter(made.values()))
     return {
-        "commit": commit,
+        "commit": commit(),
         "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",
         "versions": {name: version(name) for name in ("torch", "numpy", "pyarrow")},
         "tokens": sum(len(target.indices) for target in first),

@@ -20,7 +20,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_kd.targets import SparseTarget
+from megatron_kd.telemetry.provenance import commit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULTS = {
@@ -340,7 +340,7 @@ def _summarize(runners: list[Runner]) -> None:
 def _report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
     cuda = arguments.device == "cuda"
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "device": torch.cuda.get_device_name() if cuda else f"CPU {platform.machine()}",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **versions(), "cuda": torch.version.cuda if cuda else None},
@@ -351,11 +351,6 @@ def _report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[s
 
 def _spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def _say(what: str) -> None:

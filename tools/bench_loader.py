@@ -14,7 +14,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 from megatron_kd.config import ConfigError, RunConfig, load_config
 from megatron_kd.parallel.world import world_from_environment
+from megatron_kd.telemetry.provenance import commit
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,9 +105,8 @@ def measure(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     threads = torch.get_num_threads()
     stop_groups()
     tokens = config.batch.global_batch_size * config.batch.sequence_length
-    commit = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return {
-        "commit": subprocess.run(commit, capture_output=True, text=True, check=False).stdout.strip() or "unknown",
+        "commit": commit(),
         "machine": f"{platform.machine()}, {threads} threads a rank",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "rounds": arguments.rounds,

@@ -16,7 +16,6 @@ import json
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,9 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_kd.config import ConfigError, RunConfig
+from megatron_kd.config import ConfigError, ModelSection, RunConfig
+from megatron_kd.config.sections import TeacherParallelSection, TeacherSection
 from megatron_kd.data.indexed import TokenFileWriter, optimal_dtype
 from megatron_kd.parallel.world import world_from_environment
+from megatron_kd.telemetry.provenance import commit
 
 
 def main() -> int:
@@ -52,7 +53,17 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
+    options.add_argument("--tensor", type=int, default=1, help="tensor-parallel size")
+    options.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel size")
+    options.add_argument("--teacher-tensor", type=int, help="tensor-parallel size of the teacher (the student's)")
+    options.add_argument("--teacher-pipeline", type=int, help="pipeline-parallel size of the teacher (the student's)")
+    return options
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options about sizes, rounds and output."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--rounds", type=int, default=9, help="measured rounds; one more comes first and is not counted")
@@ -65,10 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=16, help="sequences per step")
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences per microbatch")
     parser.add_argument("--top-k", type=int, default=64)
-    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size")
-    parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel size")
-    parser.add_argument("--teacher-tensor", type=int, help="tensor-parallel size of the teacher (the student's)")
-    parser.add_argument("--teacher-pipeline", type=int, help="pipeline-parallel size of the teacher (the student's)")
     parser.add_argument("--teacher-micro-batch", type=int, help="sequences per microbatch of the teacher (the student's)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--output", help="also write JSON to this file")
@@ -84,9 +91,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from megatron_kd.train.build import build_run
     from megatron_kd.train.step import train_step
 
-    with _shared_folder(arguments) as folder:
-        online, plain = (_config(arguments, folder, kind) for kind in ("online", "plain"))
-        runs = {"plain": build_run(plain), "online": _with_random_teacher(build_run(_without_teacher(online)), online, arguments)}
+    with shared_folder(arguments) as folder:
+        save_random_teacher(arguments, folder)
+        online, plain = (
+            run_config(arguments, folder, kind, tensor=arguments.tensor, pipeline=arguments.pipeline) for kind in ("online", "plain")
+        )
+        online = online.model_copy(update={"teacher": teacher_section(arguments, folder)})
+        runs = {"plain": build_run(plain), "online": build_run(online)}
         device = runs["plain"].groups.platform.device
 
         teacher, microbatches = runs["online"].teacher, runs["online"].train_data.microbatches(0)
@@ -94,7 +105,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         tasks: dict[str, Callable[[], object]] = {
             "plain": lambda: train_step(runs["plain"]),
             "online": lambda: train_step(runs["online"]),
-            "teacher": lambda: _bare_forward(alone, share),
+            "teacher": lambda: bare_forward(alone, share),
         }
         times: dict[str, list[float]] = {name: [] for name in tasks}
         for counted in [False] + [True] * arguments.rounds:
@@ -111,7 +122,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def _shared_folder(arguments: argparse.Namespace) -> Iterator[Path]:
+def shared_folder(arguments: argparse.Namespace) -> Iterator[Path]:
     """A temporary folder with random tokens, the same one on every rank. Collective over the world."""
     from megatron_kd.config import ParallelSection
     from megatron_kd.parallel.collectives import from_rank_zero
@@ -129,7 +140,7 @@ def _shared_folder(arguments: argparse.Namespace) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _bare_forward(teacher: Any, microbatches: Any) -> None:
+def bare_forward(teacher: Any, microbatches: Any) -> None:
     """The teacher's layers and its logits, chunk by chunk, and nothing made of them."""
     import torch
 
@@ -156,49 +167,36 @@ def _bare_forward(teacher: Any, microbatches: Any) -> None:
         teacher.make_target = chosen
 
 
-def _with_random_teacher(run: Any, config: RunConfig, arguments: argparse.Namespace) -> Any:
-    """The run with an untrained teacher: its weights cost as much as trained ones."""
-    from dataclasses import replace
-
-    from megatron_kd.models.initialize import initialize_weights
-    from megatron_kd.parallel.groups import second_layout
-    from megatron_kd.targets import TopSelection
-    from megatron_kd.teacher.online import OnlineTeacher
-    from megatron_kd.teacher.own_layout import OwnLayoutTeacher
-
-    shape = config.model.model_copy(
-        update={
-            "hidden_size": arguments.teacher_hidden,
-            "num_layers": arguments.teacher_layers,
-            "ffn_hidden_size": 3 * arguments.teacher_hidden,
-            "num_attention_heads": arguments.teacher_hidden // 32,
-        }
+def teacher_section(arguments: argparse.Namespace, folder: Path) -> TeacherSection:
+    """The teacher in `folder`, laid out as asked for."""
+    return TeacherSection(
+        source="online",
+        checkpoint=folder / "teacher",
+        parallel=TeacherParallelSection(tensor=arguments.teacher_tensor, pipeline=arguments.teacher_pipeline),
+        micro_batch_size=arguments.teacher_micro_batch,
+        overlap="none",
     )
-    groups, parallel, micro_batch_size = run.groups, config.parallel, config.batch.micro_batch_size
-    if config.teacher.has_own_layout:
-        tensor, pipeline, micro_batch_size = config.teacher_layout(groups.world_size)
-        groups = second_layout(groups, tensor=tensor, pipeline=pipeline, timeout_seconds=config.train.timeout_seconds)
-        parallel = parallel.model_copy(update={"tensor": tensor, "pipeline": pipeline})
-    teacher = OnlineTeacher(
-        shape,
-        parallel,
-        groups,
-        TopSelection(config.distill.top_k),
-        precision=config.train.precision,
-        vocab_size=run.inputs.vocab_size,
-        sequence_length=config.batch.sequence_length,
-    )
-    initialize_weights(teacher.models, shape, vocab_size=run.inputs.vocab_size, seed=1)
-    if not config.teacher.has_own_layout:
-        return replace(run, config=config, teacher=teacher)
-    return replace(run, config=config, teacher=OwnLayoutTeacher(teacher, run.groups, micro_batch_size=micro_batch_size))
 
 
-def _without_teacher(config: RunConfig) -> RunConfig:
-    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"source": "none", "checkpoint": None})})
+def teacher_shape(arguments: argparse.Namespace, student: ModelSection) -> ModelSection:
+    """The teacher's model section."""
+    width = arguments.teacher_hidden
+    shape = {"hidden_size": width, "num_layers": arguments.teacher_layers, "ffn_hidden_size": 3 * width, "num_attention_heads": width // 32}
+    return student.model_copy(update=shape)
 
 
-def _config(arguments: argparse.Namespace, folder: Path, kind: str) -> RunConfig:
+def save_random_teacher(arguments: argparse.Namespace, folder: Path) -> None:
+    """An untrained teacher's checkpoint in `folder`: its weights cost as much as trained ones. Collective over the world."""
+    from megatron_kd.train.build import build_run
+
+    plain = run_config(arguments, folder, "plain")
+    run = plain.run.model_copy(update={"directory": folder / "teacher"})
+    teacher = plain.model_copy(update={"model": teacher_shape(arguments, plain.model), "run": run})
+    build_run(teacher).save()
+
+
+def run_config(arguments: argparse.Namespace, folder: Path, kind: str, **layout: int) -> RunConfig:
+    """The run file of one kind of run, "plain" or "online", with layout's sizes."""
     content: dict[str, Any] = {
         "model": {
             "hidden_size": arguments.hidden,
@@ -214,15 +212,11 @@ def _config(arguments: argparse.Namespace, folder: Path, kind: str) -> RunConfig
             "sequence_length": arguments.sequence,
         },
         "optimizer": {"learning_rate": 1e-4, "schedule": "constant"},
-        "parallel": {"tensor": arguments.tensor, "pipeline": arguments.pipeline},
+        "parallel": layout,
         "train": {"steps": arguments.rounds + 2, "precision": arguments.precision, "device": arguments.device},
         "distill": {"alpha": 0.9, "top_k": arguments.top_k, "tail": "bucket"},
         "run": {"directory": str(folder / f"run-{kind}")},
     }
-    if kind == "online":
-        layout = {"tensor": arguments.teacher_tensor, "pipeline": arguments.teacher_pipeline}
-        content["teacher"] = {"source": "online", "checkpoint": str(folder), "parallel": layout}
-        content["teacher"]["micro_batch_size"] = arguments.teacher_micro_batch
     return RunConfig.model_validate(content)
 
 
@@ -246,20 +240,16 @@ def _result(arguments: argparse.Namespace, times: dict[str, list[float]], device
         if device.startswith("cuda")
         else f"CPU {platform.machine()}, {torch.get_num_threads()} threads a rank",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": _commit(),
-        "seconds": {name: _spread(values) for name, values in times.items()},
-        "online / (plain + teacher)": _spread(ratios),
-        "online / plain": _spread([a / b for a, b in zip(times["online"], times["plain"], strict=True)]),
+        "commit": commit(),
+        "seconds": {name: spread(values) for name, values in times.items()},
+        "online / (plain + teacher)": spread(ratios),
+        "online / plain": spread([a / b for a, b in zip(times["online"], times["plain"], strict=True)]),
     }
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and greatest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -156,10 +156,10 @@ def _text(found: dict[str, Any]) -> str:
     lines.append(
         f"layout             {layout['ranks']} ranks: tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}"
     )
-    names = ("weights", "gradients", "optimizer", "activations", "teacher", "total")
-    lines += ["", "GiB per rank  " + "".join(f"{name:>13}" for name in names)]
+    names = ("weights", "gradients", "optimizer", "activations", "teacher", "hidden_states", "total")
+    lines += ["", "GiB per rank  " + "".join(f"{name:>14}" for name in names)]
     for row in found["memory_per_rank"]:
-        lines.append(f"  stage {row['stage']:<6}" + "".join(f"{row[name] / 2**30:>13.2f}" for name in names))
+        lines.append(f"  stage {row['stage']:<6}" + "".join(f"{row[name] / 2**30:>14.2f}" for name in names))
     lines.append("activations: an estimate; not counted: the framework, communication buffers, the head's chunk of logits")
     return "\n".join(lines)
 

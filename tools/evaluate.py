@@ -1,8 +1,13 @@
-"""Measure a trained model: perplexity on token files in any layout, or tasks of lm-evaluation-harness on an exported model.
+"""Measure a trained model: loss and calibration on token files in any layout, or tasks of lm-evaluation-harness on an exported model.
 
     python tools/evaluate.py perplexity runs/student                                           # the run's own data.valid
     torchrun --nproc-per-node 4 tools/evaluate.py perplexity runs/student --data code=data/code --tensor 2 --pipeline 2 --json out.json
+    python tools/evaluate.py perplexity runs/student --data in=data/valid --data out=data/code --teacher runs/teacher
     python tools/evaluate.py tasks exported/student --task examples/evaluation/piqa.yaml --data-folder eval/ --json out.json
+
+perplexity reports, for each set, cross-entropy (nats per token), bits per byte where the file's description counts bytes, accuracy of the
+likeliest id, and the expected calibration error of its probability (15 bins of equal width; adaptive: with equally many tokens). With
+--teacher also KL(teacher || model), how often both find the same id likeliest, and the teacher's own cross-entropy.
 
 tasks takes a Hugging Face folder (tools/convert_checkpoint.py to-huggingface) and task files with local data: nothing is downloaded, and no
 code of a model or a task file is run. It needs lm-eval: pip install 'megatron-kd[evaluate]'. Results are printed as a table and, with
@@ -45,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     perplexity.add_argument(
         "--data", action="append", default=[], metavar="NAME=PREFIX", help="token file; may be repeated (the run's own)"
     )
+    perplexity.add_argument("--teacher", type=Path, metavar="CHECKPOINT", help="a model of the same vocabulary to compare with")
     perplexity.add_argument("--tokenizer", type=Path, help="the model's tokenizer, to compare with the one the data was made with")
     perplexity.add_argument("--sequence-length", type=int, help="tokens per sequence (the run's own)")
     perplexity.add_argument("--batch-size", type=int, default=8, help="sequences of one forward pass (8)")
@@ -77,10 +83,14 @@ def _perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = find_checkpoint(arguments.checkpoint, what="checkpoint")
     info = read_info(folder, what="checkpoint")
     run = _run_file(folder)
+    teacher = None if arguments.teacher is None else find_checkpoint(arguments.teacher, what="--teacher")
+    taught = None if teacher is None else read_info(teacher, what="--teacher")
     data, length = _data(arguments.data, run), arguments.sequence_length or run.get("batch", {}).get("sequence_length")
     if not data or length is None:
         raise ConfigError("--data NAME=PREFIX and --sequence-length are needed: the checkpoint is not in a run directory that says them")
     _check_data(data, length, info, arguments)
+    if taught is not None:
+        _check_teacher(taught, info, length)
     _, world_size, local_rank = world_from_environment()
     platform = start_platform(arguments.device, local_rank)
     from megatron_kd.parallel.groups import start_groups, stop_groups
@@ -88,25 +98,35 @@ def _perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
     from megatron_kd.train.perplexity import measure
 
     layout = inference_layout(info, tensor=arguments.tensor, pipeline=arguments.pipeline, world_size=world_size)
+    if taught is not None:
+        inference_layout(taught, tensor=arguments.tensor, pipeline=arguments.pipeline, world_size=world_size)
     precision = arguments.precision or info.precision
     found = {}
     try:
         groups = start_groups(platform, layout, timeout_seconds=600)
-        model = FrozenModel(folder, info, groups, layout, precision=precision, sequence_length=length)
+        built = {"precision": precision, "sequence_length": length}
+        model = FrozenModel(folder, info, groups, layout, **built)
+        beside = None if teacher is None or taught is None else FrozenModel(teacher, taught, groups, layout, **built)
+        options = {"sequence_length": length, "batch_size": arguments.batch_size, "max_sequences": arguments.max_sequences}
         for name, prefix in data.items():
-            result = measure(
-                model,
-                prefix,
-                name,
-                sequence_length=length,
-                batch_size=arguments.batch_size,
-                index_cache=folder.parent.parent / "index_cache",
-                max_sequences=arguments.max_sequences,
-            )
-            found[name] = {"perplexity": result.perplexity, "cross_entropy": result.cross_entropy, "tokens": result.tokens, "data": prefix}
+            result = measure(model, prefix, name, index_cache=folder.parent.parent / "index_cache", teacher=beside, **options)
+            found[name] = result.describe(prefix)
     finally:
         stop_groups()
-    return {"checkpoint": str(folder), "step": info.step, "sequence_length": length, "precision": precision, "results": found}
+    named = {"checkpoint": str(folder), "step": info.step, **({} if teacher is None else {"teacher": str(teacher)})}
+    return {**named, "sequence_length": length, "precision": precision, "results": found}
+
+
+def _check_teacher(taught: Any, info: Any, length: int) -> None:
+    """Both models know the same ids, and the teacher sequences of this length."""
+    if taught.vocab_size != info.vocab_size or (None not in (taught.tokenizer, info.tokenizer) and taught.tokenizer != info.tokenizer):
+        raise ConfigError(
+            f"--teacher has another vocabulary ({taught.vocab_size} ids, tokenizer {taught.tokenizer}) than the model "
+            f"({info.vocab_size} ids, tokenizer {info.tokenizer}): their distributions cannot be compared"
+        )
+    window = taught.model_section().window_problem(length)
+    if window is not None:
+        raise ConfigError(f"--teacher: --sequence-length {window}")
 
 
 def _run_file(folder: Path) -> dict[str, Any]:

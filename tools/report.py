@@ -1,8 +1,11 @@
-"""Compare runs: a table of final validation losses and speed, and a picture of the loss curves.
+"""Compare runs, or show sweeps: tables, pictures, and for sweeps one page that needs nothing else.
 
     python tools/report.py RUN_DIR [RUN_DIR ...] [--labels a b c] --output out.png [--json out.json] [--markdown]
+    python tools/report.py SWEEP_DIR [SWEEP_DIR ...] [--html out.html] [--pictures FOLDER] [--json out.json] [--markdown]
 
-Reads metrics.jsonl of each run directory. Imports neither torch nor megatron, so it runs on a login node.
+Runs: final validation losses, speed, and the loss curves, from each metrics.jsonl. Sweeps (folders of tools/sweep.py, with a sweep.json):
+for each cell mean and standard deviation over seeds, the difference to the baseline with the same seeds, and the paper's figure; what lacks
+seeds is told. Imports neither torch nor megatron-core, so it runs on a login node.
 """
 
 from __future__ import annotations
@@ -14,13 +17,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from numpy.typing import NDArray
+
+from megatron_kd.config import ConfigError
+from megatron_kd.config.durable import write_atomically
+from megatron_kd.experiments.record import SWEEP_FILE
+from megatron_kd.experiments.results import as_json, read_result, table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Series = NDArray[np.float64]
 
@@ -137,8 +146,15 @@ def format_table(summaries: Sequence[dict[str, Any]], *, markdown: bool) -> str:
             numbers = summary["validation"].get(name)
             cells += ["-", "-"] if numbers is None else [_number(numbers["ce_loss"], ".4f"), _number(numbers["perplexity"], ",.2f")]
         body.append([*cells, f"{summary['tokens']:,}", _number(summary["median_tokens_per_second"], ",.0f")])
-    widths = [max(len(row[column]) for row in [header, *body]) for column in range(len(header))]
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in [header, *body]]
+    return align([header, *body], markdown=markdown)
+
+
+def align(rows: Sequence[Sequence[str]], *, markdown: bool) -> str:
+    """Rows, the header first, as text in columns or as Markdown; all columns but the first right-aligned."""
+    if markdown:
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     if not markdown:
         return "\n".join("  ".join(line).rstrip() for line in lines)
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -159,6 +175,10 @@ def running_mean(values: Series, window: int) -> Series:
 
 def draw(runs: Sequence[Run], output: Path) -> None:
     """Write the picture: smoothed training cross-entropy (lines) and validation cross-entropy (points) over tokens."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ReportError("The picture needs matplotlib: pip install 'megatron-kd[report]'.") from None
     # A Figure made without pyplot draws with Agg: no display is asked for.
     figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
@@ -202,6 +222,8 @@ def _draw_run(axes: Axes, run: Run, colour: str, splits: Sequence[str], scale: f
 
 
 def _legend(figure: Figure, runs: Sequence[Run], splits: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
     colours = _cycle(COLOURS, len(runs))
     handles = [Line2D([], [], color=colour, linewidth=4, label=run.label) for run, colour in zip(runs, colours, strict=True)]
     handles.append(Line2D([], [], color="#777777", linewidth=1.8, label="training, running mean"))
@@ -238,13 +260,66 @@ def _labels(directories: Sequence[Path], labels: Sequence[str] | None) -> list[s
     return list(labels)
 
 
+def report_sweeps(options: argparse.Namespace) -> None:
+    """Print the tables; write the page, the pictures and the numbers where they are asked for. ConfigError."""
+    if options.labels is not None or options.output is not None:
+        raise ConfigError("--labels and --output are for runs: for sweeps use --html, --pictures and --json")
+    results = [read_result(folder) for folder in options.runs]
+    for result in results:
+        print(("## " if options.markdown else "") + str(result.content["title"]) + "\n")
+        print(align(table(result), markdown=options.markdown))
+        print("".join(f"\n{'* ' if options.markdown else ''}{note}" for note in result.notes()))
+    if options.html is not None:
+        from megatron_kd.experiments.page import page
+
+        write(options.html, page(results))
+    if options.pictures is not None:
+        from megatron_kd.experiments.draw import save_pictures
+        from megatron_kd.experiments.plots import pictures
+
+        for number, result in enumerate(results, 1):
+            save_pictures(pictures(result), options.pictures if len(results) == 1 else options.pictures / str(number))
+    if options.json is not None:
+        write(options.json, json.dumps([as_json(result) for result in results], indent=2) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Whole, or not at all. ConfigError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def report_runs(options: argparse.Namespace) -> None:
+    """Print the table, draw the curves. ReportError."""
+    if options.output is None:
+        raise ReportError("--output is needed: the picture of the runs' curves.")
+    if options.html is not None or options.pictures is not None:
+        raise ReportError("--html and --pictures are for sweeps, folders with a sweep.json; for runs use --output.")
+    labels = _labels(options.runs, options.labels)
+    runs = [read_run(directory, label) for directory, label in zip(options.runs, labels, strict=True)]
+    summaries = [summarize(run) for run in runs]
+    print(format_table(summaries, markdown=options.markdown))
+    try:
+        draw(runs, options.output)
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(summaries, indent=2) + "\n", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ReportError(f"The report cannot be written: {error}.") from None
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compare runs: final validation losses, speed, and a picture of the loss curves.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run directories, each with a metrics.jsonl")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="run directories, or folders of sweeps")
     parser.add_argument("--labels", nargs="+", help="a name for each run (default: the directory's name)")
-    parser.add_argument("--output", type=Path, required=True, help="picture to write; the ending chooses the format (.png, .svg, .pdf)")
-    parser.add_argument("--json", type=Path, help="also write the table's numbers to this JSON file")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument("--output", type=Path, help="runs: picture to write; the ending chooses the format (.png, .svg, .pdf)")
+    parser.add_argument("--html", type=Path, help="sweeps: one page with everything, to open in any browser")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="sweeps: the pictures as PNG files")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this JSON file")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     return parser.parse_args(arguments)
 
 
@@ -252,18 +327,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 with one sentence on standard error."""
     options = _parse(arguments)
     try:
-        labels = _labels(options.runs, options.labels)
-        runs = [read_run(directory, label) for directory, label in zip(options.runs, labels, strict=True)]
-        summaries = [summarize(run) for run in runs]
-        print(format_table(summaries, markdown=options.markdown))
-        try:
-            draw(runs, options.output)
-            if options.json is not None:
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(summaries, indent=2) + "\n", encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ReportError(f"The report cannot be written: {error}.") from None
-    except ReportError as error:
+        sweeps = [folder for folder in options.runs if (folder / SWEEP_FILE).exists()]
+        if sweeps and len(sweeps) < len(options.runs):
+            raise ReportError(f"{sweeps[0]} is a sweep and not all of the others are: show runs and sweeps one after the other.")
+        if sweeps:
+            report_sweeps(options)
+        else:
+            report_runs(options)
+    except (ReportError, ConfigError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
     return 0

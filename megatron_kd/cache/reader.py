@@ -71,6 +71,13 @@ class Place(NamedTuple):
     row: int
 
 
+def identity_in(storage: Storage) -> CacheIdentity:
+    """What a cache is, from its one small file. MissingTarget where there is none, CorruptCache."""
+    if IDENTITY_FILE not in storage.list():
+        raise MissingTarget(f"there is no teacher cache at {storage.name}: it has no {IDENTITY_FILE}")
+    return parse_identity(storage.read(IDENTITY_FILE), storage.path(IDENTITY_FILE))
+
+
 class CacheReader:
     """Targets by the tokens they belong to. Threads may share it; processes each open their own.
 
@@ -87,12 +94,10 @@ class CacheReader:
 
     def __init__(self, directory: str | Path, *, expect: CacheIdentity | None = None) -> None:
         self.storage = Storage(directory)
-        names = self.storage.list()
-        if IDENTITY_FILE not in names:
-            raise MissingTarget(f"there is no teacher cache at {self.storage.name}: it has no {IDENTITY_FILE}")
-        self.identity = parse_identity(self.storage.read(IDENTITY_FILE), self.storage.path(IDENTITY_FILE))
+        self.identity = identity_in(self.storage)
         if expect is not None:
             self.identity.check(expect, self.storage.name)
+        names = self.storage.list()
         infos = [name for name in names if name.endswith(".json") and name != IDENTITY_FILE and not name.startswith(".")]
         self.shards = [self._open_shard(name, set(names)) for name in infos]
         self._index()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from zlib import crc32
 import pyarrow as pa
 
 from megatron_kd.cache.identity import FORMAT, SCHEMA_VERSION, CacheIdentity, CorruptCache
-from megatron_kd.config.durable import sync_path, write_atomically
+from megatron_kd.config.durable import file_digest, sync_path, write_atomically
 from megatron_kd.targets.keys import KEY_BYTES
 
 BATCH_RECORDS = 64
@@ -120,12 +119,6 @@ class ShardWriter:
             except OSError:  # a full disk says so again
                 pass
         self.temporary.unlink(missing_ok=True)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def info_bytes(info: ShardInfo) -> bytes:

@@ -13,8 +13,9 @@ from megatron_kd.cache.decode import decode
 from megatron_kd.cache.identity import IDENTITY_FILE, CacheError, CacheIdentity, CorruptCache, parse_identity, write_identity
 from megatron_kd.cache.reader import CacheReader, Storage, check_record
 from megatron_kd.cache.record import BadRecord
-from megatron_kd.cache.shard import Record, Shard, ShardWriter, file_digest, parse_info
+from megatron_kd.cache.shard import Record, Shard, ShardWriter, parse_info
 from megatron_kd.cache.writer import WriterLock
+from megatron_kd.config.durable import file_digest
 
 
 @dataclass

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_kd import __version__
-from megatron_kd.checkpoint.store import CheckpointInfo, PendingCheckpoint
+from megatron_kd.checkpoint.store import CheckpointInfo, PendingCheckpoint, check_digests
 from megatron_kd.checkpoint.tensors import Piece, TensorReader, write_pieces
 from megatron_kd.config import ConfigError, ModelSection
 from megatron_kd.config.durable import sync_path
@@ -152,8 +152,8 @@ def _commit(
     with _appearing(output) as hidden:
         pending = PendingCheckpoint(hidden / "checkpoints", 0)
         pending.start()
-        write_pieces(pending.folder, pieces, objects=objects)
-        pending.commit(info)
+        written = write_pieces(pending.folder, pieces, objects=objects)
+        pending.commit(info, written)
         _write_files(hidden, files)
     return output / pending.final.relative_to(hidden)
 
@@ -322,6 +322,7 @@ def write_huggingface(
     """
     if output.exists():
         raise ConfigError(f"output {output} exists already: choose another name")
+    check_digests(folder, info, what=what)
     model = info.model_section()
     weights = OurWeights(folder, model, info.vocab_size, what=what)
     (dtype, *others) = weights.dtypes()

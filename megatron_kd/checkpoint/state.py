@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,11 +12,15 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt.gpt_model import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_kd.checkpoint.store import CheckpointInfo, PendingCheckpoint, prune
+from megatron_kd.checkpoint.loader import LoadCommon, LoadSharded
+from megatron_kd.checkpoint.manifest import STALE_SECONDS, verify
+from megatron_kd.checkpoint.store import CheckpointInfo, damage, has_digests, read_info
 from megatron_kd.checkpoint.tensors import read_metadata
-from megatron_kd.checkpoint.writer import InProcessSave
 from megatron_kd.config import ConfigError
+from megatron_kd.models.projections import PROJECTIONS
+from megatron_kd.parallel.collectives import from_all_ranks, raise_together
 
 
 def _metadata() -> dict[str, Any]:
@@ -29,6 +34,11 @@ def _metadata() -> dict[str, Any]:
 _EXTRA = "_extra_state"
 
 
+def _is_weight(name: str) -> bool:
+    """Whether an entry of a model's state is one of the model's own weights."""
+    return not name.endswith(_EXTRA) and not name.startswith(PROJECTIONS)
+
+
 class OptimizerState(Protocol):
     """What of an optimizer a checkpoint needs."""
 
@@ -39,52 +49,50 @@ class OptimizerState(Protocol):
         ...
 
 
-def save_checkpoint(
-    checkpoints: Path, info: CheckpointInfo, models: Sequence[GPTModel], optimizer: OptimizerState, *, keep_last: int
-) -> Path:
-    """Write one checkpoint and drop old ones. Collective over the world; every rank returns once it is committed."""
-    pending = PendingCheckpoint(checkpoints, info.step)
-    first = dist.get_rank() == 0
-    if first:
-        pending.start()
-    dist.barrier()
+def training_state(models: Sequence[GPTModel], optimizer: OptimizerState) -> dict[str, Any]:
+    """What a checkpoint holds, as megatron-core's sharded state. Collective over the data-parallel groups."""
     state = _model_state(models)
     state["optimizer"] = optimizer.inner.sharded_state_dict(state, metadata=_metadata())
-    dist_checkpointing.save(state, str(pending.folder), InProcessSave())
-    dist.barrier()
-    if first:
-        pending.commit(info)
-        prune(checkpoints, keep_last)
-    dist.barrier()
-    return pending.final
+    return state
+
+
+def find_damage(folder: Path, info: CheckpointInfo) -> list[str]:
+    """What is wrong with the files of a checkpoint, a sentence each, equal on every rank; nothing where it has no digests.
+
+    Every rank reads its share. Collective over the world: one gather of objects.
+    """
+    share = dist.get_rank(), dist.get_world_size()
+    mine = verify(folder, share=share, patience=STALE_SECONDS) if has_digests(folder, info) else []
+    return list(dict.fromkeys(problem for found in from_all_ranks(mine) for problem in found))
+
+
+def check_together(folder: Path, info: CheckpointInfo, *, what: str) -> None:
+    """ConfigError on every rank where a file of the checkpoint is not what was written. Collective over the world."""
+    problems = find_damage(folder, info)
+    if problems:
+        raise ConfigError(f"{what}: {damage(problems)}")
 
 
 def load_weights(folder: Path, models: Sequence[GPTModel], *, what: str) -> None:
-    """Fill the models' parameters from a checkpoint saved in any layout. Collective over the world.
+    """Fill the models' parameters from a checkpoint saved in any layout, its files verified first. Collective over the world.
 
-    Only tensors are read: the entries without content that layers store beside their weights are pickles, and differ between
-    Transformer Engine's layers and the local ones.
+    Projections to a teacher's layers stay as they are, whether the checkpoint holds some or not: they belong to a run.
     """
-    read_metadata(folder, what=what)  # refuses a table of contents that would run code before megatron-core opens it
-    state = _model_state(models)
+    check_together(folder, read_info(folder, what=what), what=what)
+    state = _without_extra(_model_state(models))
     for model in state.values():
-        for name in [name for name in model if name.endswith(_EXTRA)]:
+        for name in [name for name in model if not _is_weight(name)]:
             del model[name]
-    loaded = _load(state, folder, what)
-    for index, model in enumerate(models):
-        missing, unexpected = model.load_state_dict(loaded[f"model{index}"], strict=False)
-        problems = [*(name for name in missing if not name.endswith(_EXTRA)), *unexpected]
-        if problems:
-            raise ConfigError(f"{what}: checkpoint {folder} does not fit the model: {problems[0]} is on one side only")
+    _into_models(models, _load(state, folder, what), folder, what, needed=_is_weight)
 
 
 def load_training_state(folder: Path, models: Sequence[GPTModel], optimizer: OptimizerState, *, what: str) -> None:
-    """Fill parameters and optimizer state from a checkpoint saved in any layout. Collective over the world."""
+    """Fill parameters and optimizer state from a checkpoint saved in any layout, its files verified before. Collective over the world."""
     state = _model_state(models)
     with optimizer.loading():
         state["optimizer"] = optimizer.inner.sharded_state_dict(state, is_loading=True, metadata=_metadata())
-        loaded = _load(state, folder, what)
-        _into_models(models, loaded)
+        loaded = _load(_without_extra(state), folder, what)
+        _into_models(models, loaded, folder, what, needed=lambda name: not name.endswith(_EXTRA))
         optimizer.inner.load_state_dict(loaded["optimizer"])
 
 
@@ -95,16 +103,45 @@ def _model_state(models: Sequence[GPTModel]) -> dict[str, Any]:
     }
 
 
-def _into_models(models: Sequence[GPTModel], loaded: dict[str, Any]) -> None:
+def _without_extra(state: dict[str, Any]) -> dict[str, Any]:
+    """Only tensors are read of a model: the entries that layers store beside their weights have no content here, differ between
+    Transformer Engine's layers and the local ones, and are pickles that Transformer Engine would run.
+    """
+    for model in [content for name, content in state.items() if name.startswith("model")]:
+        for name in [name for name in model if name.endswith(_EXTRA)]:
+            del model[name]
+    return state
+
+
+def _into_models(models: Sequence[GPTModel], loaded: dict[str, Any], folder: Path, what: str, *, needed: Any) -> None:
     for index, model in enumerate(models):
-        model.load_state_dict(loaded[f"model{index}"])
+        missing, unexpected = model.load_state_dict(loaded[f"model{index}"], strict=False)
+        problems = [*filter(needed, missing), *unexpected]
+        if problems:
+            raise ConfigError(f"{what}: checkpoint {folder} does not fit the model: {problems[0]} is on one side only")
 
 
 def _load(state: dict[str, Any], folder: Path, what: str) -> dict[str, Any]:
+    problem = None
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
-    except (CheckpointingException, OSError, KeyError, RuntimeError) as error:
-        raise ConfigError(
-            f"{what}: checkpoint {folder} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-        ) from error
+        read_metadata(folder, what=what)
+    except ConfigError as error:
+        problem = str(error)
+    raise_together(problem, ConfigError)
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), LoadSharded(what=what), LoadCommon())
+    except (
+        CheckpointingException,
+        CheckpointException,
+        OSError,
+        KeyError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        pickle.PickleError,
+    ) as error:
+        if isinstance(error, ConfigError):
+            raise
+        told = str(error).strip().splitlines() or [""]
+        raise ConfigError(f"{what}: checkpoint {folder} cannot be loaded ({type(error).__name__}: {told[0][:200]})") from error
     return loaded

@@ -1,7 +1,7 @@
 """Checkpoints as folders: `<run>/checkpoints/step-00000020`, complete or absent, never half.
 
-A checkpoint is written under a hidden name, made durable, and renamed: the rename is the commit. `state.json` beside
-megatron-core's files says what the weights are; it is plain JSON, read before anything else is opened.
+A checkpoint is written under a hidden name, its digests with it (`manifest.py`), made durable, and renamed: the rename is the commit.
+`state.json` beside megatron-core's files says what the weights are; it is plain JSON, read before anything else is opened.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_kd.checkpoint.manifest import COMMIT, MANIFEST, FileRecord, one_sentence, seal, verify, write_file
 from megatron_kd.config import ConfigError, ModelSection
 from megatron_kd.config.durable import sync_path
 
-FORMAT = 1
+FORMAT = 2  # 1: without digests
 _STEP = re.compile(r"step-(\d{8})")
 
 # What decides whether weights fit: everything else in the model section may change between runs.
@@ -38,10 +39,12 @@ _SHAPE += ("rope_high_frequency_factor", "rope_original_length", "sliding_window
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """The content of state.json.
+    """The content of state.json, which also says its format.
 
     model: the model section. vocab_size: true number of ids. tokenizer: digest of the vocabulary, or None. Counters are as of
     `step` finished updates. distributed_optimizer: which form the optimizer state has, None for weights alone.
+    hidden_projections: [student layer, teacher layer, teacher's width] of each projection that trains along.
+    settings: what else decides the run's weights, key by key; empty for weights alone.
     """
 
     step: int
@@ -54,6 +57,9 @@ class CheckpointInfo:
     precision: str
     distributed_optimizer: bool | None
     version: str
+    hidden_projections: list[list[int]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
 
     def model_section(self) -> ModelSection:
         """The model section, checked."""
@@ -91,14 +97,31 @@ def read_info(folder: Path, *, what: str) -> CheckpointInfo:
     """state.json of a checkpoint; ConfigError where it cannot be understood."""
     try:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        version = content.pop("format")
-        if version != FORMAT:
-            raise ConfigError(f"{what}: {folder} has checkpoint format {version}, this version reads format {FORMAT}")
+        version = content["format"]
+        if version not in range(1, FORMAT + 1):
+            raise ConfigError(f"{what}: {folder} has checkpoint format {version}, this version reads formats 1 to {FORMAT}")
         return CheckpointInfo(**content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{what}: {folder / 'state.json'} cannot be read ({error})") from error
+
+
+def check_digests(folder: Path, info: CheckpointInfo, *, what: str) -> None:
+    """ConfigError where a file of the checkpoint is not what was written. Reads all of them; no collective."""
+    problems = verify(folder) if has_digests(folder, info) else []
+    if problems:
+        raise ConfigError(f"{what}: {damage(problems)}")
+
+
+def has_digests(folder: Path, info: CheckpointInfo) -> bool:
+    """Whether a checkpoint can be verified. What state.json says is not enough: that may be what is damaged."""
+    return info.format > 1 or any((folder / name).exists() for name in (MANIFEST, COMMIT))
+
+
+def damage(problems: Iterable[str]) -> str:
+    """One sentence for the files that are wrong."""
+    return f"{one_sentence(problems)}: the checkpoint is damaged, use another copy or another step"
 
 
 def check_same_model(info: CheckpointInfo, model: ModelSection, *, vocab_size: int, tokenizer: str | None, folder: Path, what: str) -> None:
@@ -127,6 +150,10 @@ def _effective(model: ModelSection, name: str) -> Any:
     return getattr(model, name)
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or does not read back. Those before it are as they were."""
+
+
 class PendingCheckpoint:
     """A checkpoint being written: a hidden folder until `commit`. For one rank only."""
 
@@ -136,20 +163,52 @@ class PendingCheckpoint:
 
     def start(self) -> None:
         """An empty folder; what an interrupted save left is removed."""
-        for leftover in self.folder.parent.glob(".incomplete-*") if self.folder.parent.is_dir() else []:
-            shutil.rmtree(leftover)
+        self.discard()
         self.folder.mkdir(parents=True)
 
-    def commit(self, info: CheckpointInfo) -> None:
-        """Write state.json, make every file durable, and give the folder its name."""
-        content: Mapping[str, Any] = {"format": FORMAT, **asdict(info)}
-        (self.folder / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for path in [*self.folder.iterdir(), self.folder]:
-            sync_path(path)
-        if self.final.exists():
-            shutil.rmtree(self.final)
+    def discard(self) -> None:
+        """Leave nothing behind, as far as the disk lets us."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def commit(self, info: CheckpointInfo, files: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+        """Write state.json, the manifest and its mark, and give the folder its name. `files`: all others, durable. Returns all."""
+        data = (json.dumps(asdict(info), indent=2) + "\n").encode()
+        written = {**files, "state.json": write_file(self.folder, "state.json", data)}
+        seal(self.folder, written)
+        replaced = self.final.exists()
+        if replaced:
+            _hide(self.final)
         os.replace(self.folder, self.final)
         sync_path(self.final.parent)
+        if replaced:
+            shutil.rmtree(_hidden(self.final), ignore_errors=True)
+        return written
+
+
+def _hidden(folder: Path) -> Path:
+    return folder.with_name(f".removed-{folder.name}")
+
+
+def _hide(folder: Path) -> None:
+    """Take a checkpoint's name away, before it is removed file by file."""
+    shutil.rmtree(_hidden(folder), ignore_errors=True)
+    os.replace(folder, _hidden(folder))
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Remove what killed saves and removals have left. For a run that holds the directory and saves nothing at the moment."""
+    for pattern in (".incomplete-*", ".removed-*"):
+        for leftover in checkpoints.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a damaged checkpoint a name under which nothing looks for it; returns that."""
+    aside = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    sync_path(folder.parent)
+    return aside
 
 
 def checkpoint_digest(folder: Path, patterns: Iterable[str] = ("*",)) -> str:
@@ -161,10 +220,19 @@ def checkpoint_digest(folder: Path, patterns: Iterable[str] = ("*",)) -> str:
     return total.hexdigest()
 
 
-def prune(checkpoints: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` complete checkpoints; each vanishes under a hidden name first."""
-    for step in complete_steps(checkpoints)[:-keep_last]:
-        folder = step_folder(checkpoints, step)
-        doomed = checkpoints / f".incomplete-removed-{folder.name}"
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed)
+def prune(checkpoints: Path, keep_last: int, good: Collection[int]) -> list[int]:
+    """Remove complete checkpoints, each under a hidden name first; returns their steps.
+
+    The newest `keep_last` stay, and the newest of those whose digests were found right (`good`): where nothing is verified, all stay.
+    """
+    steps = complete_steps(checkpoints)
+    verified = [step for step in steps if step in good]
+    if not verified:
+        return []
+    doomed = [step for step in steps[:-keep_last] if step != verified[-1]]
+    for step in doomed:
+        _hide(step_folder(checkpoints, step))
+    sync_path(checkpoints)
+    for step in doomed:
+        shutil.rmtree(_hidden(step_folder(checkpoints, step)), ignore_errors=True)
+    return doomed

@@ -10,10 +10,12 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from megatron_kd.checkpoint.files import BACKEND, COMMON, DigestingFiles
+from megatron_kd.checkpoint.manifest import FileRecord, write_file
 from megatron_kd.config import ConfigError
 
 _CLASSES = {
@@ -66,11 +70,24 @@ _CLASSES = {
 }
 
 
+# Plain names in the checkpoint's own folder.
+_DATA_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.distcp")
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _CLASSES.get(module, ()):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+
+
+def _member(kind: Any, name: Any) -> Any:
+    """What `getattr` stands for in metadata written by Python 3.11.0 to 3.11.3: a member of an enumeration."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"it asks for {name!r} of {kind!r}, which no checkpoint needs")
 
 
 def read_metadata(folder: Path, *, what: str) -> Metadata:
@@ -79,8 +96,11 @@ def read_metadata(folder: Path, *, what: str) -> Metadata:
     try:
         with open(path, "rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
-        if not isinstance(metadata, Metadata) or metadata.storage_data is None:
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise pickle.UnpicklingError("it holds something else")
+        for place in metadata.storage_data.values():
+            if not _DATA_FILE.fullmatch(place.relative_path) or place.transform_descriptors:
+                raise pickle.UnpicklingError(f"it asks for the file {place.relative_path!r}, which is not one of a checkpoint's")
     except FileNotFoundError:
         raise ConfigError(f"{what}: {folder} holds no megatron-core distributed checkpoint (no .metadata file in it)") from None
     except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
@@ -175,23 +195,26 @@ class Piece:
     load: Callable[[], Tensor]
 
 
-def write_pieces(folder: Path, pieces: Iterable[Piece], *, objects: Iterable[str] = ()) -> None:
-    """Write a distributed checkpoint that megatron-core loads in any layout, holding one piece in memory at a time.
+def write_pieces(folder: Path, pieces: Iterable[Piece], *, objects: Iterable[str] = ()) -> dict[str, FileRecord]:
+    """Write a distributed checkpoint that megatron-core loads in any layout, holding one piece in memory at a time; returns its files.
 
     objects: names of the entries without content that megatron-core's layers want to find (`..._extra_state/shard_0_4`).
     """
     planner = _LazyPlanner(list(pieces), list(objects))
+    writer = FileSystemWriter(str(folder), sync_files=False)
+    writer.fs = files = DigestingFiles()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized.*")
         try:
-            dcp.state_dict_saver.save({}, storage_writer=FileSystemWriter(str(folder), sync_files=False), planner=planner, no_dist=True)
+            dcp.state_dict_saver.save({}, storage_writer=writer, planner=planner, no_dist=True)
         except dcp.api.CheckpointException as error:
             # One process, one failure: what the caller can do about it is in the failure itself.
             (failure, _), *_others = error.failures.values()
             raise failure from error
-    torch.save({}, folder / "common.pt")
-    backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
-    (folder / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")
+    common = io.BytesIO()
+    torch.save({}, common)
+    contents = {COMMON: common.getvalue(), "metadata.json": json.dumps(BACKEND).encode()}
+    return {**files.written, **{name: write_file(folder, name, content) for name, content in contents.items()}}
 
 
 class _LazyPlanner(SavePlanner):

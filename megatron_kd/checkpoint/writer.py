@@ -1,50 +1,113 @@
-"""megatron-core's distributed checkpoint, written by the process that saves."""
+"""megatron-core's distributed checkpoint, written by a thread of the rank that has the data, its digests with it.
+
+megatron-core's own writer starts a manager process and forks a writer for every file, even for a synchronous save: five seconds, a hang
+in scripts without a `__main__` guard or machines without psutil, and no digests.
+"""
 
 from __future__ import annotations
 
-import queue
+import io
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_kd.checkpoint.files import BACKEND, COMMON, DigestingFiles
+from megatron_kd.checkpoint.manifest import FileRecord, wait_for_folder
+
+Said = Callable[[str], None]
 
 
-class InProcessSave(TorchDistSaveShardedStrategy):
-    """The same files without helper processes.
+class StateWriter(FileSystemWriterAsync):
+    """What one rank has to write of a state; `write` needs no other rank and no megatron-core, so a thread may do it.
 
-    megatron-core's own writer starts a manager process and forks a writer for every file, even for a synchronous save: five
-    seconds, and a hang in scripts without a `__main__` guard or machines without psutil.
+    copy: take a copy of every tensor, in memory of the CPU, so that training may go on meanwhile. Else a tensor is looked at when its turn
+    comes, and one at a time is in memory twice.
     """
 
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1, thread_count=1)
+    def __init__(self, folder: Path, *, copy: bool) -> None:
+        super().__init__(str(folder), thread_count=1)
+        self.folder, self.fs, self._copy = folder, DigestingFiles(), copy
+        self._name, self._items = "", list[tuple[WriteItem, Tensor | io.BytesIO]]()
+        self._bytes: dict[str, bytes] = {}
 
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> AsyncRequest:  # noqa: D102
-        # Set before the writer asks for it, so that no manager process is started for a queue within one process.
-        filesystem_async._results_queue = queue.Queue()
-        return super().async_save(sharded_state_dict, checkpoint_dir)
+    @property
+    def records(self) -> dict[str, FileRecord]:
+        """Every file that this rank has written."""
+        return self.fs.written
 
-    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, save_state_dict_ret: Any) -> AsyncRequest:
-        request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The folder is there already."""
+        return plan
 
-        def write() -> None:
-            transforms = [writer.transforms] if hasattr(writer, "transforms") else []
-            results: dict[int, Any] = {}
-            problem: Exception | None = None
-            done: queue.Queue[Any]
-            pending: queue.Queue[int]
-            for index, bucket in enumerate(writer.preload_tensors(writer.write_buckets, False)):
-                done, pending = queue.Queue(), queue.Queue()
-                pending.put(index)
-                writer.write_preloaded_data(transforms, index, bucket, done, pending, True)
-                _, written = done.get()
-                if isinstance(written, Exception):
-                    problem = written
-                    break
-                results[index] = written
-            writer.results_queue.put(problem or results)
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Called last by the planning."""
+        self._name = f"{plan.storage_data.prefix}0.distcp"
+        resolved = [(item, planner.resolve_data(item)) for item in plan.items]
+        self._items = [(item, _copied(data) if self._copy else data) for item, data in resolved]
 
-        return AsyncRequest(write if writer.write_buckets else None, (), request.finalize_fns)
+    def add_common(self, common: dict[str, Any]) -> None:
+        """What is not sharded, for one rank to write; serialised at once."""
+        content = io.BytesIO()
+        torch.save(common, content)
+        self._bytes = {COMMON: content.getvalue(), "metadata.json": json.dumps(BACKEND).encode()}
+
+    def write(self, say: Said) -> list[WriteResult]:
+        """Write this rank's files and make them durable."""
+        results: list[WriteResult] = []
+        wait_for_folder(self.folder)
+        for name, content in self._bytes.items():
+            say(f"writing {name}")
+            with self.fs.create_stream(self.folder / name, "xb") as stream:
+                stream.write(content)
+        if self._items:
+            say(f"writing {self._name}")
+            with self.fs.create_stream(self.folder / self._name, "xb") as stream:
+                for item, data in self._items:
+                    data = _alone(data)
+                    results.append(_write_item(self.transforms, stream, data, item, self._name, SerializationFormat.TORCH_SAVE))
+        self._items = []
+        return results
+
+
+def plan_save(state: dict[str, Any], folder: Path, *, copy: bool) -> tuple[StateWriter, Metadata | None]:
+    """Settle which rank writes what of a sharded state: this rank's writer, and on rank 0 the table of contents.
+
+    Collective over the world.
+    """
+    sharded, common = save_preprocess(state)
+    renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
+    writer = StateWriter(folder, copy=copy)
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    (_, metadata, _), *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(renamed, False), writer, None, 0, planner=planner)
+    if dist.get_rank() == 0:
+        writer.add_common(common)
+    return writer, metadata
+
+
+def _copied(data: Tensor | io.BytesIO) -> Tensor | io.BytesIO:
+    return data.detach().to("cpu", copy=True) if isinstance(data, Tensor) else data
+
+
+def _alone(data: Tensor | io.BytesIO) -> Tensor | io.BytesIO:
+    """On the CPU, and without the rest of the buffer that it is a view of, which torch.save would write too."""
+    if not isinstance(data, Tensor):
+        return data
+    data = data.detach().cpu()
+    return data.clone() if data.untyped_storage().nbytes() != data.numel() * data.element_size() else data

@@ -1,11 +1,11 @@
 """One run's configuration: frozen sections, a run file with overrides, and nothing that needs torch."""
 
 from megatron_kd.config.capture import CaptureSection
+from megatron_kd.config.distill import AlphaSchedule
 from megatron_kd.config.dump import dump_toml
 from megatron_kd.config.load import load_config
 from megatron_kd.config.run import ConfigError, RunConfig
 from megatron_kd.config.sections import (
-    AlphaSchedule,
     BatchSection,
     CheckpointSection,
     DataSection,

@@ -60,6 +60,8 @@ def _toml_value(value: Any, key: str) -> str:
         return text
     if isinstance(value, list | tuple):
         return f"[{', '.join(_toml_value(item, key) for item in value)}]"
+    if isinstance(value, BaseModel):
+        value = value.model_dump(exclude_none=True)
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_toml_key(name)} = {_toml_value(item, f'{key}.{name}')}" for name, item in value.items()) + "}"
     given = "null" if value is None else f"a {type(value).__name__}"

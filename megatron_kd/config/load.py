@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliSettingsSource
 
 from megatron_kd.config.dump import dump_toml
+from megatron_kd.config.hidden_states import HiddenStatesPair
 from megatron_kd.config.presets import PRESETS
 from megatron_kd.config.run import ConfigError, RunConfig
 
@@ -39,6 +40,7 @@ _TYPE_WORDS: dict[Any, tuple[str, str]] = {
     Path: ("path", "a path"),
     tuple[str, ...]: ("list", "a list of text"),
     tuple[float, ...]: ("list", "a list of numbers"),
+    tuple[HiddenStatesPair, ...]: ("list", "a list of tables of student_layer, teacher_layer, loss, weight"),
     dict[str, str]: ("table", "a table of name = text"),
     dict[str, Any]: ("table", "a table of name = value"),
 }
@@ -218,7 +220,8 @@ def _decode_overrides(texts: Mapping[str, list[str]], source: CliSettingsSource[
         elif get_origin(_plain(field)) is tuple:
             if len(given) > 1 and any(text.startswith("[") for text in given):
                 problems.append(f"{key} is given {len(given)} times {_COMMAND_LINE}: give one JSON list, or repeat it with one entry each")
-            text = text if text.startswith("[") else json.dumps(given)
+            objects = _is_section(get_args(_plain(field))[0])
+            text = text if text.startswith("[") else f"[{', '.join(given)}]" if objects else json.dumps(given)
         arguments.append(f"--{key}={text}")
     parsed = source(args=arguments)()
     overrides: dict[str, Any] = {}
@@ -323,7 +326,7 @@ def _validate(values: Mapping[str, Any], overrides: Mapping[str, Any], path: str
     for error in _errors(lambda: RunConfig.model_validate_json(strict, strict=True)):
         if error["type"] not in ("missing", "value_error"):
             key = _key(error)
-            problems[key] = _wrong(key, _show(values[key]), f"in {path}")
+            problems[key] = _wrong(key, _show(values[key]), f"in {path}") + _inside(error)
     for key, value in values.items():
         if value == "" and _plain(_KEYS[key]) is Path:  # pathlib would read it as the working directory
             problems[key] = _wrong(key, _show(value), f"in {path}")
@@ -334,14 +337,14 @@ def _validate(values: Mapping[str, Any], overrides: Mapping[str, Any], path: str
             # A check's message starts with the name of the field it is about; the section in front makes that a dotted key.
             for sentence in str(error["ctx"]["error"]).splitlines():
                 problems[sentence] = f"{key}.{sentence}" if key else sentence
-        elif error["type"] == "missing":
+        elif error["type"] == "missing" and not _inside(error):
             place = f"in {path} or with --{key}" if path else f"with --{key}, or give a run file with --config"
             problems[key] = f"{key} is missing: set it to {_allowed(_KEYS[key])} {place}"
         elif key in overrides:
             text = overrides[key]
-            problems.setdefault(key, _wrong(key, text if isinstance(text, str) else _show(text), _COMMAND_LINE))
+            problems.setdefault(key, _wrong(key, text if isinstance(text, str) else _show(text), _COMMAND_LINE) + _inside(error))
         else:
-            problems.setdefault(key, _wrong(key, _show(values[key]), f"in {path}"))
+            problems.setdefault(key, _wrong(key, _show(values[key]), f"in {path}") + _inside(error))
     _raise(list(problems.values()))
     return RunConfig.model_validate(tree)
 
@@ -362,6 +365,15 @@ def _key(error: ErrorDetails) -> str:
             break
         path.append(str(part))
     return ".".join(path)
+
+
+def _inside(error: ErrorDetails) -> str:
+    """What is wrong with one entry of a list of tables, in words; "" for any other error."""
+    key = _key(error)
+    place = error["loc"][len(key.split(".")) :]
+    if key not in _KEYS or len(place) < 2 or not isinstance(place[0], int):
+        return ""
+    return f" (entry {place[0] + 1}, {'.'.join(map(str, place[1:]))}: {error['msg'][:1].lower()}{error['msg'][1:]})"
 
 
 def _wrong(key: str, given: str, where: str) -> str:

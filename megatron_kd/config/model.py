@@ -108,6 +108,18 @@ class ModelSection(Section):
             raise ValueError(f"rope_low_frequency_factor ({low}) must be below rope_high_frequency_factor ({high})")
         return self
 
+    def not_divisible(self, *, tensor: int, stages: int) -> list[tuple[str, int, str, int]]:
+        """What these sizes cannot cut evenly: (name, size, "tensor" or "pipeline", that size). stages: virtual ones included."""
+        cut = [
+            ("hidden_size", self.hidden_size, "tensor", tensor),
+            ("num_attention_heads", self.num_attention_heads, "tensor", tensor),
+            ("num_query_groups", self.num_query_groups or self.num_attention_heads, "tensor", tensor),
+            ("ffn_hidden_size", self.ffn_hidden_size, "tensor", tensor),
+            ("vocab_size_multiple", self.vocab_size_multiple, "tensor", tensor),
+            ("num_layers", self.num_layers, "pipeline", stages),
+        ]
+        return [each for each in cut if each[1] % each[3]]
+
     def window_problem(self, sequence_length: int) -> str | None:
         """Why sequences of this length cannot be used, as a clause; None where they can."""
         if self.sliding_window is None or sequence_length <= self.sliding_window:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from megatron_kd.config.capture import CaptureSection
+from megatron_kd.config.hidden_states import pair_problems
 from megatron_kd.config.sections import (
     BatchSection,
     CheckpointSection,
@@ -54,16 +55,11 @@ class RunConfig(Section):
     def _problems(self) -> list[str]:
         model, parallel, batch, opt, train = self.model, self.parallel, self.batch, self.optimizer, self.train
         tensor, chunks = parallel.tensor, parallel.pipeline * parallel.virtual_pipeline
-        groups = model.num_query_groups or model.num_attention_heads
+        by_name = {"tensor": "parallel.tensor", "pipeline": "parallel.pipeline * parallel.virtual_pipeline"}
         sizes = [
-            ("model.hidden_size", model.hidden_size, "parallel.tensor", tensor),
-            ("model.num_attention_heads", model.num_attention_heads, "parallel.tensor", tensor),
-            ("model.num_query_groups", groups, "parallel.tensor", tensor),
-            ("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tensor", tensor),
-            ("model.vocab_size_multiple", model.vocab_size_multiple, "parallel.tensor", tensor),
-            ("model.num_layers", model.num_layers, "parallel.pipeline * parallel.virtual_pipeline", chunks),
-            ("batch.global_batch_size", batch.global_batch_size, "batch.micro_batch_size", batch.micro_batch_size),
+            (f"model.{name}", size, by_name[by], divisor) for name, size, by, divisor in model.not_divisible(tensor=tensor, stages=chunks)
         ]
+        sizes.append(("batch.global_batch_size", batch.global_batch_size, "batch.micro_batch_size", batch.micro_batch_size))
         if parallel.sequence_parallel:
             sizes.append(("batch.sequence_length", batch.sequence_length, "parallel.tensor (sequence_parallel)", tensor))
         found = [f"{name} ({size}) must be a multiple of {by} ({divisor})" for name, size, by, divisor in sizes if size % divisor]
@@ -80,6 +76,10 @@ class RunConfig(Section):
             found.append('distill.dense compares whole distributions, which a cache does not hold: set teacher.source = "online"')
         if self.distill.dense and self.teacher.has_own_layout:
             found.append("distill.dense needs the teacher in the student's layout: unset teacher.parallel and teacher.micro_batch_size")
+        if (self.distill.dense or self.distill.hidden_states) and self.teacher.overlap == "drain":
+            found.append(
+                'distill.dense and distill.hidden_states need the teacher right before its student: set teacher.overlap to "auto" or "none"'
+            )
         if opt.warmup_steps > train.steps:
             found.append(f"optimizer.warmup_steps ({opt.warmup_steps}) must be at most train.steps ({train.steps})")
         if opt.schedule == "wsd" and opt.warmup_steps + opt.decay_steps > train.steps:
@@ -89,13 +89,33 @@ class RunConfig(Section):
             )
         if parallel.overlap_param_gather and not (opt.distributed and parallel.overlap_grad_reduce):
             found.append("parallel.overlap_param_gather needs optimizer.distributed and parallel.overlap_grad_reduce")
-        return found + self._capture_problems()
+        return found + self._hidden_states_problems() + self._capture_problems()
+
+    def _hidden_states_problems(self) -> list[str]:
+        pairs, source = self.distill.hidden_states, self.teacher.source
+        if not pairs:
+            return []
+        found = pair_problems(pairs, self.model)
+        if source != "online":
+            found.append(
+                f'distill.hidden_states compares layers with those of a live teacher of this program, not of teacher.source = "{source}": '
+                'set teacher.source = "online", or remove distill.hidden_states'
+            )
+        if self.teacher.has_own_layout:
+            found.append(
+                "distill.hidden_states needs the teacher in the student's layout: unset teacher.parallel and teacher.micro_batch_size"
+            )
+        if self.capture.directory is not None:
+            found.append("capture.directory stores a teacher's targets, not its layers: unset it, or remove distill.hidden_states")
+        return found
 
     def _capture_problems(self) -> list[str]:
         capture, distill, batch = self.capture, self.distill, self.batch
         if capture.directory is None:
             return []
         found = []
+        if self.checkpoint.asynchronous:
+            found.append("capture.directory shows samples together with a complete checkpoint: set checkpoint.asynchronous = false")
         if capture.first_step >= self.train.steps:
             found.append(f"capture.first_step ({capture.first_step}) must be less than train.steps ({self.train.steps})")
         if distill.dense:
@@ -150,6 +170,18 @@ class RunConfig(Section):
                 "teacher.micro_batch_size or teacher.parallel"
             )
         return tensor, pipeline, micro_batch_size
+
+    def teacher_problem(self, teacher: ModelSection, world_size: int) -> str | None:
+        """Which size of the teacher its ranks cannot share, and what to do, as a clause; None where all can be.
+
+        ConfigError where its layout does not fit `world_size`.
+        """
+        tensor, pipeline = self.parallel.tensor, self.parallel.pipeline
+        if self.teacher.has_own_layout:
+            tensor, pipeline, _ = self.teacher_layout(world_size)
+        for name, size, by, ranks in teacher.not_divisible(tensor=tensor, stages=pipeline):
+            return f"{name} = {size}, which {ranks} {by}-parallel ranks cannot share: set teacher.parallel.{by} to a divisor of {size}"
+        return None
 
     def num_microbatches(self, world_size: int) -> int:
         """Forward passes of one data-parallel rank in one step."""

@@ -11,176 +11,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_kd.config.divergences import DivergenceName, sparse_problem
+from megatron_kd.config.distill import DistillSection as DistillSection
 from megatron_kd.config.model import ModelSection as ModelSection
 from megatron_kd.config.model import Section as Section
-
-
-class TeacherParallelSection(Section):
-    """How an online teacher is laid out over the same ranks; the data-parallel size is what remains. Unset: as the student."""
-
-    tensor: int | None = Field(default=None, gt=0, description="Tensor-parallel size of the teacher. Unset: the student's.")
-    pipeline: int | None = Field(default=None, gt=0, description="Pipeline stages of the teacher. Unset: the student's.")
-
-
-class TeacherSection(Section):
-    """Where the distillation targets come from."""
-
-    source: Literal["none", "online", "cached", "huggingface"] = Field(
-        default="none",
-        description='"none": plain pretraining. "online": a frozen teacher runs forward in every step. "cached": its targets were stored '
-        'by tools/cache_teacher.py, or by itself while it trained ([capture]). "huggingface": as online, a local model folder that '
-        "transformers runs.",
-    )
-    checkpoint: Path | None = Field(
-        default=None,
-        description="Checkpoint of the teacher: a run directory, its checkpoints folder, or one step-* folder. Needed for online; with "
-        "cached, the cache must have been made by it. huggingface: a local folder with config.json and safetensors.",
-    )
-    tokenizer: Path | None = Field(
-        default=None,
-        description="huggingface: the teacher's tokenizer, whose vocabulary must be that of data.tokenizer. Unset: the one in its folder.",
-    )
-    shard_parameters: Literal["auto", "zero3", "none"] = Field(
-        default="auto",
-        description="huggingface: zero3 spreads the teacher's weights over all ranks (DeepSpeed ZeRO-3); none: whole on each rank; auto: "
-        "zero3 where deepspeed is installed and there are ranks to spread over.",
-    )
-    offload: bool = Field(default=False, description="huggingface with zero3: keep the spread weights in CPU memory between uses.")
-    cache: str | None = Field(default=None, description="Folder of the cache, or a URL that fsspec knows (s3://...). Needed for cached.")
-    on_miss: Literal["error", "online"] = Field(
-        default="error",
-        description='cached: what to do about a sample that the cache does not hold. "online": run teacher.checkpoint for it.',
-    )
-    parallel: TeacherParallelSection = Field(
-        default=TeacherParallelSection(),
-        description="online: a layout of the teacher's own, over the same ranks.",
-    )
-    micro_batch_size: int | None = Field(
-        default=None, gt=0, description="online: sequences in one forward pass of the teacher. Unset: batch.micro_batch_size."
-    )
-
-    @property
-    def has_own_layout(self) -> bool:
-        """Whether anything about how the teacher runs differs, or may differ, from how the student does."""
-        return (self.parallel.tensor, self.parallel.pipeline, self.micro_batch_size) != (None, None, None)
-
-    @model_validator(mode="after")
-    def _check(self) -> TeacherSection:
-        if self.has_own_layout and self.source != "online" and self.on_miss != "online":
-            raise ValueError(f'teacher.parallel and teacher.micro_batch_size are for an online teacher, not for source = "{self.source}"')
-        if self.source in ("online", "huggingface") and self.checkpoint is None:
-            raise ValueError(f'source = "{self.source}" needs teacher.checkpoint')
-        if self.source == "cached" and self.cache is None:
-            raise ValueError('source = "cached" needs teacher.cache')
-        if self.source == "cached" and self.on_miss == "online" and self.checkpoint is None:
-            raise ValueError('on_miss = "online" needs teacher.checkpoint')
-        return self
-
-
-AlphaSchedule = Literal["constant", "linear_up", "linear_down", "wsd"]
-
-
-class DistillSection(Section):
-    """The distillation loss: total = (1 - alpha) * ce + alpha * kd + z_loss * logsumexp^2, nats per token."""
-
-    alpha: float = Field(
-        default=0.9,
-        ge=0,
-        le=1,
-        description="Largest weight of the distillation loss, in [0, 1]. Unused without a teacher.",
-    )
-    alpha_schedule: AlphaSchedule = Field(
-        default="constant",
-        description="Alpha over the run: constant; linear_up 0 to alpha; linear_down alpha to 0; wsd (linear warm-up, stable, cosine decay "
-        "to 0).",
-    )
-    alpha_warmup_fraction: float = Field(default=0.1, ge=0, le=1, description="wsd: share of the steps that warm alpha up, in [0, 1].")
-    alpha_decay_fraction: float = Field(default=0.01, ge=0, le=1, description="wsd: share of the steps that decay alpha, in [0, 1].")
-    divergence: DivergenceName = Field(
-        default="forward_kl",
-        description="What is compared with the teacher (formulas: losses/divergence_terms.py). forward_kl: KL(teacher || student). "
-        "All but forward_kl take tail bucket, some of them renormalize; mse_logits needs dense.",
-    )
-    js_beta: float = Field(default=0.5, gt=0, lt=1, description="jensen_shannon: weight of the teacher in the mixture, in (0, 1).")
-    skew: float = Field(
-        default=0.1,
-        gt=0,
-        lt=1,
-        description="skew_kl: share of the teacher in the mixture; skew_reverse_kl: of the student; in (0, 1).",
-    )
-    ab_alpha: float = Field(default=0.2, ge=0, description="alpha_beta: exponent of the teacher's probabilities, >= 0.")
-    ab_beta: float = Field(default=0.7, ge=0, description="alpha_beta: exponent of the student's probabilities, >= 0.")
-    dense: bool = Field(
-        default=False,
-        description="Compare the whole distributions: the teacher's final hidden states are kept for the step in place of sparse targets, "
-        "[tokens per step on this rank] x [teacher's hidden_size] values of train.precision, of which sequence_parallel holds its "
-        "slice. Online teacher only.",
-    )
-    temperature: float = Field(default=1.0, gt=0, description="Divides the logits of teacher and student in the distillation loss, > 0.")
-    temperature_squared: bool = Field(default=False, description="Multiply the distillation loss by temperature^2.")
-    top_k: int = Field(default=64, gt=0, description="Teacher entries kept per token over the whole vocabulary, at most vocab_size.")
-    top_p: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description="Then keep the smallest prefix whose teacher mass (at temperature) reaches top_p, in (0, 1].",
-    )
-    min_k: int = Field(default=1, gt=0, description="Never keep fewer entries than this, at most top_k.")
-    num_draws: int | None = Field(
-        default=None,
-        gt=0,
-        description="Draw this many ids per token at random from the teacher (at temperature) in place of taking the likeliest: unbiased. "
-        "Unset: top_k, top_p. The draws depend on train.seed, the sample and the position alone.",
-    )
-    tail: Literal["drop", "renormalize", "bucket", "uniform"] = Field(
-        default="renormalize",
-        description="Teacher mass outside the kept entries: drop it; rescale the kept mass to 1; one bucket on both sides; spread evenly "
-        "over the other ids.",
-    )
-    z_loss: float = Field(default=0.0, ge=0, description="Coefficient of the squared logsumexp of the student, >= 0.")
-    head_schedule: Literal["auto", "save", "chunk", "direct", "recompute"] = Field(
-        default="auto",
-        description="When the output head forms its gradients (losses/head.py). auto: save where all logits are few, else chunk. direct: "
-        "least memory at full speed. recompute: least memory of all, one product more.",
-    )
-    chunk_tokens: int | None = Field(
-        default=None,
-        gt=0,
-        description="Tokens whose logits exist at one time in the output head. Unset: chosen from the vocabulary shard, never from free "
-        "memory.",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> DistillSection:
-        if self.min_k > self.top_k:
-            raise ValueError(f"min_k ({self.min_k}) must be at most top_k ({self.top_k})")
-        if self.num_draws is not None and self._changed("top_k", "top_p", "min_k"):
-            raise ValueError("num_draws draws at random: leave top_k, top_p and min_k unset, or unset num_draws")
-        if self.num_draws is not None and self.tail in ("bucket", "uniform"):
-            raise ValueError(f'tail = "{self.tail}" needs the mass outside the kept ids, which draws do not know: use "renormalize"')
-        self._check_divergence()
-        warmup, decay = self.alpha_warmup_fraction, self.alpha_decay_fraction
-        if warmup + decay > 1:
-            raise ValueError(f"alpha_warmup_fraction ({warmup}) + alpha_decay_fraction ({decay}) must be at most 1")
-        return self
-
-    def _check_divergence(self) -> None:
-        if self.dense:
-            if self._changed("top_k", "top_p", "min_k", "num_draws", "tail"):
-                raise ValueError("dense compares whole distributions: leave top_k, top_p, min_k, num_draws and tail unset")
-            if self.head_schedule == "recompute":
-                raise ValueError('dense cannot be served by head_schedule = "recompute": the teacher\'s logits exist once')
-            return
-        sampled = self.num_draws is not None
-        problem = sparse_problem(self.divergence, tail=self.tail, sampled=sampled, ab_alpha=self.ab_alpha, ab_beta=self.ab_beta)
-        if problem is not None:
-            raise ValueError(f"{problem} (dense = true)" if "dense teacher" in problem else problem)
-
-    def _changed(self, *names: str) -> bool:
-        """Whether any of these differs from its default: a dumped run file writes all of them."""
-        fields = type(self).model_fields
-        return any(getattr(self, name) != fields[name].default for name in names)
+from megatron_kd.config.teacher import TeacherParallelSection as TeacherParallelSection
+from megatron_kd.config.teacher import TeacherSection as TeacherSection
 
 
 class DataSection(Section):
@@ -310,6 +145,25 @@ class TrainSection(Section):
         description="A loss or gradient that is not finite never reaches the weights: stop the run, or skip the step and count it.",
     )
     max_nonfinite_steps: int = Field(default=10, ge=0, description="skip: stop after this many skipped steps.")
+    loss_spike: float | None = Field(
+        default=None,
+        gt=0,
+        description="A step's total_loss this many nats above the median of the last 100 steps is a spike. Unset: nobody looks.",
+    )
+    on_loss_spike: Literal["warn", "stop"] = Field(
+        default="warn", description="stop: leave with exit code 93; the last checkpoint is from before the spike."
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="The same run gives the same bits: operations that cannot promise it on a GPU raise an error, slower ones take the "
+        "place of others, and an NCCL_ALGO that cannot is refused.",
+    )
+    minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="Save and leave with exit code 85 this long after the start, minutes: some before a batch system takes the nodes. "
+        "Unset: no limit.",
+    )
     evaluate_interval: int = Field(default=0, ge=0, description="Steps between evaluations on data.valid; 0: only at the end.")
     evaluate_batches: int = Field(default=8, gt=0, description="Global batches per validation set and evaluation.")
     timeout_seconds: float = Field(default=600.0, gt=0, description="A collective that waits longer than this stops the run, seconds.")
@@ -319,7 +173,20 @@ class CheckpointSection(Section):
     """Saving and starting."""
 
     interval: int = Field(default=0, ge=0, description="Steps between checkpoints; 0: only at the end.")
-    keep_last: int = Field(default=2, gt=0, description="Newest checkpoints kept.")
+    keep_last: int = Field(
+        default=2,
+        gt=0,
+        description="Newest checkpoints kept; older ones stay as long as none of these has been read back and found right.",
+    )
+    asynchronous: bool = Field(
+        default=False,
+        description="Train on while a checkpoint is written. Costs one copy of a rank's state in its CPU memory.",
+    )
+    timeout_seconds: float = Field(
+        default=1800.0,
+        gt=0,
+        description="Longest time of one rank's part of a save, in seconds; after it the run stops and says which rank writes which file.",
+    )
     initialize_from: Path | None = Field(
         default=None,
         description="Start from the weights of this checkpoint (step 0, fresh optimizer). "
@@ -327,7 +194,12 @@ class CheckpointSection(Section):
     )
     resume: bool = Field(
         default=True,
-        description="Continue from the newest checkpoint in run.directory. False refuses a directory that has one.",
+        description="Continue from the newest undamaged checkpoint in run.directory. False refuses a directory that has one.",
+    )
+    allow_changes: bool = Field(
+        default=False,
+        description="Continue although settings, data or the teacher are others than those that the run began with. What changed is "
+        "noted in checkpoints.jsonl. train.steps, layouts and schedules may always change.",
     )
 
 

@@ -146,6 +146,7 @@ class BatchSource:
         self._attach = attach
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[list[Microbatch]]] | None = None
+        self._latest: tuple[int, list[Microbatch]] | None = None
 
     @property
     def num_batches(self) -> int:
@@ -156,7 +157,8 @@ class BatchSource:
     def microbatches(self, consumed_samples: int) -> list[Microbatch]:
         """This rank's microbatches of the step that starts at `consumed_samples`.
 
-        Microbatch m holds the samples consumed_samples + (m * data_parallel_size + data_parallel_rank) * B + i, i in 0 .. B-1.
+        Microbatch m holds the samples consumed_samples + (m * data_parallel_size + data_parallel_rank) * B + i, i in 0 .. B-1. Asked
+        for the same step twice in a row, it gives the same list.
 
         Raises:
             ConfigError: the data ends before the global batch does, or holds an id outside the vocabulary.
@@ -166,6 +168,8 @@ class BatchSource:
                 f"{self.dataset.name} has {len(self.dataset)} samples, but samples {consumed_samples} to "
                 f"{consumed_samples + self._global_batch_size - 1} were asked for: build it for steps * global_batch_size samples"
             )
+        if self._latest is not None and self._latest[0] == consumed_samples:
+            return self._latest[1]
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == consumed_samples:
             found = ahead[1].result()
@@ -176,7 +180,8 @@ class BatchSource:
         following = consumed_samples + self._global_batch_size
         if self._holds(following):
             self._ahead = (following, self._reader.submit(self._read, following))
-        return [microbatch.to(self._device) for microbatch in found]
+        self._latest = consumed_samples, [microbatch.to(self._device) for microbatch in found]
+        return self._latest[1]
 
     def _holds(self, consumed: int) -> bool:
         last = consumed if self._pad_last else consumed + self._global_batch_size - 1

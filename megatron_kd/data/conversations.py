@@ -62,7 +62,7 @@ class ChatTemplate:
         """The text of `messages`; prompt: followed by what makes the assistant speak. BadConversation where the template refuses."""
         try:
             return self._template.render(messages=list(messages), add_generation_prompt=prompt, **self._tokens)
-        except (self._error, TypeError, KeyError) as error:
+        except (self._error, TypeError, KeyError, OverflowError) as error:  # the sandbox bounds ranges
             raise BadConversation(f"the template refuses it: {error}") from error
 
 

@@ -132,6 +132,15 @@ def packed_length(prefix: str | Path) -> int | None:
         return None
 
 
+def tokens_per_byte(prefix: str | Path) -> float | None:
+    """Of plain text, end-of-document ids included; None where the file's description does not say, or conversations are packed in it."""
+    try:
+        found = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
+        return float(found["tokens"]) / float(found["bytes"]) if found.get("packed_length") is None and found["bytes"] > 0 else None
+    except (OSError, ValueError, KeyError, TypeError):  # made elsewhere
+        return None
+
+
 def check_token_file(
     prefix: str | Path, *, vocab_size: int, tokenizer_digest: str | None = None, scan_tokens: int = 64_000_000
 ) -> TokenFile:

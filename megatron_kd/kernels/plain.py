@@ -23,6 +23,15 @@ TILE = 32
 BLOCK, BLOCK_CUDA = 1 << 20, 1 << 24
 
 
+def is_tempered(temperature: float | Tensor) -> bool:
+    """Whether sums at `temperature` are others than at 1; each row's own temperature always counts as such."""
+    return isinstance(temperature, Tensor) or temperature != 1.0
+
+
+def _column(temperature: float | Tensor, part: slice) -> float | Tensor:
+    return temperature[part].unsqueeze(1) if isinstance(temperature, Tensor) else temperature
+
+
 def buffer_width(valid: int) -> int:
     """Columns stored for `valid` logits: room for one more, where ids of other ranks are sent, in whole tiles."""
     return -(-(valid + 1) // TILE) * TILE
@@ -90,11 +99,12 @@ class PlainRows:
         flat = (tiles + first.unsqueeze(1)).flatten()
         return self.buffer.view(-1, TILE).index_select(0, flat).view(*tiles.shape, TILE)
 
-    def split(self, columns: Tensor, label: Tensor, temperature: float, *, total: bool, entropy: bool) -> Tensor:
+    def split(self, columns: Tensor, label: Tensor, temperature: float | Tensor, *, total: bool, entropy: bool) -> Tensor:
         """Lift the support out of the rows and sum what remains.
 
         Args:
             columns: int64 [C, K] of the support, n for ids that are not here. label: int64 [C], n if it is not here.
+            temperature: one for all rows, or each row's own, of the buffer's type [C].
             total, entropy: fill the columns of that name, else 0.
         Returns:
             [C, 6 + K]: the largest remaining logit m (0 if none remains); sum of exp(logit - m) over the remaining; of
@@ -103,7 +113,8 @@ class PlainRows:
         """
         packed = self.buffer.new_zeros((self.buffer.shape[0], 6 + columns.shape[1]))
         where = torch.cat([label.unsqueeze(1), columns], 1)
-        two = entropy or temperature != 1.0
+        tempered = is_tempered(temperature)
+        two = entropy or tempered
         for part, (shifted, *more) in self._blocks(1 + two):
             block, out = self.buffer[part], packed[part]
             out[:, 5:] = block.gather(1, where[part]).masked_fill_(where[part] >= self.valid, -torch.inf)
@@ -117,15 +128,15 @@ class PlainRows:
                 out[:, 1] = self._exp_sum(block, largest, shifted)
                 continue
             torch.sub(block, largest.unsqueeze(1), out=shifted)
-            if temperature != 1.0:
-                out[:, 2] = torch.div(shifted, temperature, out=more[0]).exp_().sum(1)
+            if tempered:
+                out[:, 2] = torch.div(shifted, _column(temperature, part), out=more[0]).exp_().sum(1)
             if entropy:
                 exp = torch.exp(shifted, out=more[0])
                 out[:, 1] = exp.sum(1)
                 out[:, 4] = shifted.mul_(exp).sum(1)
             else:
                 out[:, 1] = shifted.exp_().sum(1)
-        if temperature == 1.0:
+        if not tempered:
             packed[:, 2] = packed[:, 1]
         return packed
 
@@ -135,20 +146,20 @@ class PlainRows:
         scale: Tensor,
         scale_t: Tensor,
         constant: Tensor | None,
-        temperature: float,
+        temperature: float | Tensor,
         columns: Tensor,
         support: Tensor,
         label: Tensor,
         label_value: Tensor,
     ) -> Tensor:
         """scale exp(z - shift) + scale_t exp((z - shift) / temperature) - constant, but `support` at `columns`; label_value is
-        added at `label`. All [C] but columns and support, [C, K]; columns as in `split`. Returns [C, n], in the buffer."""
-        if temperature == 1.0:
+        added at `label`. All [C] but columns and support, [C, K]; columns and temperature as in `split`. Returns [C, n], in the buffer."""
+        if not is_tempered(temperature):
             scale = scale + scale_t
-        for part, spare in self._blocks(int(temperature != 1.0)):
+        for part, spare in self._blocks(int(is_tempered(temperature))):
             block = self.buffer[part]
             for tempered in spare:
-                torch.sub(block, shift[part].unsqueeze(1), out=tempered).div_(temperature).exp_()
+                torch.sub(block, shift[part].unsqueeze(1), out=tempered).div_(_column(temperature, part)).exp_()
             self._scaled_exp_(block, shift[part], scale[part])
             for tempered in spare:
                 block.addcmul_(tempered, scale_t[part].unsqueeze(1))

@@ -22,6 +22,15 @@ TILE = tl.constexpr(plain.TILE)
 
 
 @triton.jit
+def _temperature_of(temperature, row, PER_ROW: tl.constexpr):
+    """The row's temperature: of fp32 [C], or the number itself."""
+    found = temperature
+    if PER_ROW:
+        found = tl.load(temperature + row)
+    return found
+
+
+@triton.jit
 def _tile_sums(z, temperature, HAS_TEMPERATURE: tl.constexpr, ENTROPY: tl.constexpr):
     """z [B, TILE] -> its largest logit m, sums of exp(z - m), exp((z - m) / temperature) and (z - m) exp(z - m): [B] each.
 
@@ -53,6 +62,7 @@ def tile_kernel(
     weighted,
     total,
     HAS_TEMPERATURE: tl.constexpr,
+    PER_ROW: tl.constexpr,
     ENTROPY: tl.constexpr,
     TOTAL: tl.constexpr,
     TILES: tl.constexpr,
@@ -64,7 +74,7 @@ def tile_kernel(
     inside = tile < tiles
     column = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
     z = tl.load(logits + row * width + column, mask=inside[:, None], other=PUNCHED).to(tl.float32)
-    top, exp, exp_t, weight = _tile_sums(z, temperature, HAS_TEMPERATURE, ENTROPY)
+    top, exp, exp_t, weight = _tile_sums(z, _temperature_of(temperature, row, PER_ROW), HAS_TEMPERATURE, ENTROPY)
     at = row * tiles + tile
     tl.store(largest + at, top, mask=inside)
     tl.store(mass + at, exp, mask=inside)
@@ -141,6 +151,7 @@ def split_kernel(
     total,
     packed,
     HAS_TEMPERATURE: tl.constexpr,
+    PER_ROW: tl.constexpr,
     ENTROPY: tl.constexpr,
     TOTAL: tl.constexpr,
     IDS: tl.constexpr,
@@ -159,6 +170,7 @@ def split_kernel(
     mass += row * tiles
     mass_t += row * tiles
     weighted += row * tiles
+    temperature = _temperature_of(temperature, row, PER_ROW)
     where = tl.load(label + row)
     tl.store(packed + 5, tl.load(logits + where, mask=where < valid, other=float("-inf")).to(tl.float32))
     _lift_out(logits, columns, count, valid, packed + 6, IDS)
@@ -305,6 +317,7 @@ def gradient_kernel(
     label,
     label_value,
     HAS_TEMPERATURE: tl.constexpr,
+    PER_ROW: tl.constexpr,
     HAS_CONSTANT: tl.constexpr,
     IDS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -315,10 +328,9 @@ def gradient_kernel(
     has every logit of it and of all before it in registers before anything is stored over them.
     """
     row = tl.program_id(0).to(tl.int64)
-    logits += row * width
-    gradient += row * gradient_width
-    a, a_t, m = tl.load(scale + row), tl.load(scale_t + row), tl.load(shift + row)
-    away = 0.0
+    t = _temperature_of(temperature, row, PER_ROW)
+    logits, gradient = logits + row * width, gradient + row * gradient_width
+    a, a_t, m, away = tl.load(scale + row), tl.load(scale_t + row), tl.load(shift + row), 0.0
     if HAS_CONSTANT:
         away = tl.load(constant + row)
     if not HAS_TEMPERATURE:
@@ -330,16 +342,16 @@ def gradient_kernel(
     for start in range(0, whole, BLOCK):
         z = tl.load(logits + start + lane).to(tl.float32)
         tl.debug_barrier()
-        slope = _slope(z, m, a, a_t, away, temperature, HAS_TEMPERATURE)
+        slope = _slope(z, m, a, a_t, away, t, HAS_TEMPERATURE)
         tl.store(gradient + start + lane, slope.to(gradient.dtype.element_ty))
     if whole < valid:
         inside = whole + lane < valid
         z = tl.load(logits + whole + lane, mask=inside, other=PUNCHED).to(tl.float32)
         tl.debug_barrier()
-        slope = _slope(z, m, a, a_t, away, temperature, HAS_TEMPERATURE)
+        slope = _slope(z, m, a, a_t, away, t, HAS_TEMPERATURE)
         tl.store(gradient + whole + lane, slope.to(gradient.dtype.element_ty), mask=inside)
     tl.debug_barrier()  # what follows replaces stored values
-    slope = _slope(z_label, m, a, a_t, away, temperature, HAS_TEMPERATURE) + extra
+    slope = _slope(z_label, m, a, a_t, away, t, HAS_TEMPERATURE) + extra
     tl.store(gradient + where, slope.to(gradient.dtype.element_ty), mask=where < valid)
     tl.debug_barrier()  # the label may be one of the ids
     _put_support(gradient, columns + row * count, support + row * count, count, where, extra, valid, IDS)

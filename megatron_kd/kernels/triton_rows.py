@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_kd.kernels.plain import TILE, PlainRows
+from megatron_kd.kernels.plain import TILE, PlainRows, is_tempered
 from megatron_kd.kernels.triton_kernels import gradient_kernel, select_kernel, split_kernel, tile_kernel
 
 # Columns that one program of the gradient takes at a time, tiles that one program sums, tiles and ids merged at a time.
@@ -32,7 +32,7 @@ class TileSums:
     """fp32 [C, T] per tile: `largest` logit m, sums of exp(z - m) and of exp((z - m) / temperature), of (z - m) exp(z - m)
     (entropy) and of z (total); what was not asked for stands as `mass`."""
 
-    temperature: float
+    temperature: float | Tensor
     entropy: bool
     has_total: bool
     largest: Tensor
@@ -41,9 +41,13 @@ class TileSums:
     weighted: Tensor
     total: Tensor
 
-    def serve(self, temperature: float, *, entropy: bool, total: bool) -> bool:
+    def serve(self, temperature: float | Tensor, *, entropy: bool, total: bool) -> bool:
         """Whether all that is there."""
-        return temperature in (1.0, self.temperature) and self.entropy >= entropy and self.has_total >= total
+        if isinstance(temperature, Tensor) or isinstance(self.temperature, Tensor):
+            same = temperature is self.temperature or not is_tempered(temperature)
+        else:
+            same = temperature in (1.0, self.temperature)
+        return same and self.entropy >= entropy and self.has_total >= total
 
 
 class TritonRows(PlainRows):
@@ -104,20 +108,21 @@ class TritonRows(PlainRows):
         packed = self._merge(sums, nowhere.unsqueeze(1)[:, :0], nowhere, temperature, entropy=False, total=False)
         return packed[:, 0], packed[:, 2]
 
-    def split(self, columns: Tensor, label: Tensor, temperature: float, *, total: bool, entropy: bool) -> Tensor:
+    def split(self, columns: Tensor, label: Tensor, temperature: float | Tensor, *, total: bool, entropy: bool) -> Tensor:
         """See `PlainRows.split`. Columns within a row are unique but for n."""
         sums = self._tile_sums(temperature, entropy=entropy, total=total)
         self._sums = None  # the kernel leaves in them what it needed of the rest
         return self._merge(sums, columns, label, temperature, entropy=entropy, total=total)
 
-    def _tile_sums(self, temperature: float, *, entropy: bool, total: bool) -> TileSums:
+    def _tile_sums(self, temperature: float | Tensor, *, entropy: bool, total: bool) -> TileSums:
         """The tiles' sums; those that `top` took, until `split`, so that a teacher's logits are read once."""
         if self._sums is not None and self._sums.serve(temperature, entropy=entropy, total=total):
             return self._sums
         rows, width = self.buffer.shape
         tiles = width // TILE
-        largest, mass, *more = self.buffer.new_empty((2 + (temperature != 1.0) + entropy + total, rows, tiles))
-        mass_t = more.pop() if temperature != 1.0 else mass
+        tempered = is_tempered(temperature)
+        largest, mass, *more = self.buffer.new_empty((2 + tempered + entropy + total, rows, tiles))
+        mass_t = more.pop() if tempered else mass
         weighted = more.pop() if entropy else mass
         sums = TileSums(temperature, entropy, total, largest, mass, mass_t, weighted, more.pop() if total else mass)
         _launch(
@@ -127,13 +132,14 @@ class TritonRows(PlainRows):
             width,
             tiles,
             self.valid,
-            float(temperature),
+            _argument(temperature),
             sums.largest,
             sums.mass,
             sums.mass_t,
             sums.weighted,
             sums.total,
-            HAS_TEMPERATURE=temperature != 1.0,
+            HAS_TEMPERATURE=is_tempered(temperature),
+            PER_ROW=isinstance(temperature, Tensor),
             ENTROPY=entropy,
             TOTAL=total,
             TILES=TILES,
@@ -141,7 +147,7 @@ class TritonRows(PlainRows):
         )
         return sums
 
-    def _merge(self, sums: TileSums, columns: Tensor, label: Tensor, temperature: float, *, entropy: bool, total: bool) -> Tensor:
+    def _merge(self, sums: TileSums, columns: Tensor, label: Tensor, temperature: float | Tensor, *, entropy: bool, total: bool) -> Tensor:
         """`split` from the tiles' sums, which become those of the rest."""
         rows, width = self.buffer.shape
         count = columns.shape[1]
@@ -156,14 +162,15 @@ class TritonRows(PlainRows):
             columns.contiguous(),
             label.contiguous(),
             count,
-            float(temperature),
+            _argument(temperature),
             sums.largest,
             sums.mass,
             sums.mass_t,
             sums.weighted,
             sums.total,
             packed,
-            HAS_TEMPERATURE=temperature != 1.0,
+            HAS_TEMPERATURE=is_tempered(temperature),
+            PER_ROW=isinstance(temperature, Tensor),
             ENTROPY=entropy,
             TOTAL=total,
             IDS=min(triton.next_power_of_2(max(count, 1)), IDS),
@@ -178,7 +185,7 @@ class TritonRows(PlainRows):
         scale: Tensor,
         scale_t: Tensor,
         constant: Tensor | None,
-        temperature: float,
+        temperature: float | Tensor,
         columns: Tensor,
         support: Tensor,
         label: Tensor,
@@ -200,19 +207,24 @@ class TritonRows(PlainRows):
             scale.contiguous(),
             scale_t.contiguous(),
             (shift if constant is None else constant).contiguous(),
-            float(temperature),
+            _argument(temperature),
             columns.contiguous(),
             support.contiguous(),
             columns.shape[1],
             label.contiguous(),
             label_value.contiguous(),
-            HAS_TEMPERATURE=temperature != 1.0,
+            HAS_TEMPERATURE=is_tempered(temperature),
+            PER_ROW=isinstance(temperature, Tensor),
             HAS_CONSTANT=constant is not None,
             IDS=min(triton.next_power_of_2(max(columns.shape[1], 1)), IDS),
             BLOCK=min(triton.next_power_of_2(max(self.valid, 1)), BLOCK),
             num_warps=8,
         )
         return gradient[:, : self.valid]
+
+
+def _argument(temperature: float | Tensor) -> float | Tensor:
+    return temperature.contiguous() if isinstance(temperature, Tensor) else float(temperature)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], values: Tensor, *arguments: object, **constants: object) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_kd.kernels import ChunkRows
 from megatron_kd.losses.divergence_terms import ABSENT, Divergence
 from megatron_kd.losses.rows import RowLoss
-from megatron_kd.losses.types import IGNORED_LABEL, LossSpec
+from megatron_kd.losses.types import IGNORED_LABEL, LossSpec, TokenTerms
 from megatron_kd.parallel.collectives import Group, all_gather
 from megatron_kd.parallel.shards import VocabShard
 from megatron_kd.targets.rows import local_columns
@@ -46,11 +46,24 @@ class _Softmax:
 class DivergenceLoss:
     """The loss of C tokens; `measure` does the work and leaves the logit gradient in place of the student's logits.
 
-    After it only [C] tensors are held here. labels, weight: [C], weight multiplies each token.
+    After it only [C] tensors are held here. labels, weight: [C], weight multiplies each token. terms: of these tokens; both
+    temperatures are numbers.
     """
 
-    def __init__(self, labels: Tensor, weight: Tensor, divergence: Divergence, spec: LossSpec, shard: VocabShard, group: Group) -> None:
+    def __init__(
+        self,
+        labels: Tensor,
+        weight: Tensor,
+        divergence: Divergence,
+        spec: LossSpec,
+        terms: TokenTerms,
+        shard: VocabShard,
+        group: Group,
+    ) -> None:
         self.labels, self.divergence, self.spec, self.shard, self.group = labels, divergence, spec, shard, group
+        self.terms = terms
+        assert not isinstance(terms.temperature, Tensor) and not isinstance(terms.teacher_temperature, Tensor)
+        self.temperature, self.teacher_temperature = terms.temperature, terms.teacher_temperature
         self.counted = labels != IGNORED_LABEL
         self.weight = torch.where(self.counted, weight, 0.0)
         self.result: RowLoss | None = None
@@ -72,15 +85,15 @@ class DivergenceLoss:
 
         Collectives: all-gathers of [C, 7] (9 with health or hard_label) and of [C, 2] (5), and of [C] between for mse_logits.
         """
-        spec, dtype = self.spec, rows.buffer.dtype
-        self.weight = self.weight.to(dtype)
+        dtype = rows.buffer.dtype
+        self.weight, weighs = self.weight.to(dtype), self.terms.map(lambda each: each.to(dtype))
         student, theirs, label, best, agrees = self._statistics(rows, teacher, health=health)
         ce = torch.where(self.counted, student.logsumexp - label, 0.0)
         offset = self._mean_difference(rows, teacher, student, theirs) if self.divergence.name == "mse_logits" else None
         sums = rows.buffer.new_zeros((len(ce), 5 if health else 2))
         for part in self._blocks(rows):
             z, other = rows.buffer[part, : rows.valid], teacher.buffer[part, : rows.valid]
-            log_p, log_q = student.log_t(z, part, spec.temperature), theirs.log_t(other, part, spec.temperature)
+            log_p, log_q = student.log_t(z, part, self.temperature), theirs.log_t(other, part, self.teacher_temperature)
             if health:
                 sums[part, 2:] = _entropies_and_kl(student.log(z, part), theirs.log(other, part))
             if best is not None and self.divergence.name == "hard_label":
@@ -97,14 +110,14 @@ class DivergenceLoss:
                 terms = self.divergence.terms(log_q, log_p, self.shard.vocab_size)
             sums[part, 0] = terms.sum(1)
         sums = all_gather(sums, self.group).sum(0)
-        kd = torch.where(self.counted, spec.kd_scale * sums[:, 0], 0.0)
+        kd = torch.where(self.counted, weighs.kd_scale * sums[:, 0], 0.0)
         logsumexp = student.logsumexp + student.shift
-        total = self.weight * ((1.0 - spec.alpha) * ce + spec.alpha * kd + spec.z_loss * logsumexp**2)
+        total = self.weight * (weighs.ce_weight * ce + weighs.kd_weight * kd + self.spec.z_loss * logsumexp**2)
         self.result = RowLoss(torch.where(self.counted, total, 0.0), ce, kd, None)
         if health and agrees is not None:
             self.result.health = torch.cat([torch.ones_like(sums[:, :1]), sums[:, 2:4], agrees.unsqueeze(1), sums[:, 4:]], 1)
         if gradient:
-            self._put_gradient(rows, teacher, student, sums[:, 1])
+            self._put_gradient(rows, teacher, student, sums[:, 1], weighs)
 
     def _blocks(self, rows: ChunkRows) -> Iterator[slice]:
         tokens, width = rows.buffer.shape
@@ -117,10 +130,10 @@ class DivergenceLoss:
     ) -> tuple[_Softmax, _Softmax, Tensor, Tensor | None, Tensor | None]:
         """Student, teacher, the label's logit less the student's shift; where needed the teacher's likeliest id (int64) and
         whether it is the student's too (0 or 1). All [C]. One all-gather."""
-        t = self.spec.temperature
+        t, their_t = self.temperature, self.teacher_temperature
         label = local_columns(self.labels, self.shard.start, rows.valid).unsqueeze(1)
         here = torch.where(label < rows.valid, rows.buffer.gather(1, label), -torch.inf)
-        columns = [*_masses(rows, t, both=True), *_masses(teacher, t, both=health), here.squeeze(1)]
+        columns = [*_masses(rows, t, both=True), *_masses(teacher, their_t, both=health), here.squeeze(1)]
         wanted = health or self.divergence.name == "hard_label"
         if wanted:
             column = teacher.top(1)[1] if rows.valid else torch.zeros_like(label)
@@ -128,7 +141,7 @@ class DivergenceLoss:
             # An id as a floating-point number: exact up to 2^24 in fp32.
             columns += [at_best, (column.squeeze(1) + self.shard.start).to(at_best.dtype)]
         parts = all_gather(torch.stack(columns, 1), self.group)
-        student, theirs = _merge(parts[..., :3], t), _merge(parts[..., 3:6], t)
+        student, theirs = _merge(parts[..., :3], t), _merge(parts[..., 3:6], their_t)
         label_logit = parts[..., 6].amax(0) - student.shift
         if not wanted:
             return student, theirs, label_logit, None, None
@@ -139,24 +152,25 @@ class DivergenceLoss:
 
     def _mean_difference(self, rows: ChunkRows, teacher: ChunkRows, student: _Softmax, theirs: _Softmax) -> Tensor:
         """[C] mean over all ids of log p - log q. One all-gather of [C]."""
-        t, found = self.spec.temperature, torch.zeros_like(student.shift)
+        found = torch.zeros_like(student.shift)
         for part in self._blocks(rows):
             z, other = rows.buffer[part, : rows.valid], teacher.buffer[part, : rows.valid]
-            found[part] = (student.log_t(z, part, t) - theirs.log_t(other, part, t)).sum(1)
+            found[part] = (student.log_t(z, part, self.temperature) - theirs.log_t(other, part, self.teacher_temperature)).sum(1)
         return all_gather(found, self.group).sum(0) / self.shard.vocab_size
 
-    def _put_gradient(self, rows: ChunkRows, slopes: ChunkRows, student: _Softmax, slope_sum: Tensor) -> None:
+    def _put_gradient(self, rows: ChunkRows, slopes: ChunkRows, student: _Softmax, slope_sum: Tensor, terms: TokenTerms) -> None:
         """The logit gradient for an upstream gradient of ones, in place of the logits; rows without weight are exactly 0."""
-        spec, w = self.spec, self.weight
-        a = (w * ((1.0 - spec.alpha) + 2.0 * spec.z_loss * (student.logsumexp + student.shift))).unsqueeze(1)
-        s = (w * (spec.alpha * spec.kd_scale / spec.temperature)).unsqueeze(1)
+        w = self.weight
+        a = (w * (terms.ce_weight + 2.0 * self.spec.z_loss * (student.logsumexp + student.shift))).unsqueeze(1)
+        s = (w * (terms.kd_weight * terms.kd_scale / self.temperature)).unsqueeze(1)
+        at_label = (-terms.ce_weight * w).unsqueeze(1)
         label = local_columns(self.labels, self.shard.start, rows.valid).unsqueeze(1)
         for part in self._blocks(rows):
             z = rows.buffer[part, : rows.valid]
-            p_t = student.log_t(z, part, spec.temperature).exp_()
+            p_t = student.log_t(z, part, self.temperature).exp_()
             d = slopes.buffer[part, : rows.valid].sub(p_t.mul_(slope_sum[part].unsqueeze(1))).mul_(s[part])
             z.copy_(student.log(z, part).exp_().mul_(a[part]).add_(d))
-            rows.buffer[part].scatter_add_(1, label[part], -(1.0 - spec.alpha) * w[part].unsqueeze(1))
+            rows.buffer[part].scatter_add_(1, label[part], at_label[part])
             z.masked_fill_(w[part].unsqueeze(1) == 0, 0.0)
 
 

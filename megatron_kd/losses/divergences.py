@@ -6,8 +6,8 @@ logit gradient replaces the student's logits at once, so that a chunk holds two 
 what the schedule keeps.
 
 Gradient with respect to the student's logits z: with f' the derivative of an id's term with respect to its log p, G the sum
-of all f', s = w alpha c / t and a as in `losses/rows.py`,
-    a p + s (f' - p^t G), on the label further - w (1 - alpha)
+of all f', s = w k c / t and a as in `losses/rows.py`,
+    a p + s (f' - p^t G), on the label further - w e
 and for ids that share one entry (the bucket, whose mass is r) f' p^t / r in place of f'.
 """
 
@@ -26,11 +26,12 @@ from megatron_kd.losses.dense_rows import DivergenceLoss
 from megatron_kd.losses.divergence_terms import ABSENT, Divergence
 from megatron_kd.losses.head import HeadOptions, check_head, head_loss, run_head, token_weights
 from megatron_kd.losses.rows import TokenLoss
-from megatron_kd.losses.types import KDLoss, LossSpec, check_inputs
+from megatron_kd.losses.types import KDLoss, LossSpec, TokenTerms, check_inputs
 from megatron_kd.losses.walk import ChunkLoss
 from megatron_kd.parallel.collectives import Group, group_rank, group_size
 from megatron_kd.parallel.shards import VocabShard, vocab_shard
 from megatron_kd.targets.logits import compute_dtype, linear_logits
+from megatron_kd.targets.rows import over_entries
 from megatron_kd.targets.sparse import SparseTarget
 
 
@@ -117,18 +118,22 @@ class DivergenceHead:
         options: HeadOptions,
         *,
         loss_mask: Tensor | None = None,
+        terms: TokenTerms | None = None,
     ) -> tuple[KDLoss, Tensor | None]:
-        """[S, B] losses and the columns of `losses.rows.HEALTH` [S, B, 5] if asked for."""
+        """[S, B] losses and the columns of `losses.rows.HEALTH` [S, B, 5] if asked for.
+
+        terms: of each token, see TokenTerms; None: the spec's. With a DenseTeacher both temperatures are numbers.
+        """
         chosen = self.divergence
         if isinstance(target, DenseTeacher):
-            return _dense_loss(hidden, weight, labels, target, spec, options, loss_mask, chosen)
+            return _dense_loss(hidden, weight, labels, target, spec, options, loss_mask, chosen, terms)
         if target is None or chosen.name == "forward_kl":
-            return head_loss(hidden, weight, labels, target, spec, options, loss_mask=loss_mask)
+            return head_loss(hidden, weight, labels, target, spec, options, loss_mask=loss_mask, terms=terms)
         problem = sparse_problem(chosen.name, tail=spec.tail, sampled=target.sampled, ab_alpha=chosen.ab_alpha, ab_beta=chosen.ab_beta)
         if problem is not None:
             raise ValueError(problem)
         token_loss = partial(SparseDivergenceLoss, divergence=chosen)
-        return head_loss(hidden, weight, labels, target, spec, options, loss_mask=loss_mask, token_loss=token_loss)
+        return head_loss(hidden, weight, labels, target, spec, options, loss_mask=loss_mask, terms=terms, token_loss=token_loss)
 
 
 def _dense_loss(
@@ -140,12 +145,17 @@ def _dense_loss(
     options: HeadOptions,
     loss_mask: Tensor | None,
     divergence: Divergence,
+    terms: TokenTerms | None,
 ) -> tuple[KDLoss, Tensor | None]:
     """Any divergence from the whole teacher."""
     if options.schedule == "recompute":
         raise ValueError('schedule = "recompute" cannot serve a dense teacher: use "save", "chunk" or "direct"')
     shard = check_head(hidden, weight, labels, options)
-    check_inputs(labels, None, loss_mask, replace(spec, alpha=0.0), vocab_size=shard.vocab_size)
+    check_inputs(labels, None, loss_mask, replace(spec, alpha=0.0, weights="mix"), vocab_size=shard.vocab_size, terms=terms)
+    each = terms or spec.terms()
+    if isinstance(each.temperature, Tensor) or isinstance(each.teacher_temperature, Tensor):
+        raise ValueError("a dense teacher is compared at one temperature for all tokens: use sparse targets")
+    flat = each.map(Tensor.flatten)
     teacher_shard = _teacher_shard(hidden, weight, teacher, shard, options.tp_group)
     mask = token_weights(labels, loss_mask)
     schedule, chunks = options.plan(labels.numel(), shard, on_cuda=hidden.is_cuda)
@@ -157,7 +167,7 @@ def _dense_loss(
 
     def make_loss(rows: ChunkRows, take: Callable[[Tensor], Tensor]) -> ChunkLoss:
         # The head asks for each chunk once and in order, so the teacher's chunks simply follow.
-        loss = DivergenceLoss(take(labels.flatten()), take(mask), divergence, spec, shard, options.tp_group)
+        loss = DivergenceLoss(take(labels.flatten()), take(mask), divergence, spec, flat.map(take), shard, options.tp_group)
         loss.measure(rows, next(teacher_rows)[1], gradient=gradient, health=options.health)
         return loss
 
@@ -206,19 +216,20 @@ class SparseDivergenceLoss(TokenLoss):
         group: Group,
         *,
         divergence: Divergence,
+        terms: TokenTerms | None = None,
         health: bool = False,
     ) -> None:
-        super().__init__(rows, labels, weight, target, spec, shard, group, health=health)
+        super().__init__(rows, labels, weight, target, spec, shard, group, terms=terms, health=health)
         stats, used = self.stats, self.indices >= 0
         there = torch.cat([used, (self.others > 0).unsqueeze(1)], 1)
-        support = stats.support / spec.temperature - stats.logsumexp_t.unsqueeze(1)
+        support = stats.support / over_entries(self.terms.temperature) - stats.logsumexp_t.unsqueeze(1)
         log_p = torch.cat([support, (stats.rest_logsumexp_t - stats.logsumexp_t).unsqueeze(1)], 1)
         log_q = torch.cat([self.log_q, self.log_tail.unsqueeze(1)], 1)
         if divergence.name == "hard_label":
             log_q = torch.where(_likeliest(log_q, self.indices), 0.0, ABSENT)
         log_p, log_q = (torch.where(there, t, ABSENT).clamp(min=ABSENT) for t in (log_p, log_q))
-        terms, self.slopes = divergence.terms_and_slopes(log_q, log_p, shard.vocab_size)
-        self.kd = terms.sum(1)
+        found, self.slopes = divergence.terms_and_slopes(log_q, log_p, shard.vocab_size)
+        self.kd = found.sum(1)
 
     def _divergence(self) -> Tensor:
         return self.kd

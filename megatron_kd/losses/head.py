@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_kd.kernels import ChunkRows
 from megatron_kd.losses.rows import HEALTH, TokenLoss
-from megatron_kd.losses.types import KDLoss, LossSpec, check_inputs
+from megatron_kd.losses.types import KDLoss, LossSpec, TokenTerms, check_inputs
 from megatron_kd.losses.walk import SCHEDULES, HeadCall, HeadFunction, MakeLoss
 from megatron_kd.losses.weight_gradient import takes_main_grad
 from megatron_kd.parallel.collectives import Group, group_rank, group_size
@@ -120,6 +120,7 @@ class MakeTokenLoss(Protocol):
         shard: VocabShard,
         group: Group,
         *,
+        terms: TokenTerms | None = None,
         health: bool = False,
     ) -> TokenLoss: ...
 
@@ -133,16 +134,24 @@ def head_loss(
     options: HeadOptions,
     *,
     loss_mask: Tensor | None = None,
+    terms: TokenTerms | None = None,
     token_loss: MakeTokenLoss = TokenLoss,
 ) -> tuple[KDLoss, Tensor | None]:
-    """`linear_kd_cross_entropy` with its scalars in one value, and the columns of `losses.rows.HEALTH` [..., 5] if asked for."""
+    """`linear_kd_cross_entropy` with its scalars in one value, and the columns of `losses.rows.HEALTH` [..., 5] if asked for.
+
+    terms: of each token, of the labels' shape; None: the spec's for all.
+    """
     shard = check_head(hidden, weight, labels, options)
-    check_inputs(labels, target, loss_mask, spec, vocab_size=shard.vocab_size)
+    check_inputs(labels, target, loss_mask, spec, vocab_size=shard.vocab_size, terms=terms)
     mask = token_weights(labels, loss_mask)
+    flat = (terms or spec.terms()).map(Tensor.flatten)
 
     def make_loss(rows: ChunkRows, take: Callable[[Tensor], Tensor]) -> TokenLoss:
         chosen = None if target is None else target.flatten().map(take)
-        return token_loss(rows, take(labels.flatten()), take(mask), chosen, spec, shard, options.tp_group, health=options.health)
+        each = flat.map(take)
+        return token_loss(
+            rows, take(labels.flatten()), take(mask), chosen, spec, shard, options.tp_group, terms=each, health=options.health
+        )
 
     return run_head(hidden, weight, labels, make_loss, shard, options)
 

@@ -1,10 +1,11 @@
 """Loss and logit gradient of one chunk of tokens on a vocabulary shard.
 
-Gradient of total with respect to the student's logits z (w the token's weight, t temperature, c = t^2 or 1, s = w alpha c / t,
-a = w ((1 - alpha) + 2 z_loss logsumexp), p and p^t the student's softmaxes, Q the kept teacher mass, o the tail):
+Gradient of total with respect to the student's logits z (w the token's weight, e and k what its two losses count, usually
+1 - alpha and alpha, t the student's temperature, c = t^2 or 1, s = w k c / t, a = w (e + 2 z_loss logsumexp), p and p^t the
+student's softmaxes, Q the kept teacher mass, o the tail):
     on a kept id       a p + s (m p^t - q)            m = Q for "drop", else 1
     on any other id    a p + s (m p^t - tail term)    bucket: o p^t / r;  uniform: o / (V - K)
-    on the label       further - w (1 - alpha)
+    on the label       further - w e
 p^t / r is the softmax over the other ids alone, so no tail mass is divided by, however small.
 
 Shapes: C tokens, n valid vocabulary rows here, K slots.
@@ -17,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_kd.kernels import ChunkRows
-from megatron_kd.losses.types import IGNORED_LABEL, LossSpec
+from megatron_kd.kernels import ChunkRows, is_tempered
+from megatron_kd.losses.types import IGNORED_LABEL, LossSpec, TokenTerms
 from megatron_kd.parallel.collectives import Group
 from megatron_kd.parallel.shards import VocabShard
-from megatron_kd.targets.rows import RowStatistics, local_columns, row_statistics
+from megatron_kd.targets.rows import RowStatistics, local_columns, over_entries, row_statistics
 from megatron_kd.targets.sparse import SparseTarget, kept_distribution
 
 
@@ -44,7 +45,7 @@ class TokenLoss:
     """The loss of C tokens, and all that their logit gradient takes besides the logits. Holds [C, K] tensors, no logits.
 
     Construction takes the statistics of `rows`, this rank's logits (one all-gather), and lifts the support out of them.
-    `weight` [C] multiplies each token.
+    `weight` [C] multiplies each token. terms: of these tokens; None: the spec's.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class TokenLoss:
         shard: VocabShard,
         group: Group,
         *,
+        terms: TokenTerms | None = None,
         health: bool = False,
     ) -> None:
         dtype = rows.buffer.dtype
+        self.terms = (terms or spec.terms()).map(lambda each: each.to(dtype))
         self.spec, self.shard, self.labels = spec, shard, labels
         self.counted = labels != IGNORED_LABEL
         self.weight = torch.where(self.counted, weight, 0.0).to(dtype)
@@ -70,7 +73,7 @@ class TokenLoss:
             self.log_tail = self.weight.new_full((labels.shape[0],), -torch.inf)
         else:
             self.indices = target.indices
-            log_q, log_tail = kept_distribution(target, temperature=spec.temperature, tail=spec.tail)
+            log_q, log_tail = kept_distribution(target, temperature=self.terms.teacher_temperature, tail=spec.tail)
             self.log_q, self.log_tail = log_q.to(dtype), log_tail.to(dtype)
             self.indices = torch.where(self.log_q > -torch.inf, self.indices, -1)
         self.q, self.tail_mass = self.log_q.exp(), self.log_tail.exp()
@@ -80,7 +83,7 @@ class TokenLoss:
             self.indices,
             labels,
             vocab_start=shard.start,
-            temperature=spec.temperature,
+            temperature=self.terms.temperature,
             group=group,
             rest_sum=spec.tail == "uniform",
             entropy=health,
@@ -89,16 +92,16 @@ class TokenLoss:
 
     def loss(self) -> RowLoss:
         """The chunk's losses, the same bits on every rank of the group."""
-        stats, spec = self.stats, self.spec
+        stats, terms = self.stats, self.terms
         ce = torch.where(self.counted, stats.logsumexp - stats.label, 0.0)
-        kd = torch.where(self.counted, spec.kd_scale * self._divergence(), 0.0)
+        kd = torch.where(self.counted, terms.kd_scale * self._divergence(), 0.0)
         logsumexp = stats.logsumexp + stats.shift
-        total = self.weight * ((1.0 - spec.alpha) * ce + spec.alpha * kd + spec.z_loss * logsumexp**2)
+        total = self.weight * (terms.ce_weight * ce + terms.kd_weight * kd + self.spec.z_loss * logsumexp**2)
         return RowLoss(torch.where(self.counted, total, 0.0), ce, kd, self._health() if self.health else None)
 
     def _divergence(self) -> Tensor:
-        stats, spec = self.stats, self.spec
-        log_p = stats.support / spec.temperature - stats.logsumexp_t.unsqueeze(1)
+        stats, spec, temperature = self.stats, self.spec, self.terms.temperature
+        log_p = stats.support / over_entries(temperature) - stats.logsumexp_t.unsqueeze(1)
         kd = (self.q * torch.where(self.q > 0, self.log_q - log_p, 0.0)).sum(1)
         outside = (self.tail_mass > 0) & (self.others > 0)
         if spec.tail == "bucket":
@@ -107,7 +110,7 @@ class TokenLoss:
         if spec.tail == "uniform" and stats.rest_sum is not None:
             others = self.others.clamp(min=1).to(self.log_tail.dtype)  # log() of integers is fp32
             share = self.tail_mass / others
-            log_p_sum = (stats.rest_sum - self.others * stats.shift) / spec.temperature - self.others * stats.logsumexp_t
+            log_p_sum = (stats.rest_sum - self.others * stats.shift) / temperature - self.others * stats.logsumexp_t
             kd = kd + torch.where(outside, share * (self.others * (self.log_tail - others.log()) - log_p_sum), 0.0)
         return kd
 
@@ -116,24 +119,26 @@ class TokenLoss:
 
         upstream: [C], None for ones. `rows` may be any part of this rank's vocabulary, with or without its support.
         """
-        stats, spec = self.stats, self.spec
+        stats, spec, terms = self.stats, self.spec, self.terms
         w = self.weight if upstream is None else self.weight * torch.where(self.counted, upstream, 0.0).to(self.weight.dtype)
-        a = w * ((1.0 - spec.alpha) + 2.0 * spec.z_loss * (stats.logsumexp + stats.shift))
-        s = w * (spec.alpha * spec.kd_scale / spec.temperature)
+        a = w * (terms.ce_weight + 2.0 * spec.z_loss * (stats.logsumexp + stats.shift))
+        s = w * (terms.kd_weight * terms.kd_scale / terms.temperature)
         rest, rest_t = (stats.rest_logsumexp - stats.logsumexp).exp(), (stats.rest_logsumexp_t - stats.logsumexp_t).exp()
         on_support, on_rest, whole = self._slopes()
         p = (stats.support - stats.logsumexp.unsqueeze(1)).exp()
-        p_t = p if spec.temperature == 1.0 else (stats.support / spec.temperature - stats.logsumexp_t.unsqueeze(1)).exp()
+        p_t = p
+        if is_tempered(terms.temperature):
+            p_t = (stats.support / over_entries(terms.temperature) - stats.logsumexp_t.unsqueeze(1)).exp()
         return rows.gradient(
             stats.rest_shift,
             a * rest / stats.rest_mass,
             s * (on_rest - whole * rest_t) / stats.rest_mass_t,
             s * self.tail_mass / self.others.clamp(min=1) if spec.tail == "uniform" else None,
-            spec.temperature,
+            terms.temperature,
             local_columns(self.indices, start, rows.valid),
             a.unsqueeze(1) * p + s.unsqueeze(1) * (on_support - whole.unsqueeze(1) * p_t),
             local_columns(self.labels, start, rows.valid),
-            -(1.0 - spec.alpha) * w,
+            -terms.ce_weight * w,
         )
 
     def _slopes(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -60,9 +60,9 @@ class HeadFunction(torch.autograd.Function):
         health = results.new_zeros((chunks.tokens, call.health))
         losses: list[ChunkLoss] = []
         kept: list[ChunkRows] = []
-        buffer = head.new_buffer(chunks.largest)
+        buffer = None if schedule == "save" else head.new_buffer(chunks.largest)
         for part, x in source:
-            rows = head.logits(x, head.new_buffer(len(x)) if schedule == "save" else buffer)
+            rows = head.logits(x, head.new_buffer(len(x)) if buffer is None else buffer)
             loss = call.make_loss(rows, lambda full, part=part: chunks.take(full, part))  # type: ignore[misc]
             found = loss.loss()
             for row, values in zip(results, (found.total, found.ce, found.kd), strict=True):

@@ -11,7 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_kd.config import ConfigError, ModelSection, ParallelSection
 from megatron_kd.parallel.platform import Platform
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# fp8 is how layers multiply; weights and activations stay bf16.
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 
 
 def transformer_config(model: ModelSection, parallel: ParallelSection, platform: Platform, *, precision: str) -> TransformerConfig:
@@ -19,6 +20,9 @@ def transformer_config(model: ModelSection, parallel: ParallelSection, platform:
     settings = {**_shape(model), **_layout(parallel, platform, DTYPES[precision])}
     if model.recompute == "full":
         settings.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    if precision == "fp8":
+        # A scale for each tensor as it comes: a frozen teacher then gives the same targets whatever it saw before.
+        settings.update(fp8="e4m3", fp8_recipe="tensorwise")
     settings.update(_extra(model, settings))
     config = TransformerConfig(**settings)
     if config.virtual_pipeline_model_parallel_size is not None and (config.batch_p2p_comm or not config.overlap_p2p_comm):
@@ -77,6 +81,7 @@ def _layout(parallel: ParallelSection, platform: Platform, dtype: torch.dtype) -
         # under the interleaved schedule, which does not wait for sends, the next stage would get whatever came there since.
         "deallocate_pipeline_outputs": platform.is_cuda or virtual is None,
         "bias_activation_fusion": platform.is_cuda,
+        "deterministic_mode": platform.deterministic,
     }
 
 

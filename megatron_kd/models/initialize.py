@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_kd.config import ModelSection
+from megatron_kd.models.projections import PROJECTIONS
 
 # Projections back into the residual stream are scaled down with depth (GPT-2, section 2.3 of its paper).
 _RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
@@ -21,7 +22,8 @@ _VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 def initialize_weights(chunks: list[MegatronModule], model: ModelSection, *, vocab_size: int, seed: int) -> None:
     """Fill the parameters of all chunks of this rank, in place. No collective.
 
-    Matrices are normal with init_std (residual projections / sqrt(2 * num_layers)), norms one, biases zero. Every rank draws
+    Matrices are normal with init_std (residual projections / sqrt(2 * num_layers)), norms one, biases zero; projections to a
+    teacher's width keep the size of what they project (1 / sqrt of the student's width). Every rank draws
     each whole matrix from a generator of its own and keeps its shard; padding rows of the vocabulary are zero.
     """
     for chunk in chunks:
@@ -42,10 +44,15 @@ def _fill(shard: ShardedTensor, model: ModelSection, vocab_size: int, seed: int)
         shape[0] = vocab_size
     name = f"{seed}/{shard.key}/{tuple(shard.global_offset[:skip])}"
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big"))
-    std = model.init_std / math.sqrt(2 * model.num_layers) if shard.key.endswith(_RESIDUAL) else model.init_std
-    whole = torch.empty(shape).normal_(0.0, std, generator=generator)
+    whole = torch.empty(shape).normal_(0.0, _standard_deviation(shard.key, model), generator=generator)
     rows = min(max(shape[0] - offset[0], 0), shard.local_shape[-2])
     columns = slice(offset[1], offset[1] + shard.local_shape[-1])
     data = shard.data.view(shard.local_shape)
     data.zero_()
     data[:rows] = whole[offset[0] : offset[0] + rows, columns].to(data.dtype)
+
+
+def _standard_deviation(key: str, model: ModelSection) -> float:
+    if key.startswith(PROJECTIONS):
+        return 1 / math.sqrt(model.hidden_size)
+    return model.init_std / math.sqrt(2 * model.num_layers) if key.endswith(_RESIDUAL) else model.init_std

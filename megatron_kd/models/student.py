@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,19 +12,23 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_kd.config import RunConfig
+from megatron_kd.config.hidden_states import Projection
 from megatron_kd.models.config import transformer_config
 from megatron_kd.models.initialize import initialize_weights
 from megatron_kd.models.model import build_chunks
+from megatron_kd.models.projections import add_projections
 from megatron_kd.parallel.groups import Groups
 
 
 class Student:
     """This rank's part of the student.
 
-    chunks: DDP-wrapped, one per virtual stage. models: the GPTModels inside. config: their TransformerConfig.
+    chunks: DDP-wrapped, one per virtual stage. models: the GPTModels inside. config: their TransformerConfig. projections: what trains
+    along with it, see models/projections.py. on_drained: called in every training step when this rank's part of the pipeline is done,
+    before gradients are reduced.
     """
 
-    def __init__(self, run: RunConfig, groups: Groups, *, vocab_size: int) -> None:
+    def __init__(self, run: RunConfig, groups: Groups, *, vocab_size: int, projections: Sequence[Projection] = ()) -> None:
         self.groups, self.vocab_size = groups, vocab_size
         self.sequence_length, self.micro_batch_size = run.batch.sequence_length, run.batch.micro_batch_size
         self.config: TransformerConfig = transformer_config(run.model, run.parallel, groups.platform, precision=run.train.precision)
@@ -36,6 +40,7 @@ class Student:
             sequence_length=run.batch.sequence_length,
             within_documents=run.data.document_attention == "within",
         )
+        add_projections(self.models, projections, self.config)
         initialize_weights(self.models, run.model, vocab_size=vocab_size, seed=run.train.seed)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -47,7 +52,8 @@ class Student:
             DistributedDataParallel(self.config, ddp, model, disable_bucketing=index > 0, pg_collection=groups.collection)
             for index, model in enumerate(self.models)
         ]
-        self.config.finalize_model_grads_func = finalize_model_grads
+        self.on_drained: list[Callable[[], None]] = []
+        self.config.finalize_model_grads_func = self._finalize
         if run.parallel.overlap_grad_reduce:
             self._overlap(run.parallel.overlap_param_gather)
 
@@ -64,10 +70,25 @@ class Student:
             if gather_parameters:
                 self.config.param_sync_func = each("start_param_sync")
 
+    def _finalize(self, *arguments: Any, **named: Any) -> None:
+        for each in self.on_drained:
+            each()
+        finalize_model_grads(*arguments, **named)
+
     def zero_grad(self) -> None:
         """Clear the gradient buffers."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
+
+    def gather_weights(self) -> None:
+        """Make the last update's weights whole on every rank, for whoever reads them before the next step. Collective over the
+        data-parallel group where it sends anything.
+
+        With overlap_param_gather an update leaves each rank its own shard, and the others come in the next step's forward pass.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def train(self, training: bool) -> None:
         """Switch dropout on or off."""

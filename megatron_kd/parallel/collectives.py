@@ -35,23 +35,24 @@ def all_gather(tensor: Tensor, group: Group) -> Tensor:
     return gathered.view(size, *tensor.shape)
 
 
-def exchange(sends: Mapping[int, Tensor], sizes: Mapping[int, int], *, like: Tensor) -> dict[int, Tensor]:
-    """Tensors to ranks of the world, and from them. One all-to-all over the world; none where it has one rank.
+def exchange(sends: Mapping[int, Tensor], sizes: Mapping[int, int], *, like: Tensor, group: Group = None) -> dict[int, Tensor]:
+    """Tensors to ranks of a group, and from them. One all-to-all over it; none where it has one rank.
 
     Args:
         sends: rank -> what it gets, of `like`'s type.
         sizes: rank -> how many numbers come from it.
         like: a tensor of the type and on the device of all.
+        group: its ranks are numbered as in it; None: the world.
     Returns:
         rank -> what came from it, flat.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return {rank: tensor.reshape(-1) for rank, tensor in sends.items()}
-    ranks = range(dist.get_world_size())
+    ranks = range(dist.get_world_size(group))
     outgoing = [sends[rank].reshape(-1) if rank in sends else like.new_empty(0) for rank in ranks]
     incoming = [sizes.get(rank, 0) for rank in ranks]
     received = like.new_empty(sum(incoming))
-    dist.all_to_all_single(received, torch.cat(outgoing), incoming, [len(each) for each in outgoing])
+    dist.all_to_all_single(received, torch.cat(outgoing), incoming, [len(each) for each in outgoing], group=group)
     return {rank: part for rank, part in zip(ranks, received.split(incoming), strict=True) if len(part)}
 
 
@@ -101,13 +102,37 @@ def raise_together(problem: str | None, error: type[Exception], group: Group = N
             raise error(found if problem is not None else f"rank {rank}: {found}")
 
 
+def from_all_ranks(value: Found) -> list[Found]:
+    """Every rank's `value` (picklable), in rank order, on every rank. One all-gather of objects over the world."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Found] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def to_rank_zero(value: Found) -> list[Found]:
+    """Every rank's `value` (picklable), in rank order, on rank 0; [] elsewhere. One gather of objects over the world."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    first = dist.get_rank() == 0
+    values: list[Found] = [value] * dist.get_world_size() if first else []
+    dist.gather_object(value, values if first else None, dst=0)
+    return values
+
+
+def maximum(value: float, device: torch.device) -> float:
+    """The greatest `value` of the world: the same answer on all. One all-reduce of a number."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    found = torch.tensor([value], device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return float(found.item())
+
+
 def on_any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set on some rank of the world: the same answer on all. One all-reduce of a number."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return flag
-    found = torch.tensor([float(flag)], device=device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found.item())
+    return bool(maximum(float(flag), device))
 
 
 def from_rank_zero(find: Callable[[], Found]) -> Found:

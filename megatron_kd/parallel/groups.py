@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,12 +15,16 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_kd.config import ParallelSection
 from megatron_kd.parallel.platform import Platform
+from megatron_kd.parallel.watch import Watch
 from megatron_kd.parallel.world import world_from_environment
 
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's place in the layout. `tp` is None for tensor-parallel size 1, so single-rank code costs no collective."""
+    """This rank's place in the layout. `tp` is None for tensor-parallel size 1, so single-rank code costs no collective.
+
+    watch: tells the other ranks where this one stands. reversed_stages: the first pipeline stage is on the last ranks.
+    """
 
     platform: Platform
     world_size: int
@@ -32,6 +37,8 @@ class Groups:
     data_size: int
     virtual_pipeline: int
     collection: ProcessGroupCollection
+    watch: Watch
+    reversed_stages: bool = False
 
     @property
     def tp(self) -> dist.ProcessGroup | None:
@@ -45,7 +52,8 @@ class Groups:
 
     def rank_of(self, data: int, pipeline: int, tensor: int) -> int:
         """The rank at this place of the layout: tensor counts fastest, then data, then pipeline."""
-        return tensor + self.tensor_size * (data + self.data_size * pipeline)
+        place = self.pipeline_size - 1 - pipeline if self.reversed_stages else pipeline
+        return tensor + self.tensor_size * (data + self.data_size * place)
 
     def replica(self, data: int) -> list[int]:
         """All ranks of a data-parallel replica."""
@@ -94,12 +102,18 @@ def start_groups(platform: Platform, parallel: ParallelSection, *, timeout_secon
         data_size=parallel_state.get_data_parallel_world_size(),
         virtual_pipeline=virtual,
         collection=ProcessGroupCollection.use_mpu_process_groups(),
+        watch=Watch(dist.distributed_c10d._get_default_store(), rank=rank, world_size=world_size, limit_seconds=timeout_seconds),
     )
     seed_step(0, 0, groups)  # building layers needs the generators to exist
     return groups
 
 
-def second_layout(first: Groups, *, tensor: int, pipeline: int, timeout_seconds: float) -> Groups:
+def can_reverse_stages() -> bool:
+    """Whether this torch keeps the order of a group's ranks, which `reversed_stages` needs (since 2.13)."""
+    return "sort_ranks" in inspect.signature(dist.new_group).parameters
+
+
+def second_layout(first: Groups, *, tensor: int, pipeline: int, timeout_seconds: float, reversed_stages: bool = False) -> Groups:
     """Another layout over the ranks of `first`, beside it: for a model whose groups are handed to it. Collective over the world.
 
     Sizes must divide the world. Ranks are numbered as in `start_groups`: tensor fastest, then data, then pipeline.
@@ -109,6 +123,9 @@ def second_layout(first: Groups, *, tensor: int, pipeline: int, timeout_seconds:
     timeout = timedelta(seconds=timeout_seconds)
     named = {"tp": "tp", "cp": "cp", "dp": "dp", "pp": "pp", "dp_cp": ["cp", "dp"], "mp": ["tp", "pp"]}
     collection = ProcessGroupCollection(**{name: grid.create_pg(dims, timeout=timeout) for name, dims in named.items()})
+    if reversed_stages:
+        pipelines = [dist.new_group(ranks[::-1], timeout=timeout, sort_ranks=False) for ranks in grid.get_rank_enum("pp")]
+        collection.pp = next(group for group in pipelines if dist.get_rank(group) >= 0)
     # The last stage of a tied model holds the first one's weights too.
     ends = [sorted({ranks[0], ranks[-1]}) for ranks in grid.get_rank_enum("pp")]
     members = [dist.new_group(ranks, timeout=timeout) for ranks in ends]
@@ -127,6 +144,8 @@ def second_layout(first: Groups, *, tensor: int, pipeline: int, timeout_seconds:
         data_size=data,
         virtual_pipeline=1,
         collection=collection,
+        watch=first.watch,
+        reversed_stages=reversed_stages,
     )
 
 

@@ -16,6 +16,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from typing import Any
 
 import torch
@@ -39,12 +40,17 @@ _FACTORIES = (
 )
 
 
+# Of NCCL's algorithms, those that sum in an order that follows from the ranks alone.
+_REPEATABLE = {"Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"}
+
+
 @dataclass(frozen=True)
 class Platform:
-    """Where tensors live and what carries collectives."""
+    """Where tensors live and what carries collectives. deterministic: operations that may differ from run to run raise an error."""
 
     device: torch.device
     backend: str
+    deterministic: bool = False
 
     @property
     def is_cuda(self) -> bool:
@@ -52,9 +58,10 @@ class Platform:
         return self.device.type == "cuda"
 
 
-def start_platform(device: str, local_rank: int = 0) -> Platform:
+def start_platform(device: str, local_rank: int = 0, *, deterministic: bool = False) -> Platform:
     """The platform for train.device ("auto", "cuda", "cpu"); on CPU it prepares megatron-core. ConfigError without the device."""
     check_apex()
+    _set_deterministic(deterministic)
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('train.device = "cuda", but torch finds no CUDA device here: set train.device = "cpu" or "auto"')
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
@@ -64,16 +71,32 @@ def start_platform(device: str, local_rank: int = 0) -> Platform:
                 f"process {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} found): start fewer processes"
             )
         torch.cuda.set_device(local_rank)
-        return Platform(torch.device("cuda", local_rank), "nccl")
+        return Platform(torch.device("cuda", local_rank), "nccl", deterministic)
     use_cpu()
-    return Platform(torch.device("cpu"), "gloo")
+    return Platform(torch.device("cpu"), "gloo", deterministic)
+
+
+def _set_deterministic(wanted: bool) -> None:
+    if wanted:
+        # NVLS sums in switches, in whatever order messages arrive.
+        chosen = os.environ.setdefault("NCCL_ALGO", "^NVLS")
+        if not {name.strip() for name in chosen.split(",")} <= _REPEATABLE:
+            raise ConfigError(
+                f"train.deterministic = true, but NCCL_ALGO = {chosen!r} may sum in another order each time: unset it, or choose from "
+                f"{', '.join(sorted(_REPEATABLE))}"
+            )
+        # Read when the libraries make their handles: cuBLAS's workspace, Transformer Engine's choice of attention.
+        os.environ.update(CUBLAS_WORKSPACE_CONFIG=":4096:8", NVTE_ALLOW_NONDETERMINISTIC_ALGO="0")
+        # Filling fresh memory finds mistakes, not differences.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(wanted)
 
 
 def check_apex() -> None:
     """ConfigError when a package called apex that is not NVIDIA's is importable: megatron-core would take it for NVIDIA's."""
-    if importlib.util.find_spec("apex") is None:
-        return
-    if importlib.util.find_spec("apex.normalization") is None:
+    found = importlib.util.find_spec("apex")
+    # Not `find_spec("apex.normalization")`, which runs the package it looks into and leaves it imported.
+    if found is not None and PathFinder.find_spec("apex.normalization", found.submodule_search_locations) is None:
         raise ConfigError(
             "an importable package named 'apex' is not NVIDIA's apex (it has no apex.normalization) and breaks megatron-core: "
             "remove it with `pip uninstall apex` (the package index's apex is another project)"

@@ -1,4 +1,4 @@
-"""Which vocabulary rows a tensor-parallel rank holds."""
+"""Which vocabulary rows a tensor-parallel rank holds, and which layers a pipeline stage."""
 
 from __future__ import annotations
 
@@ -40,3 +40,8 @@ def vocab_shard(rows: int, *, rank: int, size: int, vocab_size: int | None) -> V
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
     """Smallest multiple of `multiple` that holds `vocab_size` ids."""
     return -(-vocab_size // multiple) * multiple
+
+
+def stage_of(layer: int, num_layers: int, *, pipeline: int, virtual: int = 1) -> int:
+    """The pipeline stage that holds `layer` (counted from 1) where every chunk has as many layers; interleaved for `virtual` > 1."""
+    return (layer - 1) * pipeline * virtual // num_layers % pipeline

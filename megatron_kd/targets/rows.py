@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_kd.kernels import ChunkRows
+from megatron_kd.kernels import ChunkRows, is_tempered
 from megatron_kd.parallel.collectives import Group, all_gather
 
 
@@ -43,6 +43,11 @@ class RowStatistics:
     entropy: Tensor | None = None
 
 
+def over_entries(temperature: float | Tensor) -> float | Tensor:
+    """A number, or [C] as what divides [C, K]."""
+    return temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+
+
 def local_columns(ids: Tensor, start: int, valid: int) -> Tensor:
     """Columns of global `ids` among the logits of [start, start + valid); `valid`, the sink, for what is elsewhere."""
     columns = ids.long() - start
@@ -55,7 +60,7 @@ def row_statistics(
     labels: Tensor,
     *,
     vocab_start: int,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     group: Group = None,
     rest_sum: bool = False,
     entropy: bool = False,
@@ -65,6 +70,7 @@ def row_statistics(
     Args:
         rows: [C, n] fp32 or fp64, this rank's logits.
         indices: [C, K] global ids, -1 = unused. labels: [C] global ids, anything outside the vocabulary = none.
+        temperature: one for all rows, or each row's own, of the rows' type [C].
     """
     columns = local_columns(indices, vocab_start, rows.valid)
     label = local_columns(labels, vocab_start, rows.valid)
@@ -78,7 +84,7 @@ def row_logsumexp(rows: ChunkRows, *, temperature: float, group: Group) -> Tenso
     return (mass.log() + largest / temperature).logsumexp(0)
 
 
-def _merge(parts: Tensor, temperature: float, *, rest_sum: bool, entropy: bool) -> RowStatistics:
+def _merge(parts: Tensor, temperature: float | Tensor, *, rest_sum: bool, entropy: bool) -> RowStatistics:
     """Packed [T, C, 6 + K] of all ranks -> the global statistics, in rank order, the same bits on every rank."""
     local_shift, mass, mass_t, total, weighted = parts[..., :5].unbind(-1)
     support, label = parts[..., 6:].amax(0), parts[..., 5].amax(0)
@@ -89,7 +95,8 @@ def _merge(parts: Tensor, temperature: float, *, rest_sum: bool, entropy: bool) 
     below = torch.where(here, local_shift - rest_shift, -torch.inf)
     rest_mass, rest_mass_t = (mass * below.exp()).sum(0), (mass_t * (below / temperature).exp()).sum(0)
     rest = rest_mass.log() + (rest_shift - shift)
-    rest_t = rest if temperature == 1.0 else rest_mass_t.log() + (rest_shift - shift) / temperature
+    tempered = is_tempered(temperature)
+    rest_t = rest if not tempered else rest_mass_t.log() + (rest_shift - shift) / temperature
     relative = support - shift.unsqueeze(1)
     logsumexp = torch.logaddexp(relative.logsumexp(1), rest)
     merged = RowStatistics(
@@ -98,7 +105,7 @@ def _merge(parts: Tensor, temperature: float, *, rest_sum: bool, entropy: bool) 
         label=label - shift,
         logsumexp=logsumexp,
         rest_logsumexp=rest,
-        logsumexp_t=logsumexp if temperature == 1.0 else torch.logaddexp((relative / temperature).logsumexp(1), rest_t),
+        logsumexp_t=torch.logaddexp((relative / over_entries(temperature)).logsumexp(1), rest_t) if tempered else logsumexp,
         rest_logsumexp_t=rest_t,
         rest_shift=torch.where(here.any(0), rest_shift, 0.0),
         rest_mass=rest_mass.clamp(min=1.0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -11,39 +11,59 @@ from megatron_kd.kernels import ChunkRows
 from megatron_kd.parallel.collectives import Group, all_gather, group_rank
 from megatron_kd.parallel.shards import VocabShard
 from megatron_kd.targets.rows import row_statistics
+from megatron_kd.targets.select import target_of
 from megatron_kd.targets.sparse import SparseTarget
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SampleSelection:
-    """`num_draws` independent draws, with replacement, from the teacher's softmax at `temperature`.
+    """`num_draws` independent draws, with replacement, from the teacher's softmax p at `temperature`.
 
-    The target holds each drawn id once, with log(times drawn / num_draws): its expectation is the teacher's distribution,
-    whereas a top-k target over-weighs the likely ids. A token's draws depend on (seed, its key) alone, whatever the layout,
-    the batch or the chunk.
+    The target holds each drawn id once. values "counts": with log(times drawn / num_draws): its expectation is the teacher's
+    distribution, whereas a top-k target over-weighs the likely ids. power: draw from p^power (rescaled) in place of p, and weigh each
+    count by p / p^power (arXiv 2503.16870: less variance for powers of 0.8 to 1.2); the weighed counts are rescaled to 1, so that only
+    the ratio of what is summed is unbiased. values "probabilities": with the teacher's own probabilities, rescaled to 1 over the drawn ids
+    (arXiv 2503.19786 words it so): biased towards likely ids. A token's draws depend on (seed, its key) alone, whatever the layout, the
+    batch or the chunk.
     """
 
     num_draws: int
     seed: int
     temperature: float = 1.0
+    values: str = "counts"
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         if self.num_draws < 1:
             raise ValueError(f"num_draws must be at least 1, not {self.num_draws}")
         if not 0.0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be > 0, not {self.temperature}")
+        if self.values not in ("counts", "probabilities"):
+            raise ValueError(f"values must be counts or probabilities, not {self.values!r}")
+        if not 0.0 < self.power < float("inf"):
+            raise ValueError(f"power must be > 0, not {self.power}")
+
+    def __repr__(self) -> str:
+        """Without `values` and `power` at their defaults: a cache is told from another by this text."""
+        shown = [f for f in fields(self) if f.name not in ("values", "power") or getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def check(self, vocab_size: int) -> None:
         """Any vocabulary can be drawn from."""
 
     def __call__(self, rows: ChunkRows, keys: Tensor, shard: VocabShard, group: Group) -> SparseTarget:
-        """One chunk. Collectives: an all-gather of [C, 6], and under tensor parallelism two more of [C] and [C, num_draws]."""
+        """One chunk. Collectives: an all-gather of [C, 6], and under tensor parallelism two more of [C] and [C, num_draws]; one of
+        [C, num_draws + 6] where values are not the plain counts."""
         nowhere = torch.full_like(keys, -1)
         whole = row_statistics(rows, nowhere.new_empty((len(keys), 0)), nowhere, vocab_start=shard.start, group=group, entropy=True)
         at = uniform(self.seed, keys, self.num_draws)
-        ids = _invert(rows, at, whole.shift, self.temperature, shard, group)
+        ids = _invert(rows, at, whole.shift, self.temperature / self.power, shard, group)
         indices, count = _count(ids)
         logprobs = (count / self.num_draws).log()
+        if self.values == "probabilities" or self.power != 1.0:
+            known = target_of(rows, indices, shard, group, temperature=self.temperature).logprobs / self.temperature
+            weighed = known if self.values == "probabilities" else logprobs + (1.0 - self.power) * known
+            logprobs = torch.where(indices >= 0, weighed, -torch.inf).log_softmax(1)
         return SparseTarget(indices, logprobs.float(), None, whole.entropy, self.temperature, sampled=True)
 
 

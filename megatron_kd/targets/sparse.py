@@ -50,6 +50,26 @@ class SparseTarget:
         return self.map(lambda t: t[start:stop])
 
 
+def give_rest_to_label(target: SparseTarget, labels: Tensor) -> SparseTarget:
+    """The same entries with the teacher's mass outside them given to the label: [..., K + 1] entries that sum to 1, at temperature 1.
+
+    The repair of truncated targets that arXiv 2503.16870 compares with. Where the label (int [...], negative: none) is kept, its entry
+    grows. ValueError for draws, which know of no mass outside.
+    """
+    if target.sampled:
+        raise ValueError("random draws do not say what mass is outside them: nothing can be given to the label")
+    log_q, log_tail = kept_distribution(
+        replace(target, log_tail=target.log_tail if target.temperature == 1.0 else None, temperature=1.0), temperature=1.0, tail="bucket"
+    )
+    labels = labels.to(target.indices.dtype)
+    here = (target.indices == labels.unsqueeze(-1)) & (labels >= 0).unsqueeze(-1)
+    kept = torch.where(here, torch.logaddexp(log_q, log_tail.unsqueeze(-1)), log_q)
+    alone = (labels >= 0) & ~here.any(-1) & (log_tail > -torch.inf)
+    more = torch.where(alone, log_tail, -torch.inf).unsqueeze(-1)
+    ids = torch.where(alone, labels, -1).unsqueeze(-1)
+    return SparseTarget(torch.cat([target.indices, ids], -1), torch.cat([kept, more], -1), None, target.entropy)
+
+
 def check_target(target: SparseTarget, shape: torch.Size, *, vocab_size: int) -> None:
     """ValueError unless `target` is a well-formed target for tokens of `shape` over `vocab_size` ids.
 
@@ -84,8 +104,13 @@ def _check_values(target: SparseTarget, vocab_size: int) -> None:
         raise ValueError("a row of target has no kept entry: every token needs at least one id with a finite log-probability")
 
 
-def check_temperature(target: SparseTarget, *, temperature: float, tail: str) -> None:
-    """ValueError unless `target` says what `tail` needs at the loss temperature."""
+def check_temperature(target: SparseTarget, *, temperature: float | Tensor, tail: str) -> None:
+    """ValueError unless `target` says what `tail` needs at the teacher's temperature in the loss; a tensor: each token's own."""
+    if isinstance(temperature, Tensor):
+        if tail != "renormalize" or target.sampled:
+            what = "random draws are" if target.sampled else f"tail={tail!r} needs the teacher's mass outside the kept ids, which is"
+            raise ValueError(f'{what} of one temperature for all tokens: keep the likeliest ids and use tail="renormalize"')
+        return
     if (tail != "renormalize" or target.sampled) and target.temperature != temperature:
         what = "was sampled" if target.sampled else f"knows its tail, which tail={tail!r} needs,"
         raise ValueError(f"the target {what} at temperature {target.temperature}, not at {temperature}: make it at the loss temperature")
@@ -93,8 +118,8 @@ def check_temperature(target: SparseTarget, *, temperature: float, tail: str) ->
         raise ValueError(f"tail={tail!r} at temperature {temperature} needs target.log_tail")
 
 
-def kept_distribution(target: SparseTarget, *, temperature: float, tail: str) -> tuple[Tensor, Tensor]:
-    """The teacher's kept entries and tail at the loss temperature: (log_q [..., K], log_tail [...]), natural log.
+def kept_distribution(target: SparseTarget, *, temperature: float | Tensor, tail: str) -> tuple[Tensor, Tensor]:
+    """The teacher's kept entries and tail at its temperature in the loss: (log_q [..., K], log_tail [...]), natural log.
 
     With the tail they sum to 1 (tail "drop", "bucket", "uniform") or alone ("renormalize", where the tail is -inf).
     Unused slots are -inf. ValueError where the target does not hold what that needs: the mass outside the kept ids is
@@ -107,7 +132,9 @@ def kept_distribution(target: SparseTarget, *, temperature: float, tail: str) ->
     if target.sampled:
         return log_q, none
     if tail == "renormalize":
-        return torch.log_softmax(log_q / temperature, dim=-1), none
+        over = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+        return torch.log_softmax(log_q / over, dim=-1), none
+    assert not isinstance(temperature, Tensor)
     if target.log_tail is None:
         kept = torch.logsumexp(log_q, dim=-1).clamp(max=0.0)
         return log_q, torch.log(-torch.expm1(kept))

@@ -12,6 +12,8 @@ from megatron_kd.data.batches import Microbatch
 from megatron_kd.data.dataset import TokenDataset
 from megatron_kd.losses.divergences import Target
 from megatron_kd.targets.keys import key_of, sample_key
+from megatron_kd.targets.narrow import narrow
+from megatron_kd.targets.select import TopSelection
 from megatron_kd.targets.sparse import SparseTarget
 from megatron_kd.teacher.source import TeacherSource
 
@@ -22,11 +24,14 @@ class CachedTeacher:
     """TeacherSource that reads a cache. Microbatches get their targets in the thread that reads their tokens ahead (`attach`).
 
     fallback: asked for microbatches with a sample that the cache does not hold; None: that is an error. With it every rank
-    decodes, so that all agree on what is missing; without it only the ranks of the student's last stage do.
+    decodes, so that all agree on what is missing; without it only the ranks of the student's last stage do. part: what the run keeps of
+    the stored entries; None: all.
     """
 
-    def __init__(self, reader: CacheReader, *, decodes: bool, fallback: TeacherSource | None = None) -> None:
-        self.reader, self.fallback = reader, fallback
+    def __init__(
+        self, reader: CacheReader, *, decodes: bool, fallback: TeacherSource | None = None, part: TopSelection | None = None
+    ) -> None:
+        self.reader, self.fallback, self.part = reader, fallback, part
         self._decodes = decodes or fallback is not None
 
     def attach(self, tokens: Tensor, keys: Tensor) -> SparseTarget | None:
@@ -37,7 +42,8 @@ class CachedTeacher:
         if not self._decodes:
             return None
         try:
-            return self.reader.get_many([key_of(key) for key in keys])
+            found = self.reader.get_many([key_of(key) for key in keys])
+            return found if self.part is None else narrow(found, self.part)
         except CacheError as error:
             if self.fallback is not None and isinstance(error, MissingTarget):
                 return None

@@ -6,7 +6,8 @@ patched, the student may use any schedule, and the teacher never meets gradients
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from megatron_kd.config import ModelSection, ParallelSection
 from megatron_kd.data.batches import Microbatch
 from megatron_kd.losses.divergences import DenseTeacher, Target
 from megatron_kd.models.config import transformer_config
+from megatron_kd.models.layer_outputs import LayerOutputs
 from megatron_kd.models.model import build_chunks, output_weight
 from megatron_kd.parallel.groups import Groups
 from megatron_kd.targets import Selection, SparseTarget, linear_targets
@@ -71,7 +73,9 @@ class OnlineTeacher:
     """A frozen GPT in the student's tensor- and pipeline-parallel layout (without virtual stages).
 
     Weights are uninitialised on construction: load them into `models` before the first `targets`. selection: how sparse
-    targets are chosen; None keeps the hidden states, for whole distributions.
+    targets are chosen; None keeps the hidden states, for whole distributions. precision: "fp8" multiplies in fp8 in the layers
+    (Transformer Engine) and holds bf16 weights. layers: those whose outputs are kept too, counted from 1. resident: what the weights
+    are brought to the device with.
     """
 
     def __init__(
@@ -86,17 +90,21 @@ class OnlineTeacher:
         sequence_length: int,
         chunk_tokens: int | None = None,
         within_documents: bool = False,
+        layers: Collection[int] = (),
     ) -> None:
         self.groups, self.sequence_length, self.within_documents = groups, sequence_length, within_documents
         # The forward-only pass needs no interleaving; the same groups serve one chunk per stage.
         plain = parallel.model_copy(update={"virtual_pipeline": 1})
         self.config = transformer_config(model, plain, groups.platform, precision=precision)
+        self.resident: Callable[[], AbstractContextManager[None]] = nullcontext
         self.models: list[GPTModel] = build_chunks(
             model, self.config, groups, vocab_size=vocab_size, sequence_length=sequence_length, within_documents=within_documents
         )
         for chunk in self.models:
             chunk.requires_grad_(False)
             chunk.eval()
+        self.layer_outputs = LayerOutputs(self.models, layers)
+        self._kept: list[dict[int, Tensor]] = []
         self.make_target: MakeTarget = (
             KeepHidden() if selection is None else SelectTargets(selection, groups, vocab_size, self.config.sequence_parallel, chunk_tokens)
         )
@@ -104,10 +112,16 @@ class OnlineTeacher:
     @torch.no_grad()
     def targets(self, microbatches: Sequence[Microbatch]) -> list[Target | None]:
         """See TeacherSource. One forward-only pipeline over the microbatches; collective over the model-parallel groups."""
+        self._kept = []
         if not microbatches:
             return []
+        with self.resident():
+            found = self._run(microbatches)
+        return found if self.groups.is_last_stage else [None] * len(microbatches)
+
+    def _run(self, microbatches: Sequence[Microbatch]) -> list[Target | None]:
         schedule = get_forward_backward_func(pp_size=self.groups.pipeline_size, vp_size=None)
-        found = schedule(
+        found: list[Target | None] = schedule(
             forward_step_func=self._forward_step,
             data_iterator=iter(microbatches),
             model=self.models[0],
@@ -119,14 +133,22 @@ class OnlineTeacher:
             p2p_communicator=self._communicator(),
             pg_collection=self.groups.collection,
         )
-        return found if self.groups.is_last_stage else [None] * len(microbatches)
+        return found
+
+    def take_layer_outputs(self) -> list[dict[int, Tensor]]:
+        """Of each microbatch of the last `targets`: layer -> its output [S, B, H], of the layers that are on this rank. Forgets them."""
+        kept, self._kept = self._kept, []
+        return kept
 
     def _communicator(self) -> P2PCommunicator | None:
         return P2PCommunicator(pp_group=self.groups.collection.pp, config=self.config) if self.groups.pipeline_size > 1 else None
 
     def _forward_step(self, microbatches: Iterator[Microbatch], chunk: GPTModel) -> tuple[Tensor, Any]:
         microbatch = next(microbatches)
-        hidden = chunk(input_ids=microbatch.tokens, position_ids=microbatch.position_ids, attention_mask=microbatch.attention_mask())
+        with self.layer_outputs.watching() as seen:
+            hidden = chunk(input_ids=microbatch.tokens, position_ids=microbatch.position_ids, attention_mask=microbatch.attention_mask())
+        # Tensors of their own: the schedule may empty the one that it has sent on.
+        self._kept.append({layer: output.detach() for layer, output in seen.items()})
         return hidden, partial(self._target, chunk=chunk, microbatch=microbatch)
 
     def _target(self, hidden: Tensor, *, chunk: GPTModel, microbatch: Microbatch, non_loss_data: bool = True) -> Target:

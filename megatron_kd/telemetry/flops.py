@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
-
+from megatron_kd.config.hidden_states import Projection
 from megatron_kd.config.sections import ModelSection
+
+if TYPE_CHECKING:  # counting needs no torch, and tools that only count start in a second
+    import torch
 
 
 def flops_per_token(model: ModelSection, vocab_size: int, sequence_length: int, *, forward_only: bool = False) -> float:
@@ -34,6 +38,11 @@ def flops_per_token(model: ModelSection, vocab_size: int, sequence_length: int, 
     head = model.hidden_size * vocab_size
     forward = 2.0 * (_layer_weights(model) + scores_and_values + head)
     return forward if forward_only else 3 * forward
+
+
+def projection_flops_per_token(model: ModelSection, projections: Iterable[Projection]) -> float:
+    """Model FLOPs of one token in the projections to a teacher's width, forward and backward."""
+    return sum(6.0 * model.hidden_size * each.teacher_width for each in projections)
 
 
 def parameter_count(model: ModelSection, vocab_size: int) -> int:
@@ -104,6 +113,8 @@ def measure_peak_tflops(dtype: torch.dtype, *, seconds: float = 0.2) -> float:
     A CPU has no data-sheet figure that holds for its thread count, so the yardstick is the best product that this
     process gets with its present number of threads. Takes about `seconds`; other processes' load lowers the result.
     """
+    import torch
+
     size, best = 128, 0.0
     deadline = time.perf_counter() + seconds
     while True:

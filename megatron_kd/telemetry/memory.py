@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_kd.config.hidden_states import projections_of
 from megatron_kd.config.model import ModelSection
 from megatron_kd.config.run import RunConfig
-from megatron_kd.parallel.shards import padded_vocab_size
+from megatron_kd.parallel.shards import padded_vocab_size, stage_of
 
 _BYTES = {"bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank. stage: pipeline stage. optimizer: fp32 main weights (bf16 training) and Adam's two moments."""
+    """Bytes on one rank. stage: pipeline stage. optimizer: fp32 main weights (bf16 training) and Adam's two moments.
+
+    hidden_states: what distill.hidden_states keeps; its projections are among the parameters.
+    """
 
     stage: int
     parameters: int
@@ -26,11 +30,12 @@ class RankMemory:
     optimizer: int
     activations: int
     teacher: int
+    hidden_states: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.teacher
+        return self.weights + self.gradients + self.optimizer + self.activations + self.teacher + self.hidden_states
 
 
 def rank_parameters(model: ModelSection, vocab_size: int, *, tensor: int, pipeline: int, stage: int) -> int:
@@ -68,6 +73,23 @@ def activation_bytes(config: RunConfig, *, stage: int, num_microbatches: int) ->
     return int(tokens * per_token * _BYTES[config.train.precision])
 
 
+def hidden_states_bytes(config: RunConfig, teacher: ModelSection, *, stage: int, num_microbatches: int) -> tuple[int, int]:
+    """(entries of the projections on a stage, bytes that its pairs of distill.hidden_states keep).
+
+    Kept: the teacher's states of the whole step for each teacher layer, and a gradient for each student layer and microbatch in flight.
+    Not counted: a second copy of the states while they go to another stage, and the fp32 copies of one pair of one microbatch.
+    """
+    model, parallel, batch = config.model, config.parallel, config.batch
+    split = parallel.tensor if parallel.sequence_parallel else 1
+    layout = {"pipeline": parallel.pipeline, "virtual": parallel.virtual_pipeline}
+    pairs = [pair for pair in config.distill.hidden_states if stage_of(pair.student_layer, model.num_layers, **layout) == stage]
+    states = num_microbatches * len({pair.teacher_layer for pair in pairs}) * teacher.hidden_size
+    gradients = min(parallel.pipeline - stage, num_microbatches) * len({pair.student_layer for pair in pairs}) * model.hidden_size
+    tokens = batch.micro_batch_size * batch.sequence_length // split
+    entries = sum(model.hidden_size * each.teacher_width for each in projections_of(pairs, model, teacher))
+    return entries, tokens * (states + gradients) * _BYTES[config.train.precision]
+
+
 def run_memory(config: RunConfig, vocab_size: int, *, world_size: int, teacher: ModelSection | None = None) -> list[RankMemory]:
     """One entry per pipeline stage. ConfigError where `world_size` does not fit the layout."""
     parallel, precision = config.parallel, config.train.precision
@@ -76,7 +98,10 @@ def run_memory(config: RunConfig, vocab_size: int, *, world_size: int, teacher: 
     found = []
     for stage in range(parallel.pipeline):
         place = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "stage": stage}
-        count = rank_parameters(config.model, vocab_size, **place)
+        count, hidden_states = rank_parameters(config.model, vocab_size, **place), 0
+        if teacher is not None:
+            projections, hidden_states = hidden_states_bytes(config, teacher, stage=stage, num_microbatches=microbatches)
+            count += projections
         found.append(
             RankMemory(
                 stage=stage,
@@ -86,6 +111,7 @@ def run_memory(config: RunConfig, vocab_size: int, *, world_size: int, teacher: 
                 optimizer=4 * states * (-(-count // data) if config.optimizer.distributed else count),
                 activations=activation_bytes(config, stage=stage, num_microbatches=microbatches),
                 teacher=0 if teacher is None else rank_parameters(teacher, vocab_size, **place) * _BYTES[precision],
+                hidden_states=hidden_states,
             )
         )
     return found

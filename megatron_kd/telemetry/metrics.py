@@ -3,8 +3,9 @@
 Averages of averages are wrong as soon as two microbatches hold different numbers of unmasked tokens. So every
 microbatch reports a sum and a count, both are added over microbatches and ranks, and the division happens once.
 
-A report is a `dict[str, Tensor]`: metric name -> 1-D fp64 or fp32 tensor [2] = (sum, count). Only the last pipeline
-stage makes reports, and every tensor-parallel rank of it makes the same ones: exactly one of them may contribute.
+A report is a `dict[str, Tensor]`: metric name -> 1-D fp64 or fp32 tensor [2] = (sum, count). The last pipeline stage reports what
+the head measures, and every tensor-parallel rank of it makes the same reports: exactly one of them may contribute. Hidden states are
+reported where their layer is. A part of a mean that is made elsewhere comes with count 0.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("total_loss", "mean", "what the step minimises, nats per token"),
     Metric("ce_loss", "mean", "next-token cross-entropy, nats per token"),
     Metric("kd_loss", "mean", "distillation loss, nats per token"),
+    Metric("routed_share", "mean", "tokens that distill.routing or distill.adaptive.keep leave to their labels, in [0, 1]"),
+    Metric("teacher_temperature", "mean", "temperature of the teacher under distill.adaptive"),
+    Metric("hidden_loss", "mean", "what distill.hidden_states adds to total_loss: the sum over its entries of weight * loss"),
     Metric("teacher_mass", "mean", "teacher probability of the kept entries, in [0, 1]"),
     Metric("teacher_entropy", "mean", "entropy of the teacher over the full vocabulary, nats"),
     Metric("student_entropy", "mean", "entropy of the student over the full vocabulary, nats"),
@@ -51,8 +55,7 @@ def reduce_reports(
     Args:
         reports: one report per microbatch of this rank (may be empty). Not modified. A metric may be missing from
             some or all of them.
-        contribute: whether this rank's reports count: True on one tensor-parallel rank of the last pipeline stage
-            of each data-parallel replica. Other ranks add zeros, whatever they hold.
+        contribute: whether this rank's reports count. Other ranks add zeros, whatever they hold.
         group: every rank that wants the numbers, normally all of them. None: a single process, no collective
             (unlike torch.distributed, where None is the world).
         device: where the packed tensor lives: the device of the backend of `group`.

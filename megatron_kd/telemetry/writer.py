@@ -6,17 +6,22 @@ curves have each step once.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TextIO, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 from megatron_kd.config.durable import write_atomically
 
-State = Literal["running", "finished", "stopped", "failed"]
+# requeue: saved, start it again. stopped: saved or hopeless, do not start it again by itself.
+State = Literal["running", "finished", "requeue", "stopped", "failed"]
 
 
 class RunWriter:
@@ -32,7 +37,8 @@ class RunWriter:
         self._directory = Path(directory)
         self._tensorboard = tensorboard
         self._enabled = enabled
-        self._rows: TextIO | None = None
+        self._rows: BinaryIO | None = None
+        self._unwritten = b""
         self._events: Any = None
         self._steps: int | None = None
         if enabled:
@@ -56,7 +62,8 @@ class RunWriter:
         self._steps = steps
         path = self._directory / "metrics.jsonl"
         _keep_rows_until(path, step)
-        self._rows = path.open("a", encoding="utf-8")
+        self._rows = path.open("ab", buffering=0)
+        self._unwritten = b""
         if self._tensorboard:
             # Imported here: it takes a second, and ranks other than 0 never need it.
             from torch.utils.tensorboard import SummaryWriter
@@ -77,15 +84,33 @@ class RunWriter:
         clean = _without_nonfinite(dict(row))
         if not isinstance(clean.get("step"), int):
             raise ValueError(f"a row needs an integer 'step', got {clean.get('step')!r}")
-        # One write of the whole line: a reader, or a kill, sees at most the last line torn.
-        self._rows.write(json.dumps(clean, allow_nan=False) + "\n")
-        self._rows.flush()
+        self._write((json.dumps(clean, allow_nan=False) + "\n").encode())
         if self._events is not None:
             prefix = f"validation/{clean['split']}" if "split" in clean else "train"
             for name, value in clean.items():
                 if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
                     self._events.add_scalar(f"{prefix}/{name}", value, clean["step"])
             self._events.flush()
+
+    def _write(self, line: bytes) -> None:
+        """Append whole lines. What a full disk does not take is kept and tried again with the next row: the run is told of the disk by its
+        checkpoints, which end it in good order.
+        """
+        assert self._rows is not None
+        told = bool(self._unwritten)
+        self._unwritten += line
+        size = os.fstat(self._rows.fileno()).st_size
+        try:
+            # One write: a reader, or a kill, sees at most the last line torn.
+            written = self._rows.write(self._unwritten)
+            if written != len(self._unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._unwritten = b""
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._rows.fileno(), size)
+            if not told:
+                print(f"megatron_kd: warning: {self._directory / 'metrics.jsonl'}: {error.strerror}: its rows wait", file=sys.stderr)
 
     def status(self, state: State, *, step: int, message: str = "") -> None:
         """Replace status.json: state, step, steps (null before `begin`), time (ISO 8601, UTC) and message."""
@@ -105,6 +130,8 @@ class RunWriter:
     def close(self) -> None:
         """Flush and close; the status is left as it is. May be called twice."""
         if self._rows is not None:
+            if self._unwritten:
+                self._write(b"")
             self._rows.close()
             self._rows = None
         if self._events is not None:

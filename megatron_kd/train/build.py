@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from megatron_kd import __version__
-from megatron_kd.checkpoint.state import load_training_state, load_weights, save_checkpoint
+from megatron_kd.checkpoint.saver import Saver
+from megatron_kd.checkpoint.state import load_training_state, load_weights
 from megatron_kd.checkpoint.store import CheckpointInfo
 from megatron_kd.config import ConfigError, RunConfig
-from megatron_kd.data.batches import Attach, BatchSource
+from megatron_kd.data.batches import Attach, BatchSource, Microbatch
 from megatron_kd.data.dataset import TokenDataset, build_dataset
 from megatron_kd.kernels import compile_rows
 from megatron_kd.losses import Divergence
-from megatron_kd.losses.divergences import DivergenceHead, same_vocabulary_ranges
+from megatron_kd.losses.divergences import DivergenceHead, Target, same_vocabulary_ranges
 from megatron_kd.losses.head import HeadOptions
 from megatron_kd.losses.objective import Objective
 from megatron_kd.losses.schedules import alpha_at, learning_rate_at
@@ -24,13 +25,19 @@ from megatron_kd.parallel.groups import Groups, start_groups
 from megatron_kd.parallel.platform import start_platform
 from megatron_kd.parallel.shards import padded_vocab_size
 from megatron_kd.parallel.world import world_from_environment
+from megatron_kd.targets.sparse import give_rest_to_label
+from megatron_kd.teacher.ahead import AheadTeacher
 from megatron_kd.teacher.cached import CachedTeacher, check_coverage
 from megatron_kd.teacher.source import TeacherSource
 from megatron_kd.train.capture import Capture, build_capture
+from megatron_kd.train.guards import RankTimes
+from megatron_kd.train.hidden_states import HiddenStates, build_hidden_states
 from megatron_kd.train.inputs import Inputs, check_inputs, checkpoints_folder
 from megatron_kd.train.optimizer import Optimizer
 from megatron_kd.train.progress import RunProgress
+from megatron_kd.train.resume import choose_checkpoint, with_settings
 from megatron_kd.train.teachers import attach_of, build_teacher
+from megatron_kd.train.token_rules import CutOf, cut_of, rules_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,10 @@ class Run:
     valid_data: dict[str, BatchSource]
     progress: RunProgress
     capture: Capture
+    hidden_states: HiddenStates
+    times: RankTimes
+    saver: Saver
+    cut: CutOf
 
     @property
     def alpha(self) -> float:
@@ -59,12 +70,12 @@ class Run:
         """Learning rate of the coming step."""
         return learning_rate_at(self.progress.step, self.config.train.steps, self.config.optimizer)
 
-    def objective_now(self) -> Objective:
-        """The objective of the coming step."""
-        return replace(self.objective, spec=replace(self.objective.spec, alpha=self.alpha))
+    def objective_now(self, microbatches: Sequence[Microbatch], targets: Sequence[Target | None]) -> Objective:
+        """The objective of the coming step. Collective over the data-parallel group where routing is by the batch."""
+        return replace(self.objective, spec=replace(self.objective.spec, alpha=self.alpha), cut=self.cut(microbatches, targets))
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, and show what was captured up to it. Collective over the world."""
+        """Write a checkpoint of the present step, and show what was captured up to it; see Saver. Collective over the world."""
         progress, config = self.progress, self.config
         info = CheckpointInfo(
             step=progress.step,
@@ -77,9 +88,12 @@ class Run:
             precision=config.train.precision,
             distributed_optimizer=config.optimizer.distributed,
             version=__version__,
+            hidden_projections=[list(each) for each in self.inputs.projections],
+            settings=dict(self.inputs.settings),
         )
+        self.student.gather_weights()
         self.capture.stage()
-        save_checkpoint(checkpoints_folder(config), info, self.student.models, self.optimizer, keep_last=config.checkpoint.keep_last)
+        self.saver.save(info, self.student.models, self.optimizer)
         self.capture.publish()
 
 
@@ -88,10 +102,11 @@ def build_run(config: RunConfig, *, rendezvous: str | None = None) -> Run:
     _, world_size, local_rank = world_from_environment()
     inputs = check_inputs(config, world_size=world_size)
     _check_dense(config, inputs)
-    platform = start_platform(config.train.device, local_rank)
+    platform = start_platform(config.train.device, local_rank, deterministic=config.train.deterministic)
     compile_rows(config.train.compile_head)
     groups = start_groups(platform, config.parallel, timeout_seconds=config.train.timeout_seconds, rendezvous=rendezvous)
-    student = Student(config, groups, vocab_size=inputs.vocab_size)
+    inputs = with_settings(config, choose_checkpoint(config, inputs))
+    student = Student(config, groups, vocab_size=inputs.vocab_size, projections=inputs.projections)
     if inputs.initial is not None:
         load_weights(inputs.initial, student.models, what="checkpoint.initialize_from")
     optimizer = Optimizer(config, student)
@@ -102,6 +117,7 @@ def build_run(config: RunConfig, *, rendezvous: str | None = None) -> Run:
         progress = RunProgress(info.step, info.consumed_samples, info.consumed_tokens, info.nonfinite_steps)
     objective = _objective(config, inputs, groups)
     teacher = build_teacher(config, inputs, groups)
+    hidden_states = build_hidden_states(config, student, teacher, groups)
     source = partial(batch_source, config, inputs, groups)
     samples = config.train.steps * config.batch.global_batch_size
     train_data = source(
@@ -114,18 +130,41 @@ def build_run(config: RunConfig, *, rendezvous: str | None = None) -> Run:
     }
     if isinstance(teacher, CachedTeacher) and teacher.fallback is None:
         check_coverage(teacher.reader, train_data.dataset, progress.consumed_samples)
+    times = RankTimes(groups)
+    student.on_drained.append(times.drained)
+    if isinstance(teacher, AheadTeacher):
+        student.on_drained.append(partial(_look_ahead, config, teacher, train_data, progress))
     capture = build_capture(config, inputs, groups, step=progress.step)
-    return Run(config, inputs, groups, student, optimizer, teacher, objective, train_data, valid_data, progress, capture)
+    saver = Saver(checkpoints_folder(config), config.checkpoint, device=platform.device, watch=groups.watch)
+    student_side = (config, inputs, groups, student, optimizer)
+    cut = cut_of(config.distill, groups)
+    return Run(*student_side, teacher, objective, train_data, valid_data, progress, capture, hidden_states, times, saver, cut)
+
+
+def _look_ahead(config: RunConfig, teacher: AheadTeacher, train_data: BatchSource, progress: RunProgress) -> None:
+    """The teacher's work of the next step; the last step has none."""
+    if progress.step + 1 < config.train.steps:
+        teacher.look_ahead(train_data.microbatches(progress.consumed_samples + config.batch.global_batch_size))
 
 
 def _objective(config: RunConfig, inputs: Inputs, groups: Groups) -> Objective:
     distill = config.distill
     return Objective(
-        LossSpec(distill.alpha, distill.temperature, distill.temperature_squared, distill.tail, distill.z_loss),
+        LossSpec(
+            distill.alpha,
+            distill.temperature,
+            distill.temperature_squared,
+            distill.loss_tail,
+            distill.z_loss,
+            distill.weights,
+            teacher_only=distill.temperature_on == "teacher",
+        ),
         HeadOptions(
             inputs.vocab_size, groups.tp, config.parallel.sequence_parallel, distill.head_schedule, distill.chunk_tokens, health=True
         ),
         head_loss=DivergenceHead(Divergence(distill.divergence, distill.js_beta, distill.skew, distill.ab_alpha, distill.ab_beta)),
+        rules=rules_of(distill, inputs.vocab_size),
+        prepare=give_rest_to_label if distill.tail == "label" else None,
     )
 
 

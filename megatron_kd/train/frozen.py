@@ -27,18 +27,10 @@ from megatron_kd.parallel.groups import Groups
 def inference_layout(info: CheckpointInfo, *, tensor: int, pipeline: int, world_size: int) -> ParallelSection:
     """The layout of a frozen model. ConfigError, the same on every rank, where the model or the world does not divide by it."""
     model = info.model_section()
-    sizes = [
-        ("num_attention_heads", model.num_attention_heads, "tensor", tensor),
-        ("num_query_groups", model.num_query_groups or model.num_attention_heads, "tensor", tensor),
-        ("ffn_hidden_size", model.ffn_hidden_size, "tensor", tensor),
-        ("vocab_size_multiple", model.vocab_size_multiple, "tensor", tensor),
-        ("num_layers", model.num_layers, "pipeline", pipeline),
-    ]
     if min(tensor, pipeline) < 1:
         raise ConfigError(f"--tensor ({tensor}) and --pipeline ({pipeline}) must be at least 1")
-    for name, size, option, divisor in sizes:
-        if size % divisor:
-            raise ConfigError(f"the model's {name} ({size}) must be a multiple of --{option} ({divisor})")
+    for name, size, option, divisor in model.not_divisible(tensor=tensor, stages=pipeline):
+        raise ConfigError(f"the model's {name} ({size}) must be a multiple of --{option} ({divisor})")
     if world_size % (tensor * pipeline):
         raise ConfigError(f"{world_size} processes cannot be split into --tensor x --pipeline = {tensor * pipeline}")
     return ParallelSection(tensor=tensor, pipeline=pipeline)

@@ -67,7 +67,32 @@ def generate(
     """Continue each prompt; an empty one starts a document. Collective over the world, which must be one replica of the model."""
     # A document starts where another ended.
     found = [Continuation(tokenizer.encode(prompt) or ([] if end_of_document is None else [end_of_document])) for prompt in prompts]
-    window = model.model.window_problem(max(len(each.prompt) for each in found) + sampling.max_new_tokens)
+    return _continue_all(model, tokenizer, found, sampling, end_of_document, batch_size)
+
+
+def generate_ids(
+    model: FrozenModel, prompts: Sequence[Sequence[int]], sampling: Sampling, *, end_of_document: int | None, batch_size: int
+) -> list[Continuation]:
+    """`generate` for a model without a tokenizer: prompts are ids, and every `text` stays empty. Give a prompt as often as samples of it
+    are wanted: each place has draws of its own. ConfigError for an empty prompt, an id outside the vocabulary, and stop strings.
+    """
+    if sampling.stop:
+        raise ConfigError("stop strings need a tokenizer, which ids do not have: leave them out")
+    for place, prompt in enumerate(prompts):
+        if not prompt or min(prompt) < 0 or max(prompt) >= model.vocab_size:
+            raise ConfigError(f"prompt {place} must have at least one id, all in [0, {model.vocab_size}), the model's vocabulary")
+    return _continue_all(model, None, [Continuation(list(prompt)) for prompt in prompts], sampling, end_of_document, batch_size)
+
+
+def _continue_all(
+    model: FrozenModel,
+    tokenizer: Tokenizer | None,
+    found: list[Continuation],
+    sampling: Sampling,
+    end_of_document: int | None,
+    batch_size: int,
+) -> list[Continuation]:
+    window = model.model.window_problem(max((len(each.prompt) for each in found), default=0) + sampling.max_new_tokens)
     if window is not None:
         raise ConfigError(f"prompt and continuation together {window}")
     for start in range(0, len(found), batch_size):
@@ -76,7 +101,7 @@ def generate(
 
 
 def _continue(
-    model: FrozenModel, tokenizer: Tokenizer, batch: list[Continuation], first: int, sampling: Sampling, end_of_document: int | None
+    model: FrozenModel, tokenizer: Tokenizer | None, batch: list[Continuation], first: int, sampling: Sampling, end_of_document: int | None
 ) -> None:
     """One batch: the common length of the prompts at once, then id by id; where a prompt goes on, its own id is taken."""
     lengths = [len(each.prompt) for each in batch]
@@ -99,12 +124,13 @@ def _continue(
         position += 1
 
 
-def _take(each: Continuation, token: int, tokenizer: Tokenizer, sampling: Sampling, end_of_document: int | None) -> None:
+def _take(each: Continuation, token: int, tokenizer: Tokenizer | None, sampling: Sampling, end_of_document: int | None) -> None:
     if token == end_of_document:
         each.finish = "end"
         return
     each.tokens.append(token)
-    each.text = tokenizer.decode(each.tokens)
+    if tokenizer is not None:
+        each.text = tokenizer.decode(each.tokens)
     cuts = [each.text.find(stop) for stop in sampling.stop if stop in each.text]
     if cuts:
         each.text, each.finish = each.text[: min(cuts)], "stop"

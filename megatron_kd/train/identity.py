@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_kd.cache import CacheReader, WrongCache
 from megatron_kd.checkpoint.store import checkpoint_digest, find_checkpoint
-from megatron_kd.config import RunConfig, Section
+from megatron_kd.config import RunConfig
 from megatron_kd.config.durable import write_atomically
-from megatron_kd.data.indexed import read_index
 from megatron_kd.parallel.collectives import from_rank_zero
 from megatron_kd.train.inputs import Inputs
+from megatron_kd.train.settings import student_settings
 
 RUN_FILE = "teacher.txt"
-_BLOCKS, _BLOCK_BYTES = 64, 1 << 16
 _INITIAL = "checkpoint.initialize_from"
-# Layout and schedules change roundings, never what is computed.
-_DISTILL_LAYOUT = {"head_schedule", "chunk_tokens"}
 
 
 @dataclass(frozen=True)
@@ -74,29 +68,14 @@ def _lines(text: str) -> dict[str, str]:
 
 
 def _settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
-    found: dict[str, Any] = {"model.vocab_size": inputs.vocab_size, "data.tokenizer": inputs.digest}
-    found |= _changed("model", config.model, leave={"recompute", "vocab_size"})
-    found |= _changed("batch", config.batch, leave={"micro_batch_size"})
-    found |= _changed("optimizer", config.optimizer, leave={"distributed"})
-    train = config.train
-    found |= {"train.steps": train.steps, "train.seed": train.seed, "train.precision": train.precision}
-    found |= _changed("data", config.data, leave={"tokenizer", "train", "valid", "index_cache"})
-    found["data.train"] = [_data_digest(prefix) for prefix in config.data.train]
+    found = student_settings(config, inputs)
     if config.teacher.source == "none":
-        return found | {"distill.z_loss": config.distill.z_loss} if config.distill.z_loss else found
-    found |= _changed("distill", config.distill, leave=_DISTILL_LAYOUT)
+        return found
     if inputs.teacher is not None:
         found["teacher.checkpoint"] = checkpoint_digest(inputs.teacher[0])
     if config.teacher.source == "cached":
         found["teacher.cache"] = json.loads(CacheReader(str(config.teacher.cache)).identity.to_json())
     return found
-
-
-def _changed(name: str, section: Section, *, leave: set[str]) -> dict[str, Any]:
-    """Values of a section's keys that are not the default, all but `leave`, as in a run file."""
-    fields, values = type(section).model_fields, section.model_dump(mode="json")
-    defaults = {key: field.get_default(call_default_factory=True) for key, field in fields.items()}
-    return {f"{name}.{key}": values[key] for key in fields if key not in leave and getattr(section, key) != defaults[key]}
 
 
 def _initial(config: RunConfig, inputs: Inputs, directory: Path) -> dict[str, Any]:
@@ -108,19 +87,3 @@ def _initial(config: RunConfig, inputs: Inputs, directory: Path) -> dict[str, An
         noted = _lines(path.read_text(encoding="utf-8"))
         return {_INITIAL: json.loads(noted[_INITIAL])} if _INITIAL in noted else {}
     return {_INITIAL: checkpoint_digest(inputs.initial or find_checkpoint(config.checkpoint.initialize_from, what=_INITIAL))}
-
-
-def _data_digest(prefix: str) -> str:
-    """SHA-256 over the lengths of the documents and 64 evenly spaced blocks of the tokens; all of them where they are few."""
-    index = read_index(prefix)
-    total = hashlib.sha256(index.lengths.tobytes())
-    with open(f"{prefix}.bin", "rb") as stream:
-        for start in _block_starts(index.num_tokens * index.dtype.itemsize):
-            stream.seek(start)
-            total.update(stream.read(_BLOCK_BYTES))
-    return total.hexdigest()
-
-
-def _block_starts(size: int) -> Iterator[int]:
-    last = max(size - _BLOCK_BYTES, 0)
-    yield from sorted({int(start) for start in np.linspace(0, last, _BLOCKS)})

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from megatron_kd.checkpoint.manifest import file_problem
 from megatron_kd.checkpoint.store import (
     CheckpointInfo,
     check_same_model,
     check_same_vocabulary,
     complete_steps,
     find_checkpoint,
+    has_digests,
     read_info,
     step_folder,
 )
 from megatron_kd.config import ConfigError, ModelSection, RunConfig
+from megatron_kd.config.hidden_states import Projection, projections_of
+from megatron_kd.config.lease import holder
 from megatron_kd.data.indexed import check_token_file, packed_length, read_index
 from megatron_kd.data.tokenizer import TokenizerInfo, load_tokenizer
 from megatron_kd.train.foreign import check_huggingface_teacher, known_shape
@@ -22,7 +29,11 @@ from megatron_kd.train.foreign import check_huggingface_teacher, known_shape
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the checks before the first collective have found."""
+    """What the checks before the first collective have found.
+
+    passed_over: (step, what is wrong) of damaged checkpoints newer than `resume`, found out by all ranks together.
+    settings: what decides the weights (train/settings.py). changed: in words, what of it is another than in `resume`.
+    """
 
     vocab_size: int
     tokenizer: TokenizerInfo | None
@@ -30,6 +41,10 @@ class Inputs:
     resume: tuple[Path, CheckpointInfo] | None
     initial: Path | None
     huggingface: Path | None = None
+    projections: tuple[Projection, ...] = ()
+    passed_over: tuple[tuple[int, str], ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    changed: tuple[str, ...] = ()
 
     @property
     def teacher_model(self) -> ModelSection | None:
@@ -52,6 +67,9 @@ def checkpoints_folder(config: RunConfig) -> Path:
 def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
     """Check sizes, tokenizer, data and checkpoints. ConfigError with one sentence, the same on every rank; no collective."""
     config.data_parallel_size(world_size)
+    held = holder(config.run.directory, say=_say)
+    if held is not None:
+        raise ConfigError(held)
     tokenizer = None
     if config.data.tokenizer:
         tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)[1]
@@ -78,44 +96,46 @@ def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
     if config.teacher.source == "huggingface":
         huggingface = check_huggingface_teacher(config, vocab_size=vocab_size, digest=digest)
     elif config.teacher.source != "none" and config.teacher.checkpoint is not None:
-        folder = find_checkpoint(config.teacher.checkpoint, what="teacher.checkpoint")
-        teacher = folder, read_info(folder, what="teacher.checkpoint")
-        check_same_vocabulary(teacher[1], vocab_size=vocab_size, tokenizer=digest, folder=folder, what="teacher.checkpoint")
-        _check_teacher_layout(config, teacher[1].model_section(), folder, world_size)
-        window = teacher[1].model_section().window_problem(config.batch.sequence_length)
-        if window is not None:
-            raise ConfigError(f"teacher.checkpoint: {folder}: batch.sequence_length {window}")
-    resume = _checkpoint_to_resume(config, vocab_size, digest)
+        teacher = _check_teacher(config, config.teacher.checkpoint, vocab_size, digest, world_size)
+    projections = projections_of(config.distill.hidden_states, config.model, teacher[1].model_section()) if teacher is not None else ()
+    resume = _checkpoint_to_resume(config, vocab_size, digest, projections)
     initial = None
     if resume is None and config.checkpoint.initialize_from is not None:
         initial = find_checkpoint(config.checkpoint.initialize_from, what="checkpoint.initialize_from")
         info = read_info(initial, what="checkpoint.initialize_from")
         check_same_model(info, config.model, vocab_size=vocab_size, tokenizer=digest, folder=initial, what="checkpoint.initialize_from")
-    return Inputs(vocab_size, tokenizer, teacher, resume, initial, huggingface)
+    return Inputs(vocab_size, tokenizer, teacher, resume, initial, huggingface, projections)
+
+
+def _say(sentence: str) -> None:
+    print(f"megatron_kd: {sentence}", file=sys.stderr, flush=True)
+
+
+def _check_teacher(config: RunConfig, path: Path, vocab_size: int, digest: str | None, world_size: int) -> tuple[Path, CheckpointInfo]:
+    """The teacher's checkpoint; ConfigError where it does not fit this run."""
+    folder = find_checkpoint(path, what="teacher.checkpoint")
+    info = read_info(folder, what="teacher.checkpoint")
+    model = info.model_section()
+    check_same_vocabulary(info, vocab_size=vocab_size, tokenizer=digest, folder=folder, what="teacher.checkpoint")
+    _check_teacher_layout(config, model, folder, world_size)
+    window = model.window_problem(config.batch.sequence_length)
+    if window is not None:
+        raise ConfigError(f"teacher.checkpoint: {folder}: batch.sequence_length {window}")
+    for pair in config.distill.hidden_states:
+        if pair.teacher_layer > model.num_layers:
+            raise ConfigError(
+                f"distill.hidden_states names teacher_layer {pair.teacher_layer}, but the teacher {folder} has {model.num_layers} layers"
+            )
+    return folder, info
 
 
 def _check_teacher_layout(config: RunConfig, model: ModelSection, folder: Path, world_size: int) -> None:
     """ConfigError where the teacher cannot be cut as the run file says: by its own sizes, or by the student's."""
     if config.teacher.source == "cached" and config.teacher.on_miss != "online":
         return
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    if config.teacher.has_own_layout:
-        tensor, pipeline, _ = config.teacher_layout(world_size)
-    cut = [
-        (name, size, "tensor", tensor)
-        for name, size in (
-            ("num_attention_heads", model.num_attention_heads),
-            ("num_query_groups", model.num_query_groups or model.num_attention_heads),
-            ("ffn_hidden_size", model.ffn_hidden_size),
-            ("vocab_size_multiple", model.vocab_size_multiple),
-        )
-    ]
-    for name, size, by, ranks in [*cut, ("num_layers", model.num_layers, "pipeline", pipeline)]:
-        if size % ranks:
-            raise ConfigError(
-                f"teacher.checkpoint: {folder} has {name} = {size}, which {ranks} {by}-parallel ranks cannot share: "
-                f"set teacher.parallel.{by} to a divisor of {size}"
-            )
+    problem = config.teacher_problem(model, world_size)
+    if problem is not None:
+        raise ConfigError(f"teacher.checkpoint: {folder} has {problem}")
 
 
 def _check_packed(config: RunConfig, prefix: str) -> None:
@@ -130,7 +150,10 @@ def _check_packed(config: RunConfig, prefix: str) -> None:
         raise ConfigError(f'{prefix} holds several conversations in each sample: set data.document_attention = "within"')
 
 
-def _checkpoint_to_resume(config: RunConfig, vocab_size: int, digest: str | None) -> tuple[Path, CheckpointInfo] | None:
+def _checkpoint_to_resume(
+    config: RunConfig, vocab_size: int, digest: str | None, projections: tuple[Projection, ...]
+) -> tuple[Path, CheckpointInfo] | None:
+    """The newest checkpoint that can be told what it is; whether its files are sound is found out together (train/resume.py)."""
     steps = complete_steps(checkpoints_folder(config))
     if not steps:
         return None
@@ -139,12 +162,42 @@ def _checkpoint_to_resume(config: RunConfig, vocab_size: int, digest: str | None
             f"run.directory {config.run.directory} already holds a checkpoint of step {steps[-1]}: "
             "choose another directory, or set checkpoint.resume = true to continue it"
         )
-    folder = step_folder(checkpoints_folder(config), steps[-1])
-    info = read_info(folder, what="run.directory")
+    problems = []
+    for step in reversed(steps):
+        folder = step_folder(checkpoints_folder(config), step)
+        try:
+            info = read_info(folder, what="run.directory")
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        # Else damage to state.json would look like a run file that has changed.
+        damage = file_problem(folder, "state.json") if has_digests(folder, info) else None
+        if damage is not None:
+            problems.append(f"run.directory: {damage}")
+            continue
+        check_resume(config, folder, info, vocab_size=vocab_size, digest=digest, projections=projections)
+        return folder, info
+    raise ConfigError("; ".join(problems))
+
+
+def check_resume(
+    config: RunConfig, folder: Path, info: CheckpointInfo, *, vocab_size: int, digest: str | None, projections: tuple[Projection, ...]
+) -> None:
+    """ConfigError where the run cannot go on from this checkpoint."""
     check_same_model(info, config.model, vocab_size=vocab_size, tokenizer=digest, folder=folder, what="run.directory")
     if info.distributed_optimizer != config.optimizer.distributed:
         raise ConfigError(
             f"run.directory: {folder} was saved with optimizer.distributed = {str(info.distributed_optimizer).lower()}: "
             "continue with the same"
         )
-    return folder, info
+    if info.hidden_projections != [list(each) for each in projections]:
+        raise ConfigError(
+            f"run.directory: {folder} trains projections of {_layers(info.hidden_projections)}, this run of {_layers(projections)}: "
+            "continue with the same pairs in distill.hidden_states and the same teacher, or start a new run with checkpoint.initialize_from"
+        )
+
+
+def _layers(projections: Iterable[Iterable[int]]) -> str:
+    """Pairs of layers in words."""
+    named = [f"layer {student} to the teacher's {teacher} (width {width})" for student, teacher, width in projections]
+    return ", ".join(named) or "no layer"

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
-from megatron_kd.config import dump_toml
+from megatron_kd.checkpoint.store import CheckpointError
+from megatron_kd.config import ConfigError, dump_toml
+from megatron_kd.config.lease import Lease
 from megatron_kd.models.config import DTYPES
+from megatron_kd.parallel.collectives import from_rank_zero, raise_together
 from megatron_kd.parallel.groups import seed_step
-from megatron_kd.telemetry.flops import flops_per_token, measure_peak_tflops, peak_tflops
+from megatron_kd.telemetry.flops import flops_per_token, measure_peak_tflops, peak_tflops, projection_flops_per_token
 from megatron_kd.telemetry.progress import Progress
 from megatron_kd.telemetry.throughput import Stopwatch
 from megatron_kd.telemetry.writer import RunWriter, State
 from megatron_kd.train.build import Run
 from megatron_kd.train.capture import CaptureError
 from megatron_kd.train.evaluate import evaluate
+from megatron_kd.train.guards import DataGuard, LossSpikeError, SpikeGuard
+from megatron_kd.train.leaving import Leaving, NeverLeaving, Request
+from megatron_kd.train.resume import settle
 from megatron_kd.train.step import StepReport, train_step
 
 
@@ -21,52 +29,141 @@ class NonFiniteError(RuntimeError):
     """The loss or the gradient was not finite and the policy says stop. No weight was changed by that step."""
 
 
-def train(run: Run) -> None:
-    """Train to train.steps from wherever `run` stands. Collective over the world; NonFiniteError and CaptureError on every rank alike."""
+def train(run: Run, leaving: Leaving | None = None) -> Request:
+    """Train to train.steps from wherever `run` stands, or until `leaving` asks to go. Collective over the world.
+
+    Returns GO_ON when finished, else what was asked for; the run is saved then. NonFiniteError, LossSpikeError, CaptureError and
+    CheckpointError on every rank alike, ConfigError where another run has the directory; LostRankError where another rank is missing (see
+    `Watch`, which may also end the process).
+    """
+    lease = _hold(run)
+    try:
+        request = _train(run, leaving or NeverLeaving())
+    finally:
+        run.saver.verifier.close()
+        if lease is not None:
+            lease.release()
+    # Whoever returns may begin the next run in this directory: not before it is free.
+    raise_together(None, ConfigError)
+    return request
+
+
+def _hold(run: Run) -> Lease | None:
+    """This run directory for this run alone; rank 0 holds it. ConfigError on every rank where another run does."""
+    held: list[Lease] = []
+
+    def take() -> str | None:
+        lease = Lease(run.config.run.directory)
+        held.append(lease)
+        return None if lease.took_over is None else str(lease.took_over)
+
+    try:
+        left = from_rank_zero(take)
+    except OSError as error:
+        raise ConfigError(f"run.directory: {error.filename or run.config.run.directory}: {error.strerror}: it cannot be written") from error
+    if not held:
+        return None
+    run.saver.check = held[0].check
+    if left is not None:
+        run.saver.log.warn("took over", run.progress.step, f"{run.config.run.directory} was held by {left}, which is gone: going on")
+    settle(run.inputs, run.saver)
+    return held[0]
+
+
+def _train(run: Run, leaving: Leaving) -> Request:
     config, progress = run.config, run.progress
     first = run.groups.rank == 0
     with RunWriter(config.run.directory, tensorboard=config.telemetry.tensorboard, enabled=first) as writer:
         writer.write_config(dump_toml(config))
         writer.begin(step=progress.step, steps=config.train.steps)
+        if run.inputs.passed_over:
+            steps = ", ".join(str(step) for step, _ in run.inputs.passed_over)
+            writer.status("running", step=progress.step, message=f"damaged checkpoints were passed over: step {steps}")
         bar = Progress(config.telemetry.progress, steps=config.train.steps, start_step=progress.step, enabled=first)
         try:
-            _loop(run, writer, bar)
-            writer.status("finished", step=progress.step)
+            with run.groups.watch as watch:
+                watch.on_lost = lambda sentence: writer.status("failed", step=progress.step, message=sentence)
+                try:
+                    request = _loop(run, writer, bar, leaving)
+                except (NonFiniteError, LossSpikeError, CaptureError):
+                    _finish_what_is_on_its_way(run)
+                    raise
+            writer.status(_STATES[request], step=progress.step, message=leaving.reason if request else "")
+            leaving.heeded()
+            return request
         except BaseException as error:
-            state: State = "stopped" if isinstance(error, NonFiniteError | CaptureError) else "failed"
-            writer.status(state, step=progress.step, message=str(error)[:500])
+            known = NonFiniteError | LossSpikeError | CaptureError | CheckpointError
+            state: State = "stopped" if isinstance(error, known) else "failed"
+            # A disk that is full must not hide the reason why.
+            with contextlib.suppress(OSError):
+                writer.status(state, step=progress.step, message=str(error)[:500])
             raise
         finally:
             bar.close()
             run.capture.close()
 
 
-def _loop(run: Run, writer: RunWriter, bar: Progress) -> None:
+def _finish_what_is_on_its_way(run: Run) -> None:
+    """Of a run that stops on every rank alike, the checkpoint that is being written is still worth having."""
+    try:
+        run.saver.finish(read_back=False)
+    except CheckpointError as error:
+        run.saver.log.warn("failed", run.progress.step, str(error))
+
+
+_STATES: dict[Request, State] = {Request.GO_ON: "finished", Request.REQUEUE: "requeue", Request.STOP: "stopped"}
+
+
+def _loop(run: Run, writer: RunWriter, bar: Progress, leaving: Leaving) -> Request:
     config, progress = run.config, run.progress
     watch = _stopwatch(run)
     saved = progress.step
-    while progress.step < config.train.steps:
+    spikes, samples = SpikeGuard(config.train.loss_spike, stops=config.train.on_loss_spike == "stop"), DataGuard()
+    request = leaving.agreed(run.groups.platform.device)
+    while progress.step < config.train.steps and not request:
         seed_step(config.train.seed, progress.step, run.groups)
         report = train_step(run)
         watch.add(config.batch.global_batch_size * config.batch.sequence_length)
         _stop_if_not_finite(run, report)
         if progress.step % config.telemetry.log_interval == 0 or progress.step == config.train.steps:
-            _log(run, report, watch, writer, bar)
+            late = samples.look(progress.step, _log(run, report, watch, writer, bar))
+            if late is not None:
+                bar.message(f"warning: {late}")
+        spike = spikes.look(progress.step, report.metrics["total_loss"])
+        if spike is not None:
+            bar.message(f"warning: {spike}")
+        request = leaving.agreed(run.groups.platform.device)
         with watch.pause():
+            # Whoever asks may not wait for an evaluation.
+            if request and progress.step < config.train.steps:
+                saved = _save(run)
+                run.saver.finish(read_back=False)
             if _due(progress.step, config.train.evaluate_interval, config.train.steps):
                 _evaluate(run, writer, bar)
-            if _due(progress.step, config.checkpoint.interval, config.train.steps):
-                run.save()
-                saved = progress.step
+            if _due(progress.step, config.checkpoint.interval, config.train.steps) and saved != progress.step:
+                saved = _save(run)
+            else:
+                run.saver.poll()
+    with watch.pause():
+        # Whoever asks may not wait for what is written to be read back: the next start does that.
+        run.saver.finish(read_back=not request)
     assert saved == progress.step
+    return request if progress.step < config.train.steps else Request.GO_ON
+
+
+def _save(run: Run) -> int:
+    run.groups.watch.at("saving a checkpoint", limit_seconds=run.config.checkpoint.timeout_seconds)
+    run.save()
+    return run.progress.step
 
 
 def _due(step: int, interval: int, last: int) -> bool:
     return step == last or (interval > 0 and step % interval == 0)
 
 
-def _log(run: Run, report: StepReport, watch: Stopwatch, writer: RunWriter, bar: Progress) -> None:
-    lap, metrics, progress = watch.lap(), report.metrics, run.progress
+def _log(run: Run, report: StepReport, watch: Stopwatch, writer: RunWriter, bar: Progress) -> dict[str, float | int]:
+    """A row and a line; how long the ranks took."""
+    lap, metrics, progress, times = watch.lap(), report.metrics, run.progress, run.times.spread()
     named = {name: value for name, value in metrics.items() if name != "tokens"}
     writer.row(
         {
@@ -82,9 +179,11 @@ def _log(run: Run, report: StepReport, watch: Stopwatch, writer: RunWriter, bar:
             "tokens_per_second": lap.tokens_per_second,
             "tflops_per_device": lap.tflops_per_device,
             "mfu": lap.mfu,
+            **times,
         }
     )
     bar.update(progress.step, loss=metrics["ce_loss"], kd=metrics["kd_loss"], tokens_per_second=lap.tokens_per_second)
+    return times
 
 
 def _evaluate(run: Run, writer: RunWriter, bar: Progress) -> None:
@@ -112,7 +211,7 @@ def _stop_if_not_finite(run: Run, report: StepReport) -> None:
 def _stopwatch(run: Run) -> Stopwatch:
     config, device = run.config, run.groups.platform.device
     size = config.batch.sequence_length
-    flops = flops_per_token(config.model, run.inputs.vocab_size, size)
+    flops = flops_per_token(config.model, run.inputs.vocab_size, size) + projection_flops_per_token(config.model, run.inputs.projections)
     teacher = run.inputs.teacher_model
     if teacher is not None:
         flops += flops_per_token(teacher, run.inputs.vocab_size, size, forward_only=True)

@@ -18,6 +18,7 @@ from megatron_kd.models.model import output_weight
 from megatron_kd.telemetry.metrics import reduce_reports
 from megatron_kd.train.build import Run
 from megatron_kd.train.capture import Observe, nothing
+from megatron_kd.train.hidden_states import Through, forward
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,23 @@ class StepReport:
 
 def train_step(run: Run) -> StepReport:
     """Advance the student by one optimizer update over one global batch. Collective over the world."""
-    learning_rate, alpha = run.learning_rate, run.alpha
+    learning_rate, alpha, watch = run.learning_rate, run.alpha, run.groups.watch
+    watch.step = run.progress.step + 1
+    watch.at("reading data")
+    run.times.begin()
     microbatches = run.train_data.microbatches(run.progress.consumed_samples)
+    run.times.has_data()
+    watch.at("running the teacher")
     targets = run.teacher.targets(microbatches)
+    through = run.hidden_states.through(microbatches)
+    watch.at("running the student")
     run.student.zero_grad()
     run.optimizer.zero_grad()
-    step = partial(forward_step, objective=run.objective_now(), observe=run.capture.observer(run.progress.step))
+    objective = run.objective_now(microbatches, targets)
+    step = partial(forward_step, objective=objective, observe=run.capture.observer(run.progress.step), through=through)
     reports = run.student.run_schedule(step, list(zip(microbatches, targets, strict=True)))
     metrics = reduce_step(run, reports)
+    watch.at("updating the weights")
     run.optimizer.set_learning_rate(learning_rate)
     updated, grad_norm = run.optimizer.step(allowed=math.isfinite(metrics["total_loss"] or 0.0))
     batch = run.config.batch
@@ -52,11 +62,16 @@ def train_step(run: Run) -> StepReport:
 
 
 def forward_step(
-    batches: Iterator[tuple[Microbatch, Target | None]], chunk: Any, *, objective: Objective, observe: Observe = nothing
+    batches: Iterator[tuple[Microbatch, Target | None]],
+    chunk: Any,
+    *,
+    objective: Objective,
+    observe: Observe = nothing,
+    through: Through = forward,
 ) -> tuple[Tensor, Any]:
     """Forward of the next microbatch through one chunk, and what its output is worth: megatron-core's forward step."""
     microbatch, target = next(batches)
-    output = chunk(input_ids=microbatch.tokens, position_ids=microbatch.position_ids, attention_mask=microbatch.attention_mask())
+    output = through(chunk, microbatch)
     return output, partial(_loss, chunk=chunk, microbatch=microbatch, target=target, objective=objective, observe=observe)
 
 
@@ -70,4 +85,5 @@ def reduce_step(run: Run, reports: list[dict[str, Tensor]]) -> dict[str, float |
     """Sums and counts of every rank in one all-reduce over the world, divided once."""
     groups = run.groups
     world = dist.group.WORLD if groups.world_size > 1 else None
-    return reduce_reports(reports, contribute=groups.reports_loss, group=world, device=groups.platform.device)
+    mine = [*(reports if groups.reports_loss else ()), *run.hidden_states.take_reports()]
+    return reduce_reports(mine, contribute=True, group=world, device=groups.platform.device)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
+from collections.abc import Collection
 from dataclasses import replace
+
+import torch
 
 from megatron_kd.cache import CacheError, CacheIdentity, CacheReader
 from megatron_kd.checkpoint.state import load_weights
@@ -10,14 +15,19 @@ from megatron_kd.checkpoint.store import checkpoint_digest
 from megatron_kd.config import ConfigError, ParallelSection, RunConfig
 from megatron_kd.data.batches import Attach
 from megatron_kd.parallel.collectives import from_rank_zero, raise_together
-from megatron_kd.parallel.groups import Groups, second_layout
+from megatron_kd.parallel.groups import Groups, can_reverse_stages, second_layout
 from megatron_kd.parallel.shards import padded_vocab_size
 from megatron_kd.targets import SampleSelection, Selection, TopSelection
+from megatron_kd.targets.narrow import is_part, parse_top_selection
+from megatron_kd.teacher.ahead import AheadTeacher
 from megatron_kd.teacher.cached import CachedTeacher
 from megatron_kd.teacher.huggingface import HuggingFaceTeacher
+from megatron_kd.teacher.offload import Offloaded
 from megatron_kd.teacher.online import OnlineTeacher
 from megatron_kd.teacher.own_layout import OwnLayoutTeacher
 from megatron_kd.teacher.source import NoTeacher, TeacherSource
+from megatron_kd.telemetry.flops import flops_per_token
+from megatron_kd.telemetry.schedule_time import Placement, Work, best_placement
 from megatron_kd.train.foreign import use_zero3
 from megatron_kd.train.inputs import Inputs
 
@@ -26,37 +36,95 @@ def selection_of(config: RunConfig) -> Selection:
     """How [distill] wants sparse targets to be chosen."""
     distill = config.distill
     if distill.num_draws is not None:
-        return SampleSelection(distill.num_draws, config.train.seed, distill.temperature)
-    return TopSelection(distill.top_k, distill.top_p, distill.min_k, distill.temperature)
+        return SampleSelection(distill.num_draws, config.train.seed, distill.temperature, distill.draws, distill.draw_power)
+    # Where nothing of a target depends on the temperature, one is as good as another: one cache then serves all of them.
+    measured = distill.top_p < 1.0 or distill.loss_tail != "renormalize"
+    temperature = distill.temperature if measured and distill.truncate == "tempered" else 1.0
+    return TopSelection(distill.top_k, distill.top_p, distill.min_k, temperature)
 
 
-def online_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> OnlineTeacher:
-    """The teacher of teacher.checkpoint with its weights. Collective over the world."""
+def online_teacher(config: RunConfig, inputs: Inputs, groups: Groups, *, layers: Collection[int] = ()) -> OnlineTeacher:
+    """The teacher of teacher.checkpoint with its weights; layers: whose outputs it keeps. Collective over the world."""
     assert inputs.teacher is not None
     folder, info = inputs.teacher
+    _check_device(config, groups)
     teacher = OnlineTeacher(
         info.model_section(),
         config.parallel,
         groups,
         None if config.distill.dense else selection_of(config),
-        precision=config.train.precision,
+        precision=config.teacher.precision or config.train.precision,
         vocab_size=inputs.vocab_size,
         sequence_length=config.batch.sequence_length,
         chunk_tokens=config.distill.chunk_tokens,
         within_documents=config.data.document_attention == "within",
+        layers=layers,
     )
     load_weights(folder, teacher.models, what="teacher.checkpoint")
+    if config.teacher.offload:
+        weights = Offloaded(teacher.models, groups.platform.device)
+        teacher.resident = lambda: weights
     return teacher
 
 
-def _live_teacher(config: RunConfig, inputs: Inputs, groups: Groups, *, even: bool) -> TeacherSource:
-    """The teacher of teacher.checkpoint in the student's layout, or in its own where the run file gives it one."""
-    if not config.teacher.has_own_layout:
-        return online_teacher(config, inputs, groups)
+def _check_device(config: RunConfig, groups: Groups) -> None:
+    """ConfigError, on every rank, for what only a GPU can do."""
+    cuda = groups.platform.is_cuda
+    if config.teacher.offload and not cuda:
+        raise ConfigError("teacher.offload keeps the teacher in CPU memory, where this run on a CPU has it anyway: unset it")
+    if config.teacher.precision == "fp8":
+        engine = importlib.util.find_spec("transformer_engine") is not None
+        if not (cuda and engine and torch.cuda.get_device_capability() >= (8, 9)):
+            raise ConfigError(
+                'teacher.precision = "fp8" needs Transformer Engine and a GPU that multiplies in fp8 (compute capability 8.9 or later): '
+                'set "bf16"'
+            )
+
+
+def _live_teacher(config: RunConfig, inputs: Inputs, groups: Groups, *, placement: Placement, even: bool) -> TeacherSource:
+    """The teacher of teacher.checkpoint in the student's layout, or in its own where it needs one."""
+    if not config.teacher.has_own_layout and not placement.reverse:
+        return online_teacher(config, inputs, groups, layers={pair.teacher_layer for pair in config.distill.hidden_states})
     tensor, pipeline, micro_batch_size = config.teacher_layout(groups.world_size)
-    own = second_layout(groups, tensor=tensor, pipeline=pipeline, timeout_seconds=config.train.timeout_seconds)
-    teacher_alone = config.model_copy(update={"parallel": ParallelSection(tensor=tensor, pipeline=pipeline)})
+    own = second_layout(
+        groups,
+        tensor=tensor,
+        pipeline=pipeline,
+        timeout_seconds=config.train.timeout_seconds,
+        reversed_stages=placement.reverse,
+    )
+    sequence_parallel = config.parallel.sequence_parallel and not config.teacher.has_own_layout
+    teacher_alone = config.model_copy(
+        update={"parallel": ParallelSection(tensor=tensor, pipeline=pipeline, sequence_parallel=sequence_parallel)}
+    )
     return OwnLayoutTeacher(online_teacher(teacher_alone, inputs, own), groups, micro_batch_size=micro_batch_size, even=even)
+
+
+def placement_of(config: RunConfig, inputs: Inputs, world_size: int) -> Placement:
+    """When an online teacher runs, from teacher.overlap: the same on every rank."""
+    model, own = inputs.teacher_model, config.teacher.has_own_layout
+    if config.teacher.overlap == "none" or config.distill.dense or config.distill.hidden_states or model is None:
+        return Placement()
+    tensor, pipeline, micro_batch_size = config.teacher_layout(world_size)
+    length, parallel = config.batch.sequence_length, config.parallel
+    ours = flops_per_token(config.model, inputs.vocab_size, length, forward_only=True) * length * config.batch.micro_batch_size
+    theirs = flops_per_token(model, inputs.vocab_size, length, forward_only=True) * length * micro_batch_size
+    forward = ours / (parallel.tensor * parallel.pipeline)
+    recomputed = 3 if config.model.recompute == "full" else 2
+    student = Work(
+        world_size,
+        parallel.tensor,
+        parallel.pipeline,
+        config.num_microbatches(world_size),
+        forward,
+        recomputed * forward,
+        parallel.virtual_pipeline,
+    )
+    count = config.batch.global_batch_size * tensor * pipeline // (micro_batch_size * world_size)
+    teacher = Work(world_size, tensor, pipeline, count, theirs / (tensor * pipeline))
+    # Where the model promised 5 and 9 % (two ranks on gloo, tools/benchmarks), -3 and 4 % were measured: a small promise is not taken.
+    gain = -math.inf if config.teacher.overlap == "drain" else 0.1
+    return best_placement(student, teacher, same_layout=not own, can_reverse=can_reverse_stages(), gain=gain)
 
 
 def huggingface_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> HuggingFaceTeacher:
@@ -66,7 +134,7 @@ def huggingface_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> Hu
         inputs.huggingface,
         groups,
         None if config.distill.dense else selection_of(config),
-        precision=config.train.precision,
+        precision=config.teacher.precision or config.train.precision,
         vocab_size=inputs.vocab_size,
         rows=padded_vocab_size(inputs.vocab_size, config.model.vocab_size_multiple) // config.parallel.tensor,
         sequence_parallel=config.parallel.sequence_parallel,
@@ -81,12 +149,16 @@ def build_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> TeacherS
     if config.teacher.source == "none":
         return NoTeacher()
     if config.teacher.source == "online":
-        return _live_teacher(config, inputs, groups, even=True)
+        placement = placement_of(config, inputs, groups.world_size)
+        live = _live_teacher(config, inputs, groups, placement=placement, even=True)
+        return AheadTeacher(live) if placement.ahead else live
     if config.teacher.source == "huggingface":
         return huggingface_teacher(config, inputs, groups)
-    reader = _open_cache(config, inputs)
-    fallback = _live_teacher(config, inputs, groups, even=False) if config.teacher.on_miss == "online" else None
-    return CachedTeacher(reader, decodes=groups.is_last_stage, fallback=fallback)
+    reader, wanted = _open_cache(config, inputs)
+    fallback = None
+    if config.teacher.on_miss == "online":
+        fallback = _live_teacher(config, inputs, groups, placement=Placement(), even=False)
+    return CachedTeacher(reader, decodes=groups.is_last_stage, fallback=fallback, part=wanted)
 
 
 def attach_of(teacher: TeacherSource, *, held_out: bool) -> Attach | None:
@@ -110,22 +182,26 @@ def identity_of(config: RunConfig, inputs: Inputs, *, teacher: str, value_encodi
     )
 
 
-def _open_cache(config: RunConfig, inputs: Inputs) -> CacheReader:
-    """teacher.cache, compared with what the run needs: its own teacher's, where the run names one."""
+def _open_cache(config: RunConfig, inputs: Inputs) -> tuple[CacheReader, TopSelection | None]:
+    """teacher.cache, compared with what the run needs: its own teacher's, where the run names one. Beside it the selection that the run
+    takes out of what is stored, None where that is all of it."""
     digest = _teacher_digest(inputs)
-    reader, problem = None, None
+    reader, problem, part = None, None, None
     try:
         reader = CacheReader(str(config.teacher.cache))
         own = reader.identity
         wanted = identity_of(config, inputs, teacher=digest or own.teacher, value_encoding=own.value_encoding)
         if digest is None:
             wanted = replace(wanted, teacher_step=own.teacher_step)
+        selection, stored = selection_of(config), parse_top_selection(str(own.selection))
+        if isinstance(selection, TopSelection) and stored is not None and selection != stored and is_part(selection, stored):
+            part, wanted = selection, replace(wanted, selection=own.selection)
         own.check(wanted, reader.storage.name)
     except CacheError as error:
         problem = f"teacher.cache: {error}"
     raise_together(problem, ConfigError)
     assert reader is not None
-    return reader
+    return reader, part
 
 
 def _teacher_digest(inputs: Inputs) -> str | None:

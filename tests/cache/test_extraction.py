@@ -92,6 +92,7 @@ def test_finished_shards_are_those_of_the_same_samples(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "grown" / path.name).read_bytes(), say(seed, path.name)
 
 
+@pytest.mark.fault(15)
 def test_one_job_at_a_time(tmp_path: Path) -> None:
     with sole_writer(tmp_path, 3, writes=True):
         with pytest.raises(CacheInUse, match=f"is being written by process {os.getpid()} of "), sole_writer(tmp_path, 3, writes=True):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_kd.config import ConfigError, load_config
+from megatron_kd.experiments.grid import resolve
 from megatron_kd.parallel.platform import check_apex
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +35,44 @@ def test_readme_is_short_and_its_links_lead_somewhere() -> None:
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.toml")), ids=lambda path: path.name)
+PAGES = [path for path in sorted(ROOT.rglob("*.md")) if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_of_every_page(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)\)", path.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (path.parent / target).exists(), target
+
+
+TOML_FILES = sorted(path for path in (ROOT / "examples").rglob("*.toml") if path.parent.name != "planning")
+SWEEP_FILES = [path for path in TOML_FILES if "sweep" in tomllib.loads(path.read_text(encoding="utf-8"))]
+RUN_FILES = [path for path in TOML_FILES if path not in SWEEP_FILES]
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.name)
 def test_run_files_are_valid(path: Path) -> None:
     assert load_config(["--config", str(path)]).train.steps > 0
+
+
+def test_sweep_files_are_valid(tmp_path: Path) -> None:
+    """Those of the examples, and the one that the page about them shows, whole and small."""
+    page = (ROOT / "examples/README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "grid.toml").write_text(shown)
+    (tmp_path / "run.toml").write_text((ROOT / "examples/quickstart/student.toml").read_text())
+    for path in (*SWEEP_FILES, tmp_path / "grid.toml"):
+        whole, small = (resolve(path, tmp_path / "out", small=small) for small in (False, True))
+        assert len(whole.cells) >= len(small.cells) > 0 and small.seeds
+    assert [cell.name for cell in small.cells] == ["alpha 0.0", "alpha 0.5"] and len(whole.tasks) == 3 + 9
+    block = next(block for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL) if "sweep.py" in block)
+    commands = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
+    assert [Path(words[0]).name for words in commands] == ["sweep.py"] * 3 + ["report.py"]
+    words = [
+        word.replace("out", str(tmp_path / "out")) if word == "out" else word.replace("grid", str(tmp_path / "grid"))
+        for word in commands[1]
+    ]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stdout.count("open ") == 12, done.stderr
 
 
 def test_readme_python() -> None:
@@ -77,6 +116,17 @@ def test_readme_tools(tmp_path: Path) -> None:
     assert "teacher" not in str(error.value) and "distill" not in str(error.value)
 
 
+def test_plans() -> None:
+    """README's command, and the example's three students: what is printed is what is kept beside it."""
+    (line,) = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("python tools/plan.py")]
+    done = subprocess.run([sys.executable, *shlex.split(line, comments=True)[1:]], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "llama-3.2-1b from llama-3.1-8b on 64 x h100" in done.stdout, done.stderr
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "examples/planning/plan.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.stdout == (ROOT / "examples/planning/plans.txt").read_text(), "write plan.sh's output into plans.txt"
+
+
 @pytest.mark.parametrize("tool", [*sorted((ROOT / "tools").glob("*.py")), ROOT / "megatron_kd/pretrain.py"], ids=lambda path: path.name)
 def test_help(tool: Path) -> None:
     arguments = ["-m", "megatron_kd.pretrain"] if tool.name == "pretrain.py" else [str(tool)]
@@ -90,6 +140,10 @@ def test_foreign_apex_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match="not NVIDIA's apex"):
         check_apex()
+    assert "apex" not in sys.modules, "it was run to be looked into"
+    (tmp_path / "apex/normalization.py").write_text("")
+    importlib.invalidate_caches()
+    check_apex()
 
 
 @pytest.mark.dist

@@ -28,8 +28,11 @@ POINTERS = {"columns": "*i64", "label": "*i64", "chosen": "*i32", "found_columns
 
 
 def build(name, narrow, **constants):
+    own = constants.get("PER_ROW", False)
     kernel = getattr(triton_kernels, name)
     types = {"temperature": "fp32", **dict.fromkeys(INTEGERS, "i32"), **POINTERS, **dict.fromkeys(constants, "constexpr")}
+    if own:
+        types["temperature"] = "*fp32"
     if narrow:
         types["gradient"] = "*bf16"
     signature = {argument: types.get(argument, "*fp32") for argument in kernel.arg_names}
@@ -37,16 +40,18 @@ def build(name, narrow, **constants):
     aligned = [n for n, a in enumerate(kernel.arg_names) if signature[a][0] == "*" or a in ("width", "gradient_width")]
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs={(n,): [["tt.divisibility", 16]] for n in aligned})
     options = {"num_warps": 8, "enable_fp_fusion": True}
-    print("== " + name + " " + str(narrow), triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"], sep="\\n")
+    title = "== " + name + " " + str(narrow) + (" own" if own else "")
+    print(title, triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"], sep="\\n")
 
 
-flags = dict(HAS_TEMPERATURE=True, ENTROPY=True)
-build("tile_kernel", False, TOTAL=True, TILES=128, **flags)
-build("split_kernel", False, TOTAL=True, IDS=64, TILES=1024, **flags)
+for own in (False, True):
+    flags = dict(HAS_TEMPERATURE=True, PER_ROW=own)
+    build("tile_kernel", False, TOTAL=True, ENTROPY=True, TILES=128, **flags)
+    build("split_kernel", False, TOTAL=True, ENTROPY=True, IDS=64, TILES=1024, **flags)
+    for narrow in (False, True):
+        build("gradient_kernel", narrow, HAS_CONSTANT=True, IDS=64, BLOCK=4096, **flags)
 build("select_kernel", False, BY_TILE=False, BLOCK=4096)
 build("select_kernel", True, BY_TILE=True, BLOCK=2048)
-for narrow in (False, True):
-    build("gradient_kernel", narrow, HAS_TEMPERATURE=True, HAS_CONSTANT=True, IDS=64, BLOCK=4096)
 """
 
 pytestmark = pytest.mark.skipif(
@@ -79,15 +84,16 @@ def test_every_kernel_compiles() -> None:
         assert "ld.global.v4" in compiled()[name], f"{name} does not load 16 bytes at a time"
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_logits_are_read_before_a_gradient_is_stored_over_them(narrow: bool) -> None:
+@pytest.mark.parametrize("name", ["gradient_kernel False", "gradient_kernel True", "gradient_kernel False own", "gradient_kernel True own"])
+def test_logits_are_read_before_a_gradient_is_stored_over_them(name: str) -> None:
     """In the loop, in its last part, before the label and before the ids."""
     load, store, barrier = "ld.global", "st.global", "bar.sync"
-    assert steps(f"gradient_kernel {narrow}") == [load, barrier, store] * 2 + [barrier, store, barrier, load, store]
+    assert steps(name) == [load, barrier, store] * 2 + [barrier, store, barrier, load, store]
 
 
-def test_the_support_is_lifted_out_between_barriers() -> None:
+@pytest.mark.parametrize("name", ["split_kernel False", "split_kernel False own"])
+def test_the_support_is_lifted_out_between_barriers(name: str) -> None:
     """Read it; barrier; overwrite it; barrier; read its tiles; barrier; merge."""
-    found = "".join({"ld.global": "L", "st.global": "S", "bar.sync": "b"}[step] for step in steps("split_kernel False"))
+    found = "".join({"ld.global": "L", "st.global": "S", "bar.sync": "b"}[step] for step in steps(name))
     # Barriers inside the last two parts are those of sums over a row.
     assert re.fullmatch(r"(LS)+bLSbL(bS)+bL(bL)*[bSL]*S", found), found

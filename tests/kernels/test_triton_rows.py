@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from itertools import product
 
 import pytest
@@ -17,6 +18,7 @@ from megatron_kd.kernels.triton_rows import TritonRows
 from tests.kernels.rows import (
     DEVICE,
     Case,
+    Coefficients,
     gradient_in_fp64,
     make_case,
     make_coefficients,
@@ -264,6 +266,28 @@ def test_gradient_of_huge_logits() -> None:
         plain = Case(case.logits.where(~case.support(), -1e4), case.columns, case.label)
         expected = gradient_in_fp64(plain, given, 2.0)
         assert (found - expected).norm() < limit * expected.norm(), say(seed, dtype)
+
+
+@pytest.mark.parametrize("make", [Case.plain, Case.triton], ids=["plain", "triton"])
+def test_each_row_at_its_own_temperature(make: Callable[[Case], PlainRows]) -> None:
+    """Bit for bit what the rows give one by one, each at its temperature as a number."""
+    seed = fresh_seed()
+    case = make_case(seed, rows=5, valid=random.Random(seed).randint(40, 200), count=7)
+    temperatures = torch.rand(5, generator=torch.Generator().manual_seed(seed)) * 3 + 0.2
+    given = make_coefficients(seed, case, constant=False)
+    columns, label = case.ids()
+
+    def both(of: Case, part: slice, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+        coefficients = Coefficients(*(t[part] if t is not None else None for t in astuple(given)))
+        split = make(of).split(columns[part], label[part], temperature, total=True, entropy=True)
+        return split.cpu(), triton_gradient(make(of), of, coefficients, temperature)  # type: ignore[arg-type]
+
+    together = both(case, slice(None), temperatures.to(DEVICE))
+    for row in range(5):
+        part = slice(row, row + 1)
+        alone = both(Case(case.logits[part], case.columns[part], case.label[part]), part, float(temperatures[row]))
+        assert all(torch.equal(whole[part], single) for whole, single in zip(together, alone, strict=True)), (row, say(seed))
+    assert not torch.equal(together[0], both(case, slice(None), float(temperatures[0]))[0])
 
 
 def test_runs_repeat() -> None:

@@ -8,7 +8,8 @@ import torch
 from megatron_kd.losses import linear_kd_cross_entropy
 from megatron_kd.targets import SampleSelection, SparseTarget, linear_targets, select_targets
 from megatron_kd.targets.sample import uniform
-from tests.losses.cases import fresh_seed, make_problem, relative_error, say
+from megatron_kd.targets.sparse import check_target, give_rest_to_label
+from tests.losses.cases import fresh_seed, hand_target, make_problem, relative_error, say
 
 DRAWS = 4000
 
@@ -100,7 +101,66 @@ def test_the_loss_takes_draws_at_their_temperature_only() -> None:
         linear_kd_cross_entropy(hidden, weight, problem.labels, target, alpha=1.0, vocab_size=90)
 
 
+def test_drawing_from_another_power_and_weighing_back() -> None:
+    """With many draws the weighed counts tend to the softmax too; unweighed they would tend to its power."""
+    seed = fresh_seed()
+    problem = make_problem(seed)
+    p = (problem.teacher / 1.5).softmax(1)
+    likely = p > 30 / DRAWS
+    target = select_targets(problem.teacher, SampleSelection(DRAWS, seed, 1.5, power=0.7))
+    found = shares(target, 90)
+    assert torch.allclose(found.sum(1), torch.ones(40, dtype=torch.float64), atol=1e-6), say(seed)
+    assert ((found - p) / p)[likely].abs().mean() < 0.12, say(seed)
+    flat = (p**0.7) / (p**0.7).sum(1, keepdim=True)
+    assert ((found - p) / p)[likely].square().mean() < 0.5 * ((flat - p) / p)[likely].square().mean(), say(seed)
+
+
+def test_the_teacher_s_own_probabilities_on_drawn_ids() -> None:
+    """The ids are those of the counts; their values the teacher's at the temperature, rescaled to 1."""
+    seed = fresh_seed()
+    problem = make_problem(seed)
+    logits = problem.teacher.float()
+    counts, own = (select_targets(logits, SampleSelection(12, seed, 2.0, values)) for values in ("counts", "probabilities"))
+    assert torch.equal(counts.indices, own.indices) and own.sampled and own.temperature == 2.0
+    used = own.indices >= 0
+    p = (problem.teacher / 2.0).softmax(1).gather(1, own.indices.clamp(min=0).long()) * used
+    expected = p / p.sum(1, keepdim=True)
+    assert relative_error(own.logprobs.exp() * used, expected) < 1e-5, say(seed)
+    assert (~torch.isfinite(own.logprobs[~used])).all()
+
+
+def test_selections_by_their_text() -> None:
+    """What names a cache: defaults that came later are not in it."""
+    assert repr(SampleSelection(4, 1)) == "SampleSelection(num_draws=4, seed=1, temperature=1.0)"
+    assert repr(SampleSelection(4, 1, 2.0, "probabilities", 0.8)).endswith("temperature=2.0, values='probabilities', power=0.8)")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_rest_given_to_the_label(temperature: float) -> None:
+    """Kept or not, the label gets what is outside the kept ids at temperature 1, wherever the tail was measured."""
+    seed = fresh_seed()
+    problem = make_problem(seed)
+    target = hand_target(problem.teacher, top_k=6, temperature=temperature)
+    given = give_rest_to_label(target, problem.labels)
+    p = problem.teacher.softmax(1)
+    used = target.indices >= 0
+    kept = torch.zeros_like(p).scatter_add_(1, target.indices.clamp(min=0).long(), p.gather(1, target.indices.clamp(min=0).long()) * used)
+    rest = 1 - kept.sum(1)
+    counted = problem.labels >= 0
+    expected = kept[counted]
+    expected[torch.arange(int(counted.sum())), problem.labels[counted]] += rest[counted]
+    assert relative_error(shares(given, 90)[counted], expected) < 1e-6, say(seed)
+    assert relative_error(shares(given, 90)[~counted], kept[~counted]) < 1e-6, say(seed)
+    check_target(given, problem.labels.shape, vocab_size=90)
+    with pytest.raises(ValueError, match="draws do not say"):
+        give_rest_to_label(select_targets(problem.teacher, SampleSelection(4, 1)), problem.labels)
+
+
 def test_bad_selections() -> None:
+    with pytest.raises(ValueError, match="values must be counts or probabilities"):
+        SampleSelection(4, 1, values="ranks")
+    with pytest.raises(ValueError, match="power must be > 0"):
+        SampleSelection(4, 1, power=0.0)
     with pytest.raises(ValueError, match="num_draws must be at least 1, not 0"):
         SampleSelection(0, 1)
     with pytest.raises(ValueError, match="temperature must be > 0, not 0"):

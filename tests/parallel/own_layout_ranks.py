@@ -75,3 +75,29 @@ def first_targets(run: Any, count: int | None = None) -> Asked:
             for place, sample in enumerate(microbatch.sample_ids.tolist()):
                 asked.targets[sample] = [tensor[:, place].clone() for tensor in target.tensors()]
     return asked
+
+
+def run_ahead(rendezvous: str, configs: list[RunConfig], steps: int) -> list[tuple[bool, bool, list[float]]]:
+    """Each run in turn in one world: whether its teacher runs ahead, whether with its stages reversed, and every step's numbers."""
+    from megatron_kd.parallel.groups import seed_step, stop_groups
+    from megatron_kd.teacher.ahead import AheadTeacher
+    from megatron_kd.train.build import build_run
+    from megatron_kd.train.evaluate import evaluate
+    from megatron_kd.train.step import train_step
+
+    found = []
+    for number, config in enumerate(configs):
+        run = build_run(config, rendezvous=f"{rendezvous}-{number}")
+        ahead = isinstance(run.teacher, AheadTeacher)
+        inner = run.teacher.inner if ahead else run.teacher
+        reversed_stages = getattr(inner, "own", run.groups).reversed_stages
+        numbers = []
+        while run.progress.step < steps:
+            seed_step(config.train.seed, run.progress.step, run.groups)
+            report = train_step(run)
+            numbers += [report.metrics["total_loss"], report.metrics["kd_loss"], report.grad_norm]
+            if run.progress.step == 2:
+                numbers += [each["kd_loss"] for each in evaluate(run).values()]
+        stop_groups()
+        found.append((ahead, reversed_stages, numbers))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,18 @@ WIDE = {
     "tp2_pp2": {"parallel": {"tensor": 2, "pipeline": 2}},
     "tp2_sp_dp2_distributed": {"parallel": {"tensor": 2, "sequence_parallel": True}, "optimizer": {"distributed": True}},
 }
+# With a teacher and without; the others with one only, and in the longer tests without.
+BOTH_WAYS = ("tp2_sp", "pp2_vp2")
 # Name: layout of the first half, layout of the second, and what both have in common.
 RESUMED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "again_tp2_sp": ("tp2_sp", "tp2_sp", {}),
-    "again_dp2_distributed": ("dp2_distributed", "dp2_distributed", {}),
     "tp2_to_vp2": ("tp2", "pp2_vp2", {}),
+    "distributed_bf16_tp2_to_dp2": ("tp2", "dp2", {"optimizer": {"distributed": True}, "train": {"precision": "bf16"}}),
+}
+LATER: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "again_dp2_distributed": ("dp2_distributed", "dp2_distributed", {}),
     "vp2_to_dp2": ("pp2_vp2", "dp2", {}),
     "distributed_dp2_to_tp2": ("dp2_distributed", "tp2", {"optimizer": {"distributed": True}}),
-    "distributed_bf16_tp2_to_dp2": ("tp2", "dp2", {"optimizer": {"distributed": True}, "train": {"precision": "bf16"}}),
 }
 WITHIN = {"data": {"document_attention": "within"}}
 # Tied head, norms on queries and keys, biases: what shards in other ways.
@@ -69,13 +74,19 @@ class Bench:
             content["distill"] = DISTILL
         return tiny(self.folder / name, self.data, **content)
 
-    def pairs(self, layouts: dict[str, dict[str, Any]]) -> dict[str, RunConfig]:
-        """Each layout without and with a teacher."""
+    def runs(self, layouts: dict[str, dict[str, Any]], *, teacher: bool) -> dict[str, RunConfig]:
+        """Each layout with or without a teacher."""
         return {
-            f"{name}{'_kd' if teacher else ''}": self.config(f"{name}{teacher}", teacher=teacher, **over)
-            for name, over in layouts.items()
-            for teacher in (False, True)
+            f"{name}{'_kd' if teacher else ''}": self.config(f"{name}{teacher}", teacher=teacher, **over) for name, over in layouts.items()
         }
+
+    def resumed(self, cases: dict[str, tuple[str, str, dict[str, Any]]]) -> dict[str, tuple[RunConfig, int, bool]]:
+        """The same directory twice: half of the run in one layout, saved, and the rest in another process's shape."""
+        jobs = {}
+        for name, (first, then, extra) in cases.items():
+            jobs[f"{name}_first"] = (self.config(name, teacher=True, **merged(LAYOUTS[first], extra)), STEPS // 2, True)
+            jobs[f"{name}_then"] = (self.config(name, teacher=True, **merged(LAYOUTS[then], extra)), STEPS, False)
+        return jobs
 
 
 @pytest.fixture(scope="module")
@@ -102,21 +113,26 @@ def single(bench: Bench) -> dict[str, Trained]:
 
 @pytest.fixture(scope="module")
 def pair(bench: Bench, single: dict[str, Trained]) -> dict[str, Trained]:
-    """Everything that needs two ranks, in one world."""
-    configs = bench.pairs(LAYOUTS)
-    bf16 = {"train": {"precision": "bf16"}}
-    for name in ("tp2_sp", "pp2_vp2", "dp2_distributed"):
-        configs[f"bf16_{name}_kd"] = bench.config(f"bf16_{name}", teacher=True, **LAYOUTS[name], **bf16)
-    for name in ("tp2", "pp2", "pp2_vp2"):
-        configs[f"variant_{name}"] = bench.config(f"variant_{name}", teacher=False, start=None, **VARIANT, **LAYOUTS[name])
-    for name in ("tp2_sp", "pp2_vp2"):
-        configs[f"within_{name}_kd"] = bench.config(f"within_{name}", teacher=True, **LAYOUTS[name], **WITHIN)
-    jobs = {name: (config, STEPS, False) for name, config in configs.items()}
-    for name, (first, then, extra) in RESUMED.items():
-        # The same directory twice: half of the run in one layout, saved, and the rest in another process's shape.
-        jobs[f"{name}_first"] = (bench.config(name, teacher=True, **merged(LAYOUTS[first], extra)), STEPS // 2, True)
-        jobs[f"{name}_then"] = (bench.config(name, teacher=True, **merged(LAYOUTS[then], extra)), STEPS, False)
+    """What the plain suite runs on two ranks, in one world."""
+    configs = bench.runs(LAYOUTS, teacher=True) | bench.runs({name: LAYOUTS[name] for name in BOTH_WAYS}, teacher=False)
+    configs["bf16_tp2_sp_kd"] = bench.config("bf16_tp2_sp", teacher=True, **LAYOUTS["tp2_sp"], train={"precision": "bf16"})
+    configs["variant_tp2"] = bench.config("variant_tp2", teacher=False, start=None, **VARIANT, **LAYOUTS["tp2"])
+    configs["within_tp2_sp_kd"] = bench.config("within_tp2_sp", teacher=True, **LAYOUTS["tp2_sp"], **WITHIN)
+    jobs = {name: (config, STEPS, False) for name, config in configs.items()} | bench.resumed(RESUMED)
     return dict(zip(jobs, run_ranks(run_all, 2, list(jobs.values()), timeout=500)[0], strict=True))
+
+
+@pytest.fixture(scope="module")
+def more(bench: Bench, pair: dict[str, Trained]) -> dict[str, Trained]:
+    """And what the longer tests do besides."""
+    configs = bench.runs({name: over for name, over in LAYOUTS.items() if name not in BOTH_WAYS}, teacher=False)
+    for name in ("pp2_vp2", "dp2_distributed"):
+        configs[f"bf16_{name}_kd"] = bench.config(f"bf16_{name}", teacher=True, **LAYOUTS[name], train={"precision": "bf16"})
+    for name in ("pp2", "pp2_vp2"):
+        configs[f"variant_{name}"] = bench.config(f"variant_{name}", teacher=False, start=None, **VARIANT, **LAYOUTS[name])
+    configs["within_pp2_vp2_kd"] = bench.config("within_pp2_vp2", teacher=True, **LAYOUTS["pp2_vp2"], **WITHIN)
+    jobs = {name: (config, STEPS, False) for name, config in configs.items()} | bench.resumed(LATER)
+    return pair | dict(zip(jobs, run_ranks(run_all, 2, list(jobs.values()), timeout=500)[0], strict=True))
 
 
 def merged(layout: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
@@ -142,38 +158,56 @@ def test_training_learns_and_the_teacher_matters(single: dict[str, Trained]) -> 
     assert 0 < rows[0]["teacher_mass"] < 1 and rows[0]["teacher_entropy"] > 0 and 0 <= rows[0]["top1_agreement"] <= 1
 
 
-@pytest.mark.parametrize("teacher", ["", "_kd"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_ranks_equal_one(layout: str, teacher: str, single: dict[str, Trained], pair: dict[str, Trained]) -> None:
-    check(pair[layout + teacher], single["fp32" + teacher], LOSS_FP32, WEIGHT_FP32)
+def in_turn(plain: list[str], later: list[str]) -> list[Any]:
+    """Names of the plain suite's runs, and those of the longer tests."""
+    return [
+        *(pytest.param(name, "pair", id=name) for name in plain),
+        *(pytest.param(name, "more", id=name, marks=pytest.mark.slow) for name in later),
+    ]
 
 
-@pytest.mark.parametrize("layout", ["tp2_sp", "pp2_vp2", "dp2_distributed"])
-def test_bf16_layouts(layout: str, single: dict[str, Trained], pair: dict[str, Trained]) -> None:
-    check(pair[f"bf16_{layout}_kd"], single["bf16_kd"], LOSS_BF16, None)
+@pytest.fixture
+def runs(request: pytest.FixtureRequest, where: str) -> dict[str, Trained]:
+    """The runs that a name is among."""
+    found: dict[str, Trained] = request.getfixturevalue(where)
+    return found
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "pp2_vp2"])
-def test_tied_head_qk_norm_and_biases(layout: str, single: dict[str, Trained], pair: dict[str, Trained]) -> None:
+@pytest.mark.parametrize(
+    ("layout", "where"), in_turn([*(f"{name}_kd" for name in LAYOUTS), *BOTH_WAYS], [name for name in LAYOUTS if name not in BOTH_WAYS])
+)
+def test_two_ranks_equal_one(layout: str, single: dict[str, Trained], runs: dict[str, Trained]) -> None:
+    check(runs[layout], single["fp32_kd" if layout.endswith("_kd") else "fp32"], LOSS_FP32, WEIGHT_FP32)
+
+
+@pytest.mark.parametrize(("layout", "where"), in_turn(["tp2_sp"], ["pp2_vp2", "dp2_distributed"]))
+def test_bf16_layouts(layout: str, single: dict[str, Trained], runs: dict[str, Trained]) -> None:
+    check(runs[f"bf16_{layout}_kd"], single["bf16_kd"], LOSS_BF16, None)
+
+
+@pytest.mark.parametrize(("layout", "where"), in_turn(["tp2"], ["pp2", "pp2_vp2"]))
+def test_tied_head_qk_norm_and_biases(layout: str, single: dict[str, Trained], runs: dict[str, Trained]) -> None:
     """Started from weights drawn by name, not from a checkpoint: the same model in every layout."""
-    check(pair[f"variant_{layout}"], single["variant"], LOSS_FP32, WEIGHT_FP32)
+    check(runs[f"variant_{layout}"], single["variant"], LOSS_FP32, WEIGHT_FP32)
 
 
-@pytest.mark.parametrize("layout", ["tp2_sp", "pp2_vp2"])
-def test_attention_within_documents(layout: str, single: dict[str, Trained], pair: dict[str, Trained]) -> None:
-    check(pair[f"within_{layout}_kd"], single["within_kd"], LOSS_FP32, WEIGHT_FP32)
+@pytest.mark.parametrize(("layout", "where"), in_turn(["tp2_sp"], ["pp2_vp2"]))
+def test_attention_within_documents(layout: str, single: dict[str, Trained], runs: dict[str, Trained]) -> None:
+    check(runs[f"within_{layout}_kd"], single["within_kd"], LOSS_FP32, WEIGHT_FP32)
     assert worst_loss(single["within_kd"], single["fp32_kd"]) > 1e-3, "the documents in front must matter"
 
 
-@pytest.mark.parametrize("name", RESUMED)
-def test_resume(name: str, single: dict[str, Trained], pair: dict[str, Trained]) -> None:
-    first, then, extra = RESUMED[name]
-    begun, ended = pair[f"{name}_first"], pair[f"{name}_then"]
+@pytest.mark.parametrize(("name", "where"), in_turn([*RESUMED], [*LATER]))
+@pytest.mark.fault(10)
+def test_resume(name: str, single: dict[str, Trained], runs: dict[str, Trained], measured: Callable[[str], None]) -> None:
+    first, then, extra = (RESUMED | LATER)[name]
+    begun, ended = runs[f"{name}_first"], runs[f"{name}_then"]
     assert [row["step"] for row in begun.rows + ended.rows] == list(range(1, STEPS + 1))
     precision = extra.get("train", {}).get("precision", "fp32")
+    measured(f"{first} to {then}, {precision}: {worst_loss(ended, single[f'{precision}_kd']):.0e}")
     if first == then:
         # The same layout: the interrupted run is the uninterrupted one, to the bit.
-        whole = pair[f"{first}_kd"]
+        whole = runs[f"{first}_kd"]
         assert begun.rows + ended.rows == whole.rows
         assert worst_weight(ended, whole) == 0.0
     elif precision == "fp32":
@@ -183,8 +217,9 @@ def test_resume(name: str, single: dict[str, Trained], pair: dict[str, Trained])
         assert worst_loss(ended, single["bf16_kd"]) <= LOSS_BF16
 
 
+@pytest.mark.slow
 def test_four_ranks_equal_one(bench: Bench, single: dict[str, Trained]) -> None:
-    configs = bench.pairs(WIDE)
+    configs = bench.runs(WIDE, teacher=True) | bench.runs({"tp2_pp2": WIDE["tp2_pp2"]}, teacher=False)
     found = dict(zip(configs, run_ranks(run_all, 4, [(c, STEPS, False) for c in configs.values()], timeout=500)[0], strict=True))
     for name, trained in found.items():
         check(trained, single["fp32_kd" if name.endswith("_kd") else "fp32"], LOSS_FP32, WEIGHT_FP32)

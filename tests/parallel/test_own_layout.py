@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_kd.config import ConfigError, RunConfig
+from megatron_kd.config import ConfigError, RunConfig, dump_toml
 from megatron_kd.teacher.split import Split
 from megatron_kd.train.inputs import check_inputs
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny, write_tokens
 from tests.losses.cases import fresh_seed, say
 from tests.parallel.layouts import run_all
-from tests.parallel.own_layout_ranks import Asked, ask_all, ask_unevenly
+from tests.parallel.own_layout_ranks import Asked, ask_all, ask_unevenly, run_ahead
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
@@ -97,6 +99,7 @@ def pairs_of(world: int) -> list[tuple[Any, Any]]:
     return list(product(fits, fits))
 
 
+@pytest.mark.slow
 def test_four_ranks(bench: Bench, single: dict[str, Asked]) -> None:
     run_pairs(bench, 4, [((1, 2), (2, 2)), ((2, 1), (1, 1))], 3, single["top"])
 
@@ -128,6 +131,62 @@ def test_replicas_that_ask_for_different_numbers(bench: Bench, single: dict[str,
         for asked in rank:
             check_targets(asked, single["top"])
     assert [len(asked.targets) for asked in rank] == [2 * each[1] for each in counts]
+
+
+def ahead_pairs(bench: Bench, layouts: list[tuple[Any, Any, dict[str, Any]]]) -> list[RunConfig]:
+    """Of each layout the run without and with a teacher that runs ahead."""
+    valid = {"held_out": bench.data}
+    return [
+        bench.config(student, own, parallel=more, teacher={"overlap": overlap}, data={"valid": valid}, train={"evaluate_batches": 1})
+        for student, own, more in layouts
+        for overlap in ("none", "drain")
+    ]
+
+
+def check_ahead(by_rank: list[list[tuple[bool, bool, list[float]]]]) -> None:
+    for rank in by_rank:
+        for (plain, _, wanted), (ahead, _, numbers) in zip(rank[::2], rank[1::2], strict=True):
+            assert ahead and not plain
+            assert numbers == wanted  # to the bit
+
+
+def test_a_step_ahead_on_two_ranks(bench: Bench) -> None:
+    """A student's validation comes between a step ahead and its use."""
+    layouts: list[tuple[Any, Any, dict[str, Any]]] = [
+        ((1, 2), None, {}),
+        ((1, 2), (2, 1), {"overlap_grad_reduce": True}),
+        ((1, 2), (1, 2), {"virtual_pipeline": 2}),
+        ((2, 1), (1, 2), {}),
+    ]
+    by_rank = run_ranks(run_ahead, 2, ahead_pairs(bench, layouts), 4, timeout=300)
+    check_ahead(by_rank)
+    assert [reversed_stages for _, reversed_stages, _ in by_rank[0]] == [False, True, False, False, False, True, False, False]
+
+
+@pytest.mark.slow
+def test_a_step_ahead_on_four_ranks(bench: Bench) -> None:
+    layouts: list[tuple[Any, Any, dict[str, Any]]] = [
+        ((1, 2), (2, 2), {}),
+        ((2, 2), None, {}),
+        ((1, 4), None, {}),
+    ]
+    check_ahead(run_ranks(run_ahead, 4, ahead_pairs(bench, layouts), 4, timeout=400))
+
+
+def test_samples_that_a_cache_lacks(bench: Bench, single: dict[str, Asked], tmp_path: Path) -> None:
+    """Of a cache with some of the samples, and a live teacher in its own layout for the rest: the targets and curve of the live one."""
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(dump_toml(bench.config()), encoding="utf-8")
+    options = ["--output", str(tmp_path / "cache"), "--first-samples", "300", "--value-encoding", "fp32"]
+    command = [sys.executable, "tools/cache_teacher.py", "--config", str(run_file), *options]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    cached = {"source": "cached", "cache": str(tmp_path / "cache"), "on_miss": "online"}
+    by_rank = run_ranks(ask_all, 2, [bench.config((1, 1), (2, 1), teacher=cached)], 6)
+    check([found for (found,) in by_rank], single["top"])
+    # The exchange carried some of them, and not all.
+    whole = run_ranks(ask_all, 2, [bench.config((1, 1), (2, 1))], 0)
+    assert 0 < sum(found.sent for (found,) in by_rank) < sum(found.sent for (found,) in whole)
 
 
 def test_each_sample_belongs_to_one_of_each() -> None:

@@ -132,7 +132,8 @@ def recomputed(config: RunConfig, checkpoint: Path, step: int) -> list[tuple[byt
     from megatron_kd.train.build import build_run
 
     teacher = config.teacher.model_copy(update={"source": "online", "checkpoint": checkpoint})
-    run = build_run(config.model_copy(update={"teacher": teacher, "capture": type(config.capture)()}))
+    checkpoint_section = config.checkpoint.model_copy(update={"allow_changes": True})  # it has learnt without a teacher
+    run = build_run(config.model_copy(update={"teacher": teacher, "capture": type(config.capture)(), "checkpoint": checkpoint_section}))
     batches = run.train_data.microbatches(step * config.batch.global_batch_size)
     targets = run.teacher.targets(batches)
     found = []

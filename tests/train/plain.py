@@ -9,8 +9,8 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from megatron_kd.config import ModelSection
 
 
-def plain_logits(weights: dict[str, Tensor], model: ModelSection, tokens: Tensor) -> Tensor:
-    """tokens [B, S] -> logits [B, S, vocab_size], from whole weights under their checkpoint names."""
+def plain_logits(weights: dict[str, Tensor], model: ModelSection, tokens: Tensor, layers: list[Tensor] | None = None) -> Tensor:
+    """tokens [B, S] -> logits [B, S, vocab_size], from whole weights under their checkpoint names; layers: gets each layer's output."""
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
     size = model.head_dim or model.hidden_size // heads
     x = weights["embedding.word_embeddings.weight"][tokens]
@@ -27,6 +27,8 @@ def plain_logits(weights: dict[str, Tensor], model: ModelSection, tokens: Tensor
         y = rms_norm(x, x.shape[-1:], w["mlp.linear_fc1.layer_norm_weight"], model.norm_eps)
         gate, up = (y @ w["mlp.linear_fc1.weight"].T).chunk(2, -1)
         x = x + (silu(gate) * up) @ w["mlp.linear_fc2.weight"].T
+        if layers is not None:
+            layers.append(x)
     x = rms_norm(x, x.shape[-1:], weights["decoder.final_layernorm.weight"], model.norm_eps)
     return x @ weights["output_layer.weight"][: model.vocab_size].T
 

@@ -122,8 +122,9 @@ def _seen(cache: Path) -> tuple[list[str], list[str]]:
 def refused(bench: Bench) -> dict[str, tuple[list[str], str]]:
     """Name -> (overrides of a finished run's file, what the sentence must hold)."""
     fresh = ["--run.directory", str(bench.folder / "fresh")]
+    changed = ["--train.seed", "8", "--checkpoint.allow_changes", "true"]
     return {
-        "other run": (["--train.seed", "8"], "holds the targets of another training run (train.seed: 7 there, 8 here)"),
+        "other run": (changed, "holds the targets of another training run (train.seed: 7 there, 8 here)"),
         "other k": (["--distill.top_k", "9"], "selection: the cache has 'TopSelection(top_k=12"),
         "second": (fresh, "already holds targets of training steps up to 8, but training goes on at step 0"),
         "a file": ([*fresh, "--capture.directory", f"{bench.data}.bin"], "capture.directory cannot be written"),
@@ -184,6 +185,7 @@ def test_records_are_what_the_checkpoint_of_their_step_says(alone: Alone) -> Non
     assert first.entropy is not None and last.entropy is not None and last.entropy.mean() < first.entropy.mean(), "it learns"
 
 
+@pytest.mark.fault(1)
 def test_killed_and_resumed(alone: Alone) -> None:
     """SIGKILL at the points between a shard, its checkpoint and its name: in the end the files of an uninterrupted run."""
     for name in ("whole", "broken"):
@@ -233,12 +235,14 @@ def test_the_readme_s_commands(alone: Alone) -> None:
     assert all(row["kd_loss"] is not None for row in rows(alone.bench.folder / "readme_run") if "split" not in row)
 
 
+@pytest.mark.fault(8)
 def test_a_step_that_is_not_finite_is_not_stored(alone: Alone) -> None:
     """And does not stop a run that goes on without it."""
     assert alone.ended["poisoned"].value == 1, alone.ended["poisoned"].output
     assert {step for step, _ in by_step(alone.bench.cache("poisoned"))} == set(range(STEPS)) - {2}
 
 
+@pytest.mark.fault(6)
 def test_a_full_disk_stops_the_run(alone: Alone, pair: tuple[dict[str, Trained], str]) -> None:
     """In one process with the exit code for it; where one rank of two meets it, both stop with its sentence."""
     ended = alone.ended["full"]

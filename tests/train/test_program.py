@@ -61,9 +61,11 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-RATES = {"tokens_per_second", "tflops_per_device", "mfu"}
+RATES = {"tokens_per_second", "tflops_per_device", "mfu", "rank_seconds", "slowest_rank_seconds", "slowest_rank", "data_seconds"}
 
 
+@pytest.mark.slow
+@pytest.mark.fault(1)
 def test_killed_and_started_again(tmp_path: Path) -> None:
     """SIGKILL in the middle, the same command again: rows and last weights as if nothing had happened."""
     tokens = write_tokens(tmp_path)
@@ -104,19 +106,21 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     assert code == 0 and rows(tmp_path / "whole")[-1]["step"] == 62, output
 
 
+@pytest.mark.fault(8)
 def test_nan_stops_before_the_weights(tmp_path: Path) -> None:
     tokens = write_tokens(tmp_path)
     run = write_run(
         tmp_path, "nan", tokens, optimizer={"learning_rate": 1e30, "min_learning_rate": 1e30, "clip_grad": 0.0, "warmup_steps": 0}
     )
     code, output = finish(start(command(run)))
-    assert code == 1 and "the weights were not changed" in output, output
+    assert code == 93 and "the weights were not changed" in output, output
     assert json.loads((tmp_path / "nan/status.json").read_text())["state"] == "stopped"
     code, output = finish(start(command(run, "--train.nonfinite", "skip", "--train.max_nonfinite_steps", "3")))
-    assert code == 1 and "4 such step(s)" in output, output
+    assert code == 93 and "4 such step(s)" in output, output
     assert rows(tmp_path / "nan")[-1]["nonfinite_steps"] >= 3
 
 
+@pytest.mark.fault(9)
 def test_bad_input_is_one_sentence_on_every_rank(tmp_path: Path) -> None:
     """Two ranks, started at once for every case: each prints one sentence and leaves, before any collective."""
     tokens = write_tokens(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,22 +15,20 @@ import pytest
 import torch
 
 from megatron_kd.checkpoint.convert import open_huggingface, write_checkpoint
-from megatron_kd.config import ConfigError, ModelSection, dump_toml
-from megatron_kd.data.indexed import TokenFileWriter
+from megatron_kd.config import ModelSection, dump_toml
+from megatron_kd.data.indexed import TokenFileWriter, check_token_file, read_index
 from megatron_kd.data.tokenizer import load_tokenizer
 from megatron_kd.models.transformers_model import load_causal_lm, load_text_tokenizer
-from megatron_kd.train.harness import _start_id, read_task
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny
 from tests.helpers.tools import Done, run_tools
 from tests.losses.cases import fresh_seed
 from tests.models.folders import write_folder
-from tests.train.use_ranks import MEASURED, NEW_TOKENS, PROMPTS, Used, train_and_use
+from tests.train.use_ranks import MEASURED, NEW_TOKENS, PROMPTS, VOCAB, Used, train_and_use
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
-VOCAB = 400
 
 
 class Student:
@@ -42,9 +41,12 @@ class Student:
         processor, info = load_tokenizer(self.tokenizer)
         encoded = [[*processor.encode(text), info.end_of_document] for text in texts]
         data, valid = (self._write(name, part, info.digest) for name, part in (("train", encoded[8:]), ("valid", encoded[:8])))
-        teacher = ModelSection(hidden_size=32, num_layers=2, num_attention_heads=2, ffn_hidden_size=48, vocab_size=VOCAB)
+        teacher = ModelSection(hidden_size=48, num_layers=2, num_attention_heads=2, ffn_hidden_size=48, vocab_size=VOCAB)
         source = open_huggingface(write_folder(folder / "teacher_hf", teacher, seed=fresh_seed(), scale=0.1))
         write_checkpoint(folder / "teacher", source, tokenizer=info.digest)
+        short = [ids[at : at + 60 + at % 97] for ids in encoded[:20] for at in range(0, min(len(ids), 400), 157)]
+        self._write("short", [*short[:5], [7], *short[5:]], info.digest)
+        self._write("foreign", short, "0" * 64)
         config = tiny(
             self.run,
             data,
@@ -54,7 +56,8 @@ class Student:
             train={"steps": 40, "evaluate_batches": MEASURED // 4},
             parallel={"tensor": 2},
             teacher={"source": "online", "checkpoint": str(folder / "teacher")},
-            distill={"alpha": 0.1, "top_k": 16},
+            # What trains along, a projection to the teacher's width, must not be met by anything below.
+            distill={"alpha": 0.1, "top_k": 16, "hidden_states": [{"student_layer": 3, "teacher_layer": 1, "weight": 0.1}]},
         )
         self.used: Used = run_ranks(train_and_use, 2, config, valid, str(self.tokenizer), timeout=300)[0]
         assert (self.run / "config.toml").read_text() == dump_toml(config)
@@ -72,7 +75,7 @@ class Student:
         prefix = self.folder / name
         with TokenFileWriter(prefix, np.dtype("<u2")) as writer:
             writer.add(np.concatenate(documents).astype("<u2"), np.array([len(each) for each in documents], dtype=np.int32))
-            writer.commit(tokenizer_digest=digest, vocab_size=VOCAB)
+            writer.commit(tokenizer_digest=digest, vocab_size=VOCAB, bytes=4 * sum(map(len, documents)))
         return str(prefix)
 
 
@@ -85,14 +88,29 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
 def told(student: Student) -> dict[str, Done]:
     """Every call of a tool, in one process."""
     prompts = [word for prompt in PROMPTS[:2] for word in ("--prompt", prompt)]
+    two = ["--data", "in=valid", "--data", "out=train"]
     calls: dict[str, list[object]] = {
         "export": ["convert_checkpoint.py", "to-huggingface", "run", "--output", "exported", "--tokenizer", student.tokenizer, "--check"],
         "generate": ["generate.py", "run", *prompts, "--max-new-tokens", NEW_TOKENS, "--json"],
         "stop": ["generate.py", "run", "--prompt", PROMPTS[0], "--max-new-tokens", NEW_TOKENS, "--json", "--stop", _stop(student)],
         "perplexity": ["evaluate.py", "perplexity", "run", "--max-sequences", MEASURED, "--json", "out/found.json"],
         "import": ["convert_checkpoint.py", "from-huggingface", "exported", "--output", "imported", "--tokenizer", student.tokenizer],
+        "beside a teacher": [
+            "evaluate.py",
+            "perplexity",
+            "run",
+            *two,
+            "--teacher",
+            "teacher",
+            "--max-sequences",
+            MEASURED,
+            "--json",
+            "b.json",
+        ],
         "perplexity of the import": ["evaluate.py", "perplexity", "imported", "--data", "v=valid", "--sequence-length", 48],
     }
+    calls["score"] = [*SCORE, "--keep-fraction", "0.5", "--output", "chosen"]
+    calls["score again"] = [*SCORE, "--keep-tokens", 700, "--output", "fewer", "--scores", "chosen.scores"]
     return run_tools({**calls, **{name: words for name, (words, _) in BAD.items()}}, cwd=student.folder)
 
 
@@ -109,6 +127,13 @@ def test_layouts_and_batches_write_the_same_text(student: Student) -> None:
     assert all(0 < len(tokens) <= NEW_TOKENS for tokens in used.tokens)
 
 
+def test_prompts_of_ids(student: Student) -> None:
+    """The same draws as for their texts, in every layout and batch; what cannot be continued is refused."""
+    used = student.used
+    assert used.of_ids == used.ids and used.of_ids["one"] == used.of_ids["tp2"] == used.of_ids["pp2"] and any(used.ids["one"])
+    assert [part in told for part, told in zip(("prompt 1 must", "prompt 1 must", "stop strings"), used.refused, strict=True)] == [True] * 3
+
+
 def test_cache_changes_nothing(student: Student) -> None:
     assert student.used.tokens == student.used.uncached
 
@@ -118,6 +143,105 @@ def test_perplexity_is_the_runs_own_validation(student: Student) -> None:
     for name, (cross_entropy, tokens) in used.perplexity.items():
         assert tokens == used.run["tokens"], name
         assert abs(cross_entropy - (used.run["ce_loss"] or 0.0)) <= 1e-5, name
+
+
+def test_calibration_and_teacher_are_those_of_whole_logits(student: Student) -> None:
+    """In every layout, and to the last digit that fp32 has; a token whose confidence lies on a bin's edge may fall to either side."""
+    used = student.used
+    assert list(used.measured) == ["one", "one near", "tp2", "tp2 near", "pp2", "pp2 near"]
+    for name, found in used.measured.items():
+        near = name[3:]
+        assert found["tokens"] == MEASURED * 48, name
+        for key, value in used.plain[near].items():
+            assert abs(found[key] - value) <= (1e-2 if key == "calibration_error" else 2e-5), (name, key, found[key], value)
+        for key, value in used.measured[f"one{near}"].items():
+            if isinstance(value, float):
+                assert abs(found[key] - value) <= (1e-2 if "calibration" in key else 2e-5 * max(1.0, value)), (name, key)
+        assert found["bits_per_byte"] == pytest.approx(found["cross_entropy"] / math.log(2) / 4), name
+    assert 0 < used.plain[""]["accuracy"] < 1 and used.plain[""]["teacher_kl"] > 0.01
+    assert 0 < used.plain[" near"]["teacher_agreement"] < 1, "a test that can only say 0 or 1"
+
+
+SCORE: list[object] = ["score_data.py", "--data", "short", "--teacher", "run", "--reference", "teacher", "--shard-tokens", 500]
+
+
+def test_scores_are_those_of_whole_logits(student: Student) -> None:
+    """fp32 against fp32, in every layout."""
+    plain = np.array(student.used.plain_scores)
+    assert np.ptp(plain) > 0.05
+    for name, scores in student.used.scores.items():
+        assert scores.shape == plain.shape and np.abs(scores - plain).max() < 2e-5, name
+
+
+def documents(prefix: Path) -> list[bytes]:
+    index = read_index(prefix)
+    raw = Path(f"{prefix}.bin").read_bytes()
+    return [raw[begin : begin + 2 * int(length)] for begin, length in zip(index.offsets.tolist(), index.lengths, strict=True)]
+
+
+def test_chosen_documents(student: Student, told: dict[str, Done]) -> None:
+    """Half of them, unchanged and in order, none of which has a lower score than one left out; the second rule reads the same scores."""
+    assert told["score"].code == 0 and told["score again"].code == 0, (told["score"], told["score again"])
+    whole, kept, fewer = (documents(student.folder / name) for name in ("short", "chosen", "fewer"))
+    found = json.loads((student.folder / "chosen.selection.json").read_text())
+    scored = len(whole) - found["not_scored"]
+    assert found["not_scored"] == 1 and len(kept) == found["kept_documents"] == round(scored / 2) and found["documents"] == len(whole)
+    from_start = iter(enumerate(whole))
+    chosen = [next(number for number, each in from_start if each == document) for document in kept]
+    index = read_index(student.folder / "short")
+    shards = [np.load(path) for path in sorted((student.folder / "chosen.scores").glob("shard-*.npy"))]
+    assert len(shards) > 2 and np.concatenate(shards, axis=1)[2].tolist() == (index.lengths - 1).tolist()
+    sums = np.concatenate(shards, axis=1)
+    scores = (sums[0] - sums[1]) / np.maximum(sums[2], 1)
+    left_out = [number for number in range(len(whole)) if number not in chosen and len(whole[number]) > 2]
+    assert min(scores[chosen]) == pytest.approx(found["lowest_kept"]) and min(scores[chosen]) >= max(scores[left_out])
+    check_token_file(student.folder / "chosen", vocab_size=VOCAB, tokenizer_digest=load_tokenizer(student.tokenizer)[1].digest)
+    assert set(fewer) <= set(kept) or set(kept) <= set(fewer)
+    assert json.loads((student.folder / "fewer.selection.json").read_text())["kept_tokens"] <= 700
+    assert sum(map(len, fewer)) // 2 > 500, "the budget is used"
+
+
+def test_scoring_goes_on_where_it_stopped(student: Student, told: dict[str, Done]) -> None:
+    """With a shard missing, and what a kill leaves of it, only that one is made again; the result is the same bytes."""
+    assert told["score"].code == 0, told["score"]
+    scores = student.folder / "chosen.scores"
+    lost, *others = sorted(scores.glob("shard-*.npy"))
+    before, content = {path: path.stat().st_mtime_ns for path in others}, lost.read_bytes()
+    lost.unlink()
+    (scores / f".{lost.name}.partial-1").write_bytes(content[:50])
+    (student.folder / "again.bin").write_bytes(b"half")
+    (student.folder / "again.selection.json").write_text("{}")
+    again = [*SCORE, "--keep-fraction", "0.5", "--scores", "chosen.scores"]
+    calls = {
+        "again": [*again, "--output", "again"],
+        "there": [*again, "--output", "chosen"],
+        "other": [*again, "--output", "x", "--sequence-length", 16],
+    }
+    done = run_tools(calls, cwd=student.folder)
+    assert done["again"].code == 0, done["again"]
+    assert {path: path.stat().st_mtime_ns for path in others} == before and lost.read_bytes() == content
+    for ending in (".bin", ".idx"):
+        assert (student.folder / f"again{ending}").read_bytes() == (student.folder / f"chosen{ending}").read_bytes()
+    assert done["there"].code == 2 and "chosen.idx is there already" in done["there"].err
+    assert done["other"].code == 2 and "has scores with another sequence_length (48 there, 16 here)" in done["other"].err
+
+
+@pytest.mark.slow
+def test_scoring_killed_in_the_middle(student: Student, told: dict[str, Done]) -> None:
+    """SIGKILL after the first shards: they stay as they are, and the end is that of a run that was not killed."""
+    assert told["score"].code == 0, told["score"]
+    words = [*SCORE, "--keep-fraction", "0.5", "--output", "killed", "--batch-size", 1, "--shard-tokens", 100]
+    command = [sys.executable, str(ROOT / "tools" / str(words[0])), *map(str, words[1:])]
+    process = subprocess.Popen(command, cwd=student.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list((student.folder / "killed.scores").glob("shard-*.npy"))) < 2:
+        assert process.poll() is None, "it ended by itself"
+    process.kill()
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in (student.folder / "killed.scores").glob("shard-*.npy")}
+    assert not (student.folder / "killed.idx").exists()
+    assert run_tools({"again": words}, cwd=student.folder)["again"].code == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert documents(student.folder / "killed") == documents(student.folder / "chosen")
 
 
 IN_TRANSFORMERS = """
@@ -157,10 +281,17 @@ def test_perplexity_tool_and_the_way_back(student: Student, told: dict[str, Done
     assert told["perplexity"].code == 0 and "held_out  perplexity" in told["perplexity"].out, told["perplexity"]
     found = json.loads((student.folder / "out/found.json").read_text())["results"]["held_out"]
     assert (found["cross_entropy"], found["tokens"]) == pytest.approx(student.used.perplexity["one"], abs=1e-6)
+    assert told["beside a teacher"].code == 0, told["beside a teacher"]
+    both = json.loads((student.folder / "b.json").read_text())["results"]
+    assert set(both) == {"in", "out"}
+    for key, value in student.used.measured["one"].items():
+        assert both["in"][key] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else both["in"][key]), key
+    assert both["in"]["cross_entropy"] != both["out"]["cross_entropy"] and both["out"]["teacher_kl"] > 0
     assert told["import"].code == 0 and "hidden_size = 32" in told["import"].out, told["import"]
     assert "v  perplexity" in told["perplexity of the import"].out, told["perplexity of the import"]
 
 
+SCORE_BAD = SCORE[1:7]
 BAD: dict[str, tuple[list[object], str]] = {
     "no checkpoint": (["generate.py", "nowhere", "--prompt", "x"], "no checkpoint at nowhere"),
     "no prompt": (["generate.py", "run"], "give at least one --prompt"),
@@ -171,8 +302,20 @@ BAD: dict[str, tuple[list[object], str]] = {
     "ranks": (["generate.py", "run", "--prompt", "x", "--tensor", "2"], "1 processes cannot be split"),
     "other tokenizer": (["generate.py", "run", "--prompt", "x", "--tokenizer", "corpus/1.txt"], "is no tokenizer"),
     "no data": (["evaluate.py", "perplexity", "run", "--data", "x=absent"], "absent"),
+    "no teacher": (["evaluate.py", "perplexity", "run", "--teacher", "absent"], "--teacher: no checkpoint at absent"),
     "data's form": (["evaluate.py", "perplexity", "run", "--data", "valid"], "--data valid must be NAME=PREFIX"),
     "long": (["evaluate.py", "perplexity", "run", "--sequence-length", "9000000"], "fewer than one sequence"),
+    "nothing to keep": (["score_data.py", *SCORE_BAD, "--output", "y"], "say what to keep with one of --keep-fraction"),
+    "too much": (["score_data.py", *SCORE_BAD, "--output", "y", "--keep-fraction", "1.5"], "--keep-fraction (1.5) must be in (0, 1]"),
+    "none so high": ([*SCORE, "--output", "y", "--scores", "chosen.scores", "--threshold", "99"], "no document is kept by Rule"),
+    "foreign data": (
+        ["score_data.py", "--data", "foreign", *SCORE_BAD[2:], "--output", "y", "--keep-fraction", "1"],
+        "trained with another tokenizer than foreign",
+    ),
+    "no reference": (
+        ["score_data.py", "--data", "short", "--teacher", "run", "--reference", "z", "--output", "y", "--keep-tokens", "9"],
+        "--reference: no checkpoint at z",
+    ),
     "output": (["convert_checkpoint.py", "to-huggingface", "run", "--output", "corpus"], "exists already"),
     "shards": (["convert_checkpoint.py", "to-huggingface", "run", "--output", "x", "--shard-gigabytes", "nan"], "(nan) must be > 0"),
     "positions": (["convert_checkpoint.py", "to-huggingface", "run", "--output", "x", "--max-positions", "0"], "(0) must be at least 1"),
@@ -185,26 +328,6 @@ BAD: dict[str, tuple[list[object], str]] = {
 def test_bad_input_is_one_sentence(told: dict[str, Done], name: str) -> None:
     done = told[name]
     assert done.code == 2 and BAD[name][1] in done.err and len(done.err.splitlines()) == 1, done
-
-
-def test_task_files(tmp_path: Path) -> None:
-    """The examples are whole; a file that would bring data or code from elsewhere is refused."""
-    for path in sorted((ROOT / "examples/evaluation").glob("*.yaml")):
-        with pytest.raises(ConfigError, match="does not exist: name its folder"):
-            read_task(path, tmp_path)
-        name = next(line.split(": ")[1] for line in path.read_text().splitlines() if line.startswith("data_file"))
-        (tmp_path / name).write_text("{}\n")
-        task = read_task(path, tmp_path)
-        assert task["dataset_kwargs"]["data_files"]["test"] == str(tmp_path / name)
-    piqa = (ROOT / "examples/evaluation/piqa.yaml").read_text()
-    for text, sentence in (
-        (piqa + "dataset_path: ybisk/piqa\n", "sets dataset_path"),
-        (piqa + "process_docs: !function utils.run\n", "cannot be read"),
-        (piqa.replace("task: piqa", ""), "lacks task"),
-    ):
-        (tmp_path / "bad.yaml").write_text(text)
-        with pytest.raises(ConfigError, match=sentence):
-            read_task(tmp_path / "bad.yaml", tmp_path)
 
 
 @pytest.mark.slow
@@ -242,20 +365,3 @@ def likelihood(model: Any, tokenizer: Any, context: str, answer: str) -> float:
     with torch.no_grad():
         logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     return float(sum(logprobs[place - 1, ids[place]] for place in range(first, len(ids))))
-
-
-def test_texts_are_scored_after_a_known_id(tmp_path: Path) -> None:
-    """The tokenizer's own ids come first; many a tokenizer.json names none, and config.json does."""
-
-    class Ids:
-        def __init__(self, bos: int | None, eos: int | list[int] | None) -> None:
-            self.bos_token_id, self.eos_token_id = bos, eos
-
-    class Model:
-        def __init__(self, config: Ids) -> None:
-            self.config = config
-
-    for tokenizer, config, wanted in ((Ids(0, 1), Ids(2, 3), 0), (Ids(None, 1), Ids(2, 3), 1), (Ids(None, None), Ids(None, [4, 5]), 4)):
-        assert _start_id(Model(config), tokenizer, tmp_path) == wanted
-    with pytest.raises(ConfigError, match="names a bos or eos id"):
-        _start_id(Model(Ids(None, None)), Ids(None, None), tmp_path)

@@ -35,3 +35,40 @@ def test_a_teacher_in_its_own_layout() -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout[done.stdout.index("{") :])
     assert result["online / (plain + teacher)"]["min"] > 0 and result["settings"]["teacher_tensor"] == 2
+
+
+LAYOUTS = "--rounds 2 --hidden 64 --layers 2 --teacher-hidden 128 --teacher-layers 2 --vocab 300 --sequence 16 --batch 8 --micro-batch 2"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_layouts() -> None:
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 tools/bench_layout.py --student 1x2 --teacher same,2x1"
+    command = [sys.executable, *launch.split(), *LAYOUTS.split(), "--overlap", "none,drain", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    runs = json.loads(done.stdout[done.stdout.index("{") :])["runs"]
+    assert [run["kind"] for run in runs] == ["plain", "cached", "teacher", "online", "online", "plain", "teacher", "online", "online"]
+    assert [run["ahead"] for run in runs if run["kind"] == "online"] == [False, True, False, True]
+    for run in runs:
+        assert 0 < run["seconds"]["min"] <= run["seconds"]["median"] and 0 <= run["waiting"] < 1
+        assert run["communication"] == max(0.0, run["waiting"] - run["bubble"])
+    # Four microbatches in two stages: one slot of five is empty.
+    assert runs[0]["bubble"] == pytest.approx(0.2) and runs[6]["bubble"] == 0
+    assert runs[4]["ratios"].keys() == {"online / plain", "online / (plain + teacher)", "drain / none"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--student 3", "3 is not a layout: write TENSORxPIPELINE"),
+        ("--student 1x3", "num_layers (4) must be a multiple of parallel.pipeline"),
+        ("--student 1x1 --teacher 1x4", "1 processes cannot be split into teacher.parallel.tensor"),
+        ("--kinds fast", "--kinds: fast is none of plain"),
+    ],
+)
+def test_a_layout_that_does_not_fit(options: str, words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/bench_layout.py", *options.split()], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 2 and words in done.stderr, done.stderr

@@ -64,6 +64,7 @@ def test_relative_paths_stay_relative(load: Load) -> None:
         (("--data.train_weights", "[3]"), "data.train_weights", (3.0,)),
         (("--data.train_weights", "0.5"), "data.train_weights", (0.5,)),
         (("--data.valid", '{"code": "p"}'), "data.valid", {"code": "p"}),
+        (("--distill.hidden_states", "[]"), "distill.hidden_states", ()),
         (("--model.mcore", '{"a": {"b": [1, 2.5, true, "x"]}}'), "model.mcore", {"a": {"b": [1, 2.5, True, "x"]}}),
     ],
 )
@@ -157,6 +158,15 @@ HARD_TABLE = (
 )
 
 
+# A list of tables, one option for each entry.
+LAYERS = [
+    "--distill.hidden_states",
+    '{"student_layer": 1, "teacher_layer": 3, "weight": 1e-3}',
+    "--distill.hidden_states",
+    '{"student_layer": 2, "teacher_layer": 3, "weight": 2, "loss": "cosine"}',
+]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -167,6 +177,7 @@ HARD_TABLE = (
         ["--teacher.source=online", "--teacher.checkpoint=t", "--optimizer.eps=1e-300", "--train.seed=2147483647"],
         ["--distill.num_draws=50"],
         ["--distill.dense=true", "--distill.divergence=mse_logits", "--distill.ab_alpha=0"],
+        ["--teacher.source=online", "--teacher.checkpoint=t", *LAYERS],
     ],
 )
 def test_round_trip(load: Load, overrides: list[str]) -> None:
@@ -174,6 +185,16 @@ def test_round_trip(load: Load, overrides: list[str]) -> None:
     text = dump_toml(config)
     assert load(text=text) == config
     assert dump_toml(load(text=text)) == text
+
+
+def test_a_list_of_tables(load: Load, run_text: str) -> None:
+    text = run_text + '[teacher]\nsource = "online"\ncheckpoint = "t"\n'
+    text += "[[distill.hidden_states]]\nstudent_layer = 1\nteacher_layer = 3\nweight = 1e-3\n"
+    text += '[[distill.hidden_states]]\nstudent_layer = 2\nteacher_layer = 3\nweight = 2.0\nloss = "cosine"\n'
+    config = load(text=text)
+    assert [tuple(pair.model_dump().values()) for pair in config.distill.hidden_states] == [(1, 3, "mse", 1e-3), (2, 3, "cosine", 2.0)]
+    given = ["--teacher.source=online", "--teacher.checkpoint=t"]
+    assert load(*given, *LAYERS) == load(*given, "--distill.hidden_states", f"[{LAYERS[1]}, {LAYERS[3]}]") == config
 
 
 def test_round_trip_of_dates_from_the_file(load: Load, run_text: str) -> None:

@@ -54,6 +54,15 @@ BAD_OVERRIDES = {
     "empty list": (["--data.train", "[]"], "data.train must be a list of text (at least 1), got [] on the command line"),
     "entry": (["--data.train", '["a", 1]'], 'data.train must be a list of text (at least 1), got ["a", 1] on the command line'),
     "numbers": (["--data.train_weights", "x"], 'data.train_weights must be a list of numbers, got ["x"] on the command line'),
+    "entry of a list of tables": (
+        ["--distill.hidden_states", '{"student_layer": 1, "teacher_layer": 2, "weight": 0}'],
+        "distill.hidden_states must be a list of tables of student_layer, teacher_layer, loss, weight, got "
+        '[{"student_layer": 1, "teacher_layer": 2, "weight": 0}] on the command line (entry 1, weight: input should be greater than 0)',
+    ),
+    "no entry of a list of tables": (
+        ["--distill.hidden_states", "3"],
+        "distill.hidden_states must be a list of tables of student_layer, teacher_layer, loss, weight, got [3] on the command line",
+    ),
     "broken list": (
         ["--data.train", '["a"'],
         "data.train must be a list of text (at least 1) as JSON, got [\"a\" on the command line: Expecting ',' delimiter",
@@ -113,6 +122,19 @@ BAD_FILES = {
     "range": ("steps = 10", "steps = 0", "train.steps must be a whole number > 0, got 0 in run.toml"),
     "infinite": ("1e-3", "inf", "optimizer.learning_rate must be a number > 0, got Infinity in run.toml"),
     "date": ('"runs/first"', "2020-01-01", 'run.directory must be a path, got "2020-01-01" in run.toml'),
+    "key missing in a list of tables": (
+        "\n[model]",
+        "\n[[distill.hidden_states]]\nstudent_layer = 1\nteacher_layer = 2\n[model]",
+        "distill.hidden_states must be a list of tables of student_layer, teacher_layer, loss, weight, got "
+        '[{"student_layer": 1, "teacher_layer": 2}] in run.toml (entry 1, weight: field required)',
+    ),
+    "type in a list of tables": (
+        "\n[model]",
+        '\n[[distill.hidden_states]]\nstudent_layer = 1\nteacher_layer = 2\nweight = "1"\n'
+        '[teacher]\nsource = "online"\ncheckpoint = "t"\n[model]',
+        "distill.hidden_states must be a list of tables of student_layer, teacher_layer, loss, weight, got "
+        '[{"student_layer": 1, "teacher_layer": 2, "weight": "1"}] in run.toml (entry 1, weight: input should be a valid number)',
+    ),
     "empty path": ('"runs/first"', '""', 'run.directory must be a path, got "" in run.toml'),
     "text for a list": (
         '["corpus/text"]',
@@ -181,13 +203,13 @@ RELATIONS = {
         "distill.num_draws draws at random: leave top_k, top_p and min_k unset, or unset num_draws"
     ),
     "--distill.dense=true --distill.num_draws=5": (
-        "distill.dense compares whole distributions: leave top_k, top_p, min_k, num_draws and tail unset"
+        "distill.dense compares whole distributions: leave top_k, top_p, min_k, truncate, num_draws and tail unset"
     ),
     "--distill.dense=true --distill.top_k=63": (
-        "distill.dense compares whole distributions: leave top_k, top_p, min_k, num_draws and tail unset"
+        "distill.dense compares whole distributions: leave top_k, top_p, min_k, truncate, num_draws and tail unset"
     ),
     "--distill.dense=true --distill.tail=bucket": (
-        "distill.dense compares whole distributions: leave top_k, top_p, min_k, num_draws and tail unset"
+        "distill.dense compares whole distributions: leave top_k, top_p, min_k, truncate, num_draws and tail unset"
     ),
     "--distill.dense=true --distill.head_schedule=recompute": (
         'distill.dense cannot be served by head_schedule = "recompute": the teacher\'s logits exist once'

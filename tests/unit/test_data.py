@@ -103,6 +103,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.fault(5)
 def test_damaged_token_files_are_refused(name: str, tmp_path: Path) -> None:
     damage, message = DAMAGES[name]
     path = write_tokens(tmp_path / "train", [[5, 6, 7, EOD], [8, EOD], [3, 4, EOD]])
@@ -114,6 +115,7 @@ def test_damaged_token_files_are_refused(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault(9)
 def test_another_tokenizer_is_refused_with_both_digests(tmp_path: Path) -> None:
     path = write_tokens(tmp_path / "train", [[5, EOD]], tokenizer_digest="a1b2")
     with pytest.raises(ConfigError, match="a1b2.*c3d4"):
@@ -124,6 +126,7 @@ def test_another_tokenizer_is_refused_with_both_digests(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "bad"), [("<u2", 950), ("<i4", 950), ("<i4", -7)])
+@pytest.mark.fault(5)
 def test_ids_outside_the_vocabulary_are_named(dtype: str, bad: int, tmp_path: Path) -> None:
     documents = some_documents(10)
     path = write_tokens(tmp_path / "train", documents, dtype)
@@ -261,6 +264,7 @@ def test_a_process_group_changes_nothing(prefix: str, tmp_path: Path, request: p
     assert all(torch.equal(one, two) for one, two in zip(alone, grouped, strict=True))
 
 
+@pytest.mark.fault(12, 16, "S9", "S10")
 def test_unusable_index_caches_are_refused(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write .*set data.index_cache to a writable folder"):
@@ -333,6 +337,7 @@ def test_a_global_batch_is_the_same_for_every_layout(consumed: int, train: Token
                 assert torch.equal(tokens[place], expected[sample]["tokens"]) and torch.equal(labels[place], expected[sample]["labels"])
 
 
+@pytest.mark.fault("S8")
 def test_resuming_anywhere_gives_the_same_microbatches(train: TokenDataset) -> None:
     running = source(train, 1, 2)
     steps = {consumed: running.microbatches(consumed) for consumed in range(0, 96, 12)}

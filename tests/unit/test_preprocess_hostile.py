@@ -39,6 +39,7 @@ def here(source: Path | str, tokenizer: Path, output: Path, *more: str) -> int:
 
 
 @pytest.mark.parametrize("dies_at", range(8))
+@pytest.mark.fault(3)
 def test_killed_while_files_get_their_names(
     dies_at: int, tokenizers: dict[str, Path], tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:

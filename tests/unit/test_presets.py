@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_kd.config import ConfigError, ModelSection, RunConfig, dump_toml, load_config
+from megatron_kd.config.hidden_states import HiddenStatesPair, projections_of
 from megatron_kd.config.presets import PRESETS
-from megatron_kd.telemetry.flops import parameter_count
+from megatron_kd.telemetry.flops import parameter_count, projection_flops_per_token
 from megatron_kd.telemetry.memory import rank_parameters, run_memory
 from tests.unit.conftest import RUN_FILE
 
@@ -117,6 +118,32 @@ def test_memory_of_a_layout(load: Callable[..., RunConfig]) -> None:
     assert stage.activations == 2 * 32 * 4 * (4 * 64 + 4 * 64 + 3 * 128) * 2
     first, last = run_memory(load("--parallel.pipeline", "2", "--train.precision", "fp32"), 512, world_size=2)
     assert first.activations == 2 * last.activations and last.optimizer == 8 * last.parameters
+
+
+def test_memory_of_hidden_states(load: Callable[..., RunConfig]) -> None:
+    """Two microbatches of 4 x 32 tokens, layers 1 and 2 of 4 on the first stage, counted by hand."""
+    layout = ["--parallel.pipeline", "2", "--batch.micro_batch_size", "4", "--batch.global_batch_size", "8"]
+    pairs = [{"student_layer": student, "teacher_layer": theirs, "weight": 1} for student, theirs in ((1, 3), (2, 3), (4, 2))]
+    config = load(*layout, "--teacher.source=online", "--teacher.checkpoint=t", "--distill.hidden_states", json.dumps(pairs))
+    wide, same = config.model.model_copy(update={"hidden_size": 96}), config.model
+    plain = run_memory(config.model_copy(update={"distill": config.distill.model_copy(update={"hidden_states": ()})}), 512, world_size=2)
+    tokens = 4 * 32
+    for teacher, entries in ((wide, 64 * 96), (same, 0)):
+        first, last = run_memory(config, 512, world_size=2, teacher=teacher)
+        assert first.hidden_states == tokens * (2 * teacher.hidden_size + 2 * 2 * 64) * 2
+        assert last.hidden_states == tokens * (2 * teacher.hidden_size + 1 * 64) * 2
+        assert (first.parameters - plain[0].parameters, last.parameters - plain[1].parameters) == (2 * entries, entries)
+        assert first.total - first.hidden_states == first.weights + first.gradients + first.optimizer + first.activations + first.teacher
+
+
+def test_flops_of_projections(load: Callable[..., RunConfig]) -> None:
+    """Two entries of one pair of layers share a projection: forward, and two products backward."""
+    layers = [(1, 2, "mse"), (1, 2, "cosine"), (3, 1, "mse")]
+    pairs = [HiddenStatesPair(student_layer=s, teacher_layer=t, loss=loss, weight=1.0) for s, t, loss in layers]
+    model = load().model
+    wide = projections_of(pairs, model, model.model_copy(update={"hidden_size": 96}))
+    assert projection_flops_per_token(model, wide) == 2 * 3 * (2 * 64 * 96)
+    assert projection_flops_per_token(model, projections_of(pairs, model, model)) == 0
 
 
 def test_describe_model(tmp_path: Path) -> None:

@@ -83,7 +83,22 @@ def test_alpha_wsd() -> None:
     assert halves == pytest.approx([0.4, 0.8, 0.4, 0.0], abs=1e-12)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear_up", "linear_down", "wsd"])
+def test_alpha_wsd_on_the_cross_entropy() -> None:
+    """1 - alpha has the shape: it starts near 0, so that distillation is alone at first, and again at the end."""
+    section = distill("wsd_ce", warmup=0.2, decay=0.2)
+    found = [alpha_at(step, 10, section) for step in range(10)]
+    assert found == pytest.approx([0.6, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.6, 1.0], abs=1e-12)
+
+
+def test_alpha_by_turns() -> None:
+    section = distill("period").model_copy(update={"alpha_period_fraction": 0.4})
+    assert [alpha_at(step, 10, section) for step in range(10)] == [0.8, 0.8, 0, 0, 0.8, 0.8, 0, 0, 0.8, 0.8]
+    once = section.model_copy(update={"alpha_period_fraction": 1.0})
+    assert [alpha_at(step, 6, once) for step in range(6)] == [0.8] * 3 + [0] * 3
+    assert [alpha_at(step, 3, section) for step in range(3)] == [0.8, 0, 0.8], "a turn is a step at least"
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear_up", "linear_down", "period", "wsd", "wsd_ce"])
 def test_alpha_stays_a_weight(schedule: str) -> None:
     """In [0, alpha] for every run length, one step included."""
     for steps in (1, 2, 3, 7, 100):
@@ -99,7 +114,7 @@ def test_nothing_is_remembered_between_calls() -> None:
         (at, step, section)
         for at, section in (
             *((learning_rate_at, optimizer(name, warmup=5, decay=7)) for name in ("cosine", "linear", "constant", "wsd")),
-            *((alpha_at, distill(name)) for name in ("constant", "linear_up", "linear_down", "wsd")),
+            *((alpha_at, distill(name)) for name in ("constant", "linear_up", "linear_down", "period", "wsd", "wsd_ce")),
         )
         for step in range(40)
     ]

@@ -1,0 +1,197 @@
+"""Saving while training goes on, or not: planned by all ranks together, written by each alone, committed by the first.
+
+A save has three parts. Planning is collective and holds the training up. Writing is each rank's own, in a thread, and takes no other
+rank; when all are through (a number's all-reduce at a step boundary says so, so that all hear of it in the same step), what they wrote is
+gathered, and the first rank writes the table of contents, the digests and the mark, and gives the folder its name. A kill at any moment
+leaves the checkpoint before as the newest. A save that waits for its files is the same with the waiting done at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_kd.checkpoint.background import CheckpointLog, Verifier
+from megatron_kd.checkpoint.job import DONE, FAILED, RUNNING, Job
+from megatron_kd.checkpoint.manifest import FileRecord, wait_for_sizes
+from megatron_kd.checkpoint.state import OptimizerState, training_state
+from megatron_kd.checkpoint.store import CheckpointError, CheckpointInfo, PendingCheckpoint, complete_steps, remove_leftovers, step_folder
+from megatron_kd.checkpoint.writer import Said, StateWriter, plan_save
+from megatron_kd.config import CheckpointSection
+from megatron_kd.config.lease import LostLeaseError
+from megatron_kd.parallel.collectives import from_rank_zero, maximum, on_any_rank, raise_together, to_rank_zero
+from megatron_kd.parallel.watch import Watch
+
+
+@dataclass
+class _Save:
+    """One save on its way. stalled: seconds that the training has waited for it."""
+
+    info: CheckpointInfo
+    pending: PendingCheckpoint
+    writer: StateWriter
+    metadata: Metadata | None
+    job: Job
+    begin: float
+    stalled: float = 0.0
+    committing: bool = False
+
+
+class Saver:
+    """The checkpoints that a run writes.
+
+    Every method but the properties is collective over the world. CheckpointError on every rank alike where a file cannot be written, or
+    takes longer than section.timeout_seconds; checkpoints before it are as they were.
+
+    Args:
+        checkpoints: the folder of all of them.
+        section: [checkpoint] of the run file.
+        device: where a number for all ranks lives.
+        watch: is told where this rank stands.
+    """
+
+    def __init__(self, checkpoints: Path, section: CheckpointSection, *, device: torch.device, watch: Watch) -> None:
+        self.checkpoints, self._section, self._device, self._watch = checkpoints, section, device, watch
+        self._first = dist.get_rank() == 0
+        self.log = CheckpointLog(checkpoints.parent / "checkpoints.jsonl")
+        self.verifier = Verifier(checkpoints, keep_last=section.keep_last, log=self.log)
+        self.check: Callable[[], None] = lambda: None
+        self._save: _Save | None = None
+        self._clean = self._tight = False
+        self._newest: int | None = None
+
+    def save(self, info: CheckpointInfo, models: Sequence[GPTModel], optimizer: OptimizerState) -> None:
+        """Write a checkpoint; returns once it is complete, or on its way where section.asynchronous."""
+        self._complete()
+        begin = time.perf_counter()
+        self._watch.at("planning a checkpoint", limit_seconds=self._section.timeout_seconds)
+        pending = PendingCheckpoint(self.checkpoints, info.step)
+        try:
+            from_rank_zero(lambda: self._make_folder(pending, info.step))
+        except OSError as error:
+            raise CheckpointError(self._failed(info.step, f"{error.filename}: {error.strerror}")) from error
+        except LostLeaseError as error:
+            raise CheckpointError(self._failed(info.step, str(error))) from error
+        writer, metadata = plan_save(training_state(models, optimizer), pending.folder, copy=self._section.asynchronous)
+        self._save = _Save(info, pending, writer, metadata, self._start(writer.write), begin)
+        self._save.stalled = time.perf_counter() - begin
+        if not self._section.asynchronous:
+            self._complete()
+
+    def _make_folder(self, pending: PendingCheckpoint, step: int) -> None:
+        self.check()
+        self.clean()
+        self._look_for_room(step)
+        pending.start()
+
+    def clean(self) -> None:
+        """What killed saves have left is removed, once. Rank 0 alone, which holds the run directory."""
+        if not self._clean and self.checkpoints.is_dir():
+            remove_leftovers(self.checkpoints)
+            self._clean = True
+
+    def _look_for_room(self, step: int) -> None:
+        """Before anything is written, not after most of it: the next checkpoint will be as large as the last one. OSError; rank 0."""
+        steps = complete_steps(self.checkpoints)
+        if not steps:
+            return
+        size = sum(path.stat().st_size for path in step_folder(self.checkpoints, steps[-1]).iterdir())
+        free = shutil.disk_usage(self.checkpoints).free
+        if free < size:
+            said = f"a checkpoint takes {size / 1e9:.3g} GB and {free / 1e9:.3g} GB are free: make room"
+            raise OSError(errno.ENOSPC, said, str(self.checkpoints))
+        if free < 2 * size and not self._tight:
+            self.log.warn("disk", step, f"{self.checkpoints}: {free / 1e9:.3g} GB are free: room for this checkpoint and no other")
+        self._tight = free < 2 * size
+
+    def _start(self, work: Callable[[Said], Any]) -> Job:
+        return Job(work, limit_seconds=self._section.timeout_seconds, low_priority=self._section.asynchronous)
+
+    def poll(self) -> bool:
+        """Look at the save on its way, if there is one; whether there still is one. One all-reduce of a number where there was."""
+        save = self._save
+        if save is None:
+            return False
+        begin = time.perf_counter()
+        state = int(maximum(float(save.job.state), self._device))
+        if state == FAILED:
+            self._give_up(save)
+        if state == DONE and not save.committing:
+            self._start_commit(save)
+            state = RUNNING
+        save.stalled += time.perf_counter() - begin
+        if state == DONE:
+            self._finish(save)
+        return self._save is not None
+
+    def _start_commit(self, save: _Save) -> None:
+        written = to_rank_zero((save.job.result, save.writer.records))
+        save.committing = True
+        save.job = self._start(lambda say: self._commit(save, written, say) if self._first else None)
+
+    def _commit(self, save: _Save, written: list[tuple[Any, dict[str, FileRecord]]], say: Said) -> dict[str, FileRecord]:
+        say("collecting what all ranks have written")
+        self.check()
+        files = {name: record for _, records in written for name, record in records.items()}
+        wait_for_sizes(save.pending.folder, files)
+        say("writing .metadata")
+        assert save.metadata is not None
+        save.writer.finish(save.metadata, [results for results, _ in written])
+        say("writing the manifest")
+        return save.pending.commit(save.info, {**files, **save.writer.records})
+
+    def _finish(self, save: _Save) -> None:
+        self._save, self._newest = None, save.info.step
+        if self._first:
+            size = sum(record.bytes for record in save.job.result.values())
+            facts = {"seconds": round(time.perf_counter() - save.begin, 4), "stalled_seconds": round(save.stalled, 4), "bytes": size}
+            self.log.add("saved", save.info.step, **facts)
+            self.verifier.add(save.info.step)
+
+    def _give_up(self, save: _Save) -> None:
+        self._save = None
+        problem = save.job.problem
+        if self._first:
+            save.pending.discard()
+        raise_together(None if problem is None else self._failed(save.info.step, problem), CheckpointError)
+
+    def _failed(self, step: int, problem: str) -> str:
+        steps = complete_steps(self.checkpoints)
+        left = f"the checkpoint of step {steps[-1]} is untouched" if steps else "there is no earlier one"
+        return f"the checkpoint of step {step} could not be written: {problem}; {left}: see to the disk, then start the same command again"
+
+    def _complete(self) -> None:
+        """Wait for the save on its way."""
+        pause = 0.001
+        while (save := self._save) is not None:
+            # Each look is a collective of its own: no rank waits in one for as long as another one's disk takes.
+            self._watch.at("saving a checkpoint")
+            if self.poll():
+                time.sleep(pause)
+                save.stalled += pause
+                pause = min(2 * pause, 0.05)
+
+    def finish(self, *, read_back: bool = True) -> None:
+        """Wait until everything is complete and, where asked for, has been read back. CheckpointError where the last does not."""
+        self._complete()
+        if read_back:
+            self._read_back()
+
+    def _read_back(self) -> None:
+        begin, pause, limit = time.monotonic(), 0.001, self._section.timeout_seconds
+        while on_any_rank(self._first and self.verifier.busy and time.monotonic() - begin < limit, self._device):
+            self._watch.at("reading a checkpoint back")
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        problem = self.verifier.bad.get(self._newest) if self._first and self._newest is not None else None
+        raise_together(None if problem is None else f"the last checkpoint does not read back: {problem}", CheckpointError)

@@ -1,0 +1,138 @@
+"""A checkout of one's own for jobs of a test cluster, with tiny data and the overrides that shrink the shipped run files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.helpers.slurm import ROOT, Cluster
+from tests.helpers.tiny import write_tokens
+from tests.train.test_program import RATES, rows
+
+# Of a folder: it would run commands if anything were pasted into a shell.
+HOSTILE = 'it\'s a "site" $(touch sentinel-1);`touch sentinel-2` & b'
+TWO = ["--nodes=2", "--ntasks-per-node=1"]
+FOUR = ["--nodes=2", "--ntasks-per-node=2"]
+NO_TEACHER: dict[str, object] = {"teacher__source": "none", "teacher__parallel__tensor": "null", "teacher__parallel__pipeline": "null"}
+
+
+class Checkout:
+    """What the shipped scripts need to be run from a folder: the program, tiny data, and the overrides that shrink the run files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        for name in ("examples", "tools", "megatron_kd"):
+            (folder / name).symlink_to(ROOT / name)
+        (folder / "data").mkdir()
+        tokens = write_tokens(folder / "data", tokens=60_000)
+        self.small: dict[str, Any] = {
+            "model.hidden_size": 32,
+            "model.num_layers": 4,
+            "model.num_attention_heads": 4,
+            "model.num_query_groups": 2,
+            "model.head_dim": 8,
+            "model.ffn_hidden_size": 64,
+            "model.vocab_size": 101,
+            "model.vocab_size_multiple": 8,
+            "data.tokenizer": "null",
+            "data.train": tokens,
+            "data.valid": json.dumps({"heldout": tokens}),
+            "batch.global_batch_size": 4,
+            "batch.micro_batch_size": 2,
+            "batch.sequence_length": 24,
+            "optimizer.warmup_steps": 2,
+            "train.precision": "fp32",
+            "train.device": "cpu",
+            "train.evaluate_interval": 0,
+            "train.evaluate_batches": 1,
+            "train.timeout_seconds": 60,
+            "checkpoint.interval": 0,
+            "telemetry.log_interval": 1,
+            "telemetry.tensorboard": "false",
+            "telemetry.peak_tflops": 1,
+        }
+
+    def overrides(self, **more: object) -> list[str]:
+        """As words; `a__b=1` is --a.b 1."""
+        values = {**self.small, **{name.replace("__", "."): value for name, value in more.items()}}
+        return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+class Site(Checkout):
+    """A checkout whose jobs a test cluster runs."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        super().__init__(folder)
+        self.cluster = cluster
+
+    def submit(self, script: str, options: list[str], overrides: list[str], **environment: str) -> str:
+        """The number of the job."""
+        words = ["sbatch", "--parsable", "--gpus-per-node=2", "--cpus-per-task=1", *options, f"examples/slurm/{script}", *overrides]
+        return self.cluster.ask(*words, cwd=self.folder, **environment)
+
+    def log(self, job: str) -> Path:
+        """Of the job."""
+        return next((path for path in self.folder.glob("*.log") if path.name.endswith(f"-{job}.log")), self.folder / f"-{job}.log")
+
+    def texts(self, array: str) -> str:
+        """All that the tasks of an array have logged."""
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.log")) if f"-{array}_" in path.name)
+
+    def ends(self, job: str, state: str = "COMPLETED", *, seconds: float = 200) -> str:
+        """Its log, once it is in that state."""
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        found = self.cluster.wait_for(job, *ends, seconds=seconds, log=self.log(job))
+        text = self.log(job).read_text() if self.log(job).exists() else ""
+        assert found == state, f"{found}\n{text}"
+        return text
+
+    def reaches(self, directory: str, step: int, job: str, *, seconds: float = 120) -> None:
+        """Until the run has logged this step."""
+        path = self.folder / directory / "metrics.jsonl"
+
+        def logged() -> bool:
+            self.cluster.hurry(job)
+            return path.exists() and any(row["step"] >= step for row in whole_rows(path))
+
+        self.cluster.wait(logged, f"step {step}", seconds=seconds, tell=lambda: self.log(job).read_text() if self.log(job).exists() else "")
+
+    def processes(self, job: str, program: str) -> list[psutil.Process]:
+        """Those that srun started to run it for a job, or for any task of an array."""
+        found = []
+        for each in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                names, words = each.environ(), each.cmdline()
+                if names.get("SLURM_CONF") == self.cluster.environment["SLURM_CONF"] and "SLURM_PROCID" in names and program in words:
+                    ours = job in (names.get("SLURM_JOB_ID"), names.get("SLURM_ARRAY_JOB_ID"))
+                    if ours and names.get("SLURM_STEP_ID", "").isdigit() and Path(words[0]).name.startswith("python"):
+                        found.append(each)
+        return found
+
+    def status(self, directory: str) -> dict[str, Any]:
+        """status.json of a run."""
+        found: dict[str, Any] = json.loads((self.folder / directory / "status.json").read_text())
+        return found
+
+    def curve(self, directory: str) -> list[dict[str, Any]]:
+        """Its rows, without what depends on the time of day."""
+        return [{k: v for k, v in row.items() if k not in RATES} for row in rows(self.folder / directory)]
+
+    def weights(self, folder: str) -> bytes:
+        """Of an exported model: its only file of weights."""
+        (path,) = (self.folder / folder).glob("*.safetensors")
+        return path.read_bytes()
+
+    def untouched(self) -> None:
+        """Nothing in a name was run."""
+        places = [self.folder, self.folder.parent, ROOT, self.cluster.folder, Path.home(), *self.cluster.folder.glob("spool-*")]
+        assert [path for place in places for path in place.iterdir() if path.name.startswith("sentinel")] == []
+
+
+def whole_rows(path: Path) -> list[dict[str, Any]]:
+    """What a run that may be writing has written."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,119 @@
+"""Random kills for as long as asked: `pytest -m slow tests/operations/test_soak.py --soak 30` (minutes; 1 unless said).
+
+Two ranks train a tensor-parallel student from a live teacher's targets. Again and again one rank or all are killed, stopped, or asked to
+leave, at random moments, saves included; the same command is started again. Survived is what ends with the rows and the weights of a
+run that nobody disturbed, to the bit; lost is any complete checkpoint that is gone or damaged afterwards, or a step that is not.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.fault_runs import sound_steps, state_of
+from tests.helpers.program import finish_ranks, start_ranks
+from tests.helpers.tiny import write_tokens
+from tests.losses.cases import fresh_seed
+from tests.train.test_program import RATES, rows, write_run
+
+Ranks = list[subprocess.Popen[str]]
+STEPS, INTERVAL = 600, 25
+
+
+def kill_one(ranks: Ranks, draw: random.Random) -> None:
+    draw.choice(ranks).kill()
+
+
+def kill_all(ranks: Ranks, draw: random.Random) -> None:
+    for rank in ranks:
+        rank.kill()
+
+
+def stop_one(ranks: Ranks, draw: random.Random) -> None:
+    """As a machine that hangs: the other ends by itself."""
+    draw.choice(ranks).send_signal(signal.SIGSTOP)
+
+
+def ask(ranks: Ranks, draw: random.Random) -> None:
+    draw.choice(ranks).send_signal(draw.choice([signal.SIGUSR1, signal.SIGTERM]))
+
+
+BLOWS: dict[str, Callable[[Ranks, random.Random], None]] = {each.__name__: each for each in (kill_one, kill_all, stop_one, ask)}
+
+
+def wait(ranks: Ranks, seconds: float) -> bool:
+    """Whether all ended by themselves within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if all(rank.poll() is not None for rank in ranks):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def strike(run: Path, directory: Path, draw: random.Random, longest: float) -> str:
+    """Start the run and disturb it: what was done, "" if it finished before. What can be seen afterwards is whole."""
+    before = sound_steps(directory)
+    later = ["--checkpoint.asynchronous", draw.choice(["true", "false"])]
+    ranks = start_ranks(2, ["--config", str(run), *later])
+    blow = ""
+    try:
+        if not wait(ranks, draw.uniform(0, longest)):
+            blow = draw.choice(list(BLOWS))
+            BLOWS[blow](ranks, draw)
+            wait(ranks, 25)
+    finally:
+        for rank in ranks:
+            rank.kill()  # a stopped one does not end by itself
+        codes = [code for code, _ in finish_ranks(ranks)]
+    assert blow or codes == [0, 0], codes
+    after = sound_steps(directory)
+    assert (after[-1] if after else 0) >= (before[-1] if before else 0), (blow, before, after)
+    return blow
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.fault(1, 2, 4, 7)
+@pytest.mark.timeout(0)
+def test_soak(tmp_path: Path, request: pytest.FixtureRequest, measured: Callable[[str], None]) -> None:
+    minutes = float(request.config.getoption("--soak"))
+    seed = fresh_seed()
+    draw = random.Random(seed)
+    tokens = write_tokens(tmp_path, tokens=60_000)
+    settings = {
+        "parallel": {"tensor": 2},
+        "train": {"steps": STEPS, "evaluate_interval": 0, "timeout_seconds": 10},
+        "checkpoint": {"interval": INTERVAL, "keep_last": 2},
+    }
+    whole = write_run(tmp_path, "whole", tokens, **settings)
+    began = time.monotonic()
+    assert [code for code, _ in finish_ranks(start_ranks(2, ["--config", str(whole)]), timeout=600)] == [0, 0]
+    longest = 1.2 * (time.monotonic() - began)
+    wanted = [{key: value for key, value in row.items() if key not in RATES} for row in rows(tmp_path / "whole")]
+
+    blows: Counter[str] = Counter()
+    survived = 0
+    deadline = time.monotonic() + 60 * minutes
+    while time.monotonic() < deadline:
+        name = f"run{survived}"
+        run = write_run(tmp_path, name, tokens, **settings)
+        while (blow := strike(run, tmp_path / name, draw, longest / 2)) and time.monotonic() < deadline:
+            blows[blow] += 1
+        if blow:
+            blows[blow] += 1
+            assert [code for code, _ in finish_ranks(start_ranks(2, ["--config", str(run)]), timeout=600)] == [0, 0], seed
+        found = [{key: value for key, value in row.items() if key not in RATES} for row in rows(tmp_path / name)]
+        assert found == wanted, (seed, name)
+        assert state_of(tmp_path / name, STEPS) == state_of(tmp_path / "whole", STEPS), (seed, name)
+        survived += 1
+    said = ", ".join(f"{count} {blow.replace('_', ' ')}" for blow, count in sorted(blows.items()))
+    measured(f"{minutes:g} minutes, {sum(blows.values())} blows ({said}), {survived} runs to their end, 0 lost")
+    print(f"seed {seed}: {minutes:g} minutes, {said}; survived {survived}, lost 0")

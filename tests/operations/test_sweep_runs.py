@@ -1,0 +1,100 @@
+"""A real sweep: two cells with two seeds of a tiny model, asked to leave in the middle, measured, and shown."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_kd.experiments.results import read_result
+from tests.helpers.sweeps import start_sweep, sweep, tool, write_sweep
+from tests.helpers.tiny import write_tokens
+
+SWEEP = """
+[sweep]
+title = "Tiny"
+seeds = [1, 2]
+baseline = "rate 0.001"
+measure = [["{python}", "-S", "{here}/count.py", "{run}"]]
+[[cell]]
+name = "rate {rate}"
+vary = { rate = [0.001, 0.01] }
+run = "student.toml"
+overrides = { "optimizer.learning_rate" = "{rate}" }
+[[metric]]
+name = "held-out"
+split = "heldout"
+key = "ce_loss"
+better = "lower"
+[[metric]]
+name = "rows"
+file = "count.json"
+key = "rows"
+[[plot]]
+kind = "curve"
+title = "Loss"
+key = "ce_loss"
+[[plot]]
+kind = "lines"
+title = "Rates"
+metric = "held-out"
+x = "rate"
+"""
+COUNT = """
+import json, sys
+rows = open(sys.argv[1] + "/metrics.jsonl").readlines()
+json.dump({"rows": len(rows)}, open(sys.argv[1] + "/count.json", "w"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_sweep_of_runs(tmp_path: Path) -> None:
+    here, out = tmp_path / "here", tmp_path / "out"
+    here.mkdir()
+    (here / "count.py").write_text(COUNT)
+    path = write_sweep(here, SWEEP, tokens=write_tokens(tmp_path))
+    # Asked to leave while the first run is at work: it saves, and the next start goes on.
+    first = start_sweep(path, out)
+    deadline = time.monotonic() + 120
+    rows = out / "runs/rate-0.001/seed-1/metrics.jsonl"
+    while not (rows.exists() and rows.read_text()):
+        assert time.monotonic() < deadline and first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    first.send_signal(signal.SIGTERM)
+    told = first.communicate(timeout=60)[1]
+    assert first.returncode == 85 and "left to do" in told, told
+    code, told = sweep(path, out, "--jobs", "2")
+    assert code == 0 and "all done" in told, told
+    for folder in out.glob("runs/*/seed-*"):
+        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines() if "split" not in line]
+        assert steps == [1, 2, 3, 4, 5, 6] and json.loads((folder / "count.json").read_text()) == {"rows": 8}
+    seeds = [read_result(out).rows[0].samples["held-out"].values[seed] for seed in (1, 2)]
+    assert seeds[0] != seeds[1] and all(3 < loss < 5 for loss in seeds)
+    _again(path, out)
+    code, told = tool("report", str(out), "--html", str(out / "report.html"))
+    assert (
+        code == 0 and "rate 0.01 - rate" not in told and "held-out - rate 0.001" in told and (out / "report.html").stat().st_size > 20_000
+    )
+    assert not read_result(out).notes()
+
+
+def _again(path: Path, out: Path) -> None:
+    """Nothing is repeated; a changed run file, or a folder that somebody else trained in, is refused; a lost record is no lost run."""
+    run = out / "runs/rate-0.01/seed-2"
+    before = (run / "status.json").read_bytes()
+    (run / "sweep/run.json").rename(run / "sweep/lost")
+    code, told = sweep(path, out)
+    assert code == 0 and "4 done before" in told and (run / "status.json").read_bytes() == before, told
+    student = path.parent / "student.toml"
+    student.write_text(student.read_text().replace("warmup_steps = 2", "warmup_steps = 3"))
+    code, told = sweep(path, out)
+    assert code == 2 and "(optimizer.warmup_steps: 2 then, 3 now) (3 more are changed too)" in told and told.count("\n") == 1, told
+    student.write_text(student.read_text().replace("warmup_steps = 3", "warmup_steps = 2"))
+    shutil.copy(out / "runs/rate-0.001/seed-1/config.toml", run / "config.toml")
+    code, told = sweep(path, out, "--list")
+    assert code == 0 and told.count("changed ") == 1 and told.count("done ") == 3, told

@@ -1,0 +1,96 @@
+"""Whether a run could start on so many ranks, and what it would be: a second of one CPU before a job takes its nodes.
+
+    python tools/check_run.py --config run.toml --ranks 128 --parallel.tensor 4
+    python tools/check_run.py --config run.toml --ranks 8 --extraction          # for tools/cache_teacher.py
+
+Checks what every rank checks at its start: keys and values, sizes against ranks, tokenizer, token files, checkpoints. The plan is printed
+to stderr, with the bytes of the fullest rank where its teacher's shape is known (planning/memory.py says what is counted). --print writes
+values of keys to stdout, one a line, empty where unset; a value with a newline is refused.
+
+Exit codes: 0 it could start, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from megatron_kd.config import ConfigError, RunConfig, load_config
+from megatron_kd.train.inputs import Inputs, check_inputs
+
+GIB = 2**30
+
+
+def main() -> int:
+    """Parse, check, print."""
+    arguments, rest = _parser().parse_known_args()
+    try:
+        config = load_config(["--config", arguments.config, *rest])
+        if arguments.extraction and config.teacher.source in ("none", "cached"):
+            config = load_config(["--config", arguments.config, *rest, "--teacher.source", "online"])
+        values = [_value(config, key) for key in arguments.print]
+        print(_plan(config, arguments.ranks), file=sys.stderr, flush=True)
+        inputs = check_inputs(config, world_size=arguments.ranks)
+        print(_found(config, inputs, arguments.ranks), file=sys.stderr, flush=True)
+    except ConfigError as error:
+        print(f"check_run: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    for value in values:
+        print(value)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="run file; its keys can be overridden as --section.key value")
+    parser.add_argument("--ranks", required=True, type=int, help="processes of the job")
+    parser.add_argument("--extraction", action="store_true", help="the run file is for tools/cache_teacher.py")
+    parser.add_argument("--print", nargs="+", default=[], metavar="KEY", help="keys whose values go to stdout")
+    return parser
+
+
+def _value(config: RunConfig, key: str) -> str:
+    found: Any = config
+    for name in key.split("."):
+        found = getattr(found, name, None)
+    text = "" if found is None else str(found)
+    if not text.isprintable():
+        raise ConfigError(f"{key} ({text!r}) has a newline or another control character, which no path of a job may have")
+    return text
+
+
+def _plan(config: RunConfig, ranks: int) -> str:
+    """What follows from the run file alone. ConfigError where the sizes do not divide."""
+    if ranks < 1:
+        raise ConfigError(f"--ranks ({ranks}) must be at least 1")
+    parallel, batch, train = config.parallel, config.batch, config.train
+    data, microbatches = config.data_parallel_size(ranks), config.num_microbatches(ranks)
+    tokens = batch.global_batch_size * batch.sequence_length
+    lines = [
+        f"student    {config.model.preset or 'own shape'}: {config.model.num_layers} layers of width {config.model.hidden_size}",
+        f"layout     {ranks} ranks: tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data}, {microbatches} microbatches",
+        f"step       {batch.global_batch_size} sequences of {batch.sequence_length} tokens = {tokens:,} tokens",
+        f"run        {train.steps:,} steps = {train.steps * tokens / 1e9:,.4g}e9 tokens, a checkpoint every {config.checkpoint.interval}",
+        f"directory  {config.run.directory}",
+    ]
+    if config.teacher.source == "online":
+        tensor, pipeline, _ = config.teacher_layout(ranks)
+        lines.append(f"teacher    online, {config.teacher.checkpoint}: tensor {tensor} x pipeline {pipeline}")
+    elif config.teacher.source != "none":
+        lines.append(f"teacher    {config.teacher.source}: {config.teacher.cache or config.teacher.checkpoint}")
+    return "\n".join(lines)
+
+
+def _found(config: RunConfig, inputs: Inputs, ranks: int) -> str:
+    """What follows from the files."""
+    from megatron_kd.planning.memory import Job, fullest, run_memory
+
+    step = inputs.resume[1].step if inputs.resume is not None else 0
+    job = Job(config, inputs.vocab_size, inputs.teacher_model, device="cpu" if config.train.device == "cpu" else "cuda")
+    rank = fullest(run_memory(job, ranks))
+    return f"starts at  step {step:,}\nmemory     {rank.total / GIB:.1f} GiB on the fullest rank, without the framework's own"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
