@@ -9,8 +9,8 @@ usage() {
     cat <<END
 usage: bash examples/quickstart.sh [--directory DIR] [--steps-scale X] [--smoke] [--fresh] [--help]
 
-Installs the package into .venv, makes a tokenizer and token files from the Python standard library's own sources, trains a
-teacher, then a smaller student twice: alone, and distilled from the teacher. Ends with a table and DIR/curves.png. Nothing is
+Installs the package into .venv (or uses the active environment, if everything is installed there), makes a tokenizer and token
+files from the Python standard library's own sources, trains a teacher, then a smaller student twice: alone, and distilled from the teacher. Ends with a table and DIR/curves.png. Nothing is
 downloaded but Python packages. Finished stages are kept: after an interruption, run the same command again.
 
   --directory DIR    where everything is written (runs/quickstart; with --smoke, runs/quickstart-smoke)
@@ -213,7 +213,9 @@ report() {
     say "all stages together: $SECONDS s"
 }
 
-python="$repo/.venv/bin/python"
+# An active environment that has this checkout and all it needs, as in the images, is used as it is.
+python="${VIRTUAL_ENV:-$repo/.venv}/bin/python"
+installed || python="$repo/.venv/bin/python"
 data="$directory/data"
 vocabulary=1024
 install

@@ -1,0 +1,126 @@
+"""Tokenizer and token files for sweeps of language models, from texts that a machine has; nothing is downloaded.
+
+    python examples/text/prepare.py OUTPUT --vocab-size 2048 --tokens 1310721
+    python examples/text/prepare.py OUTPUT --vocab-size 2048 --tokens 1310721 --text corpus/ --pattern '*.txt' --ood FILE
+
+Writes, each as .bin, .idx and .json:
+    OUTPUT/train    exactly --tokens tokens of the text, so that a pass over them is a known number of steps
+    OUTPUT/heldout  whole documents of the same text that are not in it: in-domain
+    OUTPUT/prose    the language reference that Python's help() shows: out-of-domain
+    OUTPUT/other    --ood FILE; without it, this repository's own documents and licence
+and OUTPUT/tokenizer.model. Without --text the text is the sources of Python's own library. The same inputs give the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_kd.config import ConfigError
+from megatron_kd.data.indexed import TokenFileWriter, read_index
+
+ROOT = Path(__file__).resolve().parents[2]
+# Tests, what a package manager installed, and tables and texts that are not code.
+NOT_SOURCES = ("test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__", "config-*")
+_COPIED = ("tokenizer_digest", "vocab_size", "end_of_document", "append_eod")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 after one sentence."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        print(json.dumps(prepare(parsed), indent=2))
+        return 0
+    except ConfigError as error:
+        print(f"prepare: error: {error}", file=sys.stderr)
+        return 2
+
+
+def prepare(parsed: argparse.Namespace) -> dict[str, int]:
+    """Everything; tokens by the name of the file. ConfigError, or what a tool says."""
+    output: Path = parsed.output
+    if parsed.tokens < 2:
+        raise ConfigError(f"--tokens ({parsed.tokens}) must be at least 2")
+    if parsed.text:
+        chosen = ["--input", parsed.text, "--pattern", *parsed.pattern]
+    else:
+        chosen = ["--input", sysconfig.get_path("stdlib"), "--pattern", "*.py", "--exclude", *NOT_SOURCES]
+    model = str(output / "tokenizer.model")
+    _tool("train_tokenizer", *chosen, "--vocab-size", str(parsed.vocab_size), "--output", model)
+    _encode(chosen, model, output / "all", "--holdout", f"heldout={parsed.holdout}")
+    cut(output / "all", output / "train", parsed.tokens)
+    write_prose(output / "texts/prose", parsed.prose_bytes)
+    _encode(["--input", str(output / "texts/prose")], model, output / "prose")
+    _encode(["--input", *(map(str, own_documents()) if not parsed.ood else [parsed.ood])], model, output / "other")
+    return {name: read_index(output / name).num_tokens for name in ("train", "heldout", "prose", "other")}
+
+
+def cut(source: Path, output: Path, tokens: int) -> None:
+    """Whole documents of `source` in an order drawn once and for all, the last one cut, so that exactly `tokens` are in `output`."""
+    index = read_index(source)
+    if index.num_tokens < tokens:
+        raise ConfigError(f"the text has {index.num_tokens} tokens outside the held-out ones, fewer than --tokens {tokens}: give more text")
+    ids = np.memmap(f"{source}.bin", dtype=index.dtype, mode="r")
+    description = json.loads(Path(f"{source}.json").read_text(encoding="utf-8"))
+    with TokenFileWriter(output, index.dtype) as writer:
+        # By files' names, neighbours would be of one package.
+        for document in np.random.default_rng(0).permutation(len(index.lengths)):
+            start = int(index.offsets[document]) // index.dtype.itemsize
+            length = min(int(index.lengths[document]), tokens - writer.num_tokens)
+            writer.add(np.array(ids[start : start + length]), np.array([length]))
+        writer.commit(**{key: description[key] for key in _COPIED})
+
+
+def write_prose(folder: Path, most_bytes: int) -> None:
+    """Topics of Python's language reference, a file each, in an order drawn from their names, until `most_bytes` are together."""
+    from pydoc_data.topics import topics
+
+    folder.mkdir(parents=True, exist_ok=True)
+    total = 0
+    for name in sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if total >= most_bytes:
+            break
+        text = topics[name].encode()
+        (folder / f"{name}.txt").write_bytes(text)
+        total += len(text)
+
+
+def own_documents() -> list[Path]:
+    """Prose about programs, and a licence."""
+    return [ROOT / "LICENSE", *sorted(path for folder in ("", "examples", "tests", "docker") for path in (ROOT / folder).glob("*.md"))]
+
+
+def _encode(inputs: Sequence[str], tokenizer: str, prefix: Path, *more: str) -> None:
+    _tool("preprocess_data", *inputs, "--tokenizer", tokenizer, "--output", str(prefix), "--overwrite", *more)
+
+
+def _tool(name: str, *words: str) -> None:
+    """One of the tools; what it has to say about a failure is on standard error."""
+    done = subprocess.run([sys.executable, str(ROOT / f"tools/{name}.py"), *words], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ConfigError(f"tools/{name}.py stopped with exit code {done.returncode}; the reason is above")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("--vocab-size", type=int, required=True, help="ids of the tokenizer")
+    parser.add_argument("--tokens", type=int, required=True, help="tokens of OUTPUT/train: one more than whole samples have")
+    parser.add_argument("--text", default="", help='folder or file, as tools/preprocess_data.py takes it; "": the library of Python')
+    parser.add_argument("--pattern", nargs="+", default=["*"], help="names of the files to take from --text (all)")
+    parser.add_argument("--ood", default="", help='file or folder of another domain; "": the documents of this repository')
+    parser.add_argument("--holdout", type=float, default=0.03, help="share of the documents that is held out (0.03)")
+    parser.add_argument("--prose-bytes", type=int, default=200_000, help="of the language reference (200000)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
