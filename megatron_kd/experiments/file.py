@@ -20,12 +20,13 @@ class _Part(BaseModel):
 
 
 class SweepPart(_Part):
-    """[sweep]: what the page says, the seeds of every cell, what each cell is compared with, and overrides of every run file, jobs' too."""
+    """[sweep]: what the page says, the seeds of every cell, what each is compared with (of several, the one of its group), and overrides
+    of every run file, jobs' too."""
 
     title: Key
     text: str = ""
     seeds: Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1)] = [1, 2, 3]
-    baseline: str | None = None
+    baseline: str | list[str] | None = None
     overrides: Values = {}
     measure: list[Annotated[list[Any], Field(min_length=1)]] = []
 

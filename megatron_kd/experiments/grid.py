@@ -129,8 +129,10 @@ def _cells(maker: _Maker, seeds: Sequence[int], jobs: Sequence[str]) -> tuple[li
     if not cells:
         raise ConfigError(f"{path}: small: cells: no cell's name matches {', '.join(map(repr, globs))}")
     names = [cell.name for cell in every]
-    if content.sweep.baseline is not None and content.sweep.baseline not in names and not small:
-        raise ConfigError(f"{path}: sweep: baseline: no cell is named {content.sweep.baseline!r}, cells are {', '.join(map(repr, names))}")
+    baseline = content.sweep.baseline
+    for wanted in [] if baseline is None or small else [baseline] if isinstance(baseline, str) else baseline:
+        if wanted not in names:
+            raise ConfigError(f"{path}: sweep: baseline: no cell is named {wanted!r}, cells are {', '.join(map(repr, names))}")
     return cells, [cell for cell in every if cell not in cells]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_kd.experiments.draw import svg
 from megatron_kd.experiments.plots import Picture, pictures
-from megatron_kd.experiments.results import Result, Row, Sample, decimals, heading, measured, paper_heading, shown
+from megatron_kd.experiments.results import Result, Row, Sample, baseline_name, decimals, heading, measured, paper_heading, shown
 
 _HERE = Path(__file__).parent
 
@@ -68,13 +68,13 @@ def _table(result: Result) -> str:
         if measured(metric):
             header.append(_head(heading(metric) + better, True))
         if baseline and measured(metric):
-            header.append(_head(f"{metric['name']} − {result.content['baseline']}", True))
+            header.append(_head(f"{metric['name']} − {baseline_name(result)}", True))
         if any(metric["name"] in row.paper for row in result.rows):
             header.append(_head(paper_heading(metric), True))
     body = "\n".join(_row(result, row, baseline, grouped) for row in result.rows)
     legend = "Mean ± standard deviation over seeds. Hover over a number for each seed's; click a heading to sort."
     if baseline:
-        legend += f" “− {_safe(result.content['baseline'])}”: mean of the differences of runs with the same seed."
+        legend += f" “− {_safe(baseline_name(result))}”: mean of the differences of runs with the same seed."
     return (
         f'<div class="scroll" tabindex="0"><table class="sortable"><thead><tr>{"".join(header)}</tr></thead>\n<tbody>\n{body}\n</tbody>'
         f'</table></div>\n<p class="small">{legend} ↓ lower is better, ↑ higher is better.</p>'

@@ -106,8 +106,7 @@ def read_result(out: Path) -> Result:
     origins: Counter[str] = Counter()
     try:
         rows = [_row(out, cell, content["metrics"], origins) for cell in content["cells"]]
-        baseline = next((row for row in rows if row.name == content["baseline"]), None)
-        rows = [_compared(row, baseline) for row in rows]
+        rows = [_compared(row, _baseline(row, rows, content["baseline"])) for row in rows]
         return Result(out, content, tuple(rows), dict(origins.most_common()))
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{out / SWEEP_FILE} is damaged ({error!r}): start the sweep again, which writes it") from None
@@ -132,6 +131,19 @@ def _row(out: Path, cell: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]
         values = {seed: value for seed, value in found.items() if not isinstance(value, str)}
         samples[metric["name"]] = Sample(values, lacking | {seed: value for seed, value in found.items() if isinstance(value, str)})
     return Row(cell["name"], cell["group"], cell["values"], folders, lacking, samples, {}, cell["paper"])
+
+
+def _baseline(row: Row, rows: Sequence[Row], names: str | list[str] | None) -> Row | None:
+    """What a row is compared with: the one cell for all of them, or of several the one of its own group."""
+    if isinstance(names, str):
+        return next((each for each in rows if each.name == names), None)
+    return next((each for each in rows if each.name in (names or []) and each.group == row.group), None)
+
+
+def baseline_name(result: Result) -> str:
+    """For a heading."""
+    names: str | list[str] = result.content["baseline"]
+    return names if isinstance(names, str) else "its group's baseline"
 
 
 def _compared(row: Row, baseline: Row | None) -> Row:
@@ -250,7 +262,7 @@ def table(result: Result) -> list[list[str]]:
             header.append(heading(metric))
             columns.append([shown(row.samples[name], digits) for row in result.rows])
         if baseline and measured(metric):
-            header.append(f"{name} - {result.content['baseline']}")
+            header.append(f"{name} - {baseline_name(result)}")
             columns.append([shown(row.differences[name], digits, sign="+") for row in result.rows])
         if any(name in row.paper for row in result.rows):
             header.append(paper_heading(metric))

@@ -167,6 +167,7 @@ def test_words() -> None:
         (HEAD + '[variables]\na = "{b}"\nb = "{a}"\n' + CELL, "name each other in a circle"),
         (HEAD + "[small]\na = 1\n" + CELL, "small: a replaces nothing"),
         (HEAD + 'baseline = "x"\n' + CELL, "no cell is named 'x'"),
+        (HEAD + 'baseline = ["lm", "x"]\n' + CELL, "no cell is named 'x'"),
         (HEAD + CELL.replace("student", "nowhere"), "cell 'lm': run file"),
     ],
 )

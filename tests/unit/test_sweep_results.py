@@ -152,6 +152,20 @@ def test_numbers(finished: Path) -> None:
     )
 
 
+def test_a_baseline_for_each_group(tmp_path: Path) -> None:
+    """Cells of one kind are not subtracted from those of another; a group that has none is compared with nothing."""
+    own = f'["lm", "_ alpha 0.5 {EVIL}"]'
+    result = read_result(fill(tmp_path, SWEEP.replace('baseline = "lm"', f"baseline = {own}")))
+    lm, zero, half, one = result.rows
+    assert lm.differences["loss"] is None and half.differences["loss"] is None
+    for number, row in ((1, zero), (3, one)):
+        difference = row.differences["loss"]
+        assert difference is not None and difference.values == pytest.approx({s: loss(number, s) - loss(2, s) for s in (1, 2, 3)})
+    assert table(result)[0][4] == "loss - its group's baseline" and "loss − its group&#x27;s baseline" in page([result])
+    alone = read_result(fill(tmp_path / "alone", SWEEP.replace('baseline = "lm"', 'baseline = ["lm"]')))
+    assert not any(row.differences["loss"] for row in alone.rows) and len(table(alone)[0]) == len(table(result)[0]) - 2
+
+
 def test_a_metric_of_the_source_alone(tmp_path: Path) -> None:
     """No column of ours, no note that nothing was measured; its figures in the table and on the page."""
     text = SWEEP.replace("paper = { loss", "paper = { average = 38.5, loss")
