@@ -27,7 +27,8 @@ NUMBERS = tuple(str(n) for n in range(MOST_TERMS * MOST_AMOUNT + 1))
 WORDS = (END, COPY, AGAIN, FIND, SUM, "?", ":", ";", "+", "-", "=", "answer", "finds", "loses",
          *SYMBOLS, *FILLERS, *KEYS, *VALUES, *PERSONS, *THINGS, *NUMBERS)  # fmt: skip
 IDS = {word: number for number, word in enumerate(WORDS)}
-SEGMENT, GAP, CONTEXT, PAIRS = (4, 12), (0, 40), (12, 64), (1, 6)
+# Short gaps and many questions: with less to be found in a sequence, models of this size had not begun to copy after 2,000 steps.
+SEGMENT, GAP, CONTEXT, PAIRS = (8, 20), (0, 24), (24, 64), (4, 10)
 
 
 def encode(words: Sequence[str]) -> list[int]:

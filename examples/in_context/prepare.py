@@ -26,7 +26,7 @@ from language import IDS, WORDS, Noise, Problem, Rng, encode
 from megatron_kd.config.durable import write_atomically
 from megatron_kd.data.indexed import TokenFileWriter, optimal_dtype
 
-GAPS, CONTEXTS, DEPTHS = (0, 8, 16, 24, 40), (16, 32, 48, 64), (0.0, 0.25, 0.5, 0.75, 1.0)
+GAPS, CONTEXTS, DEPTHS = (0, 6, 12, 18, 24), (24, 32, 48, 64), (0.0, 0.25, 0.5, 0.75, 1.0)
 PROBE_SEGMENT, PROBE_PAIRS = 8, 4
 STREAMS = {name: number for number, name in enumerate(("probes", "train", "more", "heldout_copy", "heldout_needle", "heldout_sum"))}
 
