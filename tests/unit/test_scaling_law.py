@@ -1,6 +1,6 @@
 """Scaling laws fitted to points whose law is known. Noise is fresh in every run; the seed is in the message of a failure.
 
-How often a 95 % interval holds the truth: `test_coverage` (slow) counts it and writes it down as its "measured" property.
+How often a 95 % interval holds the truth: `test_coverage` (pytest -m study, 10 to 20 minutes) counts it and writes it down as its "measured" property.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def test_noiseless_points_give_the_coefficients_exactly() -> None:
         assert abs(getattr(few.law, name) / value - 1) < (1e-3 if name not in held else 1e-12), name
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.timeout(3600)
 def test_coverage(measured: Callable[[str], None]) -> None:
     """95 % intervals over repeated draws of points and noise: of all coefficients, and of predictions, counted together."""
