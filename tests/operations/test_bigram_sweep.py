@@ -15,7 +15,7 @@ from tests.helpers.sweeps import ROOT, sweep, tool
 def test_bigram_sandbox(tmp_path: Path) -> None:
     out = tmp_path / "out"
     cells = ["transformer plain", "transformer dpt90 routed imperfect", "tabular dpt90_routed imperfect"]
-    words = ["--small", "--set", "steps=24", "--set", "sequences=800", "--set", "interval=12"]
+    words = ["--small", "--jobs", "2", "--set", "steps=24", "--set", "sequences=800", "--set", "interval=12"]
     code, output = sweep(ROOT / "examples/bigram_sandbox/sweep.toml", out, *words, "--only", *cells)
     assert code == 0, output
     found = {row.name: row for row in read_result(out).rows}

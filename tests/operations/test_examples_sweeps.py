@@ -24,7 +24,7 @@ TAUGHT = {"teacher_weak_short": 3, "teacher_equal_equal": 6}
 def run_toy(name: str, out: Path, cells: list[str], **settings: Any) -> dict[str, Any]:
     """Seed 1 of these cells: the report's numbers by cell."""
     values = [word for key, value in (TOY | settings).items() for word in ("--set", f"{key}={value}")]
-    code, told = sweep(ROOT / f"examples/{name}/sweep.toml", out, *values, "--only", *(f"{cell}, seed 1" for cell in cells))
+    code, told = sweep(ROOT / f"examples/{name}/sweep.toml", out, "--jobs", "2", *values, "--only", *(f"{cell}, seed 1" for cell in cells))
     assert code == 0 and "all done" in told, told
     code, told = tool("report", str(out), "--html", str(out / "report.html"), "--json", str(out / "report.json"))
     assert code == 0 and (out / "report.html").stat().st_size > 50_000, told

@@ -28,7 +28,7 @@ def test_the_sweep_from_data_to_page(tmp_path: Path) -> None:
     assert "\nseeds = [1, 2]\n" in text
     (here / "sweep.toml").write_text(text.replace("\nseeds = [1, 2]\n", "\nseeds = [1]\n"))
     settings = [word for name, value in TOY.items() for word in ("--set", f"{name}={value}")]
-    code, told = sweep(here / "sweep.toml", out, "--small", *settings)
+    code, told = sweep(here / "sweep.toml", out, "--small", "--jobs", "2", *settings)
     assert code == 0 and "all done" in told, told
     result = read_result(out)
     assert not result.notes() and [row.name for row in result.rows] == CELLS

@@ -1,6 +1,7 @@
 """Scaling laws fitted to points whose law is known. Noise is fresh in every run; the seed is in the message of a failure.
 
-How often a 95 % interval holds the truth: `test_coverage` (pytest -m study, 10 to 20 minutes) counts it and writes it down as its "measured" property.
+How often a 95 % interval holds the truth: `test_coverage` (pytest -m study, 10 to 20 minutes) counts it and writes it down as its
+"measured" property.
 """
 
 from __future__ import annotations
