@@ -173,6 +173,7 @@ def test_a_step_ahead_on_four_ranks(bench: Bench) -> None:
     check_ahead(run_ranks(run_ahead, 4, ahead_pairs(bench, layouts), 4, timeout=400))
 
 
+@pytest.mark.slow
 def test_samples_that_a_cache_lacks(bench: Bench, single: dict[str, Asked], tmp_path: Path) -> None:
     """Of a cache with some of the samples, and a live teacher in its own layout for the rest: the targets and curve of the live one."""
     run_file = tmp_path / "run.toml"

@@ -11,7 +11,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny, write_tokens
 from tests.parallel.layouts import Trained, run_all, worst_loss, worst_weight
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 STEPS = 12
 DISTILLS: dict[str, dict[str, Any]] = {
