@@ -167,7 +167,9 @@ def _find_owner(directory: Path, stale_seconds: float) -> tuple[Owner | None, fl
         return None, 0.0, True
     try:
         # Shared, so that those who only look are not in each other's way.
-        locked, owner, age = _lock(descriptor, kind=fcntl.LOCK_SH), _read(descriptor), _age(path)
+        owner = _read(descriptor)
+        here = owner is not None and owner.host == socket.gethostname()
+        locked, owner, age = _lock(descriptor, kind=fcntl.LOCK_SH, patience=1.0 if here else 0.0), _read(descriptor), _age(path)
     finally:
         os.close(descriptor)
     return owner, age, owner is None or _is_gone(owner, locked, age, stale_seconds)
@@ -188,15 +190,17 @@ def _is_gone(owner: Owner, locked: bool, age: float, stale_seconds: float) -> bo
     if owner.process == os.getpid():
         return locked
     try:
-        # Kernels count the start in hundredths of a second.
-        alive = abs(psutil.Process(owner.process).create_time() - owner.born) < 1.0
+        process = psutil.Process(owner.process)
+        # Kernels count the start in hundredths of a second. Where nobody reaps the dead (a container without an init), their numbers stay.
+        alive = abs(process.create_time() - owner.born) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         alive = False
     return locked and not alive
 
 
-def _lock(descriptor: int, *, kind: int = fcntl.LOCK_EX, patience: float = 0.0) -> bool:
-    """Whether no other process has the file's lock; where the file system has no locks, yes. patience: seconds, for those who look."""
+def _lock(descriptor: int, *, kind: int = fcntl.LOCK_EX, patience: float) -> bool:
+    """Whether no other process has the file's lock; where the file system has no locks, yes. patience: seconds, for those who look, and
+    for the last threads of a process that was killed."""
     deadline = time.monotonic() + patience
     while True:
         try:

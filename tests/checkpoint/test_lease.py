@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_kd.config import ConfigError
@@ -60,6 +61,22 @@ def test_second_run_is_told_who_holds_it(tmp_path: Path) -> None:
     again = Lease(tmp_path)
     assert again.took_over is None
     again.release()
+
+
+def test_ended_and_not_yet_buried(tmp_path: Path) -> None:
+    """Where nobody reaps the dead, as in a container without an init process, a killed run's number stays taken."""
+    other = hold(tmp_path)
+    try:
+        other.kill()
+        deadline = time.monotonic() + 20
+        while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert holder(tmp_path) is None
+        lease = Lease(tmp_path)
+        assert lease.took_over is not None and lease.took_over.process == other.pid
+        lease.release()
+    finally:
+        end(other)
 
 
 def elsewhere(directory: Path, age: float) -> Owner:

@@ -136,7 +136,9 @@ def test_extraction_killed_and_resumed_with_other_processes(
     teacher: tuple[Path, str], tmp_path: Path, measured: Callable[[str], None]
 ) -> None:
     """SIGKILL at random moments with 2, then 1, then 3 processes: the records of an uninterrupted run, bit for bit."""
-    run_file = student(tmp_path, "student", teacher, batch={"global_batch_size": 12, "micro_batch_size": 2})
+    # So many that a fast machine is not through with them when the kill comes.
+    many = (teacher[0], write_tokens(tmp_path, tokens=40_000))
+    run_file = student(tmp_path, "student", many, batch={"global_batch_size": 12, "micro_batch_size": 2})
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     code, output = finish(start(extraction(run_file, whole, "--shard-samples", "4")))
     assert code == 0, output

@@ -337,7 +337,9 @@ def test_tasks_of_the_harness(student: Student, told: dict[str, Done], tmp_path:
     assert told["export"].code == 0
     greedy: Any = student.used.greedy["one"]
     asked = zip(PROMPTS, greedy, strict=False)
-    items: list[dict[str, Any]] = [{"query": prompt, "choices": [text, text[:5], "zqzqzq"], "gold": 1} for prompt, text in asked]
+    items: list[dict[str, Any]] = [
+        {"query": prompt, "choices": [f"{text}z", f"{text[:5]}q", "zqzqzq"], "gold": 1} for prompt, text in asked
+    ]
     items += [{**item, "choices": item["choices"][::-1], "gold": 0} for item in items]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     task = (ROOT / "examples/evaluation/piqa.yaml").read_text().replace("piqa.jsonl", "own.jsonl")
@@ -358,10 +360,11 @@ def test_tasks_of_the_harness(student: Student, told: dict[str, Done], tmp_path:
 
 
 def likelihood(model: Any, tokenizer: Any, context: str, answer: str) -> float:
-    """log p(answer | context); spaces at the end of a context belong to the answer, as the harness has it."""
-    kept = context.rstrip()
-    ids = tokenizer(context + answer, add_special_tokens=False).input_ids
-    first = len(tokenizer(kept, add_special_tokens=False).input_ids)
+    """log p(answer | context) as the harness has it: spaces at the end of a context belong to the answer, whose ids are those that the
+    whole text has after as many as the context alone has; without a context, bos stands before."""
+    kept, whole = (tokenizer(text, add_special_tokens=False).input_ids for text in (context.rstrip(), context + answer))
+    answered = whole[len(kept) :]
+    ids = [*(kept or [tokenizer.bos_token_id]), *answered]
     with torch.no_grad():
         logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    return float(sum(logprobs[place - 1, ids[place]] for place in range(first, len(ids))))
+    return float(sum(logprobs[place - 1, ids[place]] for place in range(len(ids) - len(answered), len(ids))))
