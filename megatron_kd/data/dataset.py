@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -323,16 +324,20 @@ def _complete(folder: Path, write: Callable[[Path], object]) -> None:
         return
     if _rank() != 0:
         raise ConfigError(f"rank {_rank()} does not see {folder}, which rank 0 wrote: set data.index_cache to a folder shared by all nodes")
-    temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    # Not the process's number alone: in containers it comes again, beside what a killed run left and what another machine writes.
+    temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
         write(temporary)
         for path in temporary.iterdir():
             with open(path, "rb") as stream:
                 os.fsync(stream.fileno())
-        # A run beside this one may have been faster; its folder has the same content.
-        if not folder.is_dir():
+        try:
             os.rename(temporary, folder)
+        except OSError:
+            # A run beside this one was faster; its folder has the same content.
+            if not folder.is_dir():
+                raise
         sync_path(folder.parent)
     except OSError as error:
         raise ConfigError(f"cannot write {folder} ({error}): set data.index_cache to a writable folder with free space") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import struct
 import subprocess
@@ -262,38 +261,6 @@ def test_a_process_group_changes_nothing(prefix: str, tmp_path: Path, request: p
     request.getfixturevalue("world_of_one")
     grouped = [all_tokens(build(paths, tmp_path / "grouped")) for paths in (prefix, [prefix, other])]
     assert all(torch.equal(one, two) for one, two in zip(alone, grouped, strict=True))
-
-
-@pytest.mark.fault(12, 16, "S9", "S10")
-def test_unusable_index_caches_are_refused(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot write .*set data.index_cache to a writable folder"):
-        build(prefix, tmp_path / "file")
-    build(prefix, tmp_path / "cache")
-    (array,) = (tmp_path / "cache").glob("samples-*/*shuffle_index.npy")
-    complete = array.read_bytes()
-    for content in (complete[:-8], complete[:5], b"", pickle.dumps(Sentinel(str(tmp_path / "sentinel")))):
-        array.write_bytes(content)
-        with pytest.raises(ConfigError, match="is damaged .*delete this folder"):
-            build(prefix, tmp_path / "cache")
-    assert not (tmp_path / "sentinel").exists(), "a pickle in the cache was run"
-    array.unlink()
-    with pytest.raises(ConfigError, match="has 2 arrays in place of 3"):
-        build(prefix, tmp_path / "cache")
-    monkeypatch.setattr(dataset_module, "_rank", lambda: 3)
-    with pytest.raises(ConfigError, match="rank 3 does not see .*shared by all nodes"):
-        build(prefix, tmp_path / "elsewhere")
-    assert not (tmp_path / "elsewhere").exists(), "only rank 0 may write"
-
-
-class Sentinel:
-    """A pickle that leaves a trace when it is loaded."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (self.path,)
 
 
 def test_importing_the_package_imports_neither_torch_nor_megatron() -> None:
