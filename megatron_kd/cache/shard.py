@@ -63,7 +63,7 @@ class ShardWriter:
         self.directory, self.name, self.step = directory, name, step
         self.records = self.tokens = 0
         self.temporary = directory / f".{name}.arrow.partial-{os.getpid()}"
-        metadata = {"format": FORMAT, "schema_version": str(SCHEMA_VERSION), "identity": identity.to_json()}
+        metadata = {"format": FORMAT, "schema_version": str(SCHEMA_VERSION), "identity": identity.to_json(), "shard": name}
         self._pending: list[Record] = []
         self._sink = pa.OSFile(str(self.temporary), "wb")
         self._file = pa.ipc.new_file(self._sink, SCHEMA.with_metadata(metadata))
@@ -151,9 +151,13 @@ class Shard:
             schema = self._reader.schema
             if not schema.equals(SCHEMA):
                 raise CorruptCache(f"{path}: columns {schema.names}, expected {SCHEMA.names} with their types")
-            told = (schema.metadata or {}).get(b"identity", b"").decode(errors="replace")
+            said = {key: value.decode(errors="replace") for key, value in (schema.metadata or {}).items()}
+        told, name = said.get(b"identity", ""), info.file.removesuffix(".arrow")
         if told != identity.to_json():
             raise CorruptCache(f"{path}: a shard of another cache: it says {told}, expected {identity.to_json()}")
+        # Two files of one size that changed places: the records say which samples they are, but not of which training step.
+        if said.get(b"shard", name) != name:
+            raise CorruptCache(f"{path}: it was written as {said[b'shard']!r}, expected {name!r}: a file was renamed or replaced")
         self.num_batches = self._reader.num_record_batches
 
     def batch(self, number: int) -> pa.RecordBatch:

@@ -195,6 +195,21 @@ def test_shards_swapped_renamed_deleted_duplicated(cache: tuple[Path, list[Sampl
     assert "holds no target for the sample" in str(read_all(directory, made))
 
 
+@pytest.mark.fault(5)
+def test_shards_of_one_size_swapped(tmp_path: Path) -> None:
+    """The file beside a shard says of which training step it is: with another's records in it, an old target would pass for the latest."""
+    (sample,) = samples(fresh_seed(), 1)
+    names = []
+    for step in (100, 200):
+        with CacheWriter(tmp_path, IDENTITY, step=step) as writer:
+            writer.add(*sample)
+        names.append(max(path for path in tmp_path.glob("*.arrow")))
+    assert names[0].stat().st_size == names[1].stat().st_size and read_all(tmp_path, [sample]) is None
+    for source, target in ((names[0], tmp_path / "aside"), (names[1], names[0]), (tmp_path / "aside", names[1])):
+        shutil.move(source, target)
+    assert f"{names[0]}: it was written as '{names[1].stem}', expected '{names[0].stem}'" in str(read_all(tmp_path, [sample]))
+
+
 def test_a_shard_of_another_cache_is_refused(cache: tuple[Path, list[Sample]], tmp_path: Path) -> None:
     directory, made = cache
     other = CacheIdentity("ef" * 32, "cd" * 32, V, S, SELECTION, "fp32")

@@ -296,7 +296,7 @@ def test_commands_of_the_page(tmp_path: Path) -> None:
     (block,) = [block for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL) if "in_context" in block]
     small, whole, report = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
     assert whole[:2] == small[:2] == ["tools/sweep.py", "examples/in_context/sweep.toml"] and report[0] == "tools/report.py"
-    for words, tasks in ((small, 4 + 6 * 2), (whole, 4 + 6 * 3)):
+    for words, tasks in ((small, 4 + 6 * 3), (whole, 4 + 6 * 3)):
         code, told = sweep(ROOT / words[1], tmp_path, *words[4:], "--list")
         assert code == 0 and told.count("open ") == tasks, told
     assert report[1] == whole[3] and report[2] == "--html" and whole[3] != small[3]
