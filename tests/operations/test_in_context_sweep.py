@@ -25,8 +25,8 @@ def test_the_sweep_from_data_to_page(tmp_path: Path) -> None:
     here, out = tmp_path / "in_context", tmp_path / "out"
     shutil.copytree(ROOT / "examples/in_context", here)
     text = (here / "sweep.toml").read_text()
-    assert "\nseeds = [1, 2]\n" in text
-    (here / "sweep.toml").write_text(text.replace("\nseeds = [1, 2]\n", "\nseeds = [1]\n"))
+    assert "\nseeds = [1, 2, 3]\n" in text
+    (here / "sweep.toml").write_text(text.replace("\nseeds = [1, 2, 3]\n", "\nseeds = [1]\n"))
     settings = [word for name, value in TOY.items() for word in ("--set", f"{name}={value}")]
     code, told = sweep(here / "sweep.toml", out, "--small", "--jobs", "2", *settings)
     assert code == 0 and "all done" in told, told
