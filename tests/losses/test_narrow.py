@@ -18,6 +18,10 @@ WANTED = (TopSelection(1), TopSelection(7), TopSelection(20), TopSelection(20, 0
 def test_part_of_a_target_is_the_target_of_the_part(stored: TopSelection, wanted: TopSelection) -> None:
     seed = fresh_seed()
     logits = make_problem(seed).teacher.float().round(decimals=1)  # with ties
+    # Where a prefix has the mass top_p but for rounding, either choice is right.
+    mass = logits.double().softmax(1).sort(1, descending=True).values.cumsum(1)
+    logits = logits[((mass - wanted.top_p).abs() > 1e-6).all(1) | (wanted.top_p == 1.0)]
+    assert len(logits) > 30, say(seed)
     whole, expected = select_targets(logits, stored), select_targets(logits, wanted)
     if not is_part(wanted, stored):
         assert stored.top_p < 1 and wanted.top_p > stored.top_p
