@@ -7,7 +7,7 @@ import re
 import torch
 
 from megatron_kd.targets.select import TopSelection
-from megatron_kd.targets.sparse import SparseTarget
+from megatron_kd.targets.sparse import SparseTarget, likeliest_first
 
 _TEXT = re.compile(r"TopSelection\(top_k=(\d+), top_p=([\d.e-]+), min_k=(\d+), temperature=([\d.e-]+)\)")
 
@@ -34,10 +34,8 @@ def narrow(target: SparseTarget, wanted: TopSelection) -> SparseTarget:
     As the selection itself would choose: by falling probability, ties to the smaller id; the prefix whose mass reaches top_p.
     """
     used = target.indices >= 0
-    by_id = torch.where(used, target.indices, torch.iinfo(target.indices.dtype).max).sort(dim=-1)
-    log_q = torch.where(used, target.logprobs, -torch.inf).gather(-1, by_id.indices)
-    log_q, order = log_q.sort(dim=-1, descending=True, stable=True)
-    ids = torch.where(log_q > -torch.inf, by_id.values.gather(-1, order), -1)
+    ids, log_q = likeliest_first(target.indices, torch.where(used, target.logprobs, -torch.inf))
+    ids = torch.where(log_q > -torch.inf, ids, -1)
     keep = torch.arange(ids.shape[-1], device=ids.device) < wanted.top_k
     if wanted.top_p < 1.0:
         mass = log_q.exp()

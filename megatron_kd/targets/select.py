@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ from megatron_kd.parallel.shards import VocabShard, vocab_shard
 from megatron_kd.targets.chunks import TokenChunks
 from megatron_kd.targets.logits import chunk_size, given_logits, linear_logits
 from megatron_kd.targets.rows import row_logsumexp, row_statistics
-from megatron_kd.targets.sparse import SparseTarget
+from megatron_kd.targets.sparse import SparseTarget, likeliest_first
 
 
 class Selection(Protocol):
@@ -32,7 +32,8 @@ class Selection(Protocol):
 class TopSelection:
     """The teacher's `top_k` likeliest ids, of which the smallest prefix with mass >= `top_p` is kept (at least `min_k`).
 
-    `temperature` is where top_p's mass and the target's log_tail are measured. Ties go to the smaller id.
+    `temperature` is where top_p's mass and the target's log_tail are measured. Of equal logits the smaller id is kept; entries are by
+    falling log-probability, equal ones by rising id.
     """
 
     top_k: int
@@ -62,7 +63,10 @@ class TopSelection:
             keep = mass.cumsum(-1) - mass < self.top_p
             keep[:, : self.min_k] = True
             indices = torch.where(keep, indices, -1)
-        return target_of(rows, indices, shard, group, temperature=self.temperature)
+        found = target_of(rows, indices, shard, group, temperature=self.temperature)
+        # Of two different logits the log-probabilities can be the same number.
+        ids, logprobs = likeliest_first(found.indices, found.logprobs)
+        return replace(found, indices=ids, logprobs=logprobs)
 
 
 def target_of(rows: ChunkRows, indices: Tensor, shard: VocabShard, group: Group, *, temperature: float) -> SparseTarget:

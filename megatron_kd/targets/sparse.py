@@ -50,6 +50,16 @@ class SparseTarget:
         return self.map(lambda t: t[start:stop])
 
 
+def likeliest_first(indices: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries [..., K] of a target by falling log-probability, equal ones by rising id, unused slots last.
+
+    An order that the entries themselves tell: where they come from, or were stored in between, does not show.
+    """
+    rising = torch.where(indices >= 0, indices, torch.iinfo(indices.dtype).max).sort(dim=-1)
+    logprobs, order = logprobs.gather(-1, rising.indices).sort(dim=-1, descending=True, stable=True)
+    return indices.gather(-1, rising.indices.gather(-1, order)), logprobs
+
+
 def give_rest_to_label(target: SparseTarget, labels: Tensor) -> SparseTarget:
     """The same entries with the teacher's mass outside them given to the label: [..., K + 1] entries that sum to 1, at temperature 1.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_kd.cache.bits import join, split
@@ -51,6 +51,7 @@ def used(target: SparseTarget) -> list[dict[int, float]]:
 
 
 @settings(max_examples=40, deadline=None)
+@example(tokens=2, vocab_size=70000, top_k=48, top_p=1.0, temperature=1.0, seed=33)  # two logits of one log-probability
 @given(
     st.integers(1, 40), st.sampled_from([1, 7, 2000, 70000]), st.integers(1, 70), st.floats(0.05, 1.0), st.sampled_from([1.0, 2.0]),
     st.integers(0, 2**31),
