@@ -190,5 +190,5 @@ def readable(path: str) -> Iterator[None]:
     """Turns Arrow's errors into CorruptCache with the file's name."""
     try:
         yield
-    except (pa.ArrowException, OSError, MemoryError) as error:
+    except (pa.ArrowException, OSError, MemoryError, UnicodeError) as error:  # the last: a column by a name of other bytes
         raise CorruptCache(f"{path} is not a readable Arrow file: {error}") from error

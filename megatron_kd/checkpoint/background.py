@@ -57,10 +57,10 @@ class Verifier:
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def add(self, step: int) -> None:
-        """Read the checkpoint of `step` back as soon as may be."""
+    def add(self, step: int, *, good: bool = False) -> None:
+        """Read the checkpoint of `step` back as soon as may be. good: that was done elsewhere, and only rotation is left to do."""
         with self._changed:
-            self.good.discard(step)
+            (self.good.add if good else self.good.discard)(step)
             self.bad.pop(step, None)
             self._waiting.append(step)
             if self._thread is None:
@@ -107,15 +107,20 @@ class Verifier:
             raise _ClosedError
 
     def _verify(self, step: int) -> None:
+        if step not in self.good and not self._sound(step):
+            return
+        for removed in prune(self._checkpoints, self._keep_last, self.good):
+            self.good.discard(removed)
+            self._log.add("removed", removed)
+
+    def _sound(self, step: int) -> bool:
         begin = time.perf_counter()
         problems = verify(step_folder(self._checkpoints, step), from_disk=True, progress=self._look_up)
         if problems:
             self.bad[step] = one_sentence(problems)
             message = f"the checkpoint of step {step} was written and does not read back: {self.bad[step]}; older ones are kept"
             self._log.warn("damaged", step, message)
-            return
+            return False
         self.good.add(step)
         self._log.add("verified", step, seconds=round(time.perf_counter() - begin, 3))
-        for removed in prune(self._checkpoints, self._keep_last, self.good):
-            self.good.discard(removed)
-            self._log.add("removed", removed)
+        return True

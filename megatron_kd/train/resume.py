@@ -101,12 +101,10 @@ def with_settings(config: RunConfig, inputs: Inputs) -> Inputs:
 
 
 def settle(inputs: Inputs, saver: Saver) -> None:
-    """Note changes and which checkpoint is sound; give damaged ones names under which nothing finds them. Rank 0, holding the run."""
+    """Note changes; give damaged checkpoints names under which nothing finds them; remove old ones. Rank 0, holding the run."""
     saver.clean()
     if inputs.changed and inputs.resume is not None:
         saver.log.warn("settings", inputs.resume[1].step, f"going on with other settings: {'; '.join(inputs.changed)}")
-    if inputs.resume is not None and has_digests(*inputs.resume):
-        saver.verifier.good.add(inputs.resume[1].step)
     for step, problem in inputs.passed_over:
         folder = step_folder(saver.checkpoints, step)
         try:
@@ -115,6 +113,9 @@ def settle(inputs: Inputs, saver: Saver) -> None:
             saver.log.warn("damaged", step, f"{folder} is damaged and cannot be renamed ({error.strerror}): {problem}")
         else:
             saver.log.warn("damaged", step, f"the damaged checkpoint of step {step} is now {aside}: remove it when you have looked at it")
+    if inputs.resume is not None and has_digests(*inputs.resume):
+        # What a kill before the last rotation has left can go; after the damaged ones, which are not among those that stay.
+        saver.verifier.add(inputs.resume[1].step, good=True)
 
 
 def _warn(message: str) -> None:

@@ -157,6 +157,20 @@ def test_every_flipped_byte_is_named_or_harmless(cache: tuple[Path, list[Sample]
 
 
 @pytest.mark.fault(5)
+def test_column_names_of_other_bytes(cache: tuple[Path, list[Sample]]) -> None:
+    """What is no text any more is named like everything else."""
+    directory, made = cache
+    path = directory / "shard-00000000.arrow"
+    good = path.read_bytes()
+    for name in (b"key", b"tokens", b"crc32", b"payload"):
+        assert name in good
+        path.write_bytes(good.replace(name, b"\xa5" + name[1:]))
+        assert str(path) in (read_all(directory, made) or "nothing said"), name
+    path.write_bytes(good)
+    assert read_all(directory, made) is None
+
+
+@pytest.mark.fault(5)
 def test_truncation_at_any_length_is_named(cache: tuple[Path, list[Sample]]) -> None:
     directory, made = cache
     seed = fresh_seed()

@@ -206,9 +206,7 @@ def test_damaged_newest_keeps_the_last_good(tmp_path: Path) -> None:
         if damaged:
             (folder / "__0_0.distcp").write_bytes(bytes(3000))
         verifier.add(step)
-        deadline = time.monotonic() + 20
-        while verifier.busy and time.monotonic() < deadline:
-            time.sleep(0.01)
+        _wait(verifier)
         return complete_steps(tmp_path)
 
     assert [add(1), add(2), add(3, damaged=True), add(4, damaged=True)] == [[1], [2], [2, 3], [2, 3, 4]]
@@ -217,6 +215,24 @@ def test_damaged_newest_keeps_the_last_good(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [(row["event"], row["step"]) for row in rows if row["event"] == "damaged"] == [("damaged", 3), ("damaged", 4)]
     verifier.close()
+
+
+def _wait(verifier: Verifier) -> None:
+    deadline = time.monotonic() + 20
+    while verifier.busy and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_a_start_removes_what_a_kill_has_left(tmp_path: Path) -> None:
+    """Killed between the last checkpoint and its rotation: what was read at the start is not read again, and the rest goes."""
+    for step in (1, 2, 3):
+        make(step_folder(tmp_path, step), seed=step)
+    verifier = Verifier(tmp_path, keep_last=1, log=CheckpointLog(tmp_path / "log"))
+    verifier.add(3, good=True)
+    _wait(verifier)
+    verifier.close()
+    rows = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert complete_steps(tmp_path) == [3] and [(row["event"], row["step"]) for row in rows] == [("removed", 1), ("removed", 2)]
 
 
 def test_tool_says_which_steps_are_good(tmp_path: Path) -> None:
