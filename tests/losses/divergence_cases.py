@@ -48,6 +48,8 @@ BOUNDED = (
     *("jensen_shannon 0.5", "jensen_shannon 0.2", "skew_kl 0.1", "skew_kl 0.7", "skew_reverse_kl 0.1", "skew_reverse_kl 0.7"),
     *("alpha_beta 0.2 0.7", "alpha_beta 0.7 0.2", "alpha_beta 0.7 0.3", "alpha_beta 1 1", "mse_probabilities"),
 )
+# Their gradient is a difference of terms of the size of log p - log q, however small it is itself.
+REVERSE = ("reverse_kl", "alpha_beta 0 1")
 # Zero between equal distributions.
 VANISHING = tuple(name for name in DIVERGENCES if name not in ("soft_cross_entropy", "hard_label"))
 

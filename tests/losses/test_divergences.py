@@ -21,6 +21,7 @@ from tests.losses.divergence_cases import (
     DENSE_ONLY,
     DIVERGENCES,
     RENORMALIZABLE,
+    REVERSE,
     VANISHING,
     check_beside_terms,
     dense_problem,
@@ -206,7 +207,10 @@ def test_logits_of_a_thousand() -> None:
         given = (DIVERGENCES[name], problem.upstream, problem.mask)
         exact = divergence_outcome(problem, case.teacher(torch.float64), *given, torch.float64, **options)
         found = divergence_outcome(problem, case.teacher(torch.float32), *given, **options)
-        check_beside_terms(found, exact, problem, temperature, None, 5e-6, name, options)
+        if name in REVERSE:
+            check_beside_terms(found, exact, problem, temperature, None, 5e-6, name, options)
+        else:
+            check(found, exact, 1e-5, seed, name, options)
         log_p, log_q = ((x / temperature).log_softmax(1) for x in (problem.logits(), problem.teacher))
         if name in BOUNDED:
             expected = plain_divergence(DIVERGENCES[name], log_q.exp(), log_p.exp())
@@ -229,7 +233,10 @@ def test_sparse_targets_of_logits_of_a_thousand() -> None:
         target = hand_target(problem.teacher, top_k=8, temperature=temperature, dtype=torch.float32)
         exact = divergence_outcome(problem, target, *given, torch.float64, **options)
         found, kept = divergence_outcome(problem, target, *given, **options), kept_ids(target, 90)
-        check_beside_terms(found, exact, problem, temperature, kept, 5e-6, name, options)
+        if name in REVERSE:
+            check_beside_terms(found, exact, problem, temperature, kept, 5e-6, name, options)
+        else:
+            check(found, exact, 1e-5, seed, name, options)
         if name in BOUNDED:
             expected = plain_outcome(problem, *given, kept=kept, alpha=1.0, temperature=temperature, tail="bucket")
             assert relative_error(exact.kd, expected.kd) < 1e-5, say(seed, name, options)  # the target's numbers are fp32
