@@ -7,6 +7,7 @@ row. N tokens, H hidden, V true vocabulary, K kept entries.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -22,9 +23,10 @@ SEED_VARIABLE = "KD_TEST_SEED"
 
 
 def fresh_seed() -> int:
-    """A new seed every run, given to torch as well; KD_TEST_SEED repeats the one a failure names."""
+    """A new seed every run, given to torch as well and printed, so that a failure shows it; KD_TEST_SEED repeats it."""
     given = os.environ.get(SEED_VARIABLE)
     seed = int(given) if given else int.from_bytes(os.urandom(4), "little")
+    print(f"{SEED_VARIABLE}={seed}", file=sys.stderr)
     torch.manual_seed(seed)
     return seed
 

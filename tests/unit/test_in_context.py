@@ -196,9 +196,13 @@ def terms_of(document: list[str]) -> list[int]:
 
 
 def test_blocks_are_full(rng: Any) -> None:
-    made = list(language.blocks(rng, list(language.makers(CLEAN, frozenset()).values()), 100, 128))
+    made = list(language.blocks(rng, list(language.makers(CLEAN, frozenset()).values()), 500, 128))
     assert {len(block) for block in made} == {128}
-    assert np.mean([block[::-1].index(next(each for each in block[::-1] if each)) - 1 for block in made]) < 8
+    # An end closes the last document, further ones fill the block.
+    free = [block[::-1].index(next(each for each in block[::-1] if each)) - 1 for block in made]
+    assert all(block.index(IDS["<end>"]) + 1 > room for room, block in zip(free, made[1:], strict=False)), "the oldest one had fitted"
+    # 4.9 +- 0.5 over seeds; 16 where only two documents are looked at.
+    assert np.mean(free) < 8
     with pytest.raises(ValueError, match="make blocks longer"):
         list(language.blocks(rng, list(language.makers(CLEAN, frozenset()).values()), 100, 30))
 
