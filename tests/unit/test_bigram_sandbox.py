@@ -46,7 +46,7 @@ def test_chain_and_sequences(sandbox: dict[str, ModuleType]) -> None:
     following = np.take_along_axis(truth[:, :-1], tokens[:, 1:, None], -1)[..., 0]
     assert (following > 0).all(), "what follows was possible"
     after = np.isin(tokens[:, :-1], made.triggers)
-    assert (following[after] == 1).all() and after.mean() > 0.1
+    assert (following[after] == 1).all() and after.sum() > 50, seed  # a quarter of the 400 sequences begin with a trigger
     row = next(number for number, kind in enumerate(made.kind) if kind == "high")
     share = np.bincount(tokens[:, 1:][tokens[:, :-1] == row], minlength=16) / (tokens[:, :-1] == row).sum()
     assert np.abs(share - made.rows[row]).max() < 6 * 0.5 / np.sqrt((tokens[:, :-1] == row).sum()), seed
