@@ -55,7 +55,9 @@ def test_any_byte_of_any_file(tmp_path: Path) -> None:
             changed[at] ^= int(rng.integers(1, 256))
             path.write_bytes(changed)
             problems = verify(folder)
-            assert problems, (seed, path.name, at)
+            # White space between the words of the mark may be any.
+            harmless = path.name == COMMIT and not problems and json.loads(changed) == json.loads(whole)
+            assert problems or harmless, (seed, path.name, at)
             if path.name not in (MANIFEST, COMMIT):
                 assert len(problems) == 1 and str(path) in problems[0] and "expected" in problems[0], (seed, problems)
         path.write_bytes(whole)
