@@ -7,7 +7,8 @@ import torch
 
 from megatron_kd.losses import DenseTeacher, linear_divergence
 from megatron_kd.losses.dense_rows import BLOCK_CPU
-from tests.losses.test_head_memory import BLOCKS, FLOAT, H, V, peak_bytes
+from tests.helpers.allocations import peak_bytes
+from tests.losses.test_head_memory import BLOCKS, FLOAT, H, V
 
 # What the terms of a block of rows and their derivatives take.
 TERMS = 24 * BLOCK_CPU * FLOAT

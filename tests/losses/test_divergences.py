@@ -15,7 +15,7 @@ from megatron_kd.losses.head import HeadOptions
 from megatron_kd.losses.rows import HEALTH
 from megatron_kd.losses.types import LossSpec
 from megatron_kd.targets import TopSelection, linear_targets, select_targets
-from tests.losses.cases import Outcome, errors, fresh_seed, hand_target, head_outcome, make_problem, relative_error, say
+from tests.losses.cases import Outcome, Problem, errors, fresh_seed, hand_target, head_outcome, make_problem, relative_error, say
 from tests.losses.divergence_cases import (
     BOUNDED,
     DENSE_ONLY,
@@ -55,6 +55,16 @@ def upstream_for(schedule: str, upstream: Tensor) -> Tensor:
 def check(found: Outcome, expected: Outcome, limit: float, seed: int, *what: object) -> None:
     by_name = errors(found, expected)
     assert max(by_name.values()) < limit, say(seed, *what, by_name)
+
+
+def check_at_a_thousand(
+    found: Outcome, exact: Outcome, problem: Problem, temperature: float, kept: Tensor | None, name: str, *what: object
+) -> None:
+    """At logits of +-1000: the reverse kind beside its terms, every other as it is."""
+    if name in REVERSE:
+        check_beside_terms(found, exact, problem, temperature, kept, 5e-6, name, *what)
+    else:
+        check(found, exact, 1e-5, problem.seed, name, *what)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -209,10 +219,7 @@ def test_logits_of_a_thousand() -> None:
         given = (DIVERGENCES[name], problem.upstream, problem.mask)
         exact = divergence_outcome(problem, case.teacher(torch.float64), *given, torch.float64, **options)
         found = divergence_outcome(problem, case.teacher(torch.float32), *given, **options)
-        if name in REVERSE:
-            check_beside_terms(found, exact, problem, temperature, None, 5e-6, name, options)
-        else:
-            check(found, exact, 1e-5, seed, name, options)
+        check_at_a_thousand(found, exact, problem, temperature, None, name, options)
         log_p, log_q = ((x / temperature).log_softmax(1) for x in (problem.logits(), problem.teacher))
         if name in BOUNDED:
             expected = plain_divergence(DIVERGENCES[name], log_q.exp(), log_p.exp())
@@ -235,10 +242,7 @@ def test_sparse_targets_of_logits_of_a_thousand() -> None:
         target = hand_target(problem.teacher, top_k=8, temperature=temperature, dtype=torch.float32)
         exact = divergence_outcome(problem, target, *given, torch.float64, **options)
         found, kept = divergence_outcome(problem, target, *given, **options), kept_ids(target, 90)
-        if name in REVERSE:
-            check_beside_terms(found, exact, problem, temperature, kept, 5e-6, name, options)
-        else:
-            check(found, exact, 1e-5, seed, name, options)
+        check_at_a_thousand(found, exact, problem, temperature, kept, name, options)
         if name in BOUNDED:
             expected = plain_outcome(problem, *given, kept=kept, alpha=1.0, temperature=temperature, tail="bucket")
             assert relative_error(exact.kd, expected.kd) < 1e-5, say(seed, name, options)  # the target's numbers are fp32

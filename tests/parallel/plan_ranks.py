@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from megatron_kd.config import ModelSection, RunConfig, TeacherSection
 from megatron_kd.planning.memory import Job
+from tests.helpers.allocations import peak_bytes
 
 
 def peak_of(rendezvous: str, config: RunConfig, teacher: ModelSection | None, steps: int = 2) -> int:
@@ -18,8 +17,6 @@ def peak_of(rendezvous: str, config: RunConfig, teacher: ModelSection | None, st
     That is what torch.cuda.max_memory_allocated says on a GPU. A process's resident memory would add Python, the libraries and what the
     C allocator keeps for itself. Adam's state appears at the end of the first step. teacher: an untrained one's shape, saved before.
     """
-    from torch.profiler import ProfilerActivity, profile
-
     from megatron_kd.parallel.groups import stop_groups
     from megatron_kd.train.build import build_run
     from megatron_kd.train.step import train_step
@@ -33,51 +30,14 @@ def peak_of(rendezvous: str, config: RunConfig, teacher: ModelSection | None, st
         build_run(config.model_copy(update=own), rendezvous=f"{rendezvous}-teacher").save()
         stop_groups()
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"checkpoint": folder})})
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def start() -> None:
         run = build_run(config, rendezvous=rendezvous)
         for _ in range(steps):
             train_step(run)
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+
+    peak = peak_bytes(start)
     stop_groups()
-    return most_bytes(_allocations(profiler.profiler.kineto_results.experimental_event_tree()))
-
-
-def _allocations(roots: list[Any]) -> list[tuple[int, int]]:
-    """Address and bytes, negative where freed, of every event of the allocator's log in the order of time."""
-
-    def walk(events: list[Any]) -> Iterator[tuple[int, int, int]]:
-        for event in events:
-            if event.tag.name == "Allocation":
-                yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
-            yield from walk(event.children)
-
-    return [(address, size) for _, address, size in sorted(walk(roots), key=lambda each: each[0])]
-
-
-def most_bytes(log: Iterable[tuple[int, int]]) -> int:
-    """Most bytes held at one time, of (address, bytes: negative where freed).
-
-    The profiler sees only its own thread free something. A buffer of a collective is now and then freed by gloo's, and plain sums would
-    hold it for ever. So whatever overlaps a new allocation is taken as freed before it. What was there before the log is not counted.
-    """
-    held: dict[int, int] = {}
-    addresses: list[int] = []
-    live = peak = 0
-
-    def free(address: int) -> int:
-        addresses.pop(bisect_left(addresses, address))
-        return held.pop(address)
-
-    for address, size in log:
-        if size < 0:
-            live -= free(address) if address in held else 0
-            continue
-        while (below := bisect_left(addresses, address + size)) and addresses[below - 1] + held[addresses[below - 1]] > address:
-            live -= free(addresses[below - 1])
-        held[address] = size
-        insort(addresses, address)
-        live += size
-        peak = max(peak, live)
     return peak
 
 
