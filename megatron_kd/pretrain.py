@@ -45,7 +45,11 @@ def _run(config: RunConfig, local_rank: int) -> int:
     from megatron_kd.train.leaving import FINISHED, NEVER_AGAIN, REQUEUE, Leaving, Request
     from megatron_kd.train.loop import NonFiniteError, train
 
-    leaving = Leaving(config.run.directory, minutes=config.train.minutes, watches_file=world_from_environment()[0] == 0)
+    leaving = Leaving(
+        config.run.directory,
+        minutes=config.train.minutes,
+        watches_file=world_from_environment()[0] == 0,
+    )
     try:
         request = train(build_run(config), leaving)
         if request:
@@ -53,7 +57,12 @@ def _run(config: RunConfig, local_rank: int) -> int:
         return {Request.REQUEUE: REQUEUE, Request.STOP: NEVER_AGAIN}.get(request, FINISHED)
     except (NonFiniteError, LossSpikeError, CaptureError, CheckpointError, LostRankError) as error:
         print(f"megatron_kd: stopped: {error}", file=sys.stderr, flush=True)
-        return {NonFiniteError: NEVER_AGAIN, LossSpikeError: NEVER_AGAIN, CaptureError: 5, CheckpointError: 5}.get(type(error), 1)
+        return {
+            NonFiniteError: NEVER_AGAIN,
+            LossSpikeError: NEVER_AGAIN,
+            CaptureError: 5,
+            CheckpointError: 5,
+        }.get(type(error), 1)
     finally:
         stop_groups()
 

@@ -14,8 +14,15 @@ _REPORTS: list[pytest.TestReport] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fault-table", metavar="FILE", help="write what the tests of faults found, as Markdown")
-    parser.addoption("--soak", metavar="MINUTES", default="1", help="how long tests/operations/test_soak.py disturbs runs")
+    parser.addoption(
+        "--fault-table", metavar="FILE", help="write what the tests of faults found, as Markdown"
+    )
+    parser.addoption(
+        "--soak",
+        metavar="MINUTES",
+        default="1",
+        help="how long tests/operations/test_soak.py disturbs runs",
+    )
 
 
 @pytest.fixture
@@ -52,6 +59,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         said = dict(report.user_properties)
         for number in said["faults"]:
             outcomes[number].append(
-                Outcome(report.nodeid.removeprefix("tests/"), report.outcome, report.duration, said.get("measured", ""))
+                Outcome(
+                    report.nodeid.removeprefix("tests/"),
+                    report.outcome,
+                    report.duration,
+                    said.get("measured", ""),
+                )
             )
     Path(path).write_text(table(outcomes), encoding="utf-8")

@@ -66,7 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark and print a table, or JSON."""
     arguments, rest = _parser().parse_known_args(argv)
     try:
-        result = measure(load_config(["--config", arguments.config, "--teacher.source", "online", *rest]), arguments)
+        result = measure(
+            load_config(["--config", arguments.config, "--teacher.source", "online", *rest]),
+            arguments,
+        )
     except ConfigError as error:
         print(f"bench_cache: error: {error}", file=sys.stderr)
         return 2
@@ -77,10 +80,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="run file of a student; its keys can be overridden as --section.key value")
-    parser.add_argument("--samples", type=int, default=32, help="samples stored; their tokens are printed")
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds; one more comes first and is not counted")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="run file of a student; its keys can be overridden as --section.key value",
+    )
+    parser.add_argument(
+        "--samples", type=int, default=32, help="samples stored; their tokens are printed"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=7,
+        help="measured rounds; one more comes first and is not counted",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--output", help="also write JSON to this file")
     return parser
@@ -90,14 +106,19 @@ def measure(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     """Make the targets, then store and read them; the whole report."""
     made = targets_of_teacher(config, arguments.samples)
     torch.set_num_threads(1)
-    rows = [row for name, targets in made.items() for row in _compare(name, targets, arguments.rounds)]
+    rows = [
+        row for name, targets in made.items() for row in _compare(name, targets, arguments.rounds)
+    ]
     first = next(iter(made.values()))
     return {
         "commit": commit(),
         "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",
         "versions": {name: version(name) for name in ("torch", "numpy", "pyarrow")},
         "tokens": sum(len(target.indices) for target in first),
-        "teacher": {"checkpoint": Path(str(config.teacher.checkpoint)).name, "entropy": _mean([target.entropy for target in first])},
+        "teacher": {
+            "checkpoint": Path(str(config.teacher.checkpoint)).name,
+            "entropy": _mean([target.entropy for target in first]),
+        },
         "rounds": arguments.rounds,
         "layouts": rows,
         "published": PUBLISHED,
@@ -115,18 +136,34 @@ def targets_of_teacher(config: RunConfig, samples: int) -> dict[str, list[Sparse
     from megatron_kd.train.teachers import online_teacher
 
     inputs = check_inputs(config, world_size=1)
-    groups = start_groups(start_platform(config.train.device, 0), config.parallel, timeout_seconds=config.train.timeout_seconds)
+    groups = start_groups(
+        start_platform(config.train.device, 0),
+        config.parallel,
+        timeout_seconds=config.train.timeout_seconds,
+    )
     try:
         teacher = online_teacher(config, inputs, groups)
         parts = token_dataset(config, inputs, "data.train", config.data.train, 1).parts
         plan = ShardPlan(parts, samples, samples)
         batches = [
-            batch for _, batch in microbatches(plan.samples(0), 1, groups.platform.device, config.data.document_attention == "within")
+            batch
+            for _, batch in microbatches(
+                plan.samples(0),
+                1,
+                groups.platform.device,
+                config.data.document_attention == "within",
+            )
         ]
         found = {}
         for name, selection in SELECTIONS.items():
-            teacher.make_target = SelectTargets(selection, groups, inputs.vocab_size, False, config.distill.chunk_tokens)
-            found[name] = [target.map(lambda t: t[:, 0].cpu()) for batch in batches for target in teacher.targets([batch])]
+            teacher.make_target = SelectTargets(
+                selection, groups, inputs.vocab_size, False, config.distill.chunk_tokens
+            )
+            found[name] = [
+                target.map(lambda t: t[:, 0].cpu())
+                for batch in batches
+                for target in teacher.targets([batch])
+            ]
         return found
     finally:
         stop_groups()
@@ -136,8 +173,15 @@ def layouts(name: str) -> list[Layout]:
     """Those that a selection is stored in."""
     selection = SELECTIONS[name]
     draws = selection.num_draws if isinstance(selection, SampleSelection) else None
-    records = Layout("records", lambda target: encode(target, num_draws=draws), _decode_records, RECORD_OVERHEAD)
-    exact = Layout("records, fp32", lambda target: encode(target, value_encoding="fp32"), _decode_records, RECORD_OVERHEAD)
+    records = Layout(
+        "records", lambda target: encode(target, num_draws=draws), _decode_records, RECORD_OVERHEAD
+    )
+    exact = Layout(
+        "records, fp32",
+        lambda target: encode(target, value_encoding="fp32"),
+        _decode_records,
+        RECORD_OVERHEAD,
+    )
     return [
         records,
         *([exact] if draws is None else []),
@@ -148,19 +192,28 @@ def layouts(name: str) -> list[Layout]:
 
 def _decode_records(records: Sequence[bytes]) -> list[SparseTarget]:
     found = decode_many(records)
-    return [found.map(lambda tensor, number=number: tensor[number]) for number in range(len(records))]
+    return [
+        found.map(lambda tensor, number=number: tensor[number]) for number in range(len(records))
+    ]
 
 
-def _arrays(values: type, bits: int) -> tuple[Callable[[SparseTarget], bytes], Callable[[Sequence[bytes]], list[SparseTarget]]]:
+def _arrays(
+    values: type, bits: int
+) -> tuple[Callable[[SparseTarget], bytes], Callable[[Sequence[bytes]], list[SparseTarget]]]:
     """Rectangular arrays under zstd; ids as 32 bits, or as 16 bits and a byte for what is above."""
     codec = pa.Codec("zstd", compression_level=3)
 
     def write(target: SparseTarget) -> bytes:
         width = int((target.indices >= 0).sum(1).max())
-        ids, logprobs = target.indices[:, :width].numpy(), target.logprobs[:, :width].numpy().astype(values)
+        ids, logprobs = (
+            target.indices[:, :width].numpy(),
+            target.logprobs[:, :width].numpy().astype(values),
+        )
         parts = [ids] if bits == 32 else [ids.astype(np.uint16), (ids >> 16).astype(np.int8)]
         data = b"".join(part.tobytes() for part in [*parts, logprobs])
-        return np.array([*ids.shape, len(data)], np.int32).tobytes() + bytes(codec.compress(data, asbytes=True))
+        return np.array([*ids.shape, len(data)], np.int32).tobytes() + bytes(
+            codec.compress(data, asbytes=True)
+        )
 
     def read(data: bytes) -> SparseTarget:
         rows, width, size = np.frombuffer(data[:12], np.int32)
@@ -169,8 +222,13 @@ def _arrays(values: type, bits: int) -> tuple[Callable[[SparseTarget], bytes], C
         ids = np.frombuffer(plain, np.int32 if bits == 32 else np.uint16, count).astype(np.int32)
         if bits == 16:
             ids |= np.frombuffer(plain, np.int8, count, 2 * count).astype(np.int32) << 16
-        logprobs = np.frombuffer(plain, values, count, (4 if bits == 32 else 3) * count).astype(np.float32)
-        return SparseTarget(torch.from_numpy(ids.reshape(rows, width)), torch.from_numpy(logprobs.reshape(rows, width)))
+        logprobs = np.frombuffer(plain, values, count, (4 if bits == 32 else 3) * count).astype(
+            np.float32
+        )
+        return SparseTarget(
+            torch.from_numpy(ids.reshape(rows, width)),
+            torch.from_numpy(logprobs.reshape(rows, width)),
+        )
 
     return write, lambda records: [read(record) for record in records]
 
@@ -180,7 +238,9 @@ def _compare(name: str, targets: list[SparseTarget], rounds: int) -> list[dict[s
     kept = sum(int((target.indices >= 0).sum()) for target in targets) / tokens
     mass = _mean([target.logprobs.double().exp().sum(1) for target in targets])
     candidates = layouts(name)
-    rates: dict[str, dict[str, list[float]]] = {layout.name: {"encode": [], "decode": []} for layout in candidates}
+    rates: dict[str, dict[str, list[float]]] = {
+        layout.name: {"encode": [], "decode": []} for layout in candidates
+    }
     stored: dict[str, list[bytes]] = {}
     for number in range(rounds + 1):
         for layout in candidates:
@@ -200,8 +260,12 @@ def _compare(name: str, targets: list[SparseTarget], rounds: int) -> list[dict[s
             "entries_per_token": kept,
             "kept_mass": mass,
             "layout": layout.name,
-            "bytes_per_token": (sum(map(len, stored[layout.name])) + layout.overhead * len(targets)) / tokens,
-            **{f"{kind}_tokens_per_second": _spread(found) for kind, found in rates[layout.name].items()},
+            "bytes_per_token": (sum(map(len, stored[layout.name])) + layout.overhead * len(targets))
+            / tokens,
+            **{
+                f"{kind}_tokens_per_second": _spread(found)
+                for kind, found in rates[layout.name].items()
+            },
             **_fidelity(targets, layout.decode(stored[layout.name])),
         }
         for layout in candidates
@@ -215,23 +279,36 @@ def _fidelity(exact: list[SparseTarget], read: list[SparseTarget]) -> dict[str, 
         (ids, values), (other_ids, other_values) = _rising(ours), _rising(theirs)
         width = min(ids.shape[1], other_ids.shape[1])
         used = (ids >= 0)[:, :width]
-        equal &= torch.equal(ids[:, :width], other_ids[:, :width]) and int((ids >= 0).sum()) == int((other_ids >= 0).sum())
+        equal &= torch.equal(ids[:, :width], other_ids[:, :width]) and int((ids >= 0).sum()) == int(
+            (other_ids >= 0).sum()
+        )
         values, other_values = values[:, :width].double(), other_values[:, :width].double()
         difference = torch.where(used, values.log_softmax(1) - other_values.log_softmax(1), 0.0)
         divergences.append((values.softmax(1) * difference).sum(1))
         errors.append(torch.where(used, values - other_values, 0.0).abs().amax(1))
     divergence, error = torch.cat(divergences), torch.cat(errors)
-    return {"kl_mean": float(divergence.mean()), "kl_max": float(divergence.max()), "error_max": float(error.max()), "ids_equal": equal}
+    return {
+        "kl_mean": float(divergence.mean()),
+        "kl_max": float(divergence.max()),
+        "error_max": float(error.max()),
+        "ids_equal": equal,
+    }
 
 
 def _rising(target: SparseTarget) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and log-probabilities by rising id, unused slots last."""
-    order = torch.where(target.indices >= 0, target.indices, torch.iinfo(torch.int32).max).argsort(dim=1, stable=True)
+    order = torch.where(target.indices >= 0, target.indices, torch.iinfo(torch.int32).max).argsort(
+        dim=1, stable=True
+    )
     return target.indices.gather(1, order), target.logprobs.gather(1, order)
 
 
 def _mean(parts: list[torch.Tensor | None]) -> float | None:
-    return None if any(part is None for part in parts) else float(torch.cat([part for part in parts if part is not None]).double().mean())
+    return (
+        None
+        if any(part is None for part in parts)
+        else float(torch.cat([part for part in parts if part is not None]).double().mean())
+    )
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -248,14 +325,20 @@ def _table(result: dict[str, Any]) -> str:
     for row in result["layouts"]:
         if row["selection"] != selection:
             selection = row["selection"]
-            lines.append(f"{selection}: {row['entries_per_token']:.1f} entries/token, mass {row['kept_mass']:.3f}")
-        speeds = "".join(f"{row[f'{kind}_tokens_per_second']['median']:>14,.0f}" for kind in ("encode", "decode"))
+            lines.append(
+                f"{selection}: {row['entries_per_token']:.1f} entries/token, mass {row['kept_mass']:.3f}"
+            )
+        speeds = "".join(
+            f"{row[f'{kind}_tokens_per_second']['median']:>14,.0f}" for kind in ("encode", "decode")
+        )
         wrong = "" if row["ids_equal"] else "  WRONG IDS"
         lines.append(
             f"  {row['layout']:14}{row['bytes_per_token']:>12.1f}{speeds}{row['kl_mean']:>11.1e}{row['kl_max']:>11.1e}"
             f"{row['error_max']:>11.1e}{wrong}"
         )
-    lines += [f"published: {name}: about {size} bytes/token" for name, size in result["published"].items()]
+    lines += [
+        f"published: {name}: about {size} bytes/token" for name, size in result["published"].items()
+    ]
     return "\n".join(lines)
 
 

@@ -31,7 +31,16 @@ import bench_peers as peers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from bench_peers import NO_GRADIENT, TOP_K_LOSS, VARIANTS, Call, Inputs, Unavailable, Variant, versions
+from bench_peers import (
+    NO_GRADIENT,
+    TOP_K_LOSS,
+    VARIANTS,
+    Call,
+    Inputs,
+    Unavailable,
+    Variant,
+    versions,
+)
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -57,23 +66,51 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2) if arguments.json else _table(result))
-    return int(any(row["own"] and row["status"] in ("wrong gradient", "failed") for row in result["variants"]))
+    return int(
+        any(
+            row["own"] and row["status"] in ("wrong gradient", "failed")
+            for row in result["variants"]
+        )
+    )
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of hidden states and weights (CPU: fp32, CUDA: bf16)")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="of hidden states and weights (CPU: fp32, CUDA: bf16)"
+    )
     parser.add_argument("--tokens", type=int, help="CPU: 2048, CUDA: 8192")
     parser.add_argument("--hidden", type=int, help="width of the student (CPU: 512, CUDA: 4096)")
     parser.add_argument("--teacher-hidden", type=int, help="width of the teacher (the student's)")
     parser.add_argument("--vocab", type=int, help="CPU: 32768, CUDA: 128256")
     parser.add_argument("--top-k", type=int, default=64, help="kept entries of the teacher")
-    parser.add_argument("--alpha", type=float, default=0.5, help="weight of the distillation loss where there is a cross-entropy too")
-    parser.add_argument("--near", type=float, default=0.02, help="standard deviation of the student's logits from the teacher's")
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds; one more comes first, for gradients and memory")
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=0.5,
+        help="weight of the distillation loss where there is a cross-entropy too",
+    )
+    parser.add_argument(
+        "--near",
+        type=float,
+        default=0.02,
+        help="standard deviation of the student's logits from the teacher's",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="measured rounds; one more comes first, for gradients and memory",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
-    parser.add_argument("--only", default="", help=f"names, with commas between: {', '.join(v.name for v in VARIANTS)}")
+    parser.add_argument(
+        "--only",
+        default="",
+        help=f"names, with commas between: {', '.join(v.name for v in VARIANTS)}",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--output", help="also write JSON to this file")
     arguments = parser.parse_args(argv)
@@ -87,8 +124,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     unknown = set(arguments.only) - {variant.name for variant in VARIANTS}
     if unknown:
         parser.error(f"--only: no variant {', '.join(sorted(unknown))}")
-    if min(arguments.tokens, arguments.hidden, arguments.teacher_hidden, arguments.rounds) < 1 or arguments.near <= 0:
-        parser.error("--tokens, --hidden, --teacher-hidden and --rounds must be at least 1, --near above 0")
+    if (
+        min(arguments.tokens, arguments.hidden, arguments.teacher_hidden, arguments.rounds) < 1
+        or arguments.near <= 0
+    ):
+        parser.error(
+            "--tokens, --hidden, --teacher-hidden and --rounds must be at least 1, --near above 0"
+        )
     if not 1 <= arguments.top_k < arguments.vocab:
         parser.error("--top-k must be at least 1 and below --vocab")
     return arguments
@@ -113,12 +155,16 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def token_loss(name: str, z: Tensor, t: Tensor, labels: Tensor, target: SparseTarget, alpha: float) -> Tensor:
+def token_loss(
+    name: str, z: Tensor, t: Tensor, labels: Tensor, target: SparseTarget, alpha: float
+) -> Tensor:
     """The loss a variant `computes`, written plainly: [C] from logits [C, V] of student and teacher. Kept entries are rescaled to 1."""
     hard = F.cross_entropy(z, labels, reduction="none") if name.startswith("CE") else None
     if name == "CE":
         return hard
-    soft = DISTANCES[name.removeprefix("CE + ")](z, t, target.indices.long(), target.logprobs.to(z.dtype).log_softmax(1))
+    soft = DISTANCES[name.removeprefix("CE + ")](
+        z, t, target.indices.long(), target.logprobs.to(z.dtype).log_softmax(1)
+    )
     return soft if hard is None else (1.0 - alpha) * hard + alpha * soft
 
 
@@ -153,7 +199,9 @@ def make_inputs(arguments: argparse.Namespace) -> Inputs:
         logprobs.append((top.values - logits.logsumexp(1, keepdim=True)).float())
         labels.append(torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1))
     target = SparseTarget(torch.cat(ids), torch.cat(logprobs))
-    return Inputs(hidden, weight, torch.cat(labels), teacher_hidden, teacher_weight, target, arguments.alpha)
+    return Inputs(
+        hidden, weight, torch.cat(labels), teacher_hidden, teacher_weight, target, arguments.alpha
+    )
 
 
 @dataclass
@@ -173,8 +221,12 @@ class Oracle:
         device = inputs.hidden.device
         tokens = torch.randperm(count, device=device)[:CHECKED_TOKENS].sort().values
         often = torch.bincount(inputs.target.indices.flatten().long(), minlength=vocab)
-        often = (often + torch.rand(vocab, device=device)).argsort(descending=True)[: CHECKED_ROWS // 2]
-        rows = torch.cat([often, torch.randperm(vocab, device=device)[: CHECKED_ROWS // 2]]).unique()
+        often = (often + torch.rand(vocab, device=device)).argsort(descending=True)[
+            : CHECKED_ROWS // 2
+        ]
+        rows = torch.cat(
+            [often, torch.randperm(vocab, device=device)[: CHECKED_ROWS // 2]]
+        ).unique()
         oracle = cls(inputs, tokens, rows)
         states, weight = inputs.hidden.double(), inputs.weight.double()
         for name in names:
@@ -188,12 +240,19 @@ class Oracle:
     def _add(self, part: Tensor, states: Tensor, weight: Tensor, teacher: Tensor | None) -> None:
         given = self.inputs
         logits = (states @ weight.t()).requires_grad_()
-        theirs = logits.detach() if teacher is None else given.teacher_hidden[part].double() @ teacher.t()
+        theirs = (
+            logits.detach()
+            if teacher is None
+            else given.teacher_hidden[part].double() @ teacher.t()
+        )
         target = given.target.map(lambda tensor: tensor[part])
         chosen = torch.isin(part, self.tokens)
         place, share = torch.searchsorted(self.tokens, part[chosen]), len(part) / given.tokens
         for name in self.hidden:
-            (gradient,) = torch.autograd.grad(token_loss(name, logits, theirs, given.labels[part], target, given.alpha).mean(), logits)
+            (gradient,) = torch.autograd.grad(
+                token_loss(name, logits, theirs, given.labels[part], target, given.alpha).mean(),
+                logits,
+            )
             self.hidden[name][place] = gradient[chosen] @ weight * share
             self.weight[name] += gradient[:, self.rows].t() @ states * share
 
@@ -230,7 +289,9 @@ class Runner:
         """Forward and backward: (d hidden [N, H], d weight [V, H]); what has no gradient just runs."""
         if self.variant.computes in NO_GRADIENT:
             return self.call(self.inputs, self.inputs.hidden, self.inputs.weight)
-        hidden, weight = (t.detach().requires_grad_() for t in (self.inputs.hidden, self.inputs.weight))
+        hidden, weight = (
+            t.detach().requires_grad_() for t in (self.inputs.hidden, self.inputs.weight)
+        )
         if self.main_grad is None:
             return torch.autograd.grad(self.call(self.inputs, hidden, weight), (hidden, weight))
         weight.main_grad = self.main_grad
@@ -245,7 +306,10 @@ class Runner:
         self.row["error"], self.row["limit"] = oracle.errors(self.variant, found), limit
         worst = max(self.row["error"].values(), default=0.0)
         if not worst <= limit:
-            self.row |= {"status": "wrong gradient", "reason": f"wrong gradient: error {worst:.1e}, limit {limit:.1e}"}
+            self.row |= {
+                "status": "wrong gradient",
+                "reason": f"wrong gradient: error {worst:.1e}, limit {limit:.1e}",
+            }
 
     def time(self) -> None:
         """One measured run. On a GPU one comes before it, for the allocator's cache is empty."""
@@ -266,7 +330,9 @@ class Runner:
             step()
         except torch.OutOfMemoryError:
             self.row |= {"status": "out of memory", "reason": "out of memory"}
-        except Exception as error:  # another library may fail in any way; the others are still measured
+        except (
+            Exception
+        ) as error:  # another library may fail in any way; the others are still measured
             first, *_ = [*str(error).splitlines(), ""]
             self.row |= {"status": "failed", "reason": f"failed: {type(error).__name__}: {first}"}
 
@@ -283,8 +349,11 @@ def _peak(call: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
         return found, torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         found = call()
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
@@ -302,8 +371,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for variant in VARIANTS:
         if arguments.only and variant.name not in arguments.only:
             continue
-        row: dict[str, Any] = {key: getattr(variant, key) for key in ("name", "computes", "teacher", "own")}
-        row |= {"status": "measured", "reason": "", "seconds": None, "ratio": {}, "peak_bytes": None, "error": {}, "limit": None}
+        row: dict[str, Any] = {
+            key: getattr(variant, key) for key in ("name", "computes", "teacher", "own")
+        }
+        row |= {
+            "status": "measured",
+            "reason": "",
+            "seconds": None,
+            "ratio": {},
+            "peak_bytes": None,
+            "error": {},
+            "limit": None,
+        }
         rows.append(row)
         try:
             runners.append(Runner(variant, variant.prepare(device), inputs, row))
@@ -313,7 +392,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     oracle = Oracle.of(inputs, {runner.variant.computes for runner in runners} - set(NO_GRADIENT))
     for runner in runners:
         _say(f"checking {runner.variant.name}")
-        runner.guard(lambda runner=runner: runner.check(oracle, runner.variant.limit(arguments.dtype, arguments.near)))
+        runner.guard(
+            lambda runner=runner: runner.check(
+                oracle, runner.variant.limit(arguments.dtype, arguments.near)
+            )
+        )
     for index in range(arguments.rounds):
         _say(f"round {index + 1} of {arguments.rounds}")
         for runner in runners:
@@ -328,7 +411,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _summarize(runners: list[Runner]) -> None:
     """Spreads, and ratios to the two plain cross-entropies and to the teacher's product, round by round."""
-    measured = {runner.variant.name: runner for runner in runners if runner.row["status"] == "measured"}
+    measured = {
+        runner.variant.name: runner for runner in runners if runner.row["status"] == "measured"
+    }
     for runner in measured.values():
         runner.row["seconds"] = _spread(runner.seconds)
         for name in (peers.BASELINE, peers.PLAIN, peers.PRODUCT):
@@ -343,7 +428,11 @@ def _report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[s
         "commit": commit(),
         "device": torch.cuda.get_device_name() if cuda else f"CPU {platform.machine()}",
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **versions(), "cuda": torch.version.cuda if cuda else None},
+        "versions": {
+            "python": platform.python_version(),
+            **versions(),
+            "cuda": torch.version.cuda if cuda else None,
+        },
         "options": vars(arguments),
         "variants": rows,
     }
@@ -365,9 +454,18 @@ student, and their second ratio is to the bare product. Errors are relative, to 
 
 def _table(result: dict[str, Any]) -> str:
     options = result["options"]
-    parts = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
-    sizes = ", ".join(f"{name} {options[name]}" for name in ("tokens", "hidden", "vocab", "top_k", "alpha", "near", "dtype", "rounds"))
-    lines = [f"{result['device']}, {result['threads']} threads; {parts}; commit {result['commit']}", sizes, ""]
+    parts = ", ".join(
+        f"{name} {version}" for name, version in result["versions"].items() if version
+    )
+    sizes = ", ".join(
+        f"{name} {options[name]}"
+        for name in ("tokens", "hidden", "vocab", "top_k", "alpha", "near", "dtype", "rounds")
+    )
+    lines = [
+        f"{result['device']}, {result['threads']} threads; {parts}; commit {result['commit']}",
+        sizes,
+        "",
+    ]
     names = f"{'ms (min .. max)':>28}{'/ Megatron':>11}{'/ torch':>9}{'MiB':>9}{'d hidden':>10}{'d weight':>10}"
     head = f"{'variant':21}{'loss':21}{'teacher':8}{names}"
     lines += [head, "-" * len(head)]
@@ -378,8 +476,14 @@ def _table(result: dict[str, Any]) -> str:
             continue
         low, middle, high = (row["seconds"][key] * 1e3 for key in ("min", "median", "max"))
         second = peers.PRODUCT if row["computes"] in NO_GRADIENT else peers.PLAIN
-        ratios = [f"{row['ratio'][name]['median']:.2f}" if name in row["ratio"] else "-" for name in (peers.BASELINE, second)]
-        errors = [f"{row['error'][key]:.1e}" if key in row["error"] else "-" for key in ("hidden", "weight")]
+        ratios = [
+            f"{row['ratio'][name]['median']:.2f}" if name in row["ratio"] else "-"
+            for name in (peers.BASELINE, second)
+        ]
+        errors = [
+            f"{row['error'][key]:.1e}" if key in row["error"] else "-"
+            for key in ("hidden", "weight")
+        ]
         if "logprobs" in row["error"]:
             errors = [f"{row['error']['logprobs']:.1e}", "(targets)"]
         times = f"{middle:.1f} ({low:.1f} .. {high:.1f})"

@@ -72,7 +72,11 @@ def main() -> int:
     try:
         students, teachers = _layouts(arguments, world_size)
         for student, teacher in product(students, teachers):
-            _check(arguments, _config(arguments, Path("nowhere"), "online", student, teacher, "auto"), world_size)
+            _check(
+                arguments,
+                _config(arguments, Path("nowhere"), "online", student, teacher, "auto"),
+                world_size,
+            )
         start_platform(arguments.device, local_rank)
         result = measure(arguments, students, teachers)
     except ConfigError as error:
@@ -87,15 +91,35 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = step_bench.parser(__doc__)
-    parser.add_argument("--student", default="all", help="layouts, comma-separated (all: tensor and pipeline sizes of 1 and 2 that fit)")
-    parser.add_argument("--teacher", default="all", help='layouts, "same" (the student\'s) among them (all: as for the student, and same)')
-    parser.add_argument("--overlap", default="none", help="how online teachers are placed: any of none, drain, auto, comma-separated")
-    parser.add_argument("--kinds", default=",".join(KINDS), help=f"what to time, of {', '.join(KINDS)}")
+    parser.add_argument(
+        "--student",
+        default="all",
+        help="layouts, comma-separated (all: tensor and pipeline sizes of 1 and 2 that fit)",
+    )
+    parser.add_argument(
+        "--teacher",
+        default="all",
+        help='layouts, "same" (the student\'s) among them (all: as for the student, and same)',
+    )
+    parser.add_argument(
+        "--overlap",
+        default="none",
+        help="how online teachers are placed: any of none, drain, auto, comma-separated",
+    )
+    parser.add_argument(
+        "--kinds", default=",".join(KINDS), help=f"what to time, of {', '.join(KINDS)}"
+    )
     return parser
 
 
-def _layouts(arguments: argparse.Namespace, world_size: int) -> tuple[list[Layout], list[Layout | None]]:
-    fitting = [Layout(tensor, pipeline) for tensor, pipeline in product((1, 2), (1, 2)) if world_size % (tensor * pipeline) == 0]
+def _layouts(
+    arguments: argparse.Namespace, world_size: int
+) -> tuple[list[Layout], list[Layout | None]]:
+    fitting = [
+        Layout(tensor, pipeline)
+        for tensor, pipeline in product((1, 2), (1, 2))
+        if world_size % (tensor * pipeline) == 0
+    ]
 
     def read(text: str) -> Layout | None:
         if text == "same":
@@ -104,18 +128,31 @@ def _layouts(arguments: argparse.Namespace, world_size: int) -> tuple[list[Layou
             raise ConfigError(f"{text} is not a layout: write TENSORxPIPELINE, such as 2x1")
         return Layout(*(int(size) for size in text.split("x")))
 
-    students = fitting if arguments.student == "all" else [read(text) for text in arguments.student.split(",")]
-    teachers = [None, *fitting] if arguments.teacher == "all" else [read(text) for text in arguments.teacher.split(",")]
+    students = (
+        fitting
+        if arguments.student == "all"
+        else [read(text) for text in arguments.student.split(",")]
+    )
+    teachers = (
+        [None, *fitting]
+        if arguments.teacher == "all"
+        else [read(text) for text in arguments.teacher.split(",")]
+    )
     if None in students:
         raise ConfigError('--student: "same" is for --teacher')
-    for name, given, known in (("kinds", arguments.kinds, KINDS), ("overlap", arguments.overlap, ("none", "drain", "auto"))):
+    for name, given, known in (
+        ("kinds", arguments.kinds, KINDS),
+        ("overlap", arguments.overlap, ("none", "drain", "auto")),
+    ):
         for word in given.split(","):
             if word not in known:
                 raise ConfigError(f"--{name}: {word} is none of {', '.join(known)}")
     return [each for each in students if each is not None], teachers
 
 
-def measure(arguments: argparse.Namespace, students: list[Layout], teachers: list[Layout | None]) -> dict[str, Any]:
+def measure(
+    arguments: argparse.Namespace, students: list[Layout], teachers: list[Layout | None]
+) -> dict[str, Any]:
     """Time everything. Collective over the world."""
     import torch
 
@@ -136,36 +173,68 @@ def measure(arguments: argparse.Namespace, students: list[Layout], teachers: lis
     return {
         "settings": vars(arguments),
         "world": world_size,
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU {platform.machine()}, {torch.get_num_threads()} threads a rank",
+        "device": torch.cuda.get_device_name()
+        if on_gpu
+        else f"CPU {platform.machine()}, {torch.get_num_threads()} threads a rank",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "commit": commit(),
         "runs": runs,
     }
 
 
-def _config(arguments: argparse.Namespace, folder: Path, kind: str, student: Layout, teacher: Layout | None, overlap: str) -> RunConfig:
-    plain = step_bench.run_config(arguments, folder, "plain").model_dump(mode="json", exclude_none=True)
-    plain["parallel"] = {"tensor": student.tensor, "pipeline": student.pipeline, "virtual_pipeline": student.virtual}
+def _config(
+    arguments: argparse.Namespace,
+    folder: Path,
+    kind: str,
+    student: Layout,
+    teacher: Layout | None,
+    overlap: str,
+) -> RunConfig:
+    plain = step_bench.run_config(arguments, folder, "plain").model_dump(
+        mode="json", exclude_none=True
+    )
+    plain["parallel"] = {
+        "tensor": student.tensor,
+        "pipeline": student.pipeline,
+        "virtual_pipeline": student.virtual,
+    }
     plain["run"]["directory"] = str(folder / f"run-{kind}-{student}-{teacher}-{overlap}")
     if kind == "cached":
         plain["teacher"] = {"source": "cached", "cache": str(folder / "targets")}
     if kind == "online":
-        own = {} if teacher is None else {"parallel": {"tensor": teacher.tensor, "pipeline": teacher.pipeline}}
-        plain["teacher"] = {"source": "online", "checkpoint": str(folder / "teacher"), "overlap": overlap, **own}
+        own = (
+            {}
+            if teacher is None
+            else {"parallel": {"tensor": teacher.tensor, "pipeline": teacher.pipeline}}
+        )
+        plain["teacher"] = {
+            "source": "online",
+            "checkpoint": str(folder / "teacher"),
+            "overlap": overlap,
+            **own,
+        }
         if teacher is not None:
-            plain["teacher"]["micro_batch_size"] = arguments.teacher_micro_batch or arguments.micro_batch
+            plain["teacher"]["micro_batch_size"] = (
+                arguments.teacher_micro_batch or arguments.micro_batch
+            )
     try:
         return RunConfig.model_validate(plain)
     except ValidationError as error:
-        raise ConfigError(f"student {student}, teacher {teacher or 'same'}: {error.errors()[0]['msg']}") from error
+        raise ConfigError(
+            f"student {student}, teacher {teacher or 'same'}: {error.errors()[0]['msg']}"
+        ) from error
 
 
 def _check(arguments: argparse.Namespace, config: RunConfig, world_size: int) -> None:
     """ConfigError where the ranks or the models cannot be cut like this."""
     config.data_parallel_size(world_size)
     tensor, pipeline, _ = config.teacher_layout(world_size)
-    for name, size, by, ranks in step_bench.teacher_shape(arguments, config.model).not_divisible(tensor=tensor, stages=pipeline):
-        raise ConfigError(f"the teacher's {name} ({size}) must be a multiple of its {by}-parallel size ({ranks})")
+    for name, size, by, ranks in step_bench.teacher_shape(arguments, config.model).not_divisible(
+        tensor=tensor, stages=pipeline
+    ):
+        raise ConfigError(
+            f"the teacher's {name} ({size}) must be a multiple of its {by}-parallel size ({ranks})"
+        )
 
 
 def _make_cache(arguments: argparse.Namespace, folder: Path) -> None:
@@ -177,8 +246,19 @@ def _make_cache(arguments: argparse.Namespace, folder: Path) -> None:
     def make() -> None:
         (folder / "cache.toml").write_text(dump_toml(config), encoding="utf-8")
         tool = Path(__file__).with_name("cache_teacher.py")
-        command = [sys.executable, str(tool), "--config", str(folder / "cache.toml"), "--output", str(folder / "targets")]
-        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        command = [
+            sys.executable,
+            str(tool),
+            "--config",
+            str(folder / "cache.toml"),
+            "--output",
+            str(folder / "targets"),
+        ]
+        alone = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        }
         done = subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
         if done.returncode:
             raise ConfigError(f"the cache could not be made: {done.stderr.strip()[-300:]}")
@@ -186,29 +266,57 @@ def _make_cache(arguments: argparse.Namespace, folder: Path) -> None:
     from_rank_zero(make)
 
 
-def _of_pair(arguments: argparse.Namespace, folder: Path, student: Layout, teacher: Layout | None, *, cached: bool) -> list[dict[str, Any]]:
+def _of_pair(
+    arguments: argparse.Namespace,
+    folder: Path,
+    student: Layout,
+    teacher: Layout | None,
+    *,
+    cached: bool,
+) -> list[dict[str, Any]]:
     """Everything at one pair of layouts, round after round. Collective over the world, which it joins."""
     from megatron_kd.train.build import build_run
     from megatron_kd.train.step import train_step
     from megatron_kd.train.teachers import placement_of
 
-    rendezvous = f"file://{folder}/rendezvous-{student}-{teacher}"  # torchrun's own serves one world
+    rendezvous = (
+        f"file://{folder}/rendezvous-{student}-{teacher}"  # torchrun's own serves one world
+    )
     kinds, overlaps, jobs = arguments.kinds.split(","), arguments.overlap.split(","), []
     for kind in ("plain", "cached") if cached else ("plain",):
         if kind in kinds:
-            run = build_run(_config(arguments, folder, kind, student, None, "none"), rendezvous=rendezvous)
+            run = build_run(
+                _config(arguments, folder, kind, student, None, "none"), rendezvous=rendezvous
+            )
             jobs.append(Timed(kind, None, "none", lambda run=run: train_step(run)))
     for overlap in overlaps if {"online", "teacher"} & {*kinds} else ():
-        run = build_run(_config(arguments, folder, "online", student, teacher, overlap), rendezvous=rendezvous)
+        run = build_run(
+            _config(arguments, folder, "online", student, teacher, overlap), rendezvous=rendezvous
+        )
         if "teacher" in kinds and overlap == overlaps[0]:
             jobs.append(Timed("teacher", teacher, "none", _bare(run)))
         if "online" in kinds:
             placement = placement_of(run.config, run.inputs, run.groups.world_size)
-            jobs.append(Timed("online", teacher, overlap, lambda run=run: train_step(run), placement.ahead, placement.reverse))
+            jobs.append(
+                Timed(
+                    "online",
+                    teacher,
+                    overlap,
+                    lambda run=run: train_step(run),
+                    placement.ahead,
+                    placement.reverse,
+                )
+            )
     times, busy, waits = _time(arguments, jobs)
     names = [_name(job) for job in jobs]
-    seconds, worked = dict(zip(names, times, strict=True)), dict(zip(names, busy, strict=True)) if busy else None
-    return [_row(arguments, student, job, seconds, worked, waiting) for job, waiting in zip(jobs, waits, strict=True)]
+    seconds, worked = (
+        dict(zip(names, times, strict=True)),
+        dict(zip(names, busy, strict=True)) if busy else None,
+    )
+    return [
+        _row(arguments, student, job, seconds, worked, waiting)
+        for job, waiting in zip(jobs, waits, strict=True)
+    ]
 
 
 def _bare(run: Any) -> Callable[[], object]:
@@ -220,11 +328,15 @@ def _bare(run: Any) -> Callable[[], object]:
     if isinstance(teacher, AheadTeacher):
         teacher = teacher.inner
     own = isinstance(teacher, OwnLayoutTeacher)
-    alone, share = (teacher.teacher, teacher.share(microbatches)) if own else (teacher, microbatches)
+    alone, share = (
+        (teacher.teacher, teacher.share(microbatches)) if own else (teacher, microbatches)
+    )
     return lambda: step_bench.bare_forward(alone, share)
 
 
-def _time(arguments: argparse.Namespace, jobs: list[Timed]) -> tuple[list[list[float]], list[list[float]] | None, list[float]]:
+def _time(
+    arguments: argparse.Namespace, jobs: list[Timed]
+) -> tuple[list[list[float]], list[list[float]] | None, list[float]]:
     """Seconds of each job in each round, this rank's processor seconds (on a CPU), and the share in which ranks wait, mean over them.
 
     Collective over the world.
@@ -248,8 +360,14 @@ def _time(arguments: argparse.Namespace, jobs: list[Timed]) -> tuple[list[list[f
             if number >= 0:
                 times[index].append(time.perf_counter() - begin)
                 busy[index].append(worked)
-    shares = [_computing_on_gpu(job.task) for job in jobs] if on_gpu else [sum(b) / sum(t) for b, t in zip(busy, times, strict=True)]
-    total = torch.tensor(shares, dtype=torch.float64, device=torch.cuda.current_device() if on_gpu else "cpu")
+    shares = (
+        [_computing_on_gpu(job.task) for job in jobs]
+        if on_gpu
+        else [sum(b) / sum(t) for b, t in zip(busy, times, strict=True)]
+    )
+    total = torch.tensor(
+        shares, dtype=torch.float64, device=torch.cuda.current_device() if on_gpu else "cpu"
+    )
     dist.all_reduce(total)
     return times, None if on_gpu else busy, (1 - total / dist.get_world_size()).clamp(0).tolist()
 
@@ -270,7 +388,11 @@ def _computing_on_gpu(task: Callable[[], object]) -> float:
         task()
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
-    spans = sorted((each.time_range.start, each.time_range.end) for each in found.events() if "nccl" not in each.name.lower())
+    spans = sorted(
+        (each.time_range.start, each.time_range.end)
+        for each in found.events()
+        if "nccl" not in each.name.lower()
+    )
     covered, end = 0.0, float("-inf")
     for start, stop in spans:
         covered += max(0.0, stop - max(start, end))
@@ -291,15 +413,25 @@ def _row(
     waiting: float,
 ) -> dict[str, Any]:
     """What is known of one job; ratios to others of the same rounds. times, busy: by `_name`."""
-    seconds, plain, alone = times[_name(job)], times.get(("plain", None, "none")), times.get(("teacher", job.teacher, "none"))
+    seconds, plain, alone = (
+        times[_name(job)],
+        times.get(("plain", None, "none")),
+        times.get(("teacher", job.teacher, "none")),
+    )
     ratios = _ratios(job, times)
     if busy is not None:
-        ratios |= {f"processor seconds: {name}": found for name, found in _ratios(job, busy).items()}
+        ratios |= {
+            f"processor seconds: {name}": found for name, found in _ratios(job, busy).items()
+        }
     bubble, modelled = _bubble(arguments, student, job, plain, alone)
     return {
         "kind": job.kind,
         "student": student._asdict(),
-        "teacher": None if job.kind in ("plain", "cached") else "same" if job.teacher is None else job.teacher._asdict(),
+        "teacher": None
+        if job.kind in ("plain", "cached")
+        else "same"
+        if job.teacher is None
+        else job.teacher._asdict(),
         "overlap": job.overlap if job.kind == "online" else None,
         "ahead": job.ahead,
         "seconds": step_bench.spread(seconds),
@@ -312,26 +444,44 @@ def _row(
 
 
 def _ratios(job: Timed, times: dict[Any, list[float]]) -> dict[str, dict[str, float]]:
-    seconds, plain, alone = times[_name(job)], times.get(("plain", None, "none")), times.get(("teacher", job.teacher, "none"))
+    seconds, plain, alone = (
+        times[_name(job)],
+        times.get(("plain", None, "none")),
+        times.get(("teacher", job.teacher, "none")),
+    )
     ratios = {}
     if job.kind in ("cached", "online") and plain is not None:
-        ratios[f"{job.kind} / plain"] = step_bench.spread([a / b for a, b in zip(seconds, plain, strict=True)])
+        ratios[f"{job.kind} / plain"] = step_bench.spread(
+            [a / b for a, b in zip(seconds, plain, strict=True)]
+        )
     if job.kind == "online" and plain is not None and alone is not None:
-        ratios["online / (plain + teacher)"] = step_bench.spread([a / (b + c) for a, b, c in zip(seconds, plain, alone, strict=True)])
+        ratios["online / (plain + teacher)"] = step_bench.spread(
+            [a / (b + c) for a, b, c in zip(seconds, plain, alone, strict=True)]
+        )
     other = times.get(("online", job.teacher, "none"))
     if job.kind == "online" and job.overlap != "none" and other is not None:
-        ratios[f"{job.overlap} / none"] = step_bench.spread([a / b for a, b in zip(seconds, other, strict=True)])
+        ratios[f"{job.overlap} / none"] = step_bench.spread(
+            [a / b for a, b in zip(seconds, other, strict=True)]
+        )
     return ratios
 
 
 def _bubble(
-    arguments: argparse.Namespace, student: Layout, job: Timed, plain: list[float] | None, alone: list[float] | None
+    arguments: argparse.Namespace,
+    student: Layout,
+    job: Timed,
+    plain: list[float] | None,
+    alone: list[float] | None,
 ) -> tuple[float | None, float | None]:
     """Share of the step that the pipelines' schedules leave idle; and an online step's seconds by them, from its two parts' seconds."""
     import torch.distributed as dist
 
     world, layout = dist.get_world_size(), job.teacher or student
-    micro = arguments.micro_batch if job.teacher is None else arguments.teacher_micro_batch or arguments.micro_batch
+    micro = (
+        arguments.micro_batch
+        if job.teacher is None
+        else arguments.teacher_micro_batch or arguments.micro_batch
+    )
 
     def rounds(each: Layout, micro_batch: int) -> float:
         return arguments.batch * each.tensor * each.pipeline / (micro_batch * world)
@@ -347,11 +497,18 @@ def _bubble(
         return 1 - own / slots(student, arguments.micro_batch), None
     if plain is None or alone is None:
         return None, None
-    unit = step_bench.spread(plain)["median"] / slots(student, arguments.micro_batch) / 3  # a backward pass is two forward passes
+    unit = (
+        step_bench.spread(plain)["median"] / slots(student, arguments.micro_batch) / 3
+    )  # a backward pass is two forward passes
     forward = step_bench.spread(alone)["median"] / slots(forward_only, micro)
     ours = Work(world, student.tensor, student.pipeline, int(own), unit, 2 * unit, student.virtual)
     other = Work(world, layout.tensor, layout.pipeline, int(theirs), forward)
-    seconds = step_time(ours, other, Placement(job.ahead, job.reverse), same_layout=job.teacher is None and not job.reverse)
+    seconds = step_time(
+        ours,
+        other,
+        Placement(job.ahead, job.reverse),
+        same_layout=job.teacher is None and not job.reverse,
+    )
     return 1 - (own * 3 * unit + theirs * forward) / seconds, seconds
 
 
@@ -363,11 +520,19 @@ def _table(result: dict[str, Any]) -> str:
     ]
     for row in result["runs"]:
         teacher = row["teacher"] if row["teacher"] in (None, "same") else Layout(**row["teacher"])
-        what = row["kind"] + (f", {row['overlap']}{' (a step ahead)' * row['ahead']}" if row["kind"] == "online" else "")
+        what = row["kind"] + (
+            f", {row['overlap']}{' (a step ahead)' * row['ahead']}"
+            if row["kind"] == "online"
+            else ""
+        )
         seconds = {name: value * 1e3 for name, value in row["seconds"].items()}
-        shares = [f"{row[name]:.0%}" if row[name] is not None else "" for name in ("waiting", "bubble", "communication")]
+        shares = [
+            f"{row[name]:.0%}" if row[name] is not None else ""
+            for name in ("waiting", "bubble", "communication")
+        ]
         ratios = "; ".join(
-            f"{name} {value['median']:.3f} ({value['min']:.2f} .. {value['max']:.2f})" for name, value in row["ratios"].items()
+            f"{name} {value['median']:.3f} ({value['min']:.2f} .. {value['max']:.2f})"
+            for name, value in row["ratios"].items()
         )
         reach = f"({seconds['min']:.1f} .. {seconds['max']:.1f})"
         lines.append(

@@ -29,9 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments, rest = _parser().parse_known_args(argv)
     rank, _, local_rank = world_from_environment()
     try:
-        config = load_config(["--config", arguments.config, *rest, "--train.steps", str(arguments.rounds + 2)])
+        config = load_config(
+            ["--config", arguments.config, *rest, "--train.steps", str(arguments.rounds + 2)]
+        )
         if config.teacher.source != "cached":
-            raise ConfigError(f'bench_loader needs a run with teacher.source = "cached", not "{config.teacher.source}"')
+            raise ConfigError(
+                f'bench_loader needs a run with teacher.source = "cached", not "{config.teacher.source}"'
+            )
         from megatron_kd.parallel.platform import start_platform
 
         start_platform(config.train.device, local_rank)
@@ -47,10 +51,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="run file; its keys can be overridden as --section.key value")
-    parser.add_argument("--rounds", type=int, default=40, help="measured steps of each; one more comes first and is not counted")
-    parser.add_argument("--threads", type=int, help="threads of torch on a CPU; unset: as the environment says")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="run file; its keys can be overridden as --section.key value",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=40,
+        help="measured steps of each; one more comes first and is not counted",
+    )
+    parser.add_argument(
+        "--threads", type=int, help="threads of torch on a CPU; unset: as the environment says"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--output", help="also write JSON to this file")
     return parser
@@ -88,7 +105,16 @@ def measure(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     samples = config.train.steps * config.batch.global_batch_size
     known = Remembered(attach_of(cached.teacher, held_out=False))
     data = config.data
-    source = batch_source(config, cached.inputs, cached.groups, "data.train", data.train, samples, weights=data.train_weights, attach=known)
+    source = batch_source(
+        config,
+        cached.inputs,
+        cached.groups,
+        "data.train",
+        data.train,
+        samples,
+        weights=data.train_weights,
+        attach=known,
+    )
     for step in range(config.train.steps):
         source.microbatches(step * config.batch.global_batch_size)
     runs = {"cached": cached, "memory": replace(build_run(config), train_data=source)}
@@ -112,13 +138,19 @@ def measure(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         "rounds": arguments.rounds,
         "tokens_per_second": tokens / statistics.median(times["cached"]),
         "seconds": {name: _spread(values) for name, values in times.items()},
-        "cached / memory": _spread([a / b for a, b in zip(times["cached"], times["memory"], strict=True)]),
+        "cached / memory": _spread(
+            [a / b for a, b in zip(times["cached"], times["memory"], strict=True)]
+        ),
     }
 
 
 def _spread(values: list[float]) -> dict[str, float]:
     quarters = statistics.quantiles(values, n=4)
-    return {"median": statistics.median(values), "quarter": quarters[0], "three_quarters": quarters[2]}
+    return {
+        "median": statistics.median(values),
+        "quarter": quarters[0],
+        "three_quarters": quarters[2],
+    }
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -98,7 +98,11 @@ class Variant:
 
         A distance alone has a gradient that small, but fp32 logits of 16 to 32 have steps of 2e-6: a few of these are no mistake.
         """
-        return max(self.limits[dtype], 4 * 2**-19 / near) if self.computes in DISTANCES else self.limits[dtype]
+        return (
+            max(self.limits[dtype], 4 * 2**-19 / near)
+            if self.computes in DISTANCES
+            else self.limits[dtype]
+        )
 
     def prepare(self, device: torch.device) -> Call:
         """The call; Unavailable where it cannot run here."""
@@ -126,9 +130,19 @@ def _head(schedule: str) -> Callable[[torch.device], Call]:
 
     def call(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Tensor:
         # "direct" adds to main_grad in the forward, so the division must be in the weights of the tokens.
-        mask = torch.full(inputs.labels.shape, 1.0 / inputs.tokens, device=hidden.device) if schedule == "direct" else None
+        mask = (
+            torch.full(inputs.labels.shape, 1.0 / inputs.tokens, device=hidden.device)
+            if schedule == "direct"
+            else None
+        )
         loss = linear_kd_cross_entropy(
-            hidden, weight, inputs.labels, inputs.target, alpha=inputs.alpha, loss_mask=mask, schedule=schedule
+            hidden,
+            weight,
+            inputs.labels,
+            inputs.target,
+            alpha=inputs.alpha,
+            loss_mask=mask,
+            schedule=schedule,
         ).total.sum()
         return loss if schedule == "direct" else loss / inputs.tokens
 
@@ -137,24 +151,37 @@ def _head(schedule: str) -> Callable[[torch.device], Call]:
 
 def _head_ce(device: torch.device) -> Call:
     return lambda inputs, hidden, weight: (
-        linear_kd_cross_entropy(hidden, weight, inputs.labels, None, alpha=0.0).total.sum() / inputs.tokens
+        linear_kd_cross_entropy(hidden, weight, inputs.labels, None, alpha=0.0).total.sum()
+        / inputs.tokens
     )
 
 
 def _given_logits(device: torch.device) -> Call:
     return lambda inputs, hidden, weight: (
-        kd_cross_entropy(hidden @ weight.t(), inputs.labels, inputs.target, alpha=inputs.alpha).total.sum() / inputs.tokens
+        kd_cross_entropy(
+            hidden @ weight.t(), inputs.labels, inputs.target, alpha=inputs.alpha
+        ).total.sum()
+        / inputs.tokens
     )
 
 
 def _targets(device: torch.device) -> Call:
-    return lambda inputs, hidden, weight: linear_targets(inputs.teacher_hidden, inputs.teacher_weight, TopSelection(inputs.top_k))
+    return lambda inputs, hidden, weight: linear_targets(
+        inputs.teacher_hidden, inputs.teacher_weight, TopSelection(inputs.top_k)
+    )
 
 
 def _online(device: torch.device) -> Call:
     def call(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Tensor:
-        target = linear_targets(inputs.teacher_hidden, inputs.teacher_weight, TopSelection(inputs.top_k))
-        return linear_kd_cross_entropy(hidden, weight, inputs.labels, target, alpha=inputs.alpha).total.sum() / inputs.tokens
+        target = linear_targets(
+            inputs.teacher_hidden, inputs.teacher_weight, TopSelection(inputs.top_k)
+        )
+        return (
+            linear_kd_cross_entropy(
+                hidden, weight, inputs.labels, target, alpha=inputs.alpha
+            ).total.sum()
+            / inputs.tokens
+        )
 
     return call
 
@@ -166,7 +193,9 @@ def _dense(divergence: str) -> Callable[[torch.device], Call]:
 
         def call(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Tensor:
             teacher = losses.DenseTeacher(inputs.teacher_hidden, inputs.teacher_weight)
-            loss = losses.linear_divergence(hidden, weight, inputs.labels, teacher, divergence=divergence, alpha=1.0)
+            loss = losses.linear_divergence(
+                hidden, weight, inputs.labels, teacher, divergence=divergence, alpha=1.0
+            )
             return loss.total.sum() / inputs.tokens
 
         return call
@@ -180,7 +209,9 @@ def _teacher_product(device: torch.device) -> Call:
     def call(inputs: Inputs, hidden: Tensor, weight: Tensor) -> None:
         rows = inputs.teacher_weight.shape[0]
         shard = vocab_shard(rows, rank=0, size=1, vocab_size=None)
-        chunks = TokenChunks(inputs.tokens, 1, chunk_size(None, rows, inputs.tokens, on_cuda=hidden.is_cuda))
+        chunks = TokenChunks(
+            inputs.tokens, 1, chunk_size(None, rows, inputs.tokens, on_cuda=hidden.is_cuda)
+        )
         for _ in linear_logits(inputs.teacher_hidden, inputs.teacher_weight, shard, chunks, None):
             pass
 
@@ -204,7 +235,12 @@ def _torch_top_k(device: torch.device) -> Call:
     def call(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Tensor:
         log_p = F.log_softmax((hidden @ weight.t()).float(), dim=1)
         log_q = F.log_softmax(inputs.target.logprobs, dim=1)
-        kd = F.kl_div(log_p.gather(1, inputs.target.indices.long()), log_q, reduction="batchmean", log_target=True)
+        kd = F.kl_div(
+            log_p.gather(1, inputs.target.indices.long()),
+            log_q,
+            reduction="batchmean",
+            log_target=True,
+        )
         return (1.0 - inputs.alpha) * F.nll_loss(log_p, inputs.labels) + inputs.alpha * kd
 
     return call
@@ -222,7 +258,12 @@ def _torch_kl(device: torch.device) -> Call:
 def single_rank_group(device: torch.device) -> dist.ProcessGroup:
     """A process group of this process alone: megatron-core's losses call their collectives even then."""
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+        )
     assert dist.group.WORLD is not None
     return dist.group.WORLD
 
@@ -235,7 +276,9 @@ def _megatron_fused(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
     group = single_rank_group(device)
-    return lambda logits, labels: fused_vocab_parallel_cross_entropy(logits.unsqueeze(1), labels.unsqueeze(1), group).mean()
+    return lambda logits, labels: fused_vocab_parallel_cross_entropy(
+        logits.unsqueeze(1), labels.unsqueeze(1), group
+    ).mean()
 
 
 def _megatron_ce(device: torch.device) -> Call:
@@ -261,7 +304,9 @@ def _megatron_top_k(device: torch.device) -> Call:
 
 def _liger_ce(accumulate: torch.dtype | None) -> Callable[[torch.device], Call]:
     def make(device: torch.device) -> Call:
-        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+        from liger_kernel.transformers.fused_linear_cross_entropy import (
+            LigerFusedLinearCrossEntropyLoss,
+        )
 
         loss = LigerFusedLinearCrossEntropyLoss(accum_dtype=accumulate)
         return lambda inputs, hidden, weight: loss(weight, hidden, inputs.labels)
@@ -274,7 +319,9 @@ def _liger_jsd(beta: float) -> Callable[[torch.device], Call]:
         from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
         loss = LigerFusedLinearJSD(jsd_beta=beta)
-        return lambda inputs, hidden, weight: loss(hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, None)
+        return lambda inputs, hidden, weight: loss(
+            hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, None
+        )
 
     return make
 
@@ -287,7 +334,10 @@ def _liger_chunked(name: str, beta: float) -> Callable[[torch.device], Call]:
 
         def call(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Tensor:
             loss = getattr(chunked, name)(
-                weight_hard_loss=1.0 - inputs.alpha, weight_soft_loss=inputs.alpha, beta=beta, compiled=device.type == "cuda"
+                weight_hard_loss=1.0 - inputs.alpha,
+                weight_soft_loss=inputs.alpha,
+                beta=beta,
+                compiled=device.type == "cuda",
             )
             return loss(hidden, weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.labels)
 
@@ -306,7 +356,9 @@ def _modelopt(*names: str) -> Callable[[torch.device], Call]:
 
         def call(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Tensor:
             loss = kind(config, top_k=inputs.top_k) if "Top" in kind.__name__ else kind(config)
-            per_token, *_ = loss((hidden @ weight.t()).unsqueeze(1), inputs.teacher_logits().unsqueeze(1))
+            per_token, *_ = loss(
+                (hidden @ weight.t()).unsqueeze(1), inputs.teacher_logits().unsqueeze(1)
+            )
             return per_token.mean()
 
         return call
@@ -318,7 +370,9 @@ def _cut_cross_entropy(**options: Any) -> Callable[[torch.device], Call]:
     def make(device: torch.device) -> Call:
         from cut_cross_entropy import linear_cross_entropy
 
-        return lambda inputs, hidden, weight: linear_cross_entropy(hidden, weight, inputs.labels, **options)
+        return lambda inputs, hidden, weight: linear_cross_entropy(
+            hidden, weight, inputs.labels, **options
+        )
 
     return make
 
@@ -331,27 +385,61 @@ VARIANTS: list[Variant] = [
     Variant(PLAIN, "CE", "none", _torch_ce, ROUNDED_LOGITS),
     Variant("head-ce", "CE", "none", _head_ce, own=True),
     Variant("liger-ce", "CE", "none", _liger_ce(None), EXACT | {"bf16": 0.1}, LIGER, True),
-    Variant("liger-ce-fp32-sum", "CE", "none", _liger_ce(torch.float32), EXACT | {"bf16": 0.1}, LIGER, True),
+    Variant(
+        "liger-ce-fp32-sum",
+        "CE",
+        "none",
+        _liger_ce(torch.float32),
+        EXACT | {"bf16": 0.1},
+        LIGER,
+        True,
+    ),
     Variant("cce", "CE", "none", _cut_cross_entropy(), EXACT, CCE, True),
     Variant("cce-unfiltered", "CE", "none", _cut_cross_entropy(filter_eps=None), EXACT, CCE, True),
     *(
-        Variant(f"head-{schedule}", TOP_K_LOSS, "cached", _head(schedule), own=True, main_grad=schedule == "direct")
+        Variant(
+            f"head-{schedule}",
+            TOP_K_LOSS,
+            "cached",
+            _head(schedule),
+            own=True,
+            main_grad=schedule == "direct",
+        )
         for schedule in ("save", "chunk", "direct", "recompute")
     ),
     Variant("given-logits", TOP_K_LOSS, "cached", _given_logits, ROUNDED_LOGITS, own=True),
     Variant("torch-top-k", TOP_K_LOSS, "cached", _torch_top_k, ROUNDED_LOGITS),
     Variant("megatron-top-k", TOP_K_LOSS, "cached", _megatron_top_k, ROUNDED_GRADIENT, MEGATRON),
     Variant("online", TOP_K_LOSS, "online", _online, own=True),
-    Variant("modelopt-top-k", "KL within top-k", "online", _modelopt("TopKLogitsKLLoss", "TopLogitsKLLoss"), ROUNDED_LOGITS, MODELOPT),
+    Variant(
+        "modelopt-top-k",
+        "KL within top-k",
+        "online",
+        _modelopt("TopKLogitsKLLoss", "TopLogitsKLLoss"),
+        ROUNDED_LOGITS,
+        MODELOPT,
+    ),
     Variant("dense-kl", "KL", "online", _dense("forward_kl"), own=True),
     Variant("torch-kl", "KL", "online", _torch_kl, ROUNDED_LOGITS),
     Variant("modelopt-kl", "KL", "online", _modelopt("LogitsKLLoss"), ROUNDED_LOGITS, MODELOPT),
     Variant("liger-kl", "KL", "online", _liger_jsd(0.0), ROUNDED_LOGITS, LIGER, True),
     Variant("dense-jsd", "JSD", "online", _dense("jensen_shannon"), own=True),
     Variant("liger-jsd", "JSD", "online", _liger_jsd(0.5), ROUNDED_LOGITS, LIGER, True),
-    Variant("liger-chunked-jsd", "CE + JSD", "online", _liger_chunked("LigerFusedLinearJSDLoss", 0.5), ROUNDED_LOGITS, LIGER),
     Variant(
-        "liger-chunked-cosine", "CE + cosine", "online", _liger_chunked("LigerFusedLinearCosineSimilarityLoss", 1.0), ROUNDED_LOGITS, LIGER
+        "liger-chunked-jsd",
+        "CE + JSD",
+        "online",
+        _liger_chunked("LigerFusedLinearJSDLoss", 0.5),
+        ROUNDED_LOGITS,
+        LIGER,
+    ),
+    Variant(
+        "liger-chunked-cosine",
+        "CE + cosine",
+        "online",
+        _liger_chunked("LigerFusedLinearCosineSimilarityLoss", 1.0),
+        ROUNDED_LOGITS,
+        LIGER,
     ),
     Variant(PRODUCT, "product", "online", _teacher_product, own=True),
     Variant("targets", "targets", "online", _targets, own=True),
@@ -362,7 +450,14 @@ VARIANTS: list[Variant] = [
 def versions() -> dict[str, str | None]:
     """Versions of what takes part, None for what is not installed."""
     found: dict[str, str | None] = {}
-    for name in ("torch", "triton", "megatron-core", "liger-kernel", "nvidia-modelopt", "cut-cross-entropy"):
+    for name in (
+        "torch",
+        "triton",
+        "megatron-core",
+        "liger-kernel",
+        "nvidia-modelopt",
+        "cut-cross-entropy",
+    ):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -372,10 +467,14 @@ def versions() -> dict[str, str | None]:
 
 def main() -> int:
     """Print what can run here."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     kind = parser.parse_args().device
-    device = torch.device(kind if kind != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(
+        kind if kind != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
     for variant in VARIANTS:
         try:
             variant.prepare(device)

@@ -35,11 +35,18 @@ HERE = Path(__file__).resolve().parent
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--megatron", type=Path, metavar="DIR", help="a checkout of Megatron-LM")
     add("--input", required=True, type=Path, metavar="FILE", help="one .jsonl file with a text key")
-    add("--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, a tokenizer.json or its folder, or .tiktoken")
+    add(
+        "--tokenizer",
+        required=True,
+        metavar="PATH",
+        help="SentencePiece .model, a tokenizer.json or its folder, or .tiktoken",
+    )
     add("--workers", type=int, default=2, help="processes (%(default)s)")
     add("--rounds", type=int, default=3, help="turns (%(default)s)")
     add("--output", type=Path, metavar="FILE", help="write the result as JSON")
@@ -56,7 +63,9 @@ def megatron_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
     kind = "SentencePieceTokenizer"
     if vocabulary.kind != "sentencepiece":
         if info.end_of_document is None:
-            raise ConfigError(f"{model} names no token that ends documents, which Megatron-LM's tool needs")
+            raise ConfigError(
+                f"{model} names no token that ends documents, which Megatron-LM's tool needs"
+            )
         kind, given = "HuggingFaceTokenizer", model
         end = vocabulary.tokens[info.end_of_document].decode("utf-8")
         model = folder / "tokenizer"
@@ -66,27 +75,58 @@ def megatron_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
             from transformers.convert_slow_tokenizer import TikTokenConverter
 
             converter = TikTokenConverter(
-                vocab_file=str(given), pattern=PATTERNS.get(vocabulary.pattern or "", vocabulary.pattern), extra_special_tokens=[end]
+                vocab_file=str(given),
+                pattern=PATTERNS.get(vocabulary.pattern or "", vocabulary.pattern),
+                extra_special_tokens=[end],
             )
             converter.converted().save(str(model / "tokenizer.json"))
         else:
             shutil.copy(given, model / "tokenizer.json")
-        (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}))
+        (model / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end})
+        )
     script = arguments.megatron / "tools/preprocess_data.py"
     if not script.is_file():
         raise ConfigError(f"{script} does not exist: give --megatron a checkout of Megatron-LM")
-    command = [sys.executable, str(script), "--input", str(arguments.input), "--output-prefix", str(folder / "megatron")]
-    return [*command, "--tokenizer-type", kind, "--tokenizer-model", str(model), "--workers", str(arguments.workers), "--append-eod"]
+    command = [
+        sys.executable,
+        str(script),
+        "--input",
+        str(arguments.input),
+        "--output-prefix",
+        str(folder / "megatron"),
+    ]
+    return [
+        *command,
+        "--tokenizer-type",
+        kind,
+        "--tokenizer-model",
+        str(model),
+        "--workers",
+        str(arguments.workers),
+        "--append-eod",
+    ]
 
 
 def own_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
-    command = [sys.executable, str(HERE / "preprocess_data.py"), "--input", str(arguments.input), "--tokenizer", arguments.tokenizer]
+    command = [
+        sys.executable,
+        str(HERE / "preprocess_data.py"),
+        "--input",
+        str(arguments.input),
+        "--tokenizer",
+        arguments.tokenizer,
+    ]
     return [*command, "--output", str(folder / "own"), "--workers", str(arguments.workers)]
 
 
 def timed(command: list[str], path: Path) -> tuple[float, float]:
     """Seconds on the clock and of CPU, children included. ConfigError with its last line where the command fails."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -97,7 +137,11 @@ def timed(command: list[str], path: Path) -> tuple[float, float]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": round(median(values), 3), "smallest": round(min(values), 3), "largest": round(max(values), 3)}
+    return {
+        "median": round(median(values), 3),
+        "smallest": round(min(values), 3),
+        "largest": round(max(values), 3),
+    }
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -111,7 +155,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             if arguments.megatron is None:
                 continue
             theirs.append(timed(megatron_command(arguments, folder), arguments.megatron.absolute()))
-            pairs = ((folder / f"own.{kind}", folder / f"megatron_text_document.{kind}") for kind in ("bin", "idx"))
+            pairs = (
+                (folder / f"own.{kind}", folder / f"megatron_text_document.{kind}")
+                for kind in ("bin", "idx")
+            )
             same.append(all(one.read_bytes() == other.read_bytes() for one, other in pairs))
     megabytes = arguments.input.stat().st_size / 1e6
     result: dict[str, Any] = {

@@ -34,7 +34,17 @@ def main(argv: list[str] | None = None) -> int:
         if min(arguments.rounds, arguments.window) < 2:
             raise ConfigError("--rounds and --window must be at least 2")
         steps = len(KINDS) * (2 + arguments.rounds * arguments.window)
-        config = load_config(["--config", arguments.config, *rest, "--train.steps", str(steps), "--checkpoint.resume", "false"])
+        config = load_config(
+            [
+                "--config",
+                arguments.config,
+                *rest,
+                "--train.steps",
+                str(steps),
+                "--checkpoint.resume",
+                "false",
+            ]
+        )
         from megatron_kd.parallel.platform import start_platform
 
         start_platform(config.train.device, local_rank)
@@ -50,11 +60,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="run file; its keys can be overridden as --section.key value")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="run file; its keys can be overridden as --section.key value",
+    )
     parser.add_argument("--rounds", type=int, default=9, help="windows of each kind")
     parser.add_argument("--window", type=int, default=12, help="steps of a window")
-    parser.add_argument("--threads", type=int, help="threads of torch on a CPU; unset: as the environment says")
+    parser.add_argument(
+        "--threads", type=int, help="threads of torch on a CPU; unset: as the environment says"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--output", help="also write JSON to this file")
     return parser
@@ -77,7 +95,10 @@ def measure(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     for kind in KINDS[1:]:
         section = config.checkpoint.model_copy(update={"asynchronous": kind == "asynchronous"})
         folder = config.run.directory / f"checkpoints-{kind.replace(' ', '-')}" / "checkpoints"
-        runs[kind] = replace(run, saver=Saver(folder, section, device=run.groups.platform.device, watch=run.groups.watch))
+        runs[kind] = replace(
+            run,
+            saver=Saver(folder, section, device=run.groups.platform.device, watch=run.groups.watch),
+        )
     windows: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for number in range(arguments.rounds + 1):
         for kind in KINDS:
@@ -96,7 +117,10 @@ def measure(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         "rounds": arguments.rounds,
         "window": arguments.window,
         "step seconds": _spread(steps),
-        "bytes": sum(path.stat().st_size for path in max(runs["asynchronous"].saver.checkpoints.glob("step-*")).iterdir()),
+        "bytes": sum(
+            path.stat().st_size
+            for path in max(runs["asynchronous"].saver.checkpoints.glob("step-*")).iterdir()
+        ),
         **{kind: _in_steps(windows, kind, arguments.window) for kind in KINDS[1:]},
     }
 
@@ -124,11 +148,18 @@ def _window(run: Any, steps: int, *, save: bool) -> dict[str, float]:
     seconds = time.perf_counter() - begin
     # Not part of the window: nothing may be left over for the next one.
     run.saver.finish()
-    return {"seconds": seconds, "stalled": stalled, "complete": complete or time.perf_counter() - begin}
+    return {
+        "seconds": seconds,
+        "stalled": stalled,
+        "complete": complete or time.perf_counter() - begin,
+    }
 
 
 def _in_steps(windows: dict[str, list[dict[str, float]]], kind: str, window: int) -> dict[str, Any]:
-    pairs = [(saved, plain["seconds"] / window) for saved, plain in zip(windows[kind], windows["none"], strict=True)]
+    pairs = [
+        (saved, plain["seconds"] / window)
+        for saved, plain in zip(windows[kind], windows["none"], strict=True)
+    ]
     return {
         "stalled, in steps": _spread([saved["stalled"] / step for saved, step in pairs]),
         "slower, in steps": _spread([saved["seconds"] / step - window for saved, step in pairs]),
@@ -150,7 +181,11 @@ def _table(result: dict[str, Any]) -> str:
             f"commit {result['commit']}, {result['machine']}, {result['rounds']} windows of {result['window']} steps, "
             f"{result['bytes'] / 1e6:.1f} MB a checkpoint",
             line("step", result["step seconds"], 1e3, " ms"),
-            *(line(f"{kind}: {name}", spread) for kind in KINDS[1:] for name, spread in result[kind].items()),
+            *(
+                line(f"{kind}: {name}", spread)
+                for kind in KINDS[1:]
+                for name, spread in result[kind].items()
+            ),
         ]
     )
 

@@ -56,17 +56,28 @@ def _parser() -> argparse.ArgumentParser:
     options = parser(__doc__)
     options.add_argument("--tensor", type=int, default=1, help="tensor-parallel size")
     options.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel size")
-    options.add_argument("--teacher-tensor", type=int, help="tensor-parallel size of the teacher (the student's)")
-    options.add_argument("--teacher-pipeline", type=int, help="pipeline-parallel size of the teacher (the student's)")
+    options.add_argument(
+        "--teacher-tensor", type=int, help="tensor-parallel size of the teacher (the student's)"
+    )
+    options.add_argument(
+        "--teacher-pipeline", type=int, help="pipeline-parallel size of the teacher (the student's)"
+    )
     return options
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options about sizes, rounds and output."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--rounds", type=int, default=9, help="measured rounds; one more comes first and is not counted")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=9,
+        help="measured rounds; one more comes first and is not counted",
+    )
     parser.add_argument("--hidden", type=int, default=256, help="width of the student")
     parser.add_argument("--layers", type=int, default=4, help="layers of the student")
     parser.add_argument("--teacher-hidden", type=int, default=384)
@@ -76,7 +87,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=16, help="sequences per step")
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences per microbatch")
     parser.add_argument("--top-k", type=int, default=64)
-    parser.add_argument("--teacher-micro-batch", type=int, help="sequences per microbatch of the teacher (the student's)")
+    parser.add_argument(
+        "--teacher-micro-batch",
+        type=int,
+        help="sequences per microbatch of the teacher (the student's)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--output", help="also write JSON to this file")
     return parser
@@ -94,14 +109,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with shared_folder(arguments) as folder:
         save_random_teacher(arguments, folder)
         online, plain = (
-            run_config(arguments, folder, kind, tensor=arguments.tensor, pipeline=arguments.pipeline) for kind in ("online", "plain")
+            run_config(
+                arguments, folder, kind, tensor=arguments.tensor, pipeline=arguments.pipeline
+            )
+            for kind in ("online", "plain")
         )
         online = online.model_copy(update={"teacher": teacher_section(arguments, folder)})
         runs = {"plain": build_run(plain), "online": build_run(online)}
         device = runs["plain"].groups.platform.device
 
         teacher, microbatches = runs["online"].teacher, runs["online"].train_data.microbatches(0)
-        alone, share = (teacher.teacher, teacher.share(microbatches)) if online.teacher.has_own_layout else (teacher, microbatches)
+        alone, share = (
+            (teacher.teacher, teacher.share(microbatches))
+            if online.teacher.has_own_layout
+            else (teacher, microbatches)
+        )
         tasks: dict[str, Callable[[], object]] = {
             "plain": lambda: train_step(runs["plain"]),
             "online": lambda: train_step(runs["online"]),
@@ -130,10 +152,14 @@ def shared_folder(arguments: argparse.Namespace) -> Iterator[Path]:
     from megatron_kd.parallel.platform import start_platform
 
     rank, _, local_rank = world_from_environment()
-    start_groups(start_platform(arguments.device, local_rank), ParallelSection(), timeout_seconds=600)
+    start_groups(
+        start_platform(arguments.device, local_rank), ParallelSection(), timeout_seconds=600
+    )
     folder = Path(from_rank_zero(tempfile.mkdtemp))
     try:
-        from_rank_zero(lambda: [_write_tokens(arguments, folder / kind) for kind in ("online", "plain")])
+        from_rank_zero(
+            lambda: [_write_tokens(arguments, folder / kind) for kind in ("online", "plain")]
+        )
         yield folder
     finally:
         if rank == 0:
@@ -151,11 +177,20 @@ def bare_forward(teacher: Any, microbatches: Any) -> None:
     groups, chosen = teacher.groups, teacher.make_target
 
     def only_logits(hidden: Any, weight: Any, row_keys: Any) -> None:
-        shard = vocab_shard(weight.shape[0], rank=groups.tensor_rank, size=groups.tensor_size, vocab_size=chosen.vocab_size)
+        shard = vocab_shard(
+            weight.shape[0],
+            rank=groups.tensor_rank,
+            size=groups.tensor_size,
+            vocab_size=chosen.vocab_size,
+        )
         states = hidden.reshape(-1, hidden.shape[-1])
         slices = groups.tensor_size if teacher.config.sequence_parallel else 1
         tokens = len(states) * slices
-        chunks = TokenChunks(tokens, slices, chunk_size(chosen.chunk_tokens, shard.share, tokens, on_cuda=states.is_cuda))
+        chunks = TokenChunks(
+            tokens,
+            slices,
+            chunk_size(chosen.chunk_tokens, shard.share, tokens, on_cuda=states.is_cuda),
+        )
         for _ in linear_logits(states, weight, shard, chunks, groups.tp):
             pass
 
@@ -172,7 +207,9 @@ def teacher_section(arguments: argparse.Namespace, folder: Path) -> TeacherSecti
     return TeacherSection(
         source="online",
         checkpoint=folder / "teacher",
-        parallel=TeacherParallelSection(tensor=arguments.teacher_tensor, pipeline=arguments.teacher_pipeline),
+        parallel=TeacherParallelSection(
+            tensor=arguments.teacher_tensor, pipeline=arguments.teacher_pipeline
+        ),
         micro_batch_size=arguments.teacher_micro_batch,
         overlap="none",
     )
@@ -181,7 +218,12 @@ def teacher_section(arguments: argparse.Namespace, folder: Path) -> TeacherSecti
 def teacher_shape(arguments: argparse.Namespace, student: ModelSection) -> ModelSection:
     """The teacher's model section."""
     width = arguments.teacher_hidden
-    shape = {"hidden_size": width, "num_layers": arguments.teacher_layers, "ffn_hidden_size": 3 * width, "num_attention_heads": width // 32}
+    shape = {
+        "hidden_size": width,
+        "num_layers": arguments.teacher_layers,
+        "ffn_hidden_size": 3 * width,
+        "num_attention_heads": width // 32,
+    }
     return student.model_copy(update=shape)
 
 
@@ -213,7 +255,11 @@ def run_config(arguments: argparse.Namespace, folder: Path, kind: str, **layout:
         },
         "optimizer": {"learning_rate": 1e-4, "schedule": "constant"},
         "parallel": layout,
-        "train": {"steps": arguments.rounds + 2, "precision": arguments.precision, "device": arguments.device},
+        "train": {
+            "steps": arguments.rounds + 2,
+            "precision": arguments.precision,
+            "device": arguments.device,
+        },
         "distill": {"alpha": 0.9, "top_k": arguments.top_k, "tail": "bucket"},
         "run": {"directory": str(folder / f"run-{kind}")},
     }
@@ -230,10 +276,17 @@ def _write_tokens(arguments: argparse.Namespace, prefix: Path) -> None:
     Path(f"{prefix}.json").unlink()
 
 
-def _result(arguments: argparse.Namespace, times: dict[str, list[float]], device: str) -> dict[str, Any]:
+def _result(
+    arguments: argparse.Namespace, times: dict[str, list[float]], device: str
+) -> dict[str, Any]:
     import torch
 
-    ratios = [online / (plain + teacher) for plain, online, teacher in zip(times["plain"], times["online"], times["teacher"], strict=True)]
+    ratios = [
+        online / (plain + teacher)
+        for plain, online, teacher in zip(
+            times["plain"], times["online"], times["teacher"], strict=True
+        )
+    ]
     return {
         "settings": vars(arguments),
         "device": torch.cuda.get_device_name()
@@ -243,7 +296,9 @@ def _result(arguments: argparse.Namespace, times: dict[str, list[float]], device
         "commit": commit(),
         "seconds": {name: spread(values) for name, values in times.items()},
         "online / (plain + teacher)": spread(ratios),
-        "online / plain": spread([a / b for a, b in zip(times["online"], times["plain"], strict=True)]),
+        "online / plain": spread(
+            [a / b for a, b in zip(times["online"], times["plain"], strict=True)]
+        ),
     }
 
 
@@ -253,14 +308,25 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def _table(result: dict[str, Any]) -> str:
-    names = {"plain": "step, language-model loss only", "teacher": "bare teacher forward", "online": "step with the online teacher"}
-    lines = [f"{result['device']}, torch {result['versions']['torch']}, commit {result['commit']}", ""]
+    names = {
+        "plain": "step, language-model loss only",
+        "teacher": "bare teacher forward",
+        "online": "step with the online teacher",
+    }
+    lines = [
+        f"{result['device']}, torch {result['versions']['torch']}, commit {result['commit']}",
+        "",
+    ]
     for name, title in names.items():
         spread = result["seconds"][name]
-        lines.append(f"{title:34} {spread['median'] * 1e3:9.1f} ms   ({spread['min'] * 1e3:.1f} .. {spread['max'] * 1e3:.1f})")
+        lines.append(
+            f"{title:34} {spread['median'] * 1e3:9.1f} ms   ({spread['min'] * 1e3:.1f} .. {spread['max'] * 1e3:.1f})"
+        )
     for name in ("online / (plain + teacher)", "online / plain"):
         spread = result[name]
-        lines.append(f"{name:34} {spread['median']:9.3f}      ({spread['min']:.3f} .. {spread['max']:.3f})")
+        lines.append(
+            f"{name:34} {spread['median']:9.3f}      ({spread['min']:.3f} .. {spread['max']:.3f})"
+        )
     return "\n".join(lines)
 
 

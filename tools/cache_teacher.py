@@ -35,7 +35,9 @@ def main() -> int:
     try:
         config = load_config(["--config", arguments.config, *_overrides(arguments, rest), *rest])
         if not 0 <= arguments.worker < arguments.workers:
-            raise ConfigError(f"--worker ({arguments.worker}) must be in [0, {arguments.workers}), the number of --workers")
+            raise ConfigError(
+                f"--worker ({arguments.worker}) must be in [0, {arguments.workers}), the number of --workers"
+            )
         return _extract(config, arguments)
     except ConfigError as error:
         print(f"cache_teacher: error: {error}", file=sys.stderr, flush=True)
@@ -43,13 +45,32 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="run file of a student; its keys can be overridden as --section.key value")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="run file of a student; its keys can be overridden as --section.key value",
+    )
     parser.add_argument("--output", required=True, type=Path, help="folder of the cache")
-    parser.add_argument("--value-encoding", choices=["quantized", "fp32"], default="quantized", help="fp32: 4 bytes a value, exact")
-    parser.add_argument("--shard-samples", type=int, default=1024, help="samples per shard, the unit of resuming")
-    parser.add_argument("--first-samples", type=int, help="store no more than this many samples; unset: one pass over the data")
-    parser.add_argument("--workers", type=int, default=1, help="jobs that write this cache together")
+    parser.add_argument(
+        "--value-encoding",
+        choices=["quantized", "fp32"],
+        default="quantized",
+        help="fp32: 4 bytes a value, exact",
+    )
+    parser.add_argument(
+        "--shard-samples", type=int, default=1024, help="samples per shard, the unit of resuming"
+    )
+    parser.add_argument(
+        "--first-samples",
+        type=int,
+        help="store no more than this many samples; unset: one pass over the data",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="jobs that write this cache together"
+    )
     parser.add_argument("--worker", type=int, default=0, help="which of them this is")
     return parser
 
@@ -60,7 +81,11 @@ def _overrides(arguments: argparse.Namespace, rest: list[str]) -> list[str]:
     if any(word.partition("=")[0] == "--teacher.source" for word in rest):
         return directory
     try:
-        source = tomllib.loads(Path(arguments.config).read_text(encoding="utf-8")).get("teacher", {}).get("source")
+        source = (
+            tomllib.loads(Path(arguments.config).read_text(encoding="utf-8"))
+            .get("teacher", {})
+            .get("source")
+        )
     except (OSError, ValueError):
         source = None  # load_config says what is wrong with it
     return directory + ([] if source == "huggingface" else ["--teacher.source", "online"])
@@ -102,7 +127,9 @@ def _run(config: RunConfig, arguments: argparse.Namespace, platform: Platform) -
 
     inputs = check_inputs(config, world_size=world_from_environment()[1])
     groups = start_groups(platform, config.parallel, timeout_seconds=config.train.timeout_seconds)
-    teacher, identity = build_extraction(config, inputs, groups, value_encoding=arguments.value_encoding)
+    teacher, identity = build_extraction(
+        config, inputs, groups, value_encoding=arguments.value_encoding
+    )
     parts = token_dataset(config, inputs, "data.train", config.data.train, 1).parts
     plan = ShardPlan(parts, arguments.shard_samples, arguments.first_samples)
     worker = arguments.worker * groups.data_size + groups.data_rank
@@ -126,7 +153,9 @@ def _run(config: RunConfig, arguments: argparse.Namespace, platform: Platform) -
             writes=writes,
             worker=worker,
             micro_batch_size=config.batch.micro_batch_size,
-            num_microbatches=max(1, config.parallel.pipeline * 2 if config.parallel.pipeline > 1 else 1),
+            num_microbatches=max(
+                1, config.parallel.pipeline * 2 if config.parallel.pipeline > 1 else 1
+            ),
             device=groups.platform.device,
             done=report.add,
             finished=report.finish,
@@ -147,7 +176,9 @@ class _Report:
 
     def finish(self, shard: int) -> None:
         self._shards += 1
-        self._progress.update(self._shards, tokens_per_second=self._tokens / (time.perf_counter() - self._begin))
+        self._progress.update(
+            self._shards, tokens_per_second=self._tokens / (time.perf_counter() - self._begin)
+        )
 
 
 if __name__ == "__main__":

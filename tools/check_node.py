@@ -48,7 +48,9 @@ def main() -> int:
     # torchrun's own store listens there already.
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = dist.TCPStore(*address, None, serves, timeout=limit, wait_for_workers=False)
-    store = dist.PrefixStore(f"check_node/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(
+        f"check_node/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+    )
     local = check_here(arguments, local_rank)
     store.set(f"here/{rank}", json.dumps(local))
     if rank == 0:
@@ -63,14 +65,38 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, required=True, help="on the file system that the run writes")
-    parser.add_argument("--min-free-gb", type=float, default=50.0, help="free there at least, 1e9 bytes (50)")
-    parser.add_argument("--min-free-inodes", type=int, default=10_000, help="free there at least (10000)")
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda where torch finds it")
-    parser.add_argument("--max-skew-seconds", type=float, default=5.0, help="clocks may differ from rank 0's by this (5)")
-    parser.add_argument("--timeout-seconds", type=float, default=120.0, help="for each of the ranks' answers (120)")
-    parser.add_argument("--exclude-file", type=Path, help="rank 0 writes the bad nodes here, separated by commas; nothing: an empty file")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--directory", type=Path, required=True, help="on the file system that the run writes"
+    )
+    parser.add_argument(
+        "--min-free-gb", type=float, default=50.0, help="free there at least, 1e9 bytes (50)"
+    )
+    parser.add_argument(
+        "--min-free-inodes", type=int, default=10_000, help="free there at least (10000)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cuda", "cpu"],
+        default="auto",
+        help="auto: cuda where torch finds it",
+    )
+    parser.add_argument(
+        "--max-skew-seconds",
+        type=float,
+        default=5.0,
+        help="clocks may differ from rank 0's by this (5)",
+    )
+    parser.add_argument(
+        "--timeout-seconds", type=float, default=120.0, help="for each of the ranks' answers (120)"
+    )
+    parser.add_argument(
+        "--exclude-file",
+        type=Path,
+        help="rank 0 writes the bad nodes here, separated by commas; nothing: an empty file",
+    )
     return parser
 
 
@@ -88,10 +114,16 @@ def check_here(arguments: argparse.Namespace, local_rank: int) -> dict[str, Any]
         count = torch.cuda.device_count()
         if local_rank >= count:
             problems.append(f"{count} GPUs, so process {local_rank} has none")
-    elif arguments.device == "auto" and os.environ.get("CUDA_VISIBLE_DEVICES") and shutil.which("nvidia-smi"):
+    elif (
+        arguments.device == "auto"
+        and os.environ.get("CUDA_VISIBLE_DEVICES")
+        and shutil.which("nvidia-smi")
+    ):
         problems.append("GPUs are assigned, but torch finds none")
     if local_rank == 0:
-        problems += disk_problems(arguments.directory, arguments.min_free_gb, arguments.min_free_inodes)
+        problems += disk_problems(
+            arguments.directory, arguments.min_free_gb, arguments.min_free_inodes
+        )
     return {"node": node_name(), "problems": problems}
 
 
@@ -115,7 +147,9 @@ def disk_problems(directory: Path, min_free_gb: float, min_free_inodes: int) -> 
     return problems
 
 
-def all_reduce(store: Any, arguments: argparse.Namespace, rank: int, world_size: int, local_rank: int) -> str | None:
+def all_reduce(
+    store: Any, arguments: argparse.Namespace, rank: int, world_size: int, local_rank: int
+) -> str | None:
     """Sum one tensor over all ranks and compare; what went wrong, in words. Collective over the world."""
     import torch
     import torch.distributed as dist
@@ -126,8 +160,16 @@ def all_reduce(store: Any, arguments: argparse.Namespace, rank: int, world_size:
         if cuda:
             torch.cuda.set_device(local_rank)
         backend = "nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=dist.PrefixStore("reduce", store), rank=rank, world_size=world_size, timeout=limit)
-        sums = torch.full((ELEMENTS,), float(rank + 1), device=torch.device("cuda", local_rank) if cuda else None)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("reduce", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=limit,
+        )
+        sums = torch.full(
+            (ELEMENTS,), float(rank + 1), device=torch.device("cuda", local_rank) if cuda else None
+        )
         dist.all_reduce(sums)
         wanted = world_size * (world_size + 1) / 2
         wrong = int((sums != wanted).sum())
@@ -152,11 +194,17 @@ def _skew(store: Any, rank: int) -> float:
     return max(begin - told, told - end, 0.0)
 
 
-def _judge_all(store: Any, arguments: argparse.Namespace, world_size: int, local: dict[str, Any]) -> int:
+def _judge_all(
+    store: Any, arguments: argparse.Namespace, world_size: int, local: dict[str, Any]
+) -> int:
     """Rank 0: what every rank said, as a table, and the verdict."""
     answers = _collect(store, "here", world_size, arguments.timeout_seconds)
     found = {rank: json.loads(text) for rank, text in answers.items()}
-    problems = [(each["node"], f"rank {rank}: {problem}") for rank, each in sorted(found.items()) for problem in each["problems"]]
+    problems = [
+        (each["node"], f"rank {rank}: {problem}")
+        for rank, each in sorted(found.items())
+        for problem in each["problems"]
+    ]
     silent = sorted(set(range(world_size)) - set(found))
     seen = {local["node"]}
     for rank, each in sorted(found.items()):
@@ -168,13 +216,23 @@ def _judge_all(store: Any, arguments: argparse.Namespace, world_size: int, local
             problems.append((each["node"], f"its clock differs by {skew:.1f} s"))
     everywhere = ""
     if not silent:
-        store.set("reduced/0", all_reduce(store, arguments, 0, world_size, int(os.environ.get("LOCAL_RANK", 0))) or "")
+        store.set(
+            "reduced/0",
+            all_reduce(store, arguments, 0, world_size, int(os.environ.get("LOCAL_RANK", 0))) or "",
+        )
         reduced = _collect(store, "reduced", world_size, arguments.timeout_seconds)
-        failed = {rank: reduced.get(rank, "no answer to the all-reduce") for rank in range(world_size) if reduced.get(rank) != ""}
+        failed = {
+            rank: reduced.get(rank, "no answer to the all-reduce")
+            for rank in range(world_size)
+            if reduced.get(rank) != ""
+        }
         if len(failed) == world_size:
             everywhere = f"no all-reduce succeeded on any rank; rank 0: {failed[0]}"
         else:
-            problems += [(found[rank]["node"], f"rank {rank}: {problem}") for rank, problem in sorted(failed.items())]
+            problems += [
+                (found[rank]["node"], f"rank {rank}: {problem}")
+                for rank, problem in sorted(failed.items())
+            ]
     code = _report(arguments, problems, silent, everywhere, nodes=len(seen), world_size=world_size)
     store.set("verdict", str(code))
     time.sleep(0.5)  # the store is here: let the others read
@@ -205,16 +263,26 @@ def silent_nodes(silent: list[int], world_size: int) -> list[str]:
 def expand(text: str) -> list[str]:
     """The names in a list of Slurm's: "gpu[01-03,7],login" is gpu01, gpu02, gpu03, gpu7, login. One pair of brackets in a name."""
     names: list[str] = []
-    for prefix, ranges, suffix in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\]([^,\[\]]*))?(?:,|$)", text):
+    for prefix, ranges, suffix in re.findall(
+        r"([^,\[\]]+)(?:\[([^\]]*)\]([^,\[\]]*))?(?:,|$)", text
+    ):
         for each in ranges.split(",") if ranges else [""]:
             first, _, last = each.partition("-")
             numbers = range(int(first), int(last or first) + 1) if first else [None]
-            names += [f"{prefix}{'' if n is None else str(n).zfill(len(first))}{suffix}" for n in numbers]
+            names += [
+                f"{prefix}{'' if n is None else str(n).zfill(len(first))}{suffix}" for n in numbers
+            ]
     return names
 
 
 def _report(
-    arguments: argparse.Namespace, problems: list[tuple[str, str]], silent: list[int], everywhere: str, *, nodes: int, world_size: int
+    arguments: argparse.Namespace,
+    problems: list[tuple[str, str]],
+    silent: list[int],
+    everywhere: str,
+    *,
+    nodes: int,
+    world_size: int,
 ) -> int:
     lost = silent_nodes(silent, world_size)
     for node, problem in problems:
@@ -230,7 +298,12 @@ def _report(
     if not (problems or silent or everywhere):
         print(f"check_node: {world_size} ranks on {nodes} nodes are fit", flush=True)
         return 0
-    print(f"check_node: leave these out: --exclude={','.join(bad)}" if bad else "check_node: no single node is to blame", flush=True)
+    print(
+        f"check_node: leave these out: --exclude={','.join(bad)}"
+        if bad
+        else "check_node: no single node is to blame",
+        flush=True,
+    )
     return 1
 
 

@@ -28,7 +28,9 @@ def main() -> int:
     try:
         config = load_config(["--config", arguments.config, *rest])
         if arguments.extraction and config.teacher.source in ("none", "cached"):
-            config = load_config(["--config", arguments.config, *rest, "--teacher.source", "online"])
+            config = load_config(
+                ["--config", arguments.config, *rest, "--teacher.source", "online"]
+            )
         values = [_value(config, key) for key in arguments.print]
         print(_plan(config, arguments.ranks), file=sys.stderr, flush=True)
         inputs = check_inputs(config, world_size=arguments.ranks)
@@ -42,11 +44,23 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", required=True, help="run file; its keys can be overridden as --section.key value")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="run file; its keys can be overridden as --section.key value",
+    )
     parser.add_argument("--ranks", required=True, type=int, help="processes of the job")
-    parser.add_argument("--extraction", action="store_true", help="the run file is for tools/cache_teacher.py")
-    parser.add_argument("--print", nargs="+", default=[], metavar="KEY", help="keys whose values go to stdout")
+    parser.add_argument(
+        "--extraction", action="store_true", help="the run file is for tools/cache_teacher.py"
+    )
+    parser.add_argument(
+        "--print", nargs="+", default=[], metavar="KEY", help="keys whose values go to stdout"
+    )
     return parser
 
 
@@ -56,7 +70,9 @@ def _value(config: RunConfig, key: str) -> str:
         found = getattr(found, name, None)
     text = "" if found is None else str(found)
     if not text.isprintable():
-        raise ConfigError(f"{key} ({text!r}) has a newline or another control character, which no path of a job may have")
+        raise ConfigError(
+            f"{key} ({text!r}) has a newline or another control character, which no path of a job may have"
+        )
     return text
 
 
@@ -76,9 +92,13 @@ def _plan(config: RunConfig, ranks: int) -> str:
     ]
     if config.teacher.source == "online":
         tensor, pipeline, _ = config.teacher_layout(ranks)
-        lines.append(f"teacher    online, {config.teacher.checkpoint}: tensor {tensor} x pipeline {pipeline}")
+        lines.append(
+            f"teacher    online, {config.teacher.checkpoint}: tensor {tensor} x pipeline {pipeline}"
+        )
     elif config.teacher.source != "none":
-        lines.append(f"teacher    {config.teacher.source}: {config.teacher.cache or config.teacher.checkpoint}")
+        lines.append(
+            f"teacher    {config.teacher.source}: {config.teacher.cache or config.teacher.checkpoint}"
+        )
     return "\n".join(lines)
 
 
@@ -87,7 +107,12 @@ def _found(config: RunConfig, inputs: Inputs, ranks: int) -> str:
     from megatron_kd.planning.memory import Job, fullest, run_memory
 
     step = inputs.resume[1].step if inputs.resume is not None else 0
-    job = Job(config, inputs.vocab_size, inputs.teacher_model, device="cpu" if config.train.device == "cpu" else "cuda")
+    job = Job(
+        config,
+        inputs.vocab_size,
+        inputs.teacher_model,
+        device="cpu" if config.train.device == "cpu" else "cuda",
+    )
     rank = fullest(run_memory(job, ranks))
     return f"starts at  step {step:,}\nmemory     {rank.total / GIB:.1f} GiB on the fullest rank, without the framework's own"
 

@@ -38,37 +38,78 @@ def main() -> int:
         print(f"convert_checkpoint: error: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
-        print(f"convert_checkpoint: stopped: {error}: nothing was left behind; free space or choose another --output", file=sys.stderr)
+        print(
+            f"convert_checkpoint: stopped: {error}: nothing was left behind; free space or choose another --output",
+            file=sys.stderr,
+        )
         return 5
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    into = commands.add_parser("from-huggingface", help="a model folder with config.json and safetensors becomes a checkpoint")
-    into.add_argument("input", type=Path, help="folder of the model")
-    into.add_argument("--precision", choices=["bf16", "fp32"], help="type of the checkpoint (as stored: bf16, and fp32 for fp16 and fp32)")
-    into.add_argument(
-        "--vocab-size", type=int, help="keep only this many ids: the rest of the embedding is padding that no token of the tokenizer uses"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    into.add_argument("--vocab-size-multiple", type=int, default=128, help="pad the vocabulary to a multiple of this (128)")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    into = commands.add_parser(
+        "from-huggingface",
+        help="a model folder with config.json and safetensors becomes a checkpoint",
+    )
+    into.add_argument("input", type=Path, help="folder of the model")
+    into.add_argument(
+        "--precision",
+        choices=["bf16", "fp32"],
+        help="type of the checkpoint (as stored: bf16, and fp32 for fp16 and fp32)",
+    )
+    into.add_argument(
+        "--vocab-size",
+        type=int,
+        help="keep only this many ids: the rest of the embedding is padding that no token of the tokenizer uses",
+    )
+    into.add_argument(
+        "--vocab-size-multiple",
+        type=int,
+        default=128,
+        help="pad the vocabulary to a multiple of this (128)",
+    )
     into.set_defaults(run=_from_huggingface)
     out = commands.add_parser("to-huggingface", help="a checkpoint becomes a model folder")
-    out.add_argument("input", type=Path, help="run directory, its checkpoints folder, or one step-* folder")
     out.add_argument(
-        "--max-positions", type=int, help="longest sequence; unset: batch.sequence_length of the run, or of the model imported"
+        "input", type=Path, help="run directory, its checkpoints folder, or one step-* folder"
     )
-    out.add_argument("--shard-gigabytes", type=float, default=2.0, help="largest output file, 1e9 bytes (2)")
+    out.add_argument(
+        "--max-positions",
+        type=int,
+        help="longest sequence; unset: batch.sequence_length of the run, or of the model imported",
+    )
+    out.add_argument(
+        "--shard-gigabytes", type=float, default=2.0, help="largest output file, 1e9 bytes (2)"
+    )
     out.set_defaults(run=_to_huggingface)
-    adopt = commands.add_parser("from-megatron", help="a distributed checkpoint of another megatron-core program, Llama-style")
+    adopt = commands.add_parser(
+        "from-megatron",
+        help="a distributed checkpoint of another megatron-core program, Llama-style",
+    )
     adopt.add_argument("input", type=Path, help="folder with .metadata and *.distcp")
-    adopt.add_argument("--model", type=Path, required=True, help="TOML file with the model's [model] table, vocab_size included")
+    adopt.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="TOML file with the model's [model] table, vocab_size included",
+    )
     adopt.set_defaults(run=_from_megatron)
     for command in (into, out, adopt):
-        command.add_argument("--output", type=Path, required=True, help="what is written; must not exist")
-        command.add_argument("--tokenizer", type=Path, help="the model's tokenizer; its digest is kept with the weights")
+        command.add_argument(
+            "--output", type=Path, required=True, help="what is written; must not exist"
+        )
+        command.add_argument(
+            "--tokenizer",
+            type=Path,
+            help="the model's tokenizer; its digest is kept with the weights",
+        )
         if command is not adopt:
-            command.add_argument("--check", action="store_true", help="compare the logits of both sides")
+            command.add_argument(
+                "--check", action="store_true", help="compare the logits of both sides"
+            )
     return parser
 
 
@@ -77,7 +118,9 @@ def _from_huggingface(arguments: argparse.Namespace) -> int:
     from megatron_kd.checkpoint.convert import open_huggingface, write_checkpoint
 
     if arguments.vocab_size_multiple < 1:
-        raise ConfigError(f"--vocab-size-multiple ({arguments.vocab_size_multiple}) must be at least 1")
+        raise ConfigError(
+            f"--vocab-size-multiple ({arguments.vocab_size_multiple}) must be at least 1"
+        )
     source = open_huggingface(
         arguments.input,
         vocab_size=arguments.vocab_size,
@@ -86,7 +129,9 @@ def _from_huggingface(arguments: argparse.Namespace) -> int:
     )
     digest = _digest(arguments.tokenizer, source.vocab_size)
     saved = {SAVED_CONFIG: (json.dumps(dict(source.config), indent=2) + "\n").encode()}
-    folder = write_checkpoint(arguments.output, source, tokenizer=digest, files={**saved, **_model_file(source.model)})
+    folder = write_checkpoint(
+        arguments.output, source, tokenizer=digest, files={**saved, **_model_file(source.model)}
+    )
     _report(arguments.output, folder, digest)
     return _check(folder, arguments.input) if arguments.check else 0
 
@@ -98,7 +143,9 @@ def _from_megatron(arguments: argparse.Namespace) -> int:
     model = _read_model(arguments.model)
     assert model.vocab_size is not None
     digest = _digest(arguments.tokenizer, model.vocab_size)
-    folder = adopt_checkpoint(arguments.input, model, arguments.output, tokenizer=digest, files=_model_file(model))
+    folder = adopt_checkpoint(
+        arguments.input, model, arguments.output, tokenizer=digest, files=_model_file(model)
+    )
     _report(arguments.output, folder, digest)
     return 0
 
@@ -131,7 +178,11 @@ def _to_huggingface(arguments: argparse.Namespace) -> int:
         files=files,
     )
     print(json.dumps(config, indent=2))
-    if config["model_type"] == "qwen2" and files and b"Qwen2Tokenizer" not in files["tokenizer_config.json"]:
+    if (
+        config["model_type"] == "qwen2"
+        and files
+        and b"Qwen2Tokenizer" not in files["tokenizer_config.json"]
+    ):
         print(
             "note: transformers 5 gives qwen2 models a tokenizer of its own, whatever tokenizer_config.json says: it may cut texts "
             "otherwise than this tokenizer: compare the ids before you use AutoTokenizer (tools/evaluate.py tasks does)",
@@ -151,7 +202,9 @@ def _read_model(path: Path) -> ModelSection:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         model = ModelSection.model_validate(content.get("model", content))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--model {path} holds no usable [model] table ({' '.join(str(error).split())[:300]})") from error
+        raise ConfigError(
+            f"--model {path} holds no usable [model] table ({' '.join(str(error).split())[:300]})"
+        ) from error
     if model.vocab_size is None:
         raise ConfigError(f"--model {path} must say model.vocab_size, the true number of ids")
     return model
@@ -168,7 +221,9 @@ def _digest(tokenizer: Path | None, vocab_size: int) -> str | None:
 
     info = load_tokenizer(tokenizer)[1]
     if info.vocab_size > vocab_size:
-        raise ConfigError(f"--tokenizer {tokenizer} has {info.vocab_size} ids, the model only {vocab_size}: it belongs to another model")
+        raise ConfigError(
+            f"--tokenizer {tokenizer} has {info.vocab_size} ids, the model only {vocab_size}: it belongs to another model"
+        )
     return info.digest
 
 
@@ -187,8 +242,12 @@ def _report(output: Path, folder: Path, digest: str | None) -> None:
     info = read_info(folder, what="output")
     model = info.model_section()
     print((output / MODEL_FILE).read_text(encoding="utf-8"))
-    print(f"written: {folder} ({parameter_count(model, info.vocab_size):,} weights, {info.precision}, tokenizer {digest or 'unknown'})")
-    print(f'use it in any layout as teacher.checkpoint = "{output}" or checkpoint.initialize_from = "{output}"')
+    print(
+        f"written: {folder} ({parameter_count(model, info.vocab_size):,} weights, {info.precision}, tokenizer {digest or 'unknown'})"
+    )
+    print(
+        f'use it in any layout as teacher.checkpoint = "{output}" or checkpoint.initialize_from = "{output}"'
+    )
 
 
 def _saved_config(folder: Path) -> dict[str, Any]:
@@ -209,7 +268,11 @@ def _max_positions(folder: Path, saved: dict[str, Any]) -> int:
 
 
 def _special_ids(tokenizer: Path | None, saved: dict[str, Any]) -> dict[str, int]:
-    found = {name: saved[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if saved.get(name) is not None}
+    found = {
+        name: saved[name]
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if saved.get(name) is not None
+    }
     if tokenizer is not None and "eos_token_id" not in found:
         from megatron_kd.data.tokenizer import load_tokenizer
 
@@ -233,14 +296,22 @@ def _check(ours: Path, theirs: Path) -> int:
     from megatron_kd.checkpoint.store import read_info
     from megatron_kd.config import ParallelSection
     from megatron_kd.parallel.groups import start_groups, stop_groups
-    from megatron_kd.train.compare import LIMIT, compare, huggingface_logits, our_logits, random_tokens
+    from megatron_kd.train.compare import (
+        LIMIT,
+        compare,
+        huggingface_logits,
+        our_logits,
+        random_tokens,
+    )
 
     info: CheckpointInfo = read_info(ours, what="check")
     tokens = random_tokens(info, seed=0)
     wanted = huggingface_logits(theirs, tokens)
     layout = ParallelSection()
     try:
-        found = our_logits(ours, info, start_groups(platform, layout, timeout_seconds=600), layout, tokens)
+        found = our_logits(
+            ours, info, start_groups(platform, layout, timeout_seconds=600), layout, tokens
+        )
     finally:
         stop_groups()
     assert found is not None

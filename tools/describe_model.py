@@ -43,7 +43,9 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", help="run file")
     parser.add_argument("--preset", help="name of a preset, in place of a run file")
     parser.add_argument("--ranks", type=int, help="processes of the run (tensor * pipeline)")
@@ -53,7 +55,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _config(arguments: argparse.Namespace, overrides: list[str]) -> RunConfig:
     if arguments.config is not None:
-        return load_config(["--config", arguments.config, *(["--model.preset", arguments.preset] if arguments.preset else []), *overrides])
+        return load_config(
+            [
+                "--config",
+                arguments.config,
+                *(["--model.preset", arguments.preset] if arguments.preset else []),
+                *overrides,
+            ]
+        )
     defaults = {
         "--data.train": "none",
         "--batch.micro_batch_size": "1",
@@ -67,7 +76,10 @@ def _config(arguments: argparse.Namespace, overrides: list[str]) -> RunConfig:
     if "--batch.global_batch_size" not in " ".join(overrides):
         defaults["--batch.global_batch_size"] = str(arguments.ranks or 1)
     given = {word.partition("=")[0] for word in overrides if word.startswith("--")}
-    return load_config([word for key, value in defaults.items() if key not in given for word in (key, value)] + overrides)
+    return load_config(
+        [word for key, value in defaults.items() if key not in given for word in (key, value)]
+        + overrides
+    )
 
 
 def describe(config: RunConfig, ranks: int | None) -> dict[str, Any]:
@@ -88,7 +100,11 @@ def describe(config: RunConfig, ranks: int | None) -> dict[str, Any]:
             "training": flops_per_token(model, vocab_size, length),
             "forward": flops_per_token(model, vocab_size, length, forward_only=True),
         },
-        "layout": {"ranks": world, **config.parallel.model_dump(), "data": config.data_parallel_size(world)},
+        "layout": {
+            "ranks": world,
+            **config.parallel.model_dump(),
+            "data": config.data_parallel_size(world),
+        },
         "memory_per_rank": [
             {**dataclasses.asdict(stage), "total": stage.total}
             for stage in run_memory(config, vocab_size, world_size=world, teacher=teacher)
@@ -96,7 +112,10 @@ def describe(config: RunConfig, ranks: int | None) -> dict[str, Any]:
     }
     if teacher is not None:
         forward = flops_per_token(teacher, vocab_size, length, forward_only=True)
-        found["teacher"] = {"parameters": _parameters(teacher, vocab_size), "flops_per_token": {"forward": forward}}
+        found["teacher"] = {
+            "parameters": _parameters(teacher, vocab_size),
+            "flops_per_token": {"forward": forward},
+        }
     return found
 
 
@@ -120,14 +139,19 @@ def _teacher(config: RunConfig) -> ModelSection | None:
         return None
     from megatron_kd.checkpoint.store import find_checkpoint, read_info
 
-    return read_info(find_checkpoint(config.teacher.checkpoint, what="teacher.checkpoint"), what="teacher.checkpoint").model_section()
+    return read_info(
+        find_checkpoint(config.teacher.checkpoint, what="teacher.checkpoint"),
+        what="teacher.checkpoint",
+    ).model_section()
 
 
 def _presets() -> list[dict[str, Any]]:
     found = []
     for name, values in PRESETS.items():
         model = ModelSection.model_validate({"preset": name})
-        found.append({"preset": name, "parameters": _parameters(model, values["vocab_size"]), **values})
+        found.append(
+            {"preset": name, "parameters": _parameters(model, values["vocab_size"]), **values}
+        )
     return found
 
 
@@ -138,29 +162,52 @@ def _preset_table(found: list[dict[str, Any]]) -> str:
         numbers = f"{_short(row['parameters']['total']):>9}{_short(row['parameters']['without_embeddings']):>9}"
         shape = f"{row['hidden_size']:>8}{row['num_layers']:>8}{row['num_attention_heads']:>7}{row['num_query_groups']:>8}"
         tied = "yes" if row["tied_embeddings"] else "no"
-        lines.append(f"{row['preset']:14}{numbers}{shape}{row['ffn_hidden_size']:>7}{row['vocab_size']:>9}  {tied}")
+        lines.append(
+            f"{row['preset']:14}{numbers}{shape}{row['ffn_hidden_size']:>7}{row['vocab_size']:>9}  {tied}"
+        )
     return "\n".join(lines)
 
 
 def _text(found: dict[str, Any]) -> str:
     parameters, flops, layout = found["parameters"], found["flops_per_token"], found["layout"]
-    total, rest, length = parameters["total"], parameters["without_embeddings"], found["sequence_length"]
+    total, rest, length = (
+        parameters["total"],
+        parameters["without_embeddings"],
+        found["sequence_length"],
+    )
     lines = [
         f"weights            {total:,} ({_short(total)}), without embeddings {rest:,}",
         f"vocabulary         {found['vocab_size']:,} ids",
         f"FLOPs per token    {flops['training']:.3e} training, {flops['forward']:.3e} forward, at {length} tokens per sequence",
     ]
     if "teacher" in found:
-        weights, forward = found["teacher"]["parameters"]["total"], found["teacher"]["flops_per_token"]["forward"]
-        lines.append(f"teacher            {_short(weights)} weights, {forward:.3e} FLOPs per token forward")
+        weights, forward = (
+            found["teacher"]["parameters"]["total"],
+            found["teacher"]["flops_per_token"]["forward"],
+        )
+        lines.append(
+            f"teacher            {_short(weights)} weights, {forward:.3e} FLOPs per token forward"
+        )
     lines.append(
         f"layout             {layout['ranks']} ranks: tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}"
     )
-    names = ("weights", "gradients", "optimizer", "activations", "teacher", "hidden_states", "total")
+    names = (
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "teacher",
+        "hidden_states",
+        "total",
+    )
     lines += ["", "GiB per rank  " + "".join(f"{name:>14}" for name in names)]
     for row in found["memory_per_rank"]:
-        lines.append(f"  stage {row['stage']:<6}" + "".join(f"{row[name] / 2**30:>14.2f}" for name in names))
-    lines.append("activations: an estimate; not counted: the framework, communication buffers, the head's chunk of logits")
+        lines.append(
+            f"  stage {row['stage']:<6}" + "".join(f"{row[name] / 2**30:>14.2f}" for name in names)
+        )
+    lines.append(
+        "activations: an estimate; not counted: the framework, communication buffers, the head's chunk of logits"
+    )
     return "\n".join(lines)
 
 

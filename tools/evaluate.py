@@ -43,32 +43,81 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    perplexity = commands.add_parser("perplexity", help="cross-entropy and perplexity on token files")
-    perplexity.add_argument("checkpoint", type=Path, help="run directory, its checkpoints folder, or one step-* folder")
-    perplexity.add_argument(
-        "--data", action="append", default=[], metavar="NAME=PREFIX", help="token file; may be repeated (the run's own)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    perplexity.add_argument("--teacher", type=Path, metavar="CHECKPOINT", help="a model of the same vocabulary to compare with")
-    perplexity.add_argument("--tokenizer", type=Path, help="the model's tokenizer, to compare with the one the data was made with")
-    perplexity.add_argument("--sequence-length", type=int, help="tokens per sequence (the run's own)")
-    perplexity.add_argument("--batch-size", type=int, default=8, help="sequences of one forward pass (8)")
-    perplexity.add_argument("--max-sequences", type=int, help="measure no more than this many of each set")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    perplexity = commands.add_parser(
+        "perplexity", help="cross-entropy and perplexity on token files"
+    )
+    perplexity.add_argument(
+        "checkpoint", type=Path, help="run directory, its checkpoints folder, or one step-* folder"
+    )
+    perplexity.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME=PREFIX",
+        help="token file; may be repeated (the run's own)",
+    )
+    perplexity.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a model of the same vocabulary to compare with",
+    )
+    perplexity.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="the model's tokenizer, to compare with the one the data was made with",
+    )
+    perplexity.add_argument(
+        "--sequence-length", type=int, help="tokens per sequence (the run's own)"
+    )
+    perplexity.add_argument(
+        "--batch-size", type=int, default=8, help="sequences of one forward pass (8)"
+    )
+    perplexity.add_argument(
+        "--max-sequences", type=int, help="measure no more than this many of each set"
+    )
     perplexity.add_argument("--tensor", type=int, default=1, help="tensor-parallel size (1)")
     perplexity.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel size (1)")
-    perplexity.add_argument("--precision", choices=["bf16", "fp32"], help="type of weights and activations (that of the checkpoint)")
-    perplexity.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto takes CUDA where there is one")
+    perplexity.add_argument(
+        "--precision",
+        choices=["bf16", "fp32"],
+        help="type of weights and activations (that of the checkpoint)",
+    )
+    perplexity.add_argument(
+        "--device",
+        choices=["auto", "cuda", "cpu"],
+        default="auto",
+        help="auto takes CUDA where there is one",
+    )
     perplexity.set_defaults(run=_perplexity)
     tasks = commands.add_parser("tasks", help="tasks of lm-evaluation-harness")
-    tasks.add_argument("model", type=Path, help="Hugging Face folder of the exported model, with its tokenizer")
     tasks.add_argument(
-        "--task", action="append", required=True, type=Path, help="task file (YAML, as in examples/evaluation); may be repeated"
+        "model", type=Path, help="Hugging Face folder of the exported model, with its tokenizer"
     )
-    tasks.add_argument("--data-folder", type=Path, default=Path(), help="where the task files' data is (the working directory)")
+    tasks.add_argument(
+        "--task",
+        action="append",
+        required=True,
+        type=Path,
+        help="task file (YAML, as in examples/evaluation); may be repeated",
+    )
+    tasks.add_argument(
+        "--data-folder",
+        type=Path,
+        default=Path(),
+        help="where the task files' data is (the working directory)",
+    )
     tasks.add_argument("--limit", type=int, help="no more than this many items of each task")
     tasks.add_argument("--batch-size", type=int, default=8, help="requests of one forward pass (8)")
-    tasks.add_argument("--max-length", type=int, help="tokens of the longest input, older ones are cut off (what config.json says)")
+    tasks.add_argument(
+        "--max-length",
+        type=int,
+        help="tokens of the longest input, older ones are cut off (what config.json says)",
+    )
     tasks.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     tasks.set_defaults(run=_tasks)
     for command in (perplexity, tasks):
@@ -83,11 +132,18 @@ def _perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = find_checkpoint(arguments.checkpoint, what="checkpoint")
     info = read_info(folder, what="checkpoint")
     run = _run_file(folder)
-    teacher = None if arguments.teacher is None else find_checkpoint(arguments.teacher, what="--teacher")
+    teacher = (
+        None if arguments.teacher is None else find_checkpoint(arguments.teacher, what="--teacher")
+    )
     taught = None if teacher is None else read_info(teacher, what="--teacher")
-    data, length = _data(arguments.data, run), arguments.sequence_length or run.get("batch", {}).get("sequence_length")
+    data, length = (
+        _data(arguments.data, run),
+        arguments.sequence_length or run.get("batch", {}).get("sequence_length"),
+    )
     if not data or length is None:
-        raise ConfigError("--data NAME=PREFIX and --sequence-length are needed: the checkpoint is not in a run directory that says them")
+        raise ConfigError(
+            "--data NAME=PREFIX and --sequence-length are needed: the checkpoint is not in a run directory that says them"
+        )
     _check_data(data, length, info, arguments)
     if taught is not None:
         _check_teacher(taught, info, length)
@@ -97,29 +153,54 @@ def _perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
     from megatron_kd.train.frozen import FrozenModel, inference_layout
     from megatron_kd.train.perplexity import measure
 
-    layout = inference_layout(info, tensor=arguments.tensor, pipeline=arguments.pipeline, world_size=world_size)
+    layout = inference_layout(
+        info, tensor=arguments.tensor, pipeline=arguments.pipeline, world_size=world_size
+    )
     if taught is not None:
-        inference_layout(taught, tensor=arguments.tensor, pipeline=arguments.pipeline, world_size=world_size)
+        inference_layout(
+            taught, tensor=arguments.tensor, pipeline=arguments.pipeline, world_size=world_size
+        )
     precision = arguments.precision or info.precision
     found = {}
     try:
         groups = start_groups(platform, layout, timeout_seconds=600)
         built = {"precision": precision, "sequence_length": length}
         model = FrozenModel(folder, info, groups, layout, **built)
-        beside = None if teacher is None or taught is None else FrozenModel(teacher, taught, groups, layout, **built)
-        options = {"sequence_length": length, "batch_size": arguments.batch_size, "max_sequences": arguments.max_sequences}
+        beside = (
+            None
+            if teacher is None or taught is None
+            else FrozenModel(teacher, taught, groups, layout, **built)
+        )
+        options = {
+            "sequence_length": length,
+            "batch_size": arguments.batch_size,
+            "max_sequences": arguments.max_sequences,
+        }
         for name, prefix in data.items():
-            result = measure(model, prefix, name, index_cache=folder.parent.parent / "index_cache", teacher=beside, **options)
+            result = measure(
+                model,
+                prefix,
+                name,
+                index_cache=folder.parent.parent / "index_cache",
+                teacher=beside,
+                **options,
+            )
             found[name] = result.describe(prefix)
     finally:
         stop_groups()
-    named = {"checkpoint": str(folder), "step": info.step, **({} if teacher is None else {"teacher": str(teacher)})}
+    named = {
+        "checkpoint": str(folder),
+        "step": info.step,
+        **({} if teacher is None else {"teacher": str(teacher)}),
+    }
     return {**named, "sequence_length": length, "precision": precision, "results": found}
 
 
 def _check_teacher(taught: Any, info: Any, length: int) -> None:
     """Both models know the same ids, and the teacher sequences of this length."""
-    if taught.vocab_size != info.vocab_size or (None not in (taught.tokenizer, info.tokenizer) and taught.tokenizer != info.tokenizer):
+    if taught.vocab_size != info.vocab_size or (
+        None not in (taught.tokenizer, info.tokenizer) and taught.tokenizer != info.tokenizer
+    ):
         raise ConfigError(
             f"--teacher has another vocabulary ({taught.vocab_size} ids, tokenizer {taught.tokenizer}) than the model "
             f"({info.vocab_size} ids, tokenizer {info.tokenizer}): their distributions cannot be compared"
@@ -144,7 +225,9 @@ def _data(given: list[str], run: dict[str, Any]) -> dict[str, str]:
     return found or dict(run.get("data", {}).get("valid", {}))
 
 
-def _check_data(data: dict[str, str], length: int, info: Any, arguments: argparse.Namespace) -> None:
+def _check_data(
+    data: dict[str, str], length: int, info: Any, arguments: argparse.Namespace
+) -> None:
     """Each file exists, is whole, has ids of the model's vocabulary and at least one sequence; no collective."""
     from megatron_kd.data.indexed import check_token_file, read_index
     from megatron_kd.data.tokenizer import load_tokenizer
@@ -153,7 +236,9 @@ def _check_data(data: dict[str, str], length: int, info: Any, arguments: argpars
     if arguments.tokenizer is not None:
         given = load_tokenizer(arguments.tokenizer)[1].digest
         if digest is not None and given != digest:
-            raise ConfigError(f"--tokenizer {arguments.tokenizer} is not the one the model was trained with (digests {given} and {digest})")
+            raise ConfigError(
+                f"--tokenizer {arguments.tokenizer} is not the one the model was trained with (digests {given} and {digest})"
+            )
         digest = given
     window = info.model_section().window_problem(length)
     if window is not None:
@@ -168,7 +253,9 @@ def _check_data(data: dict[str, str], length: int, info: Any, arguments: argpars
     for prefix in data.values():
         check_token_file(prefix, vocab_size=info.vocab_size, tokenizer_digest=digest)
         if read_index(prefix).num_tokens < length + 1:
-            raise ConfigError(f"{prefix} holds {read_index(prefix).num_tokens} tokens, fewer than one sequence of {length + 1}")
+            raise ConfigError(
+                f"{prefix} holds {read_index(prefix).num_tokens} tokens, fewer than one sequence of {length + 1}"
+            )
 
 
 def _tasks(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -196,7 +283,9 @@ def _report(found: dict[str, Any], path: Path | None) -> None:
     width = max(map(len, found["results"]))
     for name, metrics in found["results"].items():
         numbers = (
-            f"{key} {value:,}" if isinstance(value, int) else f"{key} {value:.4f}" for key, value in metrics.items() if key != "data"
+            f"{key} {value:,}" if isinstance(value, int) else f"{key} {value:.4f}"
+            for key, value in metrics.items()
+            if key != "data"
         )
         print(f"{name:{width}}  {'  '.join(numbers)}")
 

@@ -44,25 +44,41 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="stats | verify | repair | merge")
     stats = commands.add_parser("stats", help="bytes per token, kept entries and mass, entropy")
     stats.add_argument("cache", type=Path)
     stats.add_argument("--samples", type=int, help="look at this many samples; unset: all")
-    stats.add_argument("--picture", type=Path, help="write the histogram of kept entries as a PNG (needs matplotlib)")
+    stats.add_argument(
+        "--picture",
+        type=Path,
+        help="write the histogram of kept entries as a PNG (needs matplotlib)",
+    )
     stats.add_argument("--json", action="store_true", help="print JSON")
     stats.set_defaults(run=_stats)
     check = commands.add_parser("verify", help="read every byte and say what is wrong")
     check.add_argument("cache", type=Path)
     check.add_argument("--json", action="store_true", help="print JSON")
-    check.add_argument("--recompute", type=int, default=0, metavar="N", help="compare N random samples with the live teacher of --config")
+    check.add_argument(
+        "--recompute",
+        type=int,
+        default=0,
+        metavar="N",
+        help="compare N random samples with the live teacher of --config",
+    )
     check.add_argument("--seed", type=int, default=0, help="of the choice of these samples")
     check.add_argument("--config", help="run file that the cache was made with")
     check.set_defaults(run=_verify)
     repair = commands.add_parser("repair", help="remove bad shards so that they are written again")
     repair.add_argument("cache", type=Path)
-    repair.add_argument("--config", help="run file that the cache was made with: bad shards are written again")
-    repair.add_argument("--shard-samples", type=int, default=1024, help="as tools/cache_teacher.py was given")
+    repair.add_argument(
+        "--config", help="run file that the cache was made with: bad shards are written again"
+    )
+    repair.add_argument(
+        "--shard-samples", type=int, default=1024, help="as tools/cache_teacher.py was given"
+    )
     repair.set_defaults(run=_repair)
     join = commands.add_parser("merge", help="gather the shards of several caches of one identity")
     join.add_argument("caches", type=Path, nargs="+")
@@ -78,12 +94,21 @@ def _stats(arguments: argparse.Namespace) -> int:
     if arguments.picture:
         _picture(found.kept, arguments.picture)
     if arguments.json:
-        print(json.dumps({"identity": asdict(reader.identity), **summary, "kept": found.kept}, indent=2))
+        print(
+            json.dumps(
+                {"identity": asdict(reader.identity), **summary, "kept": found.kept}, indent=2
+            )
+        )
         return 0
     for name, value in asdict(reader.identity).items():
         print(f"{name:20} {value}")
     print(f"{'shards':20} {len(reader.shards)}")
-    steps = [step for shard in reader.shards for step in (shard.info.step, shard.info.last_step) if step is not None]
+    steps = [
+        step
+        for shard in reader.shards
+        for step in (shard.info.step, shard.info.last_step)
+        if step is not None
+    ]
     if steps:
         print(f"{'training steps':20} {min(steps)} to {max(steps)}")
     for name, value in summary.items():
@@ -162,17 +187,35 @@ def _recompute(arguments: argparse.Namespace) -> int:
         teacher, identity = build_extraction(config, inputs, groups, value_encoding=encoding)
         reader = CacheReader(arguments.cache, expect=identity)
         plan = ShardPlan(token_dataset(config, inputs, "data.train", config.data.train, 1).parts, 1)
-        found = recheck(teacher, reader, plan, samples=arguments.recompute, seed=arguments.seed, device=platform.device)
+        found = recheck(
+            teacher,
+            reader,
+            plan,
+            samples=arguments.recompute,
+            seed=arguments.seed,
+            device=platform.device,
+        )
     finally:
         stop_groups()
     if found is None:
         return 0
     if groups.tensor_rank == 0 and groups.data_rank == 0:
         if arguments.json:
-            print(json.dumps({"distances": found.distances, "missing": found.missing, "tolerance": TOLERANCE}, indent=2))
+            print(
+                json.dumps(
+                    {
+                        "distances": found.distances,
+                        "missing": found.missing,
+                        "tolerance": TOLERANCE,
+                    },
+                    indent=2,
+                )
+            )
         else:
             for sample, distance in found.wrong.items():
-                print(f"sample {sample}: total variation {distance:.4f} from what the teacher says, at most {TOLERANCE} expected")
+                print(
+                    f"sample {sample}: total variation {distance:.4f} from what the teacher says, at most {TOLERANCE} expected"
+                )
             mean = sum(found.distances.values()) / max(len(found.distances), 1)
             print(
                 f"{arguments.cache}: {len(found.distances)} samples compared, {len(found.wrong)} wrong, mean total variation {mean:.5f}; "
@@ -185,7 +228,10 @@ def _repair(arguments: argparse.Namespace) -> int:
     problems, strays = verify(arguments.cache)
     for shard, problem in problems.items():
         if shard.endswith(".json"):
-            print(f"inspect_cache: error: {problem}: this file cannot be made again from the rest", file=sys.stderr)
+            print(
+                f"inspect_cache: error: {problem}: this file cannot be made again from the rest",
+                file=sys.stderr,
+            )
             return 1
         print(f"removed: {problem}")
         discard(arguments.cache, shard)
@@ -197,11 +243,15 @@ def _repair(arguments: argparse.Namespace) -> int:
         return 0
     lost = [shard for shard in problems if not shard.startswith("shard-")]
     if lost:
-        print(f"{', '.join(lost)}: not from tools/cache_teacher.py: merge the caches again, or let the teacher's training capture again")
+        print(
+            f"{', '.join(lost)}: not from tools/cache_teacher.py: merge the caches again, or let the teacher's training capture again"
+        )
     if len(lost) == len(problems):
         return 1
     if not arguments.config:
-        print(f"{len(problems) - len(lost)} shards to write again: run the tools/cache_teacher.py command that made them")
+        print(
+            f"{len(problems) - len(lost)} shards to write again: run the tools/cache_teacher.py command that made them"
+        )
         return 0
     program = [
         sys.executable,
@@ -212,13 +262,21 @@ def _repair(arguments: argparse.Namespace) -> int:
         str(arguments.cache),
     ]
     encoding = CacheReader(arguments.cache).identity.value_encoding
-    options = ["--value-encoding", encoding, "--shard-samples", str(arguments.shard_samples), *arguments.overrides]
+    options = [
+        "--value-encoding",
+        encoding,
+        "--shard-samples",
+        str(arguments.shard_samples),
+        *arguments.overrides,
+    ]
     return subprocess.run([*program, *options], check=False).returncode
 
 
 def _merge(arguments: argparse.Namespace) -> int:
     count = merge(arguments.caches, arguments.output)
-    print(f"{arguments.output}: {count} shards added, {len(CacheReader(arguments.output)):,} samples")
+    print(
+        f"{arguments.output}: {count} shards added, {len(CacheReader(arguments.output)):,} samples"
+    )
     return 0
 
 

@@ -27,15 +27,47 @@ _BARS = 50
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("prefixes", nargs="+", metavar="PREFIX", help="token files, without .bin/.idx")
-    add("--tokenizer", metavar="PATH", help="check ids, and the tokenizer that the .json file names, against this one; decode with it")
-    add("--end-of-document", metavar="TOKEN", help="token that ends documents, where it is not the tokenizer's own")
-    add("--vocab-size", type=int, metavar="N", help="check ids against this many; unset: the tokenizer's")
-    add("--show", type=int, default=0, metavar="N", help="print the beginnings of N documents, evenly spaced (needs --tokenizer)")
-    add("--characters", type=int, default=300, metavar="N", help="of each document shown (%(default)s)")
-    add("--picture", type=Path, metavar="FILE", help="write the histogram of lengths as a picture, such as lengths.png (needs matplotlib)")
+    add(
+        "--tokenizer",
+        metavar="PATH",
+        help="check ids, and the tokenizer that the .json file names, against this one; decode with it",
+    )
+    add(
+        "--end-of-document",
+        metavar="TOKEN",
+        help="token that ends documents, where it is not the tokenizer's own",
+    )
+    add(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="check ids against this many; unset: the tokenizer's",
+    )
+    add(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print the beginnings of N documents, evenly spaced (needs --tokenizer)",
+    )
+    add(
+        "--characters",
+        type=int,
+        default=300,
+        metavar="N",
+        help="of each document shown (%(default)s)",
+    )
+    add(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="write the histogram of lengths as a picture, such as lengths.png (needs matplotlib)",
+    )
     add("--json", action="store_true", help="print one JSON object")
     parsed = parser.parse_args(arguments)
     if parsed.show and not parsed.tokenizer:
@@ -45,16 +77,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def inspect(prefix: str, vocab_size: int | None, info: TokenizerInfo | None) -> tuple[dict[str, Any], np.ndarray]:
+def inspect(
+    prefix: str, vocab_size: int | None, info: TokenizerInfo | None
+) -> tuple[dict[str, Any], np.ndarray]:
     """What is in one token file, and the lengths of its documents. ConfigError where it is damaged or holds a wrong id."""
     index = read_index(prefix)
     limit = vocab_size if vocab_size is not None else int(np.iinfo(index.dtype).max) + 1
-    file = check_token_file(prefix, vocab_size=limit, tokenizer_digest=info.digest if info else None, scan_tokens=2**62)
+    file = check_token_file(
+        prefix, vocab_size=limit, tokenizer_digest=info.digest if info else None, scan_tokens=2**62
+    )
     # Sequences begin where the marks say; a document without ids has none.
     sums = np.concatenate((np.zeros(1, np.int64), np.cumsum(index.lengths, dtype=np.int64)))
     lengths = np.diff(sums[index.documents])
     tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
-    largest = max(int(tokens[start : start + _BLOCK].max()) for start in range(0, len(tokens), _BLOCK))
+    largest = max(
+        int(tokens[start : start + _BLOCK].max()) for start in range(0, len(tokens), _BLOCK)
+    )
     ended = None
     if info is not None and info.end_of_document is not None:
         last = sums[index.documents[1:]][lengths > 0] - 1
@@ -74,7 +112,10 @@ def inspect(prefix: str, vocab_size: int | None, info: TokenizerInfo | None) -> 
         "length_mean": float(some.mean()),
         "length_min": int(some.min()),
         "length_max": int(some.max()),
-        **{f"length_p{name}": int(value) for name, value in zip((1, 25, 50, 75, 99), quantiles, strict=True)},
+        **{
+            f"length_p{name}": int(value)
+            for name, value in zip((1, 25, 50, 75, 99), quantiles, strict=True)
+        },
     }, some
 
 
@@ -82,7 +123,10 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
     """(first, last, documents) of ranges of lengths, each twice as long as the one before."""
     powers = np.floor(np.log2(lengths)).astype(int)
     counts = np.bincount(powers)
-    return [(1 << power, (2 << power) - 1, int(counts[power])) for power in range(int(powers.min()), len(counts))]
+    return [
+        (1 << power, (2 << power) - 1, int(counts[power]))
+        for power in range(int(powers.min()), len(counts))
+    ]
 
 
 def show(prefix: str, vocabulary: Vocabulary, count: int, characters: int) -> list[dict[str, Any]]:
@@ -95,7 +139,14 @@ def show(prefix: str, vocabulary: Vocabulary, count: int, characters: int) -> li
     for document in sorted({round(place * last / max(1, count - 1)) for place in range(count)}):
         start, end = (int(sums[index.documents[at]]) for at in (document, document + 1))
         ids = [int(value) for value in tokens[start : min(end, start + 4 * characters)]]
-        found.append({"document": document, "tokens": end - start, "ids": ids[:16], "text": vocabulary.decode(ids)[:characters]})
+        found.append(
+            {
+                "document": document,
+                "tokens": end - start,
+                "ids": ids[:16],
+                "text": vocabulary.decode(ids)[:characters],
+            }
+        )
     return found
 
 
@@ -107,7 +158,9 @@ def picture(found: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise ConfigError("--picture needs matplotlib: pip install 'megatron-kd[report]'") from error
+        raise ConfigError(
+            "--picture needs matplotlib: pip install 'megatron-kd[report]'"
+        ) from error
     figure, axes = pyplot.subplots(figsize=(7, 4))
     edges = np.logspace(0, np.log10(max(int(lengths.max()) for _, lengths in found) + 1), 60)
     for prefix, lengths in found:
@@ -122,13 +175,17 @@ def picture(found: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     vocabulary, info = (None, None)
     if arguments.tokenizer:
-        vocabulary, info = load_tokenizer(arguments.tokenizer, end_of_document=arguments.end_of_document)
+        vocabulary, info = load_tokenizer(
+            arguments.tokenizer, end_of_document=arguments.end_of_document
+        )
     size = arguments.vocab_size or (info.vocab_size if info else None)
     found = [inspect(prefix, size, info) for prefix in arguments.prefixes]
     for summary, lengths in found:
         summary["histogram"] = histogram(lengths)
         if vocabulary is not None and arguments.show:
-            summary["shown"] = show(summary["prefix"], vocabulary, arguments.show, arguments.characters)
+            summary["shown"] = show(
+                summary["prefix"], vocabulary, arguments.show, arguments.characters
+            )
     if arguments.picture:
         picture([(summary["prefix"], lengths) for summary, lengths in found], arguments.picture)
     return [summary for summary, _ in found]
@@ -150,7 +207,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     for first, last, count in summary["histogram"]:
         print(f"{first:>10,} .. {last:<10,} {count:>10,} {'#' * round(_BARS * count / most)}")
     for shown in summary.get("shown", ()):
-        print(f"\ndocument {shown['document']}, {shown['tokens']:,} tokens, ids {shown['ids']}\n{shown['text']!r}")
+        print(
+            f"\ndocument {shown['document']}, {shown['tokens']:,} tokens, ids {shown['ids']}\n{shown['text']!r}"
+        )
     print()
 
 

@@ -23,7 +23,9 @@ from megatron_kd.parallel.world import world_from_environment
 
 def main() -> int:
     """Measure; rank 0 prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--mebibytes", type=float, default=4.0, help="size of the large all-reduce")
     parser.add_argument("--repeats", type=int, default=20)
@@ -79,7 +81,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "intra_bandwidth": sent / max(whole - latency, 1e-9) if world > 1 else 1e12,
         "memory_bandwidth": 3 * 4 * left.numel() / added,
         "row_bandwidth": 4 * logits.numel() / passed,
-        "device": torch.cuda.get_device_name() if platform.is_cuda else f"CPU, {torch.get_num_threads()} threads a rank",
+        "device": torch.cuda.get_device_name()
+        if platform.is_cuda
+        else f"CPU, {torch.get_num_threads()} threads a rank",
     }
 
 

@@ -23,9 +23,19 @@ from megatron_kd.data.publish import publish
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="token files, without .bin/.idx")
-    parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="the file to make; it must not exist")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "prefixes", nargs="+", metavar="PREFIX", help="token files, without .bin/.idx"
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="PREFIX",
+        help="the file to make; it must not exist",
+    )
     return parser.parse_args(arguments)
 
 
@@ -36,12 +46,23 @@ def merged_description(prefixes: Sequence[str]) -> dict[str, Any]:
         try:
             found.append(json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{prefix}.json cannot be read, so its tokenizer is not known ({error}): make {prefix} again") from error
+            raise ConfigError(
+                f"{prefix}.json cannot be read, so its tokenizer is not known ({error}): make {prefix} again"
+            ) from error
     description: dict[str, Any] = {}
-    for key in ("tokenizer_digest", "vocab_size", "end_of_document", "append_eod", "dtype", "packed_length"):
+    for key in (
+        "tokenizer_digest",
+        "vocab_size",
+        "end_of_document",
+        "append_eod",
+        "dtype",
+        "packed_length",
+    ):
         values = {json.dumps(one.get(key)) for one in found}
         if len(values) > 1:
-            raise ConfigError(f"{' and '.join(prefixes)} differ in {key} ({', '.join(sorted(values))}): they cannot be one file")
+            raise ConfigError(
+                f"{' and '.join(prefixes)} differ in {key} ({', '.join(sorted(values))}): they cannot be one file"
+            )
         description[key] = found[0].get(key)
     summed = ("bytes", "tokens", "documents", "conversations", "loss_tokens")
     description |= {key: sum(one.get(key, 0) for one in found) for key in summed}
@@ -63,18 +84,28 @@ def merge(prefixes: Sequence[str], output: Path) -> dict[str, Any]:
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         for number, prefix in enumerate(prefixes):
-            check_token_file(prefix, vocab_size=description["vocab_size"], tokenizer_digest=description["tokenizer_digest"])
+            check_token_file(
+                prefix,
+                vocab_size=description["vocab_size"],
+                tokenizer_digest=description["tokenizer_digest"],
+            )
             index = read_index(prefix)
             if (np.diff(index.documents) > 1).any():
-                raise ConfigError(f"{prefix} has documents of several sequences, which this tool does not join")
+                raise ConfigError(
+                    f"{prefix} has documents of several sequences, which this tool does not join"
+                )
             # One length per mark; a mark that repeats stands for an empty document.
             documents = np.zeros(len(index.documents) - 1, "<i4")
             documents[np.diff(index.documents) == 1] = index.lengths
-            lengths.append(output.with_name(f".{output.name}.lengths{number}.partial-{os.getpid()}"))
+            lengths.append(
+                output.with_name(f".{output.name}.lengths{number}.partial-{os.getpid()}")
+            )
             documents.tofile(lengths[-1])
         roles = [Path(f"{prefix}.roles") for prefix in prefixes if read_roles(prefix) is not None]
         if len(roles) not in (0, len(prefixes)):
-            raise ConfigError(f"some of {' and '.join(prefixes)} have a .roles file and others do not: they cannot be one file")
+            raise ConfigError(
+                f"some of {' and '.join(prefixes)} have a .roles file and others do not: they cannot be one file"
+            )
         parts = [Path(f"{prefix}.bin") for prefix in prefixes]
         publish(output, np.dtype(description["dtype"]), parts, lengths, description, roles)
     finally:

@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kd.data.documents import FORMATS
-from megatron_kd.data.preprocess import Plan, already_made, make_plan, make_share, make_whole, submit
+from megatron_kd.data.preprocess import (
+    Plan,
+    already_made,
+    make_plan,
+    make_share,
+    make_whole,
+    submit,
+)
 from megatron_kd.data.progress import Progress, check_outputs, parse_holdout, run_and_report
 from megatron_kd.data.vocabularies import PATTERNS
 
@@ -53,30 +60,83 @@ def make_parser() -> argparse.ArgumentParser:
     add("--input", nargs="+", required=True, metavar="PATH",
         help="files, folders or quoted globs: text (one document a file), .jsonl (one a line), .parquet (one a row); the first two "
         "also as .gz, .zst, .bz2, .xz (each read by one worker)")  # fmt: skip
-    add("--pattern", nargs="+", default=["*"], metavar="GLOB", help="names of the files to take from folders (all)")
-    add("--exclude", nargs="+", default=[], metavar="GLOB", help="names of files and subfolders to leave out")
+    add(
+        "--pattern",
+        nargs="+",
+        default=["*"],
+        metavar="GLOB",
+        help="names of the files to take from folders (all)",
+    )
+    add(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="GLOB",
+        help="names of files and subfolders to leave out",
+    )
     add("--format", choices=FORMATS, default="auto", help="what the files hold (by their names)")
-    add("--text-key", default="text", help="key or column of the text in .jsonl and .parquet (text)")
-    add("--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, tokenizer.json or its folder, or .tiktoken")
+    add(
+        "--text-key", default="text", help="key or column of the text in .jsonl and .parquet (text)"
+    )
+    add(
+        "--tokenizer",
+        required=True,
+        metavar="PATH",
+        help="SentencePiece .model, tokenizer.json or its folder, or .tiktoken",
+    )
     add("--tiktoken-pattern", metavar="NAME|REGEX",
         help=f"how a .tiktoken vocabulary cuts text, which its file does not say: {', '.join(PATTERNS)} or an expression "
         "(cl100k where it has numbers of several digits, else qwen)")  # fmt: skip
-    add("--end-of-document", metavar="TOKEN", help="token that ends documents (the tokenizer's own)")
-    add("--append-eod", action=argparse.BooleanOptionalAction, default=True, help="end every document with that token (yes)")
-    add("--output", required=True, type=Path, metavar="PREFIX", help="path of the output without .bin/.idx/.json")
+    add(
+        "--end-of-document", metavar="TOKEN", help="token that ends documents (the tokenizer's own)"
+    )
+    add(
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end every document with that token (yes)",
+    )
+    add(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="PREFIX",
+        help="path of the output without .bin/.idx/.json",
+    )
     add("--holdout", action="append", default=[], type=parse_holdout, metavar="NAME=FRACTION",
         help="put this share of the documents into NAME beside the output instead; may be given several times")  # fmt: skip
     add("--overwrite", action="store_true", help="replace output that was made from something else")
-    add("--strict", action="store_true", help="stop at the first document that cannot be read, in place of counting it")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core: %(default)s)")
+    add(
+        "--strict",
+        action="store_true",
+        help="stop at the first document that cannot be read, in place of counting it",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes (one per core: %(default)s)",
+    )
     add("--shard", type=parse_shard, metavar="I/N",
         help="make only every N-th piece, from the I-th on, for other machines to make the others; then run once without this")  # fmt: skip
     add("--executor", choices=("local", "slurm"), default="local",
         help="slurm: submit the job through datatrove as --tasks array tasks and one that ends it, and return")  # fmt: skip
     add("--tasks", type=int, default=64, help="slurm: array tasks, of one core each (%(default)s)")
     add("--slurm-partition", metavar="NAME", help="slurm: partition")
-    add("--slurm-time", default="04:00:00", metavar="LIMIT", help="slurm: time limit of a task (%(default)s)")
-    add("--slurm-option", action="append", default=[], type=parse_option, metavar="NAME=VALUE", help="slurm: a further sbatch option")
+    add(
+        "--slurm-time",
+        default="04:00:00",
+        metavar="LIMIT",
+        help="slurm: time limit of a task (%(default)s)",
+    )
+    add(
+        "--slurm-option",
+        action="append",
+        default=[],
+        type=parse_option,
+        metavar="NAME=VALUE",
+        help="slurm: a further sbatch option",
+    )
     add("--slurm-logs", type=Path, metavar="FOLDER", help="slurm: where logs go (OUTPUT.logs)")
     return parser
 
@@ -106,7 +166,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         logs = arguments.slurm_logs or arguments.output.with_name(f"{arguments.output.name}.logs")
         options = dict(arguments.slurm_option)
         jobs = submit(
-            plan, tasks=arguments.tasks, partition=arguments.slurm_partition, time_limit=arguments.slurm_time, logs=logs, options=options
+            plan,
+            tasks=arguments.tasks,
+            partition=arguments.slurm_partition,
+            time_limit=arguments.slurm_time,
+            logs=logs,
+            options=options,
         )
         return {"submitted": jobs, "logs": str(logs), "pieces": len(plan.pieces)}
     return make(plan, arguments)
@@ -117,7 +182,11 @@ def make(plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.shard is not None:
         share, of = arguments.shard
         make_share(plan, share, of, arguments.workers, progress)
-        return {"shard": f"{share}/{of}", "pieces": len(range(share, len(plan.pieces), of)), **progress.summary()}
+        return {
+            "shard": f"{share}/{of}",
+            "pieces": len(range(share, len(plan.pieces), of)),
+            **progress.summary(),
+        }
     return make_whole(plan, arguments.workers, progress) | progress.summary()
 
 

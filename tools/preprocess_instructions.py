@@ -27,24 +27,78 @@ from megatron_kd.data.progress import Progress, check_outputs, parse_holdout, ru
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help=".jsonl files, also compressed, folders or quoted globs")
-    add("--pattern", nargs="+", default=["*.jsonl*"], metavar="GLOB", help="names of the files to take from folders (*.jsonl*)")
-    add("--messages-key", default="messages", metavar="KEY", help="key of the list of messages (messages)")
-    add("--prompt-key", default="prompt", metavar="KEY", help="key of the prompt, in lines without messages (prompt)")
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help=".jsonl files, also compressed, folders or quoted globs",
+    )
+    add(
+        "--pattern",
+        nargs="+",
+        default=["*.jsonl*"],
+        metavar="GLOB",
+        help="names of the files to take from folders (*.jsonl*)",
+    )
+    add(
+        "--messages-key",
+        default="messages",
+        metavar="KEY",
+        help="key of the list of messages (messages)",
+    )
+    add(
+        "--prompt-key",
+        default="prompt",
+        metavar="KEY",
+        help="key of the prompt, in lines without messages (prompt)",
+    )
     add("--response-key", default="response", metavar="KEY", help="key of the response (response)")
     add("--template", type=Path, metavar="FILE", help="jinja chat template (the tokenizer's own)")
-    add("--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, tokenizer.json or its folder, or .tiktoken")
+    add(
+        "--tokenizer",
+        required=True,
+        metavar="PATH",
+        help="SentencePiece .model, tokenizer.json or its folder, or .tiktoken",
+    )
     add("--tiktoken-pattern", metavar="NAME|REGEX", help="see preprocess_data.py")
-    add("--end-of-document", metavar="TOKEN", help="token that ends documents and fills samples up (the tokenizer's own)")
-    add("--sequence-length", type=int, required=True, metavar="N", help="tokens of a sample: the run's batch.sequence_length")
-    add("--output", required=True, type=Path, metavar="PREFIX", help="path of the output without .bin/.idx/.roles/.json")
+    add(
+        "--end-of-document",
+        metavar="TOKEN",
+        help="token that ends documents and fills samples up (the tokenizer's own)",
+    )
+    add(
+        "--sequence-length",
+        type=int,
+        required=True,
+        metavar="N",
+        help="tokens of a sample: the run's batch.sequence_length",
+    )
+    add(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="PREFIX",
+        help="path of the output without .bin/.idx/.roles/.json",
+    )
     add("--holdout", action="append", default=[], type=parse_holdout, metavar="NAME=FRACTION",
         help="put this share of the conversations into NAME beside the output instead; may be given several times")  # fmt: skip
     add("--overwrite", action="store_true", help="replace output that was made from something else")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core: %(default)s)")
-    add("--strict", action="store_true", help="stop at the first line that cannot be used, in place of counting it")
+    add(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes (one per core: %(default)s)",
+    )
+    add(
+        "--strict",
+        action="store_true",
+        help="stop at the first line that cannot be used, in place of counting it",
+    )
     parsed = parser.parse_args(arguments)
     check_outputs(parser, parsed.output, parsed.holdout)
     if parsed.sequence_length < 2 or parsed.workers < 1:

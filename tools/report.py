@@ -68,7 +68,9 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise ReportError(f"{path} does not exist: {directory} is not a run directory, or the run has not started.") from None
+        raise ReportError(
+            f"{path} does not exist: {directory} is not a run directory, or the run has not started."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"{path} cannot be read: {error}.") from None
     rows = []
@@ -76,7 +78,11 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line, parse_constant=lambda _: None)
         except ValueError:
-            hint = "torn, as a killed run leaves it; resuming the run repairs it" if number == len(lines) else "the file is damaged"
+            hint = (
+                "torn, as a killed run leaves it; resuming the run repairs it"
+                if number == len(lines)
+                else "the file is damaged"
+            )
             raise ReportError(f"{path} line {number} is not JSON: {hint}.") from None
         problem = _row_problem(row)
         if problem:
@@ -91,7 +97,11 @@ def _row_problem(row: Any) -> str | None:
     """What keeps a row from being used; losses and rates may be null (not finite), counters may not."""
     if not isinstance(row, dict):
         return "is not a JSON object"
-    counters, values = (("step",), ("ce_loss",)) if "split" in row else (("step", "tokens"), ("ce_loss", "tokens_per_second"))
+    counters, values = (
+        (("step",), ("ce_loss",))
+        if "split" in row
+        else (("step", "tokens"), ("ce_loss", "tokens_per_second"))
+    )
     for name in (*counters, *values):
         if name not in row:
             return f"has no {name}"
@@ -105,18 +115,27 @@ def read_run(directory: Path, label: str) -> Run:
     rows = read_rows(directory)
     training = [row for row in rows if "split" not in row]
     if not training:
-        raise ReportError(f"{directory / 'metrics.jsonl'} has validation rows only, no training row.")
+        raise ReportError(
+            f"{directory / 'metrics.jsonl'} has validation rows only, no training row."
+        )
     steps, tokens = _series(training, "step"), _series(training, "tokens")
     splits = {}
     for name in dict.fromkeys(str(row["split"]) for row in rows if "split" in row):
-        chosen = sorted((row for row in rows if "split" in row and str(row["split"]) == name), key=lambda row: row["step"])
+        chosen = sorted(
+            (row for row in rows if "split" in row and str(row["split"]) == name),
+            key=lambda row: row["step"],
+        )
         at = np.interp(_series(chosen, "step"), np.append(0.0, steps), np.append(0.0, tokens))
         splits[name] = Validation(at, _series(chosen, "ce_loss"), chosen[-1])
-    return Run(label, tokens, _series(training, "ce_loss"), _series(training, "tokens_per_second"), splits)
+    return Run(
+        label, tokens, _series(training, "ce_loss"), _series(training, "tokens_per_second"), splits
+    )
 
 
 def _series(rows: Sequence[dict[str, Any]], name: str) -> Series:
-    return np.array([math.nan if row[name] is None else row[name] for row in rows], dtype=np.float64)
+    return np.array(
+        [math.nan if row[name] is None else row[name] for row in rows], dtype=np.float64
+    )
 
 
 def summarize(run: Run) -> dict[str, Any]:
@@ -125,7 +144,12 @@ def summarize(run: Run) -> dict[str, Any]:
     for name, split in run.splits.items():
         ce = split.last["ce_loss"]
         perplexity = math.exp(ce) if ce is not None and ce < 700 else None
-        validation[name] = {"step": split.last["step"], "ce_loss": ce, "perplexity": perplexity, "kd_loss": split.last.get("kd_loss")}
+        validation[name] = {
+            "step": split.last["step"],
+            "ce_loss": ce,
+            "perplexity": perplexity,
+            "kd_loss": split.last.get("kd_loss"),
+        }
     rates = run.rate[np.isfinite(run.rate)]
     return {
         "run": run.label,
@@ -138,14 +162,25 @@ def summarize(run: Run) -> dict[str, Any]:
 def format_table(summaries: Sequence[dict[str, Any]], *, markdown: bool) -> str:
     """One line per run, two columns per validation split; numbers right-aligned."""
     splits = list(dict.fromkeys(name for summary in summaries for name in summary["validation"]))
-    header = ["run", *(f"{name} {what}" for name in splits for what in ("CE (nats)", "perplexity")), "tokens", "median tokens/s"]
+    header = [
+        "run",
+        *(f"{name} {what}" for name in splits for what in ("CE (nats)", "perplexity")),
+        "tokens",
+        "median tokens/s",
+    ]
     body = []
     for summary in summaries:
         cells = [summary["run"]]
         for name in splits:
             numbers = summary["validation"].get(name)
-            cells += ["-", "-"] if numbers is None else [_number(numbers["ce_loss"], ".4f"), _number(numbers["perplexity"], ",.2f")]
-        body.append([*cells, f"{summary['tokens']:,}", _number(summary["median_tokens_per_second"], ",.0f")])
+            cells += (
+                ["-", "-"]
+                if numbers is None
+                else [_number(numbers["ce_loss"], ".4f"), _number(numbers["perplexity"], ",.2f")]
+            )
+        body.append(
+            [*cells, f"{summary['tokens']:,}", _number(summary["median_tokens_per_second"], ",.0f")]
+        )
     return align([header, *body], markdown=markdown)
 
 
@@ -169,7 +204,10 @@ def running_mean(values: Series, window: int) -> Series:
     """Mean over `window` rows around each row, cut off at both ends, so that the curve does not lag behind the rows."""
     sums = np.append(0.0, np.cumsum(values))
     index = np.arange(values.size)
-    first, last = np.maximum(index - window // 2, 0), np.minimum(index + window // 2 + 1, values.size)
+    first, last = (
+        np.maximum(index - window // 2, 0),
+        np.minimum(index + window // 2 + 1, values.size),
+    )
     return (sums[last] - sums[first]) / (last - first)
 
 
@@ -178,7 +216,9 @@ def draw(runs: Sequence[Run], output: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ReportError("The picture needs matplotlib: pip install 'megatron-kd[report]'.") from None
+        raise ReportError(
+            "The picture needs matplotlib: pip install 'megatron-kd[report]'."
+        ) from None
     # A Figure made without pyplot draws with Agg: no display is asked for.
     figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
@@ -192,7 +232,11 @@ def draw(runs: Sequence[Run], output: Path) -> None:
             # The first steps fall from ln(vocabulary): on one scale with them every later difference is a hairline.
             tops.append(smooth[smooth.size // 12 :].max())
             bottoms.append(smooth.min())
-        bottoms += [float(np.nanmin(split.ce)) for split in run.splits.values() if np.isfinite(split.ce).any()]
+        bottoms += [
+            float(np.nanmin(split.ce))
+            for split in run.splits.values()
+            if np.isfinite(split.ce).any()
+        ]
     if tops:
         margin = 0.06 * max(max(tops) - min(bottoms), 1e-3)
         axes.set_ylim(min(bottoms) - margin, max(tops) + margin)
@@ -216,7 +260,15 @@ def _draw_run(axes: Axes, run: Run, colour: str, splits: Sequence[str], scale: f
     for name, split in run.splits.items():
         marker = MARKERS[splits.index(name) % len(MARKERS)]
         axes.plot(
-            split.tokens / scale, split.ce, ":", marker=marker, color=colour, markersize=7, markeredgecolor="white", linewidth=1, zorder=3
+            split.tokens / scale,
+            split.ce,
+            ":",
+            marker=marker,
+            color=colour,
+            markersize=7,
+            markeredgecolor="white",
+            linewidth=1,
+            zorder=3,
         )
     return smooth
 
@@ -225,11 +277,24 @@ def _legend(figure: Figure, runs: Sequence[Run], splits: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     colours = _cycle(COLOURS, len(runs))
-    handles = [Line2D([], [], color=colour, linewidth=4, label=run.label) for run, colour in zip(runs, colours, strict=True)]
+    handles = [
+        Line2D([], [], color=colour, linewidth=4, label=run.label)
+        for run, colour in zip(runs, colours, strict=True)
+    ]
     handles.append(Line2D([], [], color="#777777", linewidth=1.8, label="training, running mean"))
     for number, name in enumerate(splits):
         marker = MARKERS[number % len(MARKERS)]
-        handles.append(Line2D([], [], color="#777777", marker=marker, linestyle=":", markersize=7, label=f"validation: {name}"))
+        handles.append(
+            Line2D(
+                [],
+                [],
+                color="#777777",
+                marker=marker,
+                linestyle=":",
+                markersize=7,
+                label=f"validation: {name}",
+            )
+        )
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
 
 
@@ -241,7 +306,12 @@ def _style(axes: Axes) -> None:
 
 
 def _token_unit(largest: float) -> tuple[float, str]:
-    for scale, unit in ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands")):
+    for scale, unit in (
+        (1e12, "trillions"),
+        (1e9, "billions"),
+        (1e6, "millions"),
+        (1e3, "thousands"),
+    ):
         if largest >= scale:
             return scale, unit
     return 1.0, "count"
@@ -254,16 +324,24 @@ def _cycle(choices: Sequence[str], count: int) -> list[str]:
 def _labels(directories: Sequence[Path], labels: Sequence[str] | None) -> list[str]:
     if labels is None:
         names = [directory.resolve().name for directory in directories]
-        return names if len(set(names)) == len(names) else [str(directory) for directory in directories]
+        return (
+            names
+            if len(set(names)) == len(names)
+            else [str(directory) for directory in directories]
+        )
     if len(labels) != len(directories):
-        raise ReportError(f"--labels needs one label for each run: {len(directories)} runs, {len(labels)} labels.")
+        raise ReportError(
+            f"--labels needs one label for each run: {len(directories)} runs, {len(labels)} labels."
+        )
     return list(labels)
 
 
 def report_sweeps(options: argparse.Namespace) -> None:
     """Print the tables; write the page, the pictures and the numbers where they are asked for. ConfigError."""
     if options.labels is not None or options.output is not None:
-        raise ConfigError("--labels and --output are for runs: for sweeps use --html, --pictures and --json")
+        raise ConfigError(
+            "--labels and --output are for runs: for sweeps use --html, --pictures and --json"
+        )
     results = [read_result(folder) for folder in options.runs]
     for result in results:
         print(("## " if options.markdown else "") + str(result.content["title"]) + "\n")
@@ -278,7 +356,10 @@ def report_sweeps(options: argparse.Namespace) -> None:
         from megatron_kd.experiments.plots import pictures
 
         for number, result in enumerate(results, 1):
-            save_pictures(pictures(result), options.pictures if len(results) == 1 else options.pictures / str(number))
+            save_pictures(
+                pictures(result),
+                options.pictures if len(results) == 1 else options.pictures / str(number),
+            )
     if options.json is not None:
         write(options.json, json.dumps([as_json(result) for result in results], indent=2) + "\n")
 
@@ -297,9 +378,13 @@ def report_runs(options: argparse.Namespace) -> None:
     if options.output is None:
         raise ReportError("--output is needed: the picture of the runs' curves.")
     if options.html is not None or options.pictures is not None:
-        raise ReportError("--html and --pictures are for sweeps, folders with a sweep.json; for runs use --output.")
+        raise ReportError(
+            "--html and --pictures are for sweeps, folders with a sweep.json; for runs use --output."
+        )
     labels = _labels(options.runs, options.labels)
-    runs = [read_run(directory, label) for directory, label in zip(options.runs, labels, strict=True)]
+    runs = [
+        read_run(directory, label) for directory, label in zip(options.runs, labels, strict=True)
+    ]
     summaries = [summarize(run) for run in runs]
     print(format_table(summaries, markdown=options.markdown))
     try:
@@ -312,12 +397,26 @@ def report_runs(options: argparse.Namespace) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="run directories, or folders of sweeps")
-    parser.add_argument("--labels", nargs="+", help="a name for each run (default: the directory's name)")
-    parser.add_argument("--output", type=Path, help="runs: picture to write; the ending chooses the format (.png, .svg, .pdf)")
-    parser.add_argument("--html", type=Path, help="sweeps: one page with everything, to open in any browser")
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="sweeps: the pictures as PNG files")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="DIR", help="run directories, or folders of sweeps"
+    )
+    parser.add_argument(
+        "--labels", nargs="+", help="a name for each run (default: the directory's name)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="runs: picture to write; the ending chooses the format (.png, .svg, .pdf)",
+    )
+    parser.add_argument(
+        "--html", type=Path, help="sweeps: one page with everything, to open in any browser"
+    )
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="sweeps: the pictures as PNG files"
+    )
     parser.add_argument("--json", type=Path, help="also write the numbers to this JSON file")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     return parser.parse_args(arguments)
@@ -329,7 +428,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         sweeps = [folder for folder in options.runs if (folder / SWEEP_FILE).exists()]
         if sweeps and len(sweeps) < len(options.runs):
-            raise ReportError(f"{sweeps[0]} is a sweep and not all of the others are: show runs and sweeps one after the other.")
+            raise ReportError(
+                f"{sweeps[0]} is a sweep and not all of the others are: show runs and sweeps one after the other."
+            )
         if sweeps:
             report_sweeps(options)
         else:

@@ -41,28 +41,63 @@ def main() -> int:
         print(f"score_data: error: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
-        print(f"score_data: {error}: finished shards are kept; start again", file=sys.stderr, flush=True)
+        print(
+            f"score_data: {error}: finished shards are kept; start again",
+            file=sys.stderr,
+            flush=True,
+        )
         return 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--data", required=True, metavar="PREFIX", help="token file, without .bin/.idx")
-    add("--teacher", required=True, type=Path, help="checkpoint: run directory, its checkpoints folder, or one step-* folder")
+    add(
+        "--teacher",
+        required=True,
+        type=Path,
+        help="checkpoint: run directory, its checkpoints folder, or one step-* folder",
+    )
     add("--reference", required=True, type=Path, help="checkpoint of the small model")
-    add("--output", required=True, type=Path, metavar="PREFIX", help="the token file to make; it must not exist")
+    add(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="PREFIX",
+        help="the token file to make; it must not exist",
+    )
     add("--keep-fraction", type=float, help="keep this share of the scored documents, the highest")
     add("--threshold", type=float, help="keep documents with at least this score, nats per token")
     add("--keep-tokens", type=int, help="keep the highest documents up to this many tokens")
     add("--scores", type=Path, help="folder of the scores (OUTPUT.scores)")
-    add("--sequence-length", type=int, help="tokens of a window (the teacher's run's batch.sequence_length)")
+    add(
+        "--sequence-length",
+        type=int,
+        help="tokens of a window (the teacher's run's batch.sequence_length)",
+    )
     add("--batch-size", type=int, default=8, help="windows of one forward pass (8)")
-    add("--shard-tokens", type=int, default=4_000_000, help="tokens of a shard, the unit of resuming (4,000,000)")
+    add(
+        "--shard-tokens",
+        type=int,
+        default=4_000_000,
+        help="tokens of a shard, the unit of resuming (4,000,000)",
+    )
     add("--tensor", type=int, default=1, help="tensor-parallel size of both models (1)")
     add("--pipeline", type=int, default=1, help="pipeline-parallel size of both models (1)")
-    add("--precision", choices=["bf16", "fp32"], help="type of weights and activations (that of the teacher's checkpoint)")
-    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto takes CUDA where there is one")
+    add(
+        "--precision",
+        choices=["bf16", "fp32"],
+        help="type of weights and activations (that of the teacher's checkpoint)",
+    )
+    add(
+        "--device",
+        choices=["auto", "cuda", "cpu"],
+        default="auto",
+        help="auto takes CUDA where there is one",
+    )
     return parser
 
 
@@ -92,7 +127,9 @@ def _check_output(output: Path) -> None:
         raise ConfigError(f"{output}{there[0]} is there already: choose another --output")
 
 
-def _models(arguments: argparse.Namespace, description: dict[str, Any]) -> dict[str, tuple[Path, Any]]:
+def _models(
+    arguments: argparse.Namespace, description: dict[str, Any]
+) -> dict[str, tuple[Path, Any]]:
     """Both checkpoints, with the data's vocabulary. ConfigError on every rank, before any collective."""
     from megatron_kd.checkpoint.store import find_checkpoint, read_info
     from megatron_kd.data.indexed import check_token_file
@@ -108,7 +145,9 @@ def _models(arguments: argparse.Namespace, description: dict[str, Any]) -> dict[
             )
         found[name] = folder, info
     smallest = min(info.vocab_size for _, info in found.values())
-    check_token_file(arguments.data, vocab_size=smallest, tokenizer_digest=description["tokenizer_digest"])
+    check_token_file(
+        arguments.data, vocab_size=smallest, tokenizer_digest=description["tokenizer_digest"]
+    )
     return found
 
 
@@ -117,12 +156,19 @@ def _trained_length(folder: Path) -> int:
     content = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     length = content.get("batch", {}).get("sequence_length")
     if length is None:
-        raise ConfigError("--sequence-length is needed: the teacher's checkpoint is not in a run directory that says it")
+        raise ConfigError(
+            "--sequence-length is needed: the teacher's checkpoint is not in a run directory that says it"
+        )
     return int(length)
 
 
 def _score(
-    arguments: argparse.Namespace, rule: Any, index: Any, description: dict[str, Any], models: dict[str, tuple[Path, Any]], length: int
+    arguments: argparse.Namespace,
+    rule: Any,
+    index: Any,
+    description: dict[str, Any],
+    models: dict[str, tuple[Path, Any]],
+    length: int,
 ) -> dict[str, Any]:
     from megatron_kd.parallel.platform import start_platform
 
@@ -145,23 +191,44 @@ def _score(
     def begin() -> list[int]:
         digests = {name: checkpoint_digest(path) for name, (path, _) in models.items()}
         data = scoring.data_digest(arguments.data)
-        about = scoring.Scoring(data, **digests, sequence_length=length, shard_tokens=arguments.shard_tokens, precision=precision)
+        about = scoring.Scoring(
+            data,
+            **digests,
+            sequence_length=length,
+            shard_tokens=arguments.shard_tokens,
+            precision=precision,
+        )
         scoring.agree_on_scores(folder, about)
-        return [number for number in range(len(shards)) if not scoring.shard_path(folder, number).exists()]
+        return [
+            number
+            for number in range(len(shards))
+            if not scoring.shard_path(folder, number).exists()
+        ]
 
     try:
         groups = start_groups(platform, layouts["teacher"], timeout_seconds=_WAIT)
         missing = from_rank_zero(begin)
         if missing:
             built = {"precision": precision, "sequence_length": length}
-            pair = tuple(FrozenModel(path, info, groups, layouts[name], **built) for name, (path, info) in models.items())
+            pair = tuple(
+                FrozenModel(path, info, groups, layouts[name], **built)
+                for name, (path, info) in models.items()
+            )
             mine = missing[groups.data_rank :: groups.data_size]
             report = _Report(len(shards), len(shards) - len(missing), len(mine), groups)
-            options = {"sequence_length": length, "batch_size": arguments.batch_size, "done": report}
+            options = {
+                "sequence_length": length,
+                "batch_size": arguments.batch_size,
+                "done": report,
+            }
             scoring.score_shards(pair, arguments.data, index, shards, mine, folder, **options)
             report.close()
         dist.barrier()
-        return from_rank_zero(lambda: _choose(arguments, rule, index, description, models, scoring.read_scores(folder, shards)))
+        return from_rank_zero(
+            lambda: _choose(
+                arguments, rule, index, description, models, scoring.read_scores(folder, shards)
+            )
+        )
     finally:
         stop_groups()
 
@@ -172,19 +239,30 @@ class _Report:
     def __init__(self, shards: int, finished: int, mine: int, groups: Any) -> None:
         from megatron_kd.telemetry.progress import Progress
 
-        self._progress = Progress("auto", steps=mine, enabled=groups.reports_loss and groups.data_rank == 0)
-        self._progress.message(f"{shards} shards, {finished} finished; {groups.data_size} replica(s) share the rest")
+        self._progress = Progress(
+            "auto", steps=mine, enabled=groups.reports_loss and groups.data_rank == 0
+        )
+        self._progress.message(
+            f"{shards} shards, {finished} finished; {groups.data_size} replica(s) share the rest"
+        )
         self._begin = time.perf_counter()
 
     def __call__(self, shards: int, tokens: int) -> None:
-        self._progress.update(shards, tokens_per_second=tokens / (time.perf_counter() - self._begin))
+        self._progress.update(
+            shards, tokens_per_second=tokens / (time.perf_counter() - self._begin)
+        )
 
     def close(self) -> None:
         self._progress.close()
 
 
 def _choose(
-    arguments: argparse.Namespace, rule: Any, index: Any, description: dict[str, Any], models: dict[str, tuple[Path, Any]], scores: Any
+    arguments: argparse.Namespace,
+    rule: Any,
+    index: Any,
+    description: dict[str, Any],
+    models: dict[str, tuple[Path, Any]],
+    scores: Any,
 ) -> dict[str, Any]:
     """Write the chosen documents and the report, on rank 0."""
     from dataclasses import asdict
@@ -201,8 +279,12 @@ def _choose(
         **summary(scores, lengths, chosen),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(f"{arguments.output}.selection.json"), (json.dumps(found, indent=2) + "\n").encode())
-    write_chosen(arguments.data, arguments.output, chosen, description, {"selection": found["rule"]})
+    write_atomically(
+        Path(f"{arguments.output}.selection.json"), (json.dumps(found, indent=2) + "\n").encode()
+    )
+    write_chosen(
+        arguments.data, arguments.output, chosen, description, {"selection": found["rule"]}
+    )
     return found
 
 

@@ -43,7 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, least in (("jobs", 1), ("ranks", 1), ("retries", 0)):
             if getattr(options, name) < least:
                 raise ConfigError(f"--{name} must be at least {least}")
-        sweep = resolve(options.file, options.output, small=options.small, settings=options.set, ranks=options.ranks)
+        sweep = resolve(
+            options.file,
+            options.output,
+            small=options.small,
+            settings=options.set,
+            ranks=options.ranks,
+        )
         if options.task is not None:
             return _one(sweep, options)
         if options.list or (options.dry_run and not options.slurm):
@@ -55,23 +61,85 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("file", type=Path, help="sweep file (TOML)")
-    parser.add_argument("--output", type=Path, required=True, help="folder of everything that the sweep writes")
-    parser.add_argument("--small", action="store_true", help="with the values of [small], to see that everything works")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="replace a value of [variables]; may be repeated")
-    parser.add_argument("--jobs", type=int, default=1, help="tasks at a time; the cores are shared out among them (1)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="only cells and jobs of these names, and what they need")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of each run whose job or cell does not say (1)")
-    parser.add_argument("--retries", type=int, default=1, help="how often something that failed is started again (1)")
-    parser.add_argument(
-        "--redo", nargs="+", default=[], metavar="GLOB", help="put these aside, and what was made from them, and do them again"
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--list", action="store_true", help="print every task and its state, and leave")
-    parser.add_argument("--dry-run", action="store_true", help="print every command, and leave; with --slurm, the scripts")
-    parser.add_argument("--slurm", action="store_true", help="submit an array of jobs for each level instead of running here")
-    parser.add_argument("--task", type=int, metavar="I", help="do this one task only (what the jobs of --slurm start)")
-    parser.add_argument("--sbatch-args", nargs=argparse.REMAINDER, default=[], metavar="OPTION", help="the last option: more for sbatch")
+    parser.add_argument("file", type=Path, help="sweep file (TOML)")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of everything that the sweep writes"
+    )
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="with the values of [small], to see that everything works",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="replace a value of [variables]; may be repeated",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="tasks at a time; the cores are shared out among them (1)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="GLOB",
+        help="only cells and jobs of these names, and what they need",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        help="processes of each run whose job or cell does not say (1)",
+    )
+    parser.add_argument(
+        "--retries",
+        type=int,
+        default=1,
+        help="how often something that failed is started again (1)",
+    )
+    parser.add_argument(
+        "--redo",
+        nargs="+",
+        default=[],
+        metavar="GLOB",
+        help="put these aside, and what was made from them, and do them again",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print every task and its state, and leave"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print every command, and leave; with --slurm, the scripts",
+    )
+    parser.add_argument(
+        "--slurm",
+        action="store_true",
+        help="submit an array of jobs for each level instead of running here",
+    )
+    parser.add_argument(
+        "--task",
+        type=int,
+        metavar="I",
+        help="do this one task only (what the jobs of --slurm start)",
+    )
+    parser.add_argument(
+        "--sbatch-args",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="OPTION",
+        help="the last option: more for sbatch",
+    )
     return parser
 
 
@@ -105,7 +173,11 @@ def _all(sweep: Sweep, options: argparse.Namespace) -> int:
         if options.slurm:
             submit(submissions(sweep, tasks, _words(options), options.sbatch_args), dry_run=False)
             return FINISHED
-        return _report(run_tasks(sweep, tasks, _shop(sweep, options, origin), workers=options.jobs, say=print_line))
+        return _report(
+            run_tasks(
+                sweep, tasks, _shop(sweep, options, origin), workers=options.jobs, say=print_line
+            )
+        )
     finally:
         lease.release()
 
@@ -117,20 +189,40 @@ def _one(sweep: Sweep, options: argparse.Namespace) -> int:
     try:
         submitted = json.loads((sweep.out / SWEEP_FILE).read_text(encoding="utf-8"))["digest"]
     except (OSError, ValueError, KeyError):
-        raise ConfigError(f"{sweep.out / SWEEP_FILE} cannot be read: --task is for a sweep that was started or submitted") from None
+        raise ConfigError(
+            f"{sweep.out / SWEEP_FILE} cannot be read: --task is for a sweep that was started or submitted"
+        ) from None
     if submitted != sweep.digest():
-        raise ConfigError(f"{options.file}, or a run file of it, has changed since this sweep was submitted: submit it again")
+        raise ConfigError(
+            f"{options.file}, or a run file of it, has changed since this sweep was submitted: submit it again"
+        )
     name = list(sweep.tasks)[options.task]
     needed = {each: task for each, task in select_task(sweep, name).items() if each != name}
     deadline = time.monotonic() + _SEEN_WITHIN
-    while missing := [each for each, found in look(sweep, needed).items() if found.state is not State.DONE]:
+    while missing := [
+        each for each, found in look(sweep, needed).items() if found.state is not State.DONE
+    ]:
         if time.monotonic() > deadline:
-            print(f"sweep: error: {name!r} needs {missing[0]!r}, which is not done", file=sys.stderr, flush=True)
+            print(
+                f"sweep: error: {name!r} needs {missing[0]!r}, which is not done",
+                file=sys.stderr,
+                flush=True,
+            )
             return 1
         time.sleep(1.0)
     refuse_changed(sweep, select_task(sweep, name))
-    outcomes = run_tasks(sweep, select_task(sweep, name), _shop(sweep, options, provenance()), workers=1, say=print_line)
-    return NEVER_AGAIN if any(each.word == "stopped" for each in outcomes.values()) else _report(outcomes)
+    outcomes = run_tasks(
+        sweep,
+        select_task(sweep, name),
+        _shop(sweep, options, provenance()),
+        workers=1,
+        say=print_line,
+    )
+    return (
+        NEVER_AGAIN
+        if any(each.word == "stopped" for each in outcomes.values())
+        else _report(outcomes)
+    )
 
 
 def select_task(sweep: Sweep, name: str) -> Mapping[str, Task]:
@@ -144,20 +236,44 @@ def select_task(sweep: Sweep, name: str) -> Mapping[str, Task]:
 
 def _shop(sweep: Sweep, options: argparse.Namespace, origin: Mapping[str, str]) -> Shop:
     cores = len(os.sched_getaffinity(0))
-    return Shop(sweep.out, threads=max(1, cores // options.jobs), retries=options.retries, provenance=origin, say=print_line)
+    return Shop(
+        sweep.out,
+        threads=max(1, cores // options.jobs),
+        retries=options.retries,
+        provenance=origin,
+        say=print_line,
+    )
 
 
 def _words(options: argparse.Namespace) -> list[str]:
     """The command of a Slurm task, without --task."""
     settings = [word for text in options.set for word in ("--set", text)]
     small = ["--small"] if options.small else []
-    fixed = ["--output", str(options.output.resolve()), "--ranks", str(options.ranks), "--retries", str(options.retries)]
-    return [sys.executable, str(Path(__file__).resolve()), str(options.file.resolve()), *fixed, *small, *settings]
+    fixed = [
+        "--output",
+        str(options.output.resolve()),
+        "--ranks",
+        str(options.ranks),
+        "--retries",
+        str(options.retries),
+    ]
+    return [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        str(options.file.resolve()),
+        *fixed,
+        *small,
+        *settings,
+    ]
 
 
 def _report(outcomes: Mapping[str, Outcome]) -> int:
     """The exit code, after one line for everything that is not done."""
-    bad = {name: outcome for name, outcome in outcomes.items() if outcome.word in ("failed", "stopped", "blocked")}
+    bad = {
+        name: outcome
+        for name, outcome in outcomes.items()
+        if outcome.word in ("failed", "stopped", "blocked")
+    }
     left = [name for name, outcome in outcomes.items() if outcome.word == "left"]
     for name, outcome in bad.items():
         print_line(f"{outcome.word}: {name}: {outcome.message}")

@@ -34,12 +34,40 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Train a SentencePiece tokenizer (<unk>=0, <s>=1, </s>=2) on text files. The same input gives the same model."
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="text files, .jsonl files with a text key, or folders of them")
-    add("--pattern", nargs="+", default=["*"], metavar="GLOB", help="names of the files to take from folders (all)")
-    add("--exclude", nargs="+", default=[], metavar="GLOB", help="names of files and subfolders to leave out")
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="text files, .jsonl files with a text key, or folders of them",
+    )
+    add(
+        "--pattern",
+        nargs="+",
+        default=["*"],
+        metavar="GLOB",
+        help="names of the files to take from folders (all)",
+    )
+    add(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="GLOB",
+        help="names of files and subfolders to leave out",
+    )
     add("--output", required=True, type=Path, metavar="FILE", help="where the .model file goes")
-    add("--vocab-size", type=int, required=True, help="number of ids, 256 bytes and 3 special ones included")
-    add("--model-type", choices=("bpe", "unigram"), default="bpe", help="bpe (default) trains about ten times faster")
+    add(
+        "--vocab-size",
+        type=int,
+        required=True,
+        help="number of ids, 256 bytes and 3 special ones included",
+    )
+    add(
+        "--model-type",
+        choices=("bpe", "unigram"),
+        default="bpe",
+        help="bpe (default) trains about ten times faster",
+    )
     add(
         "--max-megabytes",
         type=float,
@@ -54,7 +82,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def sample_chunks(files: Sequence[TextFile], max_bytes: float) -> list[tuple[TextFile, int]]:
     """(file, first byte) of the pieces to read: in the order of a hash of their names, until `max_bytes` are together."""
     chunks = [(file, start) for file in files for start in range(0, file.size, _CHUNK)]
-    chunks.sort(key=lambda chunk: hashlib.sha256(f"{chunk[0].key}:{chunk[1]}".encode("utf-8", "surrogateescape")).digest())
+    chunks.sort(
+        key=lambda chunk: hashlib.sha256(
+            f"{chunk[0].key}:{chunk[1]}".encode("utf-8", "surrogateescape")
+        ).digest()
+    )
     picked, total = [], 0.0
     for file, start in chunks:
         if total >= max_bytes:
@@ -132,7 +164,9 @@ def train(texts: Sequence[str], arguments: argparse.Namespace) -> bytes:
         )
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2] or str(error)
-        raise ConfigError(f"SentencePiece cannot train --vocab-size {arguments.vocab_size} on this text: {reason}") from error
+        raise ConfigError(
+            f"SentencePiece cannot train --vocab-size {arguments.vocab_size} on this text: {reason}"
+        ) from error
     return model.getvalue()
 
 
@@ -143,9 +177,13 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     read = [read_chunk(file, start, arguments.text_key) for file, start in chunks]
     texts = [text for text in read if text]
     if not texts:
-        raise ConfigError(f"none of the {len(files)} files held UTF-8 text: change --input, --pattern or --text-key")
+        raise ConfigError(
+            f"none of the {len(files)} files held UTF-8 text: change --input, --pattern or --text-key"
+        )
     if arguments.output.is_dir():
-        raise ConfigError(f"--output {arguments.output} is a folder: give the name of a .model file")
+        raise ConfigError(
+            f"--output {arguments.output} is a folder: give the name of a .model file"
+        )
     model = train(texts, arguments)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(arguments.output, model)

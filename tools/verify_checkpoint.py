@@ -27,15 +27,23 @@ from megatron_kd.config import ConfigError
 
 def main() -> int:
     """Verify; one line per step, or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "path", type=Path, metavar="RUN_OR_STEP_FOLDER", help="a run directory, its checkpoints folder, or one step-* folder"
+        "path",
+        type=Path,
+        metavar="RUN_OR_STEP_FOLDER",
+        help="a run directory, its checkpoints folder, or one step-* folder",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     folders = step_folders(arguments.path)
     if not folders:
-        print(f"verify_checkpoint: error: no checkpoint at {arguments.path}: name a run directory or a step-* folder", file=sys.stderr)
+        print(
+            f"verify_checkpoint: error: no checkpoint at {arguments.path}: name a run directory or a step-* folder",
+            file=sys.stderr,
+        )
         return 2
     results = [verify_step(folder) for folder in folders]
     if arguments.json:
@@ -65,15 +73,32 @@ def verify_step(folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"folder": str(folder), "state": "damaged", "files": 0, "bytes": 0}
     try:
         if not has_digests(folder, read_info(folder, what="checkpoint")):
-            return {**result, "state": "no digests", "seconds": 0.0, "problems": ["written by an earlier version, without digests"]}
+            return {
+                **result,
+                "state": "no digests",
+                "seconds": 0.0,
+                "problems": ["written by an earlier version, without digests"],
+            }
         files = read_manifest(folder)
     except (ConfigError, DamagedCheckpoint) as error:
         return {**result, "seconds": 0.0, "problems": [str(error)]}
     result |= {"files": len(files), "bytes": sum(record.bytes for record in files.values())}
-    with tqdm(total=result["bytes"], unit="B", unit_scale=True, desc=folder.name, disable=None, leave=False) as bar:
+    with tqdm(
+        total=result["bytes"],
+        unit="B",
+        unit_scale=True,
+        desc=folder.name,
+        disable=None,
+        leave=False,
+    ) as bar:
         problems = verify(folder, progress=bar.update)
     seconds = round(time.perf_counter() - begin, 3)
-    return {**result, "state": "damaged" if problems else "good", "seconds": seconds, "problems": problems}
+    return {
+        **result,
+        "state": "damaged" if problems else "good",
+        "seconds": seconds,
+        "problems": problems,
+    }
 
 
 def _line(result: dict[str, Any]) -> str:

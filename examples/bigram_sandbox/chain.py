@@ -38,14 +38,24 @@ class Chain:
         return [str(name) for name in names]
 
 
-def make_chain(vocab_size: int, *, successors: int, triggers: int, noise: float, seed: int) -> Chain:
+def make_chain(
+    vocab_size: int, *, successors: int, triggers: int, noise: float, seed: int
+) -> Chain:
     """A random chain; triggers are half high, half low rows. ValueError for sizes that do not fit."""
-    if not 1 <= successors <= vocab_size or not 0 <= triggers <= vocab_size // 2 or not 0 <= noise < 1:
-        raise ValueError(f"{successors} successors and {triggers} triggers with noise {noise} do not fit {vocab_size} ids")
+    if (
+        not 1 <= successors <= vocab_size
+        or not 0 <= triggers <= vocab_size // 2
+        or not 0 <= noise < 1
+    ):
+        raise ValueError(
+            f"{successors} successors and {triggers} triggers with noise {noise} do not fit {vocab_size} ids"
+        )
     rng = np.random.default_rng([seed, 0])
     rows = np.zeros((vocab_size, vocab_size))
     high = np.arange(vocab_size) < vocab_size // 2
-    following = rng.permutation(vocab_size)  # every id follows some low row as often as any other: none dies out
+    following = rng.permutation(
+        vocab_size
+    )  # every id follows some low row as often as any other: none dies out
     for row in range(vocab_size):
         if high[row]:
             rows[row, rng.choice(vocab_size, successors, replace=False)] = 1 / successors
@@ -62,7 +72,9 @@ def sample(chain: Chain, count: int, length: int, *, seed: int) -> tuple[Ids, Id
     """Sequences [count, length] and the outputs of their triggers [count, T], drawn uniformly from all other ids: a trigger that led to
     a trigger could lead back to itself, and the sequence would never leave the circle."""
     rng = np.random.default_rng([seed, 1])
-    outputs = rng.choice(np.delete(np.arange(chain.vocab_size), chain.triggers), (count, len(chain.triggers)))
+    outputs = rng.choice(
+        np.delete(np.arange(chain.vocab_size), chain.triggers), (count, len(chain.triggers))
+    )
     place = np.full(chain.vocab_size, -1)
     place[chain.triggers] = np.arange(len(chain.triggers))
     steps = chain.rows.cumsum(1)
@@ -91,7 +103,9 @@ def imperfect(perfect: Floats, tokens: Ids, *, wrong: float, ids: int, seed: int
     """A teacher with `wrong` of its mass on `ids` wrong ids for each token that it stands at: the same ones every time."""
     vocab_size = perfect.shape[-1]
     rng = np.random.default_rng([seed, 2])
-    mistaken = np.stack([rng.choice(vocab_size, ids, replace=False) for _ in range(vocab_size)])[tokens]
+    mistaken = np.stack([rng.choice(vocab_size, ids, replace=False) for _ in range(vocab_size)])[
+        tokens
+    ]
     found = perfect * (1 - wrong)
     np.put_along_axis(found, mistaken, np.take_along_axis(found, mistaken, -1) + wrong / ids, -1)
     return found

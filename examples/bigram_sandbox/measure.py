@@ -27,19 +27,38 @@ from megatron_kd.parallel.platform import start_platform
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("data", type=Path, help="folder of prepare.py")
     parser.add_argument("--json", type=Path, required=True, help="file to write")
-    parser.add_argument("--half", type=float, default=0.5, help="accuracy after triggers that counts as having learned to copy (0.5)")
-    parser.add_argument("--error", type=float, default=0.15, help="error of high-entropy rows that counts as having learned them (0.15)")
+    parser.add_argument(
+        "--half",
+        type=float,
+        default=0.5,
+        help="accuracy after triggers that counts as having learned to copy (0.5)",
+    )
+    parser.add_argument(
+        "--error",
+        type=float,
+        default=0.15,
+        help="error of high-entropy rows that counts as having learned them (0.15)",
+    )
     arguments = parser.parse_args()
     about = json.loads((arguments.data / "chain.json").read_text())
-    chain = Chain(np.array(about["rows"]), np.array([kind == "high" for kind in about["kind"]]), np.array(about["triggers"]))
+    chain = Chain(
+        np.array(about["rows"]),
+        np.array([kind == "high" for kind in about["kind"]]),
+        np.array(about["triggers"]),
+    )
     with np.load(arguments.data / "heldout.npz") as held:
         tokens, outputs = held["tokens"], held["outputs"]
     kinds = about["kind"]
-    points = [measure(chain, tokens, outputs, kinds, said, step) for step, said in every_checkpoint(arguments.run, tokens)]
+    points = [
+        measure(chain, tokens, outputs, kinds, said, step)
+        for step, said in every_checkpoint(arguments.run, tokens)
+    ]
     per_step = int(tokens_per_step(arguments.run))
     for point in points:
         point["tokens"] = point["step"] * per_step
@@ -72,7 +91,9 @@ def every_checkpoint(run: Path, tokens: Ids) -> Any:
         for step in complete_steps(run / "checkpoints"):
             folder = step_folder(run / "checkpoints", step)
             info = read_info(folder, what="run")
-            model = FrozenModel(folder, info, groups, layout, precision="fp32", sequence_length=tokens.shape[1])
+            model = FrozenModel(
+                folder, info, groups, layout, precision="fp32", sequence_length=tokens.shape[1]
+            )
             parts = []
             for part in torch.from_numpy(tokens).split(64):
                 hidden = model.hidden(part)
@@ -83,18 +104,25 @@ def every_checkpoint(run: Path, tokens: Ids) -> Any:
         stop_groups()
 
 
-def measure(chain: Chain, tokens: Ids, outputs: Ids, kinds: list[str], student: Floats, step: int) -> dict[str, Any]:
+def measure(
+    chain: Chain, tokens: Ids, outputs: Ids, kinds: list[str], student: Floats, step: int
+) -> dict[str, Any]:
     """Errors by kind of row, and accuracy after triggers that have been seen before in the sequence."""
     truth = next_ids(chain, tokens, outputs)
     apart = 0.5 * np.abs(student - truth).sum(-1)
     kind = np.array(kinds)[tokens]
-    found: dict[str, Any] = {"step": step, **{name: float(apart[kind == name].mean()) for name in ("high", "low")}}
+    found: dict[str, Any] = {
+        "step": step,
+        **{name: float(apart[kind == name].mean()) for name in ("high", "low")},
+    }
     seen = np.zeros(tokens.shape, dtype=bool)
     for trigger in chain.triggers:
         seen |= (tokens == trigger) & ((tokens == trigger).cumsum(1) > 1)
     right = student.argmax(-1) == truth.argmax(-1)
     found["copied"] = float(right[seen].mean())
-    found["probability_of_copy"] = float(np.take_along_axis(student, truth.argmax(-1)[..., None], -1)[..., 0][seen].mean())
+    found["probability_of_copy"] = float(
+        np.take_along_axis(student, truth.argmax(-1)[..., None], -1)[..., 0][seen].mean()
+    )
     return found
 
 

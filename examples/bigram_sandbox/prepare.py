@@ -46,10 +46,19 @@ def main() -> None:
     np.savez(output / "heldout.npz", tokens=held, outputs=held_outputs)
     for name, wrong in (("exact", 0.0), ("imperfect", arguments.wrong)):
         slots = max(arguments.successors, 3) + (arguments.wrong_ids if wrong else 0)
-        write_teacher(output / name, chain, tokens, outputs, wrong, arguments.wrong_ids, slots, arguments.seed)
-    about = {"kind": chain.kind, "triggers": chain.triggers.tolist(), "rows": chain.rows.tolist(), "wrong": arguments.wrong}
+        write_teacher(
+            output / name, chain, tokens, outputs, wrong, arguments.wrong_ids, slots, arguments.seed
+        )
+    about = {
+        "kind": chain.kind,
+        "triggers": chain.triggers.tolist(),
+        "rows": chain.rows.tolist(),
+        "wrong": arguments.wrong,
+    }
     write_atomically(output / "chain.json", json.dumps(about).encode())
-    print(f"{len(tokens)} sequences of {arguments.length} tokens, {tokens.size} tokens; entropies {row_entropies(chain)}")
+    print(
+        f"{len(tokens)} sequences of {arguments.length} tokens, {tokens.size} tokens; entropies {row_entropies(chain)}"
+    )
 
 
 def write_tokens(prefix: Path, tokens: Ids, vocab_size: int) -> None:
@@ -60,10 +69,22 @@ def write_tokens(prefix: Path, tokens: Ids, vocab_size: int) -> None:
     """
     with TokenFileWriter(prefix, optimal_dtype(vocab_size)) as writer:
         writer.add(tokens.flatten(), np.full(len(tokens), tokens.shape[1]))
-        writer.commit(tokenizer_digest=hashlib.sha256(f"ids 0 to {vocab_size - 1}".encode()).hexdigest(), vocab_size=vocab_size)
+        writer.commit(
+            tokenizer_digest=hashlib.sha256(f"ids 0 to {vocab_size - 1}".encode()).hexdigest(),
+            vocab_size=vocab_size,
+        )
 
 
-def write_teacher(directory: Path, chain: Chain, tokens: Ids, outputs: Ids, wrong: float, wrong_ids: int, slots: int, seed: int) -> None:
+def write_teacher(
+    directory: Path,
+    chain: Chain,
+    tokens: Ids,
+    outputs: Ids,
+    wrong: float,
+    wrong_ids: int,
+    slots: int,
+    seed: int,
+) -> None:
     """A cache with the teacher's whole distribution of every token, on `slots` ids at most."""
     text = f"chain {chain.rows.tobytes().hex()} {chain.triggers.tolist()} wrong {wrong} on {wrong_ids} ids, seed {seed}"
     identity = CacheIdentity(
@@ -80,7 +101,9 @@ def write_teacher(directory: Path, chain: Chain, tokens: Ids, outputs: Ids, wron
             said = next_ids(chain, part, outputs[start : start + BLOCK])
             if wrong:
                 said = imperfect(said, part, wrong=wrong, ids=wrong_ids, seed=seed)
-            said[:, -1] = 1 / chain.vocab_size  # what follows is another sequence, which begins anywhere
+            said[:, -1] = (
+                1 / chain.vocab_size
+            )  # what follows is another sequence, which begins anywhere
             for row, distribution in zip(part, said, strict=True):
                 writer.add(torch.from_numpy(row), whole_target(distribution, slots))
 
@@ -111,16 +134,30 @@ def row_entropies(chain: Chain) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--sequences", type=int, default=10_000, help="training sequences (10000)")
     parser.add_argument("--heldout", type=int, default=256, help="held-out sequences (256)")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence (128)")
     parser.add_argument("--vocab-size", type=int, default=32, help="ids (32)")
-    parser.add_argument("--successors", type=int, default=8, help="equally likely successors in a high-entropy row (8)")
+    parser.add_argument(
+        "--successors",
+        type=int,
+        default=8,
+        help="equally likely successors in a high-entropy row (8)",
+    )
     parser.add_argument("--triggers", type=int, default=4, help="trigger ids (4)")
-    parser.add_argument("--noise", type=float, default=0.05, help="mass of a low-entropy row outside its successor (0.05)")
-    parser.add_argument("--wrong", type=float, default=0.3, help="mass of the imperfect teacher on wrong ids (0.3)")
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.05,
+        help="mass of a low-entropy row outside its successor (0.05)",
+    )
+    parser.add_argument(
+        "--wrong", type=float, default=0.3, help="mass of the imperfect teacher on wrong ids (0.3)"
+    )
     parser.add_argument("--wrong-ids", type=int, default=4, help="on so many (4)")
     parser.add_argument("--seed", type=int, default=0, help="of the chain and the sequences (0)")
     return parser

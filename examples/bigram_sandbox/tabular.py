@@ -31,13 +31,21 @@ SIZES = (64, 128, 256, 512, 1024)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, required=True, help="file to write")
     parser.add_argument("--seed", type=int, default=1, help="of the chain and its samples (1)")
     parser.add_argument("--loss", choices=list(ALPHAS), default="plain", help="(plain)")
-    parser.add_argument("--teacher", choices=["exact", "imperfect"], default="exact", help="(exact)")
-    parser.add_argument("--complexity", action="store_true", help="samples needed against the number of ids")
-    parser.add_argument("--tolerance", type=float, default=0.2, help="--complexity: largest error of any row (0.2)")
+    parser.add_argument(
+        "--teacher", choices=["exact", "imperfect"], default="exact", help="(exact)"
+    )
+    parser.add_argument(
+        "--complexity", action="store_true", help="samples needed against the number of ids"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=0.2, help="--complexity: largest error of any row (0.2)"
+    )
     arguments = parser.parse_args()
     if arguments.complexity:
         found = complexity(arguments.seed, arguments.tolerance)
@@ -50,7 +58,11 @@ def learned(counts: Ids, teacher: Floats, alpha: float, routed: Any = None) -> F
     """The table [V, V] that minimises the loss: rows that were never seen are uniform; rows of `routed` learn from their labels alone."""
     seen = counts.sum(1, keepdims=True)
     share = counts / np.maximum(seen, 1)
-    weight = np.full((len(counts), 1), alpha) if routed is None else np.where(routed, 0.0, alpha)[:, None]
+    weight = (
+        np.full((len(counts), 1), alpha)
+        if routed is None
+        else np.where(routed, 0.0, alpha)[:, None]
+    )
     return np.where(seen > 0, (1 - weight) * share + weight * teacher, 1 / len(counts))
 
 
@@ -62,7 +74,9 @@ def errors(table: Floats, rows: Floats) -> Floats:
 def draw(chain: Chain, count: int, rng: np.random.Generator) -> Ids:
     """Counts [V, V] of `count` transitions from ids drawn uniformly."""
     starts = rng.multinomial(count, np.full(chain.vocab_size, 1 / chain.vocab_size))
-    return np.stack([rng.multinomial(number, row) for number, row in zip(starts, chain.rows, strict=True)])
+    return np.stack(
+        [rng.multinomial(number, row) for number, row in zip(starts, chain.rows, strict=True)]
+    )
 
 
 def curve(seed: int, loss: str, teacher: str) -> dict[str, Any]:
@@ -74,16 +88,32 @@ def curve(seed: int, loss: str, teacher: str) -> dict[str, Any]:
         said = imperfect(chain.rows, np.arange(64), wrong=0.3, ids=4, seed=seed)
     # The lowest 15 % of tokens by the teacher's entropy: the threshold lies among the low rows, and rows of one entropy go together.
     entropy = -(said * np.log(np.maximum(said, 1e-300))).sum(1)
-    routed = entropy <= np.quantile(entropy, 0.15, method="inverted_cdf") + 1e-9 if loss == "dpt90_routed" else None
+    routed = (
+        entropy <= np.quantile(entropy, 0.15, method="inverted_cdf") + 1e-9
+        if loss == "dpt90_routed"
+        else None
+    )
     counts = np.zeros((64, 64), dtype=np.int64)
     points, total = [], 0
     for samples in np.unique(np.geomspace(64, 200_000, 30).astype(int)):
         counts = counts + draw(chain, int(samples) - total, rng)
         total = int(samples)
         error = errors(learned(counts, said, ALPHAS[loss], routed), chain.rows)
-        points.append({"samples": total, "high": float(error[chain.high].mean()), "low": float(error[~chain.high].mean())})
+        points.append(
+            {
+                "samples": total,
+                "high": float(error[chain.high].mean()),
+                "low": float(error[~chain.high].mean()),
+            }
+        )
     at = points[len(points) // 2]
-    return {"high": at["high"], "low": at["low"], "final_high": points[-1]["high"], "final_low": points[-1]["low"], "points": points}
+    return {
+        "high": at["high"],
+        "low": at["low"],
+        "final_high": points[-1]["high"],
+        "final_low": points[-1]["low"],
+        "points": points,
+    }
 
 
 def samples_needed(chain: Chain, alpha: float, tolerance: float, rng: np.random.Generator) -> int:
@@ -104,10 +134,23 @@ def complexity(seed: int, tolerance: float) -> dict[str, Any]:
         for width in ("half", "constant"):
             needed = []
             for size in SIZES:
-                chain = make_chain(size, successors=size // 2 if width == "half" else 4, triggers=0, noise=0.0, seed=seed)
-                chain = Chain(chain.rows[chain.high][np.arange(size) % (size // 2)], np.ones(size, dtype=bool), chain.triggers)
+                chain = make_chain(
+                    size,
+                    successors=size // 2 if width == "half" else 4,
+                    triggers=0,
+                    noise=0.0,
+                    seed=seed,
+                )
+                chain = Chain(
+                    chain.rows[chain.high][np.arange(size) % (size // 2)],
+                    np.ones(size, dtype=bool),
+                    chain.triggers,
+                )
                 needed.append(samples_needed(chain, alpha, tolerance, rng))
-            found["points"] += [{"what": f"{name}, {width}", "k": k, "samples": n} for k, n in zip(SIZES, needed, strict=True)]
+            found["points"] += [
+                {"what": f"{name}, {width}", "k": k, "samples": n}
+                for k, n in zip(SIZES, needed, strict=True)
+            ]
             found[f"slope_{name}_{width}"] = float(np.polyfit(np.log(SIZES), np.log(needed), 1)[0])
     return found
 

@@ -59,7 +59,10 @@ class Copy:
 
 def copy(rng: Rng, *, length: int | None = None, gap: int | None = None) -> Copy:
     """A segment of different symbols, `gap` fillers, and the segment again."""
-    length, gap = _within(rng, SEGMENT) if length is None else length, _within(rng, GAP) if gap is None else gap
+    length, gap = (
+        _within(rng, SEGMENT) if length is None else length,
+        _within(rng, GAP) if gap is None else gap,
+    )
     segment = _distinct(rng, SYMBOLS, length)
     words = [COPY, *segment, *_some(rng, FILLERS, gap), AGAIN, *segment]
     return Copy(words, length + gap + 2, length + gap + 1)
@@ -83,19 +86,31 @@ class Needle:
     @property
     def words(self) -> list[str]:
         """The document without its end."""
-        return [*self.body, *(word for key, value in self.answers for word in ("?", key, ":", value))]
+        return [
+            *self.body,
+            *(word for key, value in self.answers for word in ("?", key, ":", value)),
+        ]
 
 
-def needle(rng: Rng, *, context: int | None = None, pairs: int | None = None, depth: float | None = None) -> Needle:
+def needle(
+    rng: Rng, *, context: int | None = None, pairs: int | None = None, depth: float | None = None
+) -> Needle:
     """Pairs of key and value at random places of `context` words, and 1 to all of them asked for; `depth` places the first of these."""
-    context, pairs = _within(rng, CONTEXT) if context is None else context, _within(rng, PAIRS) if pairs is None else pairs
+    context, pairs = (
+        _within(rng, CONTEXT) if context is None else context,
+        _within(rng, PAIRS) if pairs is None else pairs,
+    )
     keys, values = _distinct(rng, KEYS, pairs), _some(rng, VALUES, pairs)
     # A pair is one piece among fillers: no two overlap.
     pieces = context - pairs
     asked = int(rng.integers(pieces)) if depth is None else round(depth * (pieces - 1))
     others = [place for place in rng.permutation(pieces) if place != asked][: pairs - 1]
     pair_at = dict(zip([asked, *others], zip(keys, values, strict=True), strict=True))
-    body = [word for place, filler in enumerate(_some(rng, FILLERS, pieces)) for word in pair_at.get(place, (filler,))]
+    body = [
+        word
+        for place, filler in enumerate(_some(rng, FILLERS, pieces))
+        for word in pair_at.get(place, (filler,))
+    ]
     answers = list(zip(keys, values, strict=True))[: _within(rng, (1, pairs))]
     return Needle([FIND, *body], answers, asked / max(pieces - 1, 1), context)
 
@@ -115,7 +130,11 @@ class Problem:
     @property
     def prompt(self) -> list[str]:
         """The document up to its solution."""
-        told = [word for who, amount, thing in self.clauses for word in (who, "finds" if amount > 0 else "loses", str(abs(amount)), thing)]
+        told = [
+            word
+            for who, amount, thing in self.clauses
+            for word in (who, "finds" if amount > 0 else "loses", str(abs(amount)), thing)
+        ]
         return [SUM, *told, "?", self.asked, ":"]
 
 
@@ -124,13 +143,24 @@ def problem(rng: Rng, *, fewest_terms: int = 2) -> Problem:
     asked, *others = _distinct(rng, THINGS, 3)
     count = _within(rng, (fewest_terms, MOST_TERMS))
     while True:
-        amounts = [int(value) for value in rng.integers(1, MOST_AMOUNT + 1, count) * rng.choice([1, 1, -1], count)]
+        amounts = [
+            int(value)
+            for value in rng.integers(1, MOST_AMOUNT + 1, count) * rng.choice([1, 1, -1], count)
+        ]
         if sum(amounts) >= 0 and max(amounts) > 0:
             break
-    clauses = [(asked, amount) for amount in amounts] + [(thing, _within(rng, (1, MOST_AMOUNT))) for thing in others[: rng.integers(3)]]
+    clauses = [(asked, amount) for amount in amounts] + [
+        (thing, _within(rng, (1, MOST_AMOUNT))) for thing in others[: rng.integers(3)]
+    ]
     order = rng.permutation(len(clauses))
     who = _distinct(rng, PERSONS, len(clauses))
-    return Problem(tuple((person, clauses[place][1], clauses[place][0]) for person, place in zip(who, order, strict=True)), asked)
+    return Problem(
+        tuple(
+            (person, clauses[place][1], clauses[place][0])
+            for person, place in zip(who, order, strict=True)
+        ),
+        asked,
+    )
 
 
 def orders(terms: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -142,7 +172,9 @@ def orders(terms: Sequence[int]) -> Iterator[tuple[int, ...]]:
         yield from ((*before, terms[place]) for before in orders(rest) if sum(rest) >= 0)
 
 
-def work_out(terms: Sequence[int], *, wrong_step: int | None = None, error: int = 0) -> tuple[list[list[str]], int]:
+def work_out(
+    terms: Sequence[int], *, wrong_step: int | None = None, error: int = 0
+) -> tuple[list[list[str]], int]:
     """Steps in this order of the terms, and the answer; from `wrong_step` on with a result that is wrong by `error`, or as near to it
     as there are numbers."""
     so_far, steps = terms[0], []
@@ -166,14 +198,20 @@ class Noise:
 
     def __post_init__(self) -> None:
         if min(self.wrong, self.incomplete) < 0 or self.wrong + self.incomplete > 1:
-            raise ValueError(f"wrong ({self.wrong}) and incomplete ({self.incomplete}) must be shares, together at most 1")
+            raise ValueError(
+                f"wrong ({self.wrong}) and incomplete ({self.incomplete}) must be shares, together at most 1"
+            )
 
 
 def solution(rng: Rng, asked: Problem, noise: Noise) -> list[str]:
     """A training document's solution, without its end."""
     possible = list(orders(asked.terms))
     terms = possible[int(rng.integers(len(possible)))]
-    drawn, at, error = rng.random(), int(rng.integers(len(terms) - 1)), int(rng.integers(1, 4) * rng.choice([-1, 1]))
+    drawn, at, error = (
+        rng.random(),
+        int(rng.integers(len(terms) - 1)),
+        int(rng.integers(1, 4) * rng.choice([-1, 1])),
+    )
     wrong = drawn < noise.wrong
     steps, answer = work_out(terms, wrong_step=at if wrong else None, error=error)
     if not wrong and drawn < noise.wrong + noise.incomplete:
@@ -201,7 +239,9 @@ def same_sums(asked: Problem) -> tuple[int, ...]:
     return tuple(sorted(asked.terms))
 
 
-def makers(noise: Noise, withheld: frozenset[tuple[int, ...]]) -> dict[str, Callable[[Rng], list[int]]]:
+def makers(
+    noise: Noise, withheld: frozenset[tuple[int, ...]]
+) -> dict[str, Callable[[Rng], list[int]]]:
     """By kind: a function that draws a document's ids, its end included. No sum has the terms of one in `withheld`."""
 
     def add(rng: Rng) -> list[int]:
@@ -210,13 +250,19 @@ def makers(noise: Noise, withheld: frozenset[tuple[int, ...]]) -> dict[str, Call
             drawn = problem(rng)
         return encode([*drawn.prompt, *solution(rng, drawn, noise), END])
 
-    return {"copy": lambda rng: encode([*copy(rng).words, END]), "needle": lambda rng: encode([*needle(rng).words, END]), "sum": add}
+    return {
+        "copy": lambda rng: encode([*copy(rng).words, END]),
+        "needle": lambda rng: encode([*needle(rng).words, END]),
+        "sum": add,
+    }
 
 
 LOOK_AHEAD = 64  # documents among which the one that fits best is taken
 
 
-def blocks(rng: Rng, kinds: Sequence[Callable[[Rng], list[int]]], count: int, length: int) -> Iterator[list[int]]:
+def blocks(
+    rng: Rng, kinds: Sequence[Callable[[Rng], list[int]]], count: int, length: int
+) -> Iterator[list[int]]:
     """`count` times `length` ids, made of whole documents of these kinds, drawn alike; what stays free at the end is filled with <end>.
 
     Of the next LOOK_AHEAD documents the longest that fits is taken. ValueError where a document is longer than a block.
@@ -225,12 +271,21 @@ def blocks(rng: Rng, kinds: Sequence[Callable[[Rng], list[int]]], count: int, le
     for _ in range(count):
         block: list[int] = []
         while True:
-            waiting += [kinds[place](rng) for place in rng.integers(0, len(kinds), LOOK_AHEAD - len(waiting))]
+            waiting += [
+                kinds[place](rng)
+                for place in rng.integers(0, len(kinds), LOOK_AHEAD - len(waiting))
+            ]
             if max(map(len, waiting)) > length:
-                raise ValueError(f"a document has {max(map(len, waiting))} ids and a block {length}: make blocks longer")
+                raise ValueError(
+                    f"a document has {max(map(len, waiting))} ids and a block {length}: make blocks longer"
+                )
             # The oldest begins a block, so that none waits for ever.
             free = length - len(block)
-            chosen = max(waiting, key=lambda each: len(each) if len(each) <= free else -1) if block else waiting[0]
+            chosen = (
+                max(waiting, key=lambda each: len(each) if len(each) <= free else -1)
+                if block
+                else waiting[0]
+            )
             if len(chosen) > free:
                 break
             waiting.remove(chosen)

@@ -33,19 +33,34 @@ MAX_NEW_TOKENS = 6 * (MOST_TERMS - 1) + 3  # steps, "answer", the number, <end>
 SEQUENCES = 64  # of one forward pass
 
 Likeliest = Callable[[Tensor], Tensor]  # ids [B, S] -> the likeliest next ids [B, S]
-Sample = Callable[[Sequence[Ids], float], list[Ids]]  # prompts, temperature -> a continuation of each, without its end
+Sample = Callable[
+    [Sequence[Ids], float], list[Ids]
+]  # prompts, temperature -> a continuation of each, without its end
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run directory, its checkpoints folder, or one step-* folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "run", type=Path, help="run directory, its checkpoints folder, or one step-* folder"
+    )
     parser.add_argument("data", type=Path, help="folder of prepare.py")
     parser.add_argument("--json", type=Path, required=True, help="file to write")
-    parser.add_argument("--samples", type=int, default=32, help="continuations of each problem and temperature (32)")
+    parser.add_argument(
+        "--samples", type=int, default=32, help="continuations of each problem and temperature (32)"
+    )
     parser.add_argument("--problems", type=int, help="no more than this many sums (all)")
-    parser.add_argument("--batch-size", type=int, default=512, help="continuations at one time (512)")
+    parser.add_argument(
+        "--batch-size", type=int, default=512, help="continuations at one time (512)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws (0)")
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto takes CUDA where there is one")
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cuda", "cpu"],
+        default="auto",
+        help="auto takes CUDA where there is one",
+    )
     arguments = parser.parse_args()
     try:
         write_atomically(arguments.json, json.dumps(measure(arguments), indent=1).encode())
@@ -57,8 +72,14 @@ def main() -> int:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything, of one model in one process. ConfigError for bad input."""
-    if arguments.samples < max(KS) or arguments.batch_size < 1 or (arguments.problems is not None and arguments.problems < 1):
-        raise ConfigError(f"--samples must be at least {max(KS)}, --batch-size and --problems at least 1")
+    if (
+        arguments.samples < max(KS)
+        or arguments.batch_size < 1
+        or (arguments.problems is not None and arguments.problems < 1)
+    ):
+        raise ConfigError(
+            f"--samples must be at least {max(KS)}, --batch-size and --problems at least 1"
+        )
     probes = read_probes(arguments.data / "probes.json")
     from megatron_kd.checkpoint.store import find_checkpoint, read_info
     from megatron_kd.parallel.platform import start_platform
@@ -66,7 +87,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = find_checkpoint(arguments.run, what="checkpoint")
     info = read_info(folder, what="checkpoint")
     if info.vocab_size != len(WORDS):
-        raise ConfigError(f"the model has {info.vocab_size} ids and the language {len(WORDS)}: it was not trained on prepare.py's data")
+        raise ConfigError(
+            f"the model has {info.vocab_size} ids and the language {len(WORDS)}: it was not trained on prepare.py's data"
+        )
     platform = start_platform(arguments.device)
     from megatron_kd.config import ParallelSection
     from megatron_kd.parallel.groups import start_groups, stop_groups
@@ -76,7 +99,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     layout = ParallelSection()
     try:
         groups = start_groups(platform, layout, timeout_seconds=600)
-        model = FrozenModel(folder, info, groups, layout, precision=info.precision, sequence_length=1)
+        model = FrozenModel(
+            folder, info, groups, layout, precision=info.precision, sequence_length=1
+        )
 
         def likeliest(tokens: Tensor) -> Tensor:
             hidden = model.hidden(tokens.to(platform.device))
@@ -85,7 +110,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
         def sample(prompts: Sequence[Ids], temperature: float) -> list[Ids]:
             sampling = Sampling(MAX_NEW_TOKENS, temperature=temperature, seed=arguments.seed)
-            found = generate_ids(model, prompts, sampling, end_of_document=IDS[END], batch_size=arguments.batch_size)
+            found = generate_ids(
+                model, prompts, sampling, end_of_document=IDS[END], batch_size=arguments.batch_size
+            )
             return [each.tokens for each in found]
 
         found = {
@@ -95,7 +122,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         }
     finally:
         stop_groups()
-    return {"checkpoint": str(folder), "step": info.step, "samples": arguments.samples, "seed": arguments.seed, **found}
+    return {
+        "checkpoint": str(folder),
+        "step": info.step,
+        "samples": arguments.samples,
+        "seed": arguments.seed,
+        **found,
+    }
 
 
 def read_probes(path: Path) -> dict[str, Any]:
@@ -123,20 +156,32 @@ def next_ids(documents: Sequence[Ids], likeliest: Likeliest) -> list[Ids]:
 def copying(probes: Sequence[dict[str, Any]], likeliest: Likeliest) -> dict[str, Any]:
     """Share of the ids that come again which were foreseen, by their distance from where they came first."""
     right: list[tuple[int, float]] = []
-    for probe, said in zip(probes, next_ids([each["tokens"] for each in probes], likeliest), strict=True):
+    for probe, said in zip(
+        probes, next_ids([each["tokens"] for each in probes], likeliest), strict=True
+    ):
         tokens, start = probe["tokens"], probe["start"]
-        right += [(probe["distance"], float(said[place - 1] == tokens[place])) for place in range(start, len(tokens))]
+        right += [
+            (probe["distance"], float(said[place - 1] == tokens[place]))
+            for place in range(start, len(tokens))
+        ]
     return {"accuracy": mean(value for _, value in right), "by_distance": by("distance", right)}
 
 
 def finding(probes: Sequence[dict[str, Any]], likeliest: Likeliest) -> dict[str, Any]:
     """Share of the questions that were answered with the right value, by depth and by length of the context."""
     said = next_ids([each["prompt"] for each in probes], likeliest)
-    right = [float(answer[-1] == probe["value"]) for probe, answer in zip(probes, said, strict=True)]
+    right = [
+        float(answer[-1] == probe["value"]) for probe, answer in zip(probes, said, strict=True)
+    ]
     return {
         "accuracy": mean(right),
-        "by_depth": by("depth", [(probe["depth"], value) for probe, value in zip(probes, right, strict=True)]),
-        "by_context": by("context", [(probe["context"], value) for probe, value in zip(probes, right, strict=True)]),
+        "by_depth": by(
+            "depth", [(probe["depth"], value) for probe, value in zip(probes, right, strict=True)]
+        ),
+        "by_context": by(
+            "context",
+            [(probe["context"], value) for probe, value in zip(probes, right, strict=True)],
+        ),
     }
 
 
@@ -158,7 +203,14 @@ def adding(probes: Sequence[dict[str, Any]], sample: Sample, samples: int) -> di
         counts = [len(each) for each in right]
         passed = [mean_pass_at_k(samples, counts, k) for k in range(1, samples + 1)]
         summary = {f"pass_{k}": passed[k - 1] for k in KS}
-        points.append({"temperature": temperature, **summary, "solutions": mean(float(len(set(each))) for each in right), "pass": passed})
+        points.append(
+            {
+                "temperature": temperature,
+                **summary,
+                "solutions": mean(float(len(set(each))) for each in right),
+                "pass": passed,
+            }
+        )
     best = {f"best_pass_{k}": max(point[f"pass_{k}"] for point in points) for k in KS}
     return {"problems": len(probes), **best, "points": points}
 
@@ -167,7 +219,10 @@ def by(name: str, right: Sequence[tuple[float, float]]) -> list[dict[str, float]
     """Accuracy and number of probes for each value of what they differ in."""
     values = sorted({value for value, _ in right})
     groups = {value: [one for other, one in right if other == value] for value in values}
-    return [{name: value, "accuracy": mean(group), "count": len(group)} for value, group in groups.items()]
+    return [
+        {name: value, "accuracy": mean(group), "count": len(group)}
+        for value, group in groups.items()
+    ]
 
 
 def mean(values: Iterable[float]) -> float:

@@ -29,7 +29,17 @@ from megatron_kd.data.indexed import TokenFileWriter, read_index
 
 ROOT = Path(__file__).resolve().parents[2]
 # Tests, what a package manager installed, and tables and texts that are not code.
-NOT_SOURCES = ("test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__", "config-*")
+NOT_SOURCES = (
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "pydoc_data",
+    "__pycache__",
+    "config-*",
+)
 _COPIED = ("tokenizer_digest", "vocab_size", "end_of_document", "append_eod")
 
 
@@ -52,22 +62,38 @@ def prepare(parsed: argparse.Namespace) -> dict[str, int]:
     if parsed.text:
         chosen = ["--input", parsed.text, "--pattern", *parsed.pattern]
     else:
-        chosen = ["--input", sysconfig.get_path("stdlib"), "--pattern", "*.py", "--exclude", *NOT_SOURCES]
+        chosen = [
+            "--input",
+            sysconfig.get_path("stdlib"),
+            "--pattern",
+            "*.py",
+            "--exclude",
+            *NOT_SOURCES,
+        ]
     model = str(output / "tokenizer.model")
     _tool("train_tokenizer", *chosen, "--vocab-size", str(parsed.vocab_size), "--output", model)
     _encode(chosen, model, output / "all", "--holdout", f"heldout={parsed.holdout}")
     cut(output / "all", output / "train", parsed.tokens)
     write_prose(output / "texts/prose", parsed.prose_bytes)
     _encode(["--input", str(output / "texts/prose")], model, output / "prose")
-    _encode(["--input", *(map(str, own_documents()) if not parsed.ood else [parsed.ood])], model, output / "other")
-    return {name: read_index(output / name).num_tokens for name in ("train", "heldout", "prose", "other")}
+    _encode(
+        ["--input", *(map(str, own_documents()) if not parsed.ood else [parsed.ood])],
+        model,
+        output / "other",
+    )
+    return {
+        name: read_index(output / name).num_tokens
+        for name in ("train", "heldout", "prose", "other")
+    }
 
 
 def cut(source: Path, output: Path, tokens: int) -> None:
     """Whole documents of `source` in an order drawn once and for all, the last one cut, so that exactly `tokens` are in `output`."""
     index = read_index(source)
     if index.num_tokens < tokens:
-        raise ConfigError(f"the text has {index.num_tokens} tokens outside the held-out ones, fewer than --tokens {tokens}: give more text")
+        raise ConfigError(
+            f"the text has {index.num_tokens} tokens outside the held-out ones, fewer than --tokens {tokens}: give more text"
+        )
     ids = np.memmap(f"{source}.bin", dtype=index.dtype, mode="r")
     description = json.loads(Path(f"{source}.json").read_text(encoding="utf-8"))
     with TokenFileWriter(output, index.dtype) as writer:
@@ -95,30 +121,71 @@ def write_prose(folder: Path, most_bytes: int) -> None:
 
 def own_documents() -> list[Path]:
     """Prose about programs, and a licence."""
-    return [ROOT / "LICENSE", *sorted(path for folder in ("", "examples", "tests", "docker") for path in (ROOT / folder).glob("*.md"))]
+    return [
+        ROOT / "LICENSE",
+        *sorted(
+            path
+            for folder in ("", "examples", "tests", "docker")
+            for path in (ROOT / folder).glob("*.md")
+        ),
+    ]
 
 
 def _encode(inputs: Sequence[str], tokenizer: str, prefix: Path, *more: str) -> None:
-    _tool("preprocess_data", *inputs, "--tokenizer", tokenizer, "--output", str(prefix), "--overwrite", *more)
+    _tool(
+        "preprocess_data",
+        *inputs,
+        "--tokenizer",
+        tokenizer,
+        "--output",
+        str(prefix),
+        "--overwrite",
+        *more,
+    )
 
 
 def _tool(name: str, *words: str) -> None:
     """One of the tools; what it has to say about a failure is on standard error."""
-    done = subprocess.run([sys.executable, str(ROOT / f"tools/{name}.py"), *words], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / f"tools/{name}.py"), *words], stdout=subprocess.PIPE, text=True
+    )
     if done.returncode:
-        raise ConfigError(f"tools/{name}.py stopped with exit code {done.returncode}; the reason is above")
+        raise ConfigError(
+            f"tools/{name}.py stopped with exit code {done.returncode}; the reason is above"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--vocab-size", type=int, required=True, help="ids of the tokenizer")
-    parser.add_argument("--tokens", type=int, required=True, help="tokens of OUTPUT/train: one more than whole samples have")
-    parser.add_argument("--text", default="", help='folder or file, as tools/preprocess_data.py takes it; "": the library of Python')
-    parser.add_argument("--pattern", nargs="+", default=["*"], help="names of the files to take from --text (all)")
-    parser.add_argument("--ood", default="", help='file or folder of another domain; "": the documents of this repository')
-    parser.add_argument("--holdout", type=float, default=0.03, help="share of the documents that is held out (0.03)")
-    parser.add_argument("--prose-bytes", type=int, default=200_000, help="of the language reference (200000)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        required=True,
+        help="tokens of OUTPUT/train: one more than whole samples have",
+    )
+    parser.add_argument(
+        "--text",
+        default="",
+        help='folder or file, as tools/preprocess_data.py takes it; "": the library of Python',
+    )
+    parser.add_argument(
+        "--pattern", nargs="+", default=["*"], help="names of the files to take from --text (all)"
+    )
+    parser.add_argument(
+        "--ood",
+        default="",
+        help='file or folder of another domain; "": the documents of this repository',
+    )
+    parser.add_argument(
+        "--holdout", type=float, default=0.03, help="share of the documents that is held out (0.03)"
+    )
+    parser.add_argument(
+        "--prose-bytes", type=int, default=200_000, help="of the language reference (200000)"
+    )
     return parser
 
 

@@ -1,6 +1,13 @@
 """A teacher's targets on disk, each found by the tokens it belongs to. The format is described in FORMAT.md."""
 
-from megatron_kd.cache.identity import CacheError, CacheIdentity, CacheInUse, CorruptCache, MissingTarget, WrongCache
+from megatron_kd.cache.identity import (
+    CacheError,
+    CacheIdentity,
+    CacheInUse,
+    CorruptCache,
+    MissingTarget,
+    WrongCache,
+)
 from megatron_kd.cache.reader import CacheReader
 from megatron_kd.cache.writer import CacheWriter
 

@@ -56,13 +56,19 @@ class BackgroundWriter:
     def problem(self) -> str | None:
         """What went wrong, if anything did."""
         error = self._error
-        return None if error is None else f"{self._writer.directory}: {type(error).__name__}: {error}"
+        return (
+            None if error is None else f"{self._writer.directory}: {type(error).__name__}: {error}"
+        )
 
     def put(self, step: int, tokens: Tensor, target: SparseTarget) -> None:
         """Hand over samples: tokens int [B, S], target [S, B, K], on any device; neither may be written to afterwards."""
         item = _to_cpu(step, tokens, target)
         with self._changed:
-            self._changed.wait_for(lambda: self.failed or not self._bytes or self._bytes + item.bytes <= self._max_bytes)
+            self._changed.wait_for(
+                lambda: (
+                    self.failed or not self._bytes or self._bytes + item.bytes <= self._max_bytes
+                )
+            )
             if not self.failed:
                 self._items.append(item)
                 self._bytes += item.bytes
@@ -91,7 +97,9 @@ class BackgroundWriter:
             self._closed = True
             self._changed.notify_all()
         self._thread.join(CLOSE_SECONDS)
-        if not self._thread.is_alive():  # else the disk hangs: leave it to the thread, which ends with the process
+        if (
+            not self._thread.is_alive()
+        ):  # else the disk hangs: leave it to the thread, which ends with the process
             self._writer.close()
 
     def _work(self) -> None:
@@ -113,7 +121,9 @@ class BackgroundWriter:
     def _write(self, item: _Item) -> None:
         item.wait()
         for number, tokens in enumerate(item.tokens):
-            self._writer.add(item.step, tokens, item.target.map(lambda t, number=number: t[:, number]))  # type: ignore[misc]
+            self._writer.add(
+                item.step, tokens, item.target.map(lambda t, number=number: t[:, number])
+            )  # type: ignore[misc]
 
 
 def _to_cpu(step: int, tokens: Tensor, target: SparseTarget) -> _Item:
@@ -122,7 +132,9 @@ def _to_cpu(step: int, tokens: Tensor, target: SparseTarget) -> _Item:
         return _Item(step, tokens, target, lambda: None)
 
     def pinned(tensor: Tensor) -> Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
+            tensor, non_blocking=True
+        )
 
     item = pinned(tokens), target.map(pinned)
     arrived = torch.cuda.Event()

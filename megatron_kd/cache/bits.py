@@ -24,7 +24,9 @@ def split(numbers: Ints) -> tuple[Bytes, bytes]:
     """numbers [M] in [1, 2^32) -> their classes [M], and the bits below them, one number's after the other's, lowest first."""
     # A float64's exponent and first bit of mantissa are the class: whole numbers below 2^53 are exact.
     classes = (numbers.astype(np.float64).view(np.int64) >> 51) - (1023 << 1)
-    return classes.astype(np.uint8), _pack((numbers - _LEAST[classes]).view(np.uint64), WIDTHS[classes])
+    return classes.astype(np.uint8), _pack(
+        (numbers - _LEAST[classes]).view(np.uint64), WIDTHS[classes]
+    )
 
 
 def join(classes: Bytes, data: Sequence[bytes | memoryview], counts: Ints) -> Ints:
@@ -41,14 +43,18 @@ def join(classes: Bytes, data: Sequence[bytes | memoryview], counts: Ints) -> In
     bits = np.diff(ends[counts.cumsum()], prepend=0)  # of each split
     sizes = np.array([len(one) for one in data])
     if (sizes != (bits + 7) >> 3).any():
-        raise ValueError(f"{sizes.tolist()} bytes of packed bits, expected {((bits + 7) >> 3).tolist()}")
+        raise ValueError(
+            f"{sizes.tolist()} bytes of packed bits, expected {((bits + 7) >> 3).tolist()}"
+        )
     if len(data) > 1:
         # Each begins at a whole byte: what was filled up before it comes on top.
         starts = starts + np.repeat(8 * (sizes.cumsum() - sizes) - (bits.cumsum() - bits), counts)
     padded = np.frombuffer(b"".join([*data, bytes(8)]), dtype=np.uint8)
     # Eight bytes from any byte on: up to 31 bits that start at most 7 bits into them.
     windows = np.ndarray((len(padded) - 7,), dtype="<u8", buffer=padded, strides=(1,))
-    found: Ints = ((windows[starts >> 3] >> (starts & 7).view(np.uint64)) & _MASKS[classes]).view(np.int64)
+    found: Ints = ((windows[starts >> 3] >> (starts & 7).view(np.uint64)) & _MASKS[classes]).view(
+        np.int64
+    )
     return found + _LEAST[classes]
 
 

@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 from megatron_kd.cache.bits import Bytes, Ints, join
 from megatron_kd.cache.encode import sums
 from megatron_kd.cache.levels import Levels, Singles
-from megatron_kd.cache.record import ENTROPY, ENTROPY_STEPS, FP32, SAMPLED, TAIL, BadRecord, RecordParts, decompress, take_apart
+from megatron_kd.cache.record import (
+    ENTROPY,
+    ENTROPY_STEPS,
+    FP32,
+    SAMPLED,
+    TAIL,
+    BadRecord,
+    RecordParts,
+    decompress,
+    take_apart,
+)
 from megatron_kd.targets.sparse import SparseTarget
 
 _MOST = np.iinfo(np.int32).max
@@ -31,8 +41,13 @@ def decode_many(data: Sequence[bytes | memoryview]) -> SparseTarget:
     """The targets [B, S, K] of B records of one kind and length, K the largest of theirs. BadRecord as `decode`."""
     records = [take_apart(one) for one in data]
     first = records[0]
-    if any((r.flags, r.tokens, r.temperature) != (first.flags, first.tokens, first.temperature) for r in records):
-        raise BadRecord("records of different kinds: of other lengths or temperatures, or some with and some without a part")
+    if any(
+        (r.flags, r.tokens, r.temperature) != (first.flags, first.tokens, first.temperature)
+        for r in records
+    ):
+        raise BadRecord(
+            "records of different kinds: of other lengths or temperatures, or some with and some without a part"
+        )
     try:
         return _decode(records)
     except (ValueError, IndexError, zstandard.ZstdError) as error:
@@ -53,7 +68,10 @@ def _decode(records: Sequence[RecordParts]) -> SparseTarget:
         logprobs[used] = _counts(records) if first.flags & SAMPLED else _exact(records)
         if not first.flags & SAMPLED:
             order = np.argsort(-logprobs, axis=1, kind="stable")
-            indices, logprobs = np.take_along_axis(indices, order, 1), np.take_along_axis(logprobs, order, 1)
+            indices, logprobs = (
+                np.take_along_axis(indices, order, 1),
+                np.take_along_axis(logprobs, order, 1),
+            )
     else:
         values, mass = _levels(records, kept)
         logprobs[used] = values
@@ -106,13 +124,18 @@ def _counts(records: Sequence[RecordParts]) -> Singles:
         if most > record.draws:
             raise ValueError("an id drawn more often than there were draws")
         # The same operations as where the counts were made, so that the same bits come out.
-        found[part] = (torch.arange(most + 1) / max(record.draws, 1)).log().float().numpy()[counts[part]]
+        found[part] = (
+            (torch.arange(most + 1) / max(record.draws, 1)).log().float().numpy()[counts[part]]
+        )
     return found
 
 
 def _exact(records: Sequence[RecordParts]) -> Singles:
     """[M], log-probabilities stored as they are."""
-    if any(len(record.sections["low"]) != 4 * record.entries or len(record.sections["high"]) for record in records):
+    if any(
+        len(record.sections["low"]) != 4 * record.entries or len(record.sections["high"])
+        for record in records
+    ):
         raise ValueError("not one fp32 value for each entry")
     return np.frombuffer(b"".join(record.sections["low"] for record in records), "<f4")
 
@@ -146,19 +169,28 @@ def _entropy(records: Sequence[RecordParts]) -> torch.Tensor | None:
     if not first.flags & ENTROPY:
         return None
     if first.flags & FP32:
-        return torch.from_numpy(_from_planes(records, "entropy", "<f4", first.tokens).astype(np.float32))
-    return torch.from_numpy((_from_planes(records, "entropy", "<u2", first.tokens) / ENTROPY_STEPS).astype(np.float32))
+        return torch.from_numpy(
+            _from_planes(records, "entropy", "<f4", first.tokens).astype(np.float32)
+        )
+    return torch.from_numpy(
+        (_from_planes(records, "entropy", "<u2", first.tokens) / ENTROPY_STEPS).astype(np.float32)
+    )
 
 
 def _parts(records: Sequence[RecordParts]) -> list[tuple[RecordParts, slice]]:
     """Each record with the place of its entries."""
     ends = np.cumsum([record.entries for record in records]).tolist()
-    return [(record, slice(end - record.entries, end)) for record, end in zip(records, ends, strict=True)]
+    return [
+        (record, slice(end - record.entries, end))
+        for record, end in zip(records, ends, strict=True)
+    ]
 
 
 def _bytes(records: Sequence[RecordParts], name: str) -> Bytes:
     """[M], a byte for each entry."""
-    return np.frombuffer(b"".join(decompress(record.sections[name], record.entries) for record in records), np.uint8)
+    return np.frombuffer(
+        b"".join(decompress(record.sections[name], record.entries) for record in records), np.uint8
+    )
 
 
 def _from_planes(records: Sequence[RecordParts], name: str, dtype: str, count: int) -> NDArray[Any]:

@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from megatron_kd.cache.bits import Ints, split
 from megatron_kd.cache.levels import Levels, Singles, steps_for
-from megatron_kd.cache.record import ENTROPY, ENTROPY_STEPS, FP32, SAMPLED, TAIL, RecordParts, compress
+from megatron_kd.cache.record import (
+    ENTROPY,
+    ENTROPY_STEPS,
+    FP32,
+    SAMPLED,
+    TAIL,
+    RecordParts,
+    compress,
+)
 from megatron_kd.targets.sparse import SparseTarget
 
 VALUE_ENCODINGS = ("quantized", "fp32")
@@ -22,7 +30,9 @@ LARGEST = (1 << 16) - 1
 _UNUSED = np.iinfo(np.int32).max
 
 
-def encode(target: SparseTarget, *, value_encoding: str = "quantized", num_draws: int | None = None) -> bytes:
+def encode(
+    target: SparseTarget, *, value_encoding: str = "quantized", num_draws: int | None = None
+) -> bytes:
     """The record of `target` [S, K] (on the CPU).
 
     Args:
@@ -33,15 +43,28 @@ def encode(target: SparseTarget, *, value_encoding: str = "quantized", num_draws
         ValueError: what cannot be stored without losing more than promised.
     """
     if value_encoding not in VALUE_ENCODINGS:
-        raise ValueError(f"value_encoding must be one of {', '.join(VALUE_ENCODINGS)}, not {value_encoding!r}")
+        raise ValueError(
+            f"value_encoding must be one of {', '.join(VALUE_ENCODINGS)}, not {value_encoding!r}"
+        )
     indices, logprobs = target.indices.numpy(), target.logprobs.numpy()
     if indices.ndim != 2 or not 0 < indices.shape[1] <= LARGEST:
-        raise ValueError(f"a record holds a target of shape [S, K] with K from 1 to {LARGEST}, not {indices.shape}")
+        raise ValueError(
+            f"a record holds a target of shape [S, K] with K from 1 to {LARGEST}, not {indices.shape}"
+        )
     ids, values, kept = _rising(indices, logprobs)
     exact = value_encoding == "fp32"
     draws = (num_draws or indices.shape[1]) if target.sampled else 0
-    steps = 0 if target.sampled or exact or not len(ids) else steps_for(kept, sums(np.exp(values), kept))
-    flags = SAMPLED * target.sampled | TAIL * (target.log_tail is not None) | ENTROPY * (target.entropy is not None) | FP32 * exact
+    steps = (
+        0
+        if target.sampled or exact or not len(ids)
+        else steps_for(kept, sums(np.exp(values), kept))
+    )
+    flags = (
+        SAMPLED * target.sampled
+        | TAIL * (target.log_tail is not None)
+        | ENTROPY * (target.entropy is not None)
+        | FP32 * exact
+    )
     classes, gaps = split(_gaps(ids, kept))
     base, low, high = _encode_values(values, kept, draws=draws, steps=steps)
     sections: dict[str, bytes | memoryview] = {
@@ -53,7 +76,9 @@ def encode(target: SparseTarget, *, value_encoding: str = "quantized", num_draws
         "high": high,
         "entropy": _encode_entropy(target, exact=exact),
     }
-    record = RecordParts(flags, indices.shape[1], len(kept), len(ids), draws, steps, target.temperature, sections)
+    record = RecordParts(
+        flags, indices.shape[1], len(kept), len(ids), draws, steps, target.temperature, sections
+    )
     sections["tail"] = _encode_tail(target, values, kept, with_mass=record.stores_mass)
     return record.join()
 
@@ -63,7 +88,9 @@ def _rising(indices: NDArray[np.int32], logprobs: Singles) -> tuple[Ints, Single
     used = (indices >= 0) & (logprobs > -np.inf)
     kept = used.sum(1)
     if not kept.all() or np.isnan(logprobs).any():
-        raise ValueError("a token has no kept entry, or a log-probability that is not a number: nothing can be learnt from it")
+        raise ValueError(
+            "a token has no kept entry, or a log-probability that is not a number: nothing can be learnt from it"
+        )
     # One number for id and value: sorting it sorts both.
     joint = np.where(used, indices, _UNUSED).astype(np.int64) << 32 | logprobs.view(np.uint32)
     joint.sort(axis=1)
@@ -84,7 +111,9 @@ def _gaps(ids: Ints, kept: Ints) -> Ints:
     return gaps
 
 
-def _encode_values(values: Singles, kept: Ints, *, draws: int, steps: int) -> tuple[bytes, bytes, bytes]:
+def _encode_values(
+    values: Singles, kept: Ints, *, draws: int, steps: int
+) -> tuple[bytes, bytes, bytes]:
     """Sections base, low and high: counts as classes and the bits below; or exact values; or for levels each token's largest one,
     and how far its others are below it as low and high bytes: a token's levels are nearer to each other than to other tokens'.
     """
@@ -123,7 +152,9 @@ def _encode_entropy(target: SparseTarget, *, exact: bool) -> bytes:
     entropy = target.entropy.numpy()
     if exact:
         return _planes(entropy.astype("<f4"))
-    return _planes(np.minimum(np.rint(entropy.astype(np.float64) * ENTROPY_STEPS), LARGEST).astype("<u2"))
+    return _planes(
+        np.minimum(np.rint(entropy.astype(np.float64) * ENTROPY_STEPS), LARGEST).astype("<u2")
+    )
 
 
 def _planes(numbers: NDArray[np.generic]) -> bytes:

@@ -59,11 +59,17 @@ class CacheIdentity:
         if not isinstance(self.selection, str):
             object.__setattr__(self, "selection", repr(self.selection))
         if self.value_encoding not in VALUE_ENCODINGS:
-            raise ValueError(f"value_encoding must be one of {', '.join(VALUE_ENCODINGS)}, not {self.value_encoding!r}")
+            raise ValueError(
+                f"value_encoding must be one of {', '.join(VALUE_ENCODINGS)}, not {self.value_encoding!r}"
+            )
         if self.vocab_size < 1 or self.sequence_length < 1:
-            raise ValueError(f"vocab_size ({self.vocab_size}) and sequence_length ({self.sequence_length}) must be at least 1")
+            raise ValueError(
+                f"vocab_size ({self.vocab_size}) and sequence_length ({self.sequence_length}) must be at least 1"
+            )
         if self.document_attention not in ("across", "within"):
-            raise ValueError(f'document_attention must be "across" or "within", not {self.document_attention!r}')
+            raise ValueError(
+                f'document_attention must be "across" or "within", not {self.document_attention!r}'
+            )
 
     def to_json(self) -> str:
         """One line, keys in order: the same identity is the same text."""
@@ -85,7 +91,9 @@ class CacheIdentity:
             if (mine := getattr(self, field.name)) != (wanted := getattr(expected, field.name))
         ]
         if wrong:
-            raise WrongCache(f"{where} was made for something else ({'; '.join(wrong)}): use another cache, or make one for this run")
+            raise WrongCache(
+                f"{where} was made for something else ({'; '.join(wrong)}): use another cache, or make one for this run"
+            )
 
 
 def write_identity(directory: Path, identity: CacheIdentity) -> None:
@@ -95,7 +103,11 @@ def write_identity(directory: Path, identity: CacheIdentity) -> None:
     if path.exists():
         parse_identity(path.read_bytes(), str(path)).check(identity, str(directory))
         return
-    content = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "identity": json.loads(identity.to_json())}
+    content = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "identity": json.loads(identity.to_json()),
+    }
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 

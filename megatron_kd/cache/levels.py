@@ -50,7 +50,9 @@ class Levels:
         values = np.minimum(logprobs, 0).astype(np.float64)
         upper = (1 - np.exp(0.5 * values)) * self.steps
         lower = level + (2 * math.log(root) - values) * STEPS_PER_NAT
-        return np.rint(np.minimum(np.where(upper < level, upper, lower), LEVELS - 1)).astype(np.int64)
+        return np.rint(np.minimum(np.where(upper < level, upper, lower), LEVELS - 1)).astype(
+            np.int64
+        )
 
     def table(self, most: int) -> tuple[Singles, Floats]:
         """Log-probabilities and probabilities of the levels from 0 to at least `most`."""

@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_kd.cache.decode import decode, decode_many
-from megatron_kd.cache.identity import IDENTITY_FILE, CacheIdentity, CorruptCache, MissingTarget, parse_identity
+from megatron_kd.cache.identity import (
+    IDENTITY_FILE,
+    CacheIdentity,
+    CorruptCache,
+    MissingTarget,
+    parse_identity,
+)
 from megatron_kd.cache.record import BadRecord
 from megatron_kd.cache.shard import Record, Shard, ShardInfo, parse_info, readable
 from megatron_kd.targets.keys import KEY_BYTES, sample_key
@@ -37,7 +43,11 @@ class Storage:
     def list(self) -> list[str]:
         """Names in the folder, sorted; MissingTarget where there is no such folder."""
         try:
-            paths = self._remote.ls(self._root, detail=False) if self._remote else [str(path) for path in Path(self.name).iterdir()]
+            paths = (
+                self._remote.ls(self._root, detail=False)
+                if self._remote
+                else [str(path) for path in Path(self.name).iterdir()]
+            )
         except (FileNotFoundError, NotADirectoryError) as error:
             raise MissingTarget(f"there is no teacher cache at {self.name}") from error
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
@@ -74,7 +84,9 @@ class Place(NamedTuple):
 def identity_in(storage: Storage) -> CacheIdentity:
     """What a cache is, from its one small file. MissingTarget where there is none, CorruptCache."""
     if IDENTITY_FILE not in storage.list():
-        raise MissingTarget(f"there is no teacher cache at {storage.name}: it has no {IDENTITY_FILE}")
+        raise MissingTarget(
+            f"there is no teacher cache at {storage.name}: it has no {IDENTITY_FILE}"
+        )
     return parse_identity(storage.read(IDENTITY_FILE), storage.path(IDENTITY_FILE))
 
 
@@ -98,7 +110,11 @@ class CacheReader:
         if expect is not None:
             self.identity.check(expect, self.storage.name)
         names = self.storage.list()
-        infos = [name for name in names if name.endswith(".json") and name != IDENTITY_FILE and not name.startswith(".")]
+        infos = [
+            name
+            for name in names
+            if name.endswith(".json") and name != IDENTITY_FILE and not name.startswith(".")
+        ]
         self.shards = [self._open_shard(name, set(names)) for name in infos]
         self._index()
         self._batches: OrderedDict[tuple[int, int], pa.RecordBatch] = OrderedDict()
@@ -107,12 +123,18 @@ class CacheReader:
     def _open_shard(self, name: str, names: set[str]) -> Shard:
         info: ShardInfo = parse_info(self.storage.read(name), self.storage.path(name))
         if info.file not in names:
-            raise CorruptCache(f"{self.storage.path(info.file)} is missing, but {name} says it holds {info.records} records")
-        return Shard(self.storage.path(info.file), self.storage.open(info.file), info, self.identity)
+            raise CorruptCache(
+                f"{self.storage.path(info.file)} is missing, but {name} says it holds {info.records} records"
+            )
+        return Shard(
+            self.storage.path(info.file), self.storage.open(info.file), info, self.identity
+        )
 
     def _index(self) -> None:
         """Keys of all records in order, and where each is: the last shard by (step, name) first among equal keys."""
-        order = sorted(range(len(self.shards)), key=lambda n: (self.shards[n].info.step or 0, n), reverse=True)
+        order = sorted(
+            range(len(self.shards)), key=lambda n: (self.shards[n].info.step or 0, n), reverse=True
+        )
         keys, places = [], []
         for number in order:
             shard, found = self.shards[number], 0
@@ -120,15 +142,25 @@ class CacheReader:
                 count = len(joined) // KEY_BYTES
                 keys.append(np.frombuffer(joined, dtype="<u8").reshape(-1, 2))
                 rows = np.arange(count, dtype=np.int32)
-                places.append(np.stack([np.full(count, number, np.int32), np.full(count, batch, np.int32), rows], 1))
+                places.append(
+                    np.stack(
+                        [np.full(count, number, np.int32), np.full(count, batch, np.int32), rows], 1
+                    )
+                )
                 found += count
             if found != shard.info.records:
                 raise CorruptCache(f"{shard.path}: {found} records, expected {shard.info.records}")
-        words: NDArray[np.uint64] = np.concatenate(keys) if keys else np.zeros((0, 2), dtype=np.uint64)
-        order_of = np.lexsort((words[:, 1], words[:, 0]))  # stable: among equal keys the latest stays first
+        words: NDArray[np.uint64] = (
+            np.concatenate(keys) if keys else np.zeros((0, 2), dtype=np.uint64)
+        )
+        order_of = np.lexsort(
+            (words[:, 1], words[:, 0])
+        )  # stable: among equal keys the latest stays first
         # Halves apart: a search in a column of both would copy the column.
         self._firsts, self._seconds = words[order_of, 0], words[order_of, 1]
-        self._places = np.concatenate(places)[order_of] if places else np.zeros((0, 3), dtype=np.int32)
+        self._places = (
+            np.concatenate(places)[order_of] if places else np.zeros((0, 3), dtype=np.int32)
+        )
 
     def __len__(self) -> int:
         return len(self._firsts)
@@ -137,7 +169,10 @@ class CacheReader:
         """Where the record of each key is; None where there is none."""
         wanted = np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2)
         starts = np.searchsorted(self._firsts, wanted[:, 0]).tolist()
-        return [self._from(start, *halves) for start, halves in zip(starts, wanted.tolist(), strict=True)]
+        return [
+            self._from(start, *halves)
+            for start, halves in zip(starts, wanted.tolist(), strict=True)
+        ]
 
     def _from(self, start: int, first: int, second: int) -> Place | None:
         """The place of a key, whose first half stands from `start` on if anywhere."""
@@ -164,12 +199,16 @@ class CacheReader:
         shard = self.shards[place.shard]
         record = shard.record(self._batch(place), place.batch, place.row)
         if record.key != key:
-            raise CorruptCache(f"{shard.path}: record {place.row} of batch {place.batch} is {record.key.hex()}, expected {key.hex()}")
+            raise CorruptCache(
+                f"{shard.path}: record {place.row} of batch {place.batch} is {record.key.hex()}, expected {key.hex()}"
+            )
         return record
 
     def keys(self) -> Iterator[bytes]:
         """The names of all samples, in order; twice where two shards hold one."""
-        return (np.array(halves).tobytes() for halves in zip(self._firsts, self._seconds, strict=True))
+        return (
+            np.array(halves).tobytes() for halves in zip(self._firsts, self._seconds, strict=True)
+        )
 
     def _batch(self, place: Place) -> pa.RecordBatch:
         at = place.shard, place.batch
@@ -189,14 +228,21 @@ class CacheReader:
 
     def get_many(self, keys: Sequence[bytes]) -> SparseTarget:
         """The targets [S, B, K] of B samples by their `sample_key`s, K the widest of theirs. MissingTarget, CorruptCache."""
-        records = [self._record(key, place) for key, place in zip(keys, self.find(keys), strict=True)]
+        records = [
+            self._record(key, place) for key, place in zip(keys, self.find(keys), strict=True)
+        ]
         try:
             targets = decode_many([record.payload for record in records])
         except BadRecord as error:
             for record in records:
                 self._check(record)
-            raise CorruptCache(f"{self.storage.name}: records {', '.join(key.hex() for key in keys)}: {error}") from error
-        if any(record.tokens != targets.indices.shape[1] for record in records) or int(targets.indices.max()) >= self.identity.vocab_size:
+            raise CorruptCache(
+                f"{self.storage.name}: records {', '.join(key.hex() for key in keys)}: {error}"
+            ) from error
+        if (
+            any(record.tokens != targets.indices.shape[1] for record in records)
+            or int(targets.indices.max()) >= self.identity.vocab_size
+        ):
             for record in records:
                 self._check(record)
         return targets.map(lambda tensor: tensor.transpose(0, 1))
@@ -206,7 +252,9 @@ class CacheReader:
         try:
             check_record(record, self.identity)
         except BadRecord as error:
-            raise CorruptCache(f"{self.storage.name}: record {record.key.hex()}: {error}") from error
+            raise CorruptCache(
+                f"{self.storage.name}: record {record.key.hex()}: {error}"
+            ) from error
 
 
 def check_record(record: Record, identity: CacheIdentity) -> SparseTarget:
@@ -214,5 +262,7 @@ def check_record(record: Record, identity: CacheIdentity) -> SparseTarget:
     target = decode(record.payload)
     tokens, last = target.indices.shape[0], int(target.indices.max())
     if tokens != record.tokens or last >= identity.vocab_size:
-        raise BadRecord(f"it has {tokens} tokens and ids up to {last}, expected {record.tokens} tokens and ids below {identity.vocab_size}")
+        raise BadRecord(
+            f"it has {tokens} tokens and ids up to {last}, expected {record.tokens} tokens and ids below {identity.vocab_size}"
+        )
     return target

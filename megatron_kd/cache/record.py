@@ -40,7 +40,15 @@ class RecordParts:
     def join(self) -> bytes:
         """The record's bytes."""
         sections = [self.sections[name] for name in SECTIONS]
-        fields = (self.flags, self.slots, self.tokens, self.entries, self.draws, self.steps, self.temperature)
+        fields = (
+            self.flags,
+            self.slots,
+            self.tokens,
+            self.entries,
+            self.draws,
+            self.steps,
+            self.temperature,
+        )
         return HEADER.pack(VERSION, *fields, *map(len, sections)) + b"".join(sections)
 
 
@@ -49,7 +57,9 @@ def take_apart(data: bytes | memoryview) -> RecordParts:
     view = memoryview(data)
     if len(view) < HEADER.size:
         raise BadRecord(f"{len(view)} bytes are too few for a record's header of {HEADER.size}")
-    version, flags, slots, count, entries, draws, steps, temperature, *lengths = HEADER.unpack(view[: HEADER.size])
+    version, flags, slots, count, entries, draws, steps, temperature, *lengths = HEADER.unpack(
+        view[: HEADER.size]
+    )
     if version != VERSION:
         raise BadRecord(f"record version {version}; this program reads {VERSION}")
     if HEADER.size + sum(lengths) != len(view):
@@ -60,8 +70,13 @@ def take_apart(data: bytes | memoryview) -> RecordParts:
         sections[name] = view[start : start + length]
         start += length
     record = RecordParts(flags, slots, count, entries, draws, steps, temperature, sections)
-    if not record.tokens <= record.entries <= record.tokens * record.slots or not record.temperature > 0:
-        raise BadRecord(f"{record.entries} entries for {record.tokens} tokens of at most {record.slots}, at {record.temperature}")
+    if (
+        not record.tokens <= record.entries <= record.tokens * record.slots
+        or not record.temperature > 0
+    ):
+        raise BadRecord(
+            f"{record.entries} entries for {record.tokens} tokens of at most {record.slots}, at {record.temperature}"
+        )
     if not record.flags & (SAMPLED | FP32) and record.entries and not record.steps:
         raise BadRecord("levels of no width")
     return record

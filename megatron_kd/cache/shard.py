@@ -59,11 +59,18 @@ def record_crc(key: bytes, tokens: int, payload: bytes | memoryview) -> int:
 class ShardWriter:
     """Writes `<name>.arrow` under a temporary name; `commit` gives it its name and describes it in `<name>.json`."""
 
-    def __init__(self, directory: Path, name: str, identity: CacheIdentity, *, step: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, name: str, identity: CacheIdentity, *, step: int | None = None
+    ) -> None:
         self.directory, self.name, self.step = directory, name, step
         self.records = self.tokens = 0
         self.temporary = directory / f".{name}.arrow.partial-{os.getpid()}"
-        metadata = {"format": FORMAT, "schema_version": str(SCHEMA_VERSION), "identity": identity.to_json(), "shard": name}
+        metadata = {
+            "format": FORMAT,
+            "schema_version": str(SCHEMA_VERSION),
+            "identity": identity.to_json(),
+            "shard": name,
+        }
         self._pending: list[Record] = []
         self._sink = pa.OSFile(str(self.temporary), "wb")
         self._file = pa.ipc.new_file(self._sink, SCHEMA.with_metadata(metadata))
@@ -82,7 +89,9 @@ class ShardWriter:
         keys, tokens, payloads = zip(*self._pending, strict=True)
         crcs = [record_crc(*record) for record in self._pending]
         columns = [keys, tokens, crcs, payloads]
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+        arrays = [
+            pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)
+        ]
         self._file.write_batch(pa.record_batch(arrays, schema=SCHEMA))
         self._pending.clear()
 
@@ -105,7 +114,9 @@ class ShardWriter:
     def commit(self, *, last_step: int | None = None) -> ShardInfo:
         """Make the shard durable and visible."""
         info = self.finish(last_step=last_step)
-        (self.directory / f"{self.name}.json").unlink(missing_ok=True)  # never describe one file and hold another
+        (self.directory / f"{self.name}.json").unlink(
+            missing_ok=True
+        )  # never describe one file and hold another
         os.replace(self.temporary, self.directory / info.file)
         sync_path(self.directory)
         write_atomically(self.directory / f"{self.name}.json", info_bytes(info))
@@ -132,7 +143,9 @@ def parse_info(data: bytes, path: str) -> ShardInfo:
         content: dict[str, Any] = json.loads(data)
         info = ShardInfo(**content)
         name = path.rsplit("/", 1)[-1].removesuffix(".json")
-        if info.file != f"{name}.arrow" or not all(isinstance(n, int) for n in (info.bytes, info.records, info.tokens)):
+        if info.file != f"{name}.arrow" or not all(
+            isinstance(n, int) for n in (info.bytes, info.records, info.tokens)
+        ):
             raise ValueError(f"it names {info.file!r}, expected '{name}.arrow'")
         return info
     except (ValueError, TypeError, AttributeError) as error:
@@ -142,22 +155,35 @@ def parse_info(data: bytes, path: str) -> ShardInfo:
 class Shard:
     """A complete shard, open for reading through `source` (a memory map or any other Arrow input file)."""
 
-    def __init__(self, path: str, source: pa.NativeFile, info: ShardInfo, identity: CacheIdentity) -> None:
+    def __init__(
+        self, path: str, source: pa.NativeFile, info: ShardInfo, identity: CacheIdentity
+    ) -> None:
         self.path, self.info, self.identity = path, info, identity
         if source.size() != info.bytes:
-            raise CorruptCache(f"{path}: {source.size()} bytes, expected {info.bytes}: the file was cut or replaced")
+            raise CorruptCache(
+                f"{path}: {source.size()} bytes, expected {info.bytes}: the file was cut or replaced"
+            )
         with readable(self.path):
             self._reader = pa.ipc.open_file(source)
             schema = self._reader.schema
             if not schema.equals(SCHEMA):
-                raise CorruptCache(f"{path}: columns {schema.names}, expected {SCHEMA.names} with their types")
-            said = {key: value.decode(errors="replace") for key, value in (schema.metadata or {}).items()}
+                raise CorruptCache(
+                    f"{path}: columns {schema.names}, expected {SCHEMA.names} with their types"
+                )
+            said = {
+                key: value.decode(errors="replace")
+                for key, value in (schema.metadata or {}).items()
+            }
         told, name = said.get(b"identity", ""), info.file.removesuffix(".arrow")
         if told != identity.to_json():
-            raise CorruptCache(f"{path}: a shard of another cache: it says {told}, expected {identity.to_json()}")
+            raise CorruptCache(
+                f"{path}: a shard of another cache: it says {told}, expected {identity.to_json()}"
+            )
         # Two files of one size that changed places: the records say which samples they are, but not of which training step.
         if said.get(b"shard", name) != name:
-            raise CorruptCache(f"{path}: it was written as {said[b'shard']!r}, expected {name!r}: a file was renamed or replaced")
+            raise CorruptCache(
+                f"{path}: it was written as {said[b'shard']!r}, expected {name!r}: a file was renamed or replaced"
+            )
         self.num_batches = self._reader.num_record_batches
 
     def batch(self, number: int) -> pa.RecordBatch:
@@ -181,7 +207,9 @@ class Shard:
         key, tokens, crc, payload = (batch.column(place)[row].as_py() for place in range(4))
         found = record_crc(key, tokens, payload)
         if found != crc:
-            raise CorruptCache(f"{self.path}: record {row} of batch {number} (key {key.hex()}): checksum {found:08x}, expected {crc:08x}")
+            raise CorruptCache(
+                f"{self.path}: record {row} of batch {number} (key {key.hex()}): checksum {found:08x}, expected {crc:08x}"
+            )
         return Record(key, tokens, payload)
 
 
@@ -190,5 +218,10 @@ def readable(path: str) -> Iterator[None]:
     """Turns Arrow's errors into CorruptCache with the file's name."""
     try:
         yield
-    except (pa.ArrowException, OSError, MemoryError, UnicodeError) as error:  # the last: a column by a name of other bytes
+    except (
+        pa.ArrowException,
+        OSError,
+        MemoryError,
+        UnicodeError,
+    ) as error:  # the last: a column by a name of other bytes
         raise CorruptCache(f"{path} is not a readable Arrow file: {error}") from error

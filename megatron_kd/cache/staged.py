@@ -36,7 +36,9 @@ class StagedWriter:
         CacheInUse: another process writes as this worker, and which. OSError: the disk is full, or not writable.
     """
 
-    def __init__(self, directory: Path, identity: CacheIdentity, *, worker: int, shard_steps: int) -> None:
+    def __init__(
+        self, directory: Path, identity: CacheIdentity, *, worker: int, shard_steps: int
+    ) -> None:
         self.directory, self.identity = directory, identity
         self._worker, self._shard_steps = worker, shard_steps
         self._lock = WriterLock(directory / f".writer-{worker:05d}.lock")
@@ -106,14 +108,18 @@ def settle(directory: Path, step: int) -> None:
     already shows steps that are still to be made, CorruptCache, OSError.
     """
     for path in sorted(directory.glob(f".step-*.json{READY}")):
-        info = parse_info(path.read_bytes(), str(directory / path.name.removeprefix(".").removesuffix(READY)))
+        info = parse_info(
+            path.read_bytes(), str(directory / path.name.removeprefix(".").removesuffix(READY))
+        )
         name = info.file.removesuffix(".arrow")
         if _last(info) < step:
             _publish(directory, name)
         else:
             _drop(directory, name)
     for leftover in directory.iterdir():
-        if leftover.name.startswith((".step-", "..step-")):  # two dots: a temporary name of a hidden file
+        if leftover.name.startswith(
+            (".step-", "..step-")
+        ):  # two dots: a temporary name of a hidden file
             leftover.unlink(missing_ok=True)
     ahead = [info for info in _published(directory) if _last(info) >= step]
     if ahead:
@@ -124,7 +130,9 @@ def settle(directory: Path, step: int) -> None:
 
 
 def _published(directory: Path) -> list[ShardInfo]:
-    return [parse_info(path.read_bytes(), str(path)) for path in sorted(directory.glob("step-*.json"))]
+    return [
+        parse_info(path.read_bytes(), str(path)) for path in sorted(directory.glob("step-*.json"))
+    ]
 
 
 def _first(info: ShardInfo) -> int:

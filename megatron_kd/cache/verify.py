@@ -10,7 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from megatron_kd.cache.decode import decode
-from megatron_kd.cache.identity import IDENTITY_FILE, CacheError, CacheIdentity, CorruptCache, parse_identity, write_identity
+from megatron_kd.cache.identity import (
+    IDENTITY_FILE,
+    CacheError,
+    CacheIdentity,
+    CorruptCache,
+    parse_identity,
+    write_identity,
+)
 from megatron_kd.cache.reader import CacheReader, Storage, check_record
 from megatron_kd.cache.record import BadRecord
 from megatron_kd.cache.shard import Record, Shard, ShardWriter, parse_info
@@ -42,7 +49,9 @@ class CacheStatistics:
         self.bytes += len(record.payload)
         self.entries += int(used.sum())
         self.mass += float(target.logprobs.double().exp().sum())
-        self.entropy += float(target.entropy.double().sum()) if target.entropy is not None else float("nan")
+        self.entropy += (
+            float(target.entropy.double().sum()) if target.entropy is not None else float("nan")
+        )
 
     def summary(self) -> dict[str, float]:
         """Means per token."""
@@ -97,7 +106,11 @@ def verify(directory: Path) -> tuple[dict[str, str], list[str]]:
                 _verify_shard(storage, directory, name, identity)
             except CacheError as error:
                 problems[name.removesuffix(".json")] = str(error)
-    strays = [name for name in names if (name.endswith(".arrow") and name not in described) or ".partial-" in name]
+    strays = [
+        name
+        for name in names
+        if (name.endswith(".arrow") and name not in described) or ".partial-" in name
+    ]
     return problems, strays
 
 
@@ -112,7 +125,9 @@ def _verify_shard(storage: Storage, directory: Path, name: str, identity: CacheI
     except CorruptCache as error:
         damage = error
     if digest != info.sha256:
-        raise CorruptCache(f"{path}: SHA-256 {digest}, expected {info.sha256}; {damage or 'each of its records is sound'}")
+        raise CorruptCache(
+            f"{path}: SHA-256 {digest}, expected {info.sha256}; {damage or 'each of its records is sound'}"
+        )
     if damage is not None:
         raise damage
 
@@ -152,13 +167,17 @@ def merge(sources: list[Path], directory: Path) -> int:
         seen = set(CacheReader(directory).keys())
         for reader in readers:
             for shard in reader.shards:
-                count += _copy(shard, directory, f"merged-{start + count:06d}", reader.identity, seen)
+                count += _copy(
+                    shard, directory, f"merged-{start + count:06d}", reader.identity, seen
+                )
         return count
     finally:
         lock.release()
 
 
-def _copy(shard: Shard, directory: Path, name: str, identity: CacheIdentity, seen: set[bytes]) -> int:
+def _copy(
+    shard: Shard, directory: Path, name: str, identity: CacheIdentity, seen: set[bytes]
+) -> int:
     """A shard's records that are not yet there (all of them where shards have training steps, which tell them apart)."""
     if shutil.disk_usage(directory).free < shard.info.bytes:
         raise OSError(28, f"no space for {shard.path} in {directory}")

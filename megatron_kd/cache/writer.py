@@ -31,9 +31,14 @@ class WriterLock:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            owner = os.read(self._descriptor, 1000).decode(errors="replace").strip() or "a process that has not said its name"
+            owner = (
+                os.read(self._descriptor, 1000).decode(errors="replace").strip()
+                or "a process that has not said its name"
+            )
             os.close(self._descriptor)
-            raise CacheInUse(f"{path.parent} is being written by {owner}: wait for it, stop it, or write elsewhere") from error
+            raise CacheInUse(
+                f"{path.parent} is being written by {owner}: wait for it, stop it, or write elsewhere"
+            ) from error
         os.ftruncate(self._descriptor, 0)
         owner = f"process {os.getpid()} of {getpass.getuser()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         os.write(self._descriptor, owner.encode())
@@ -69,24 +74,32 @@ class CacheWriter:
         step: int | None = None,
     ) -> None:
         if worker < 0 or shard_samples < 1 or (shard is not None and shard < 0):
-            raise ValueError(f"worker ({worker}) and shard ({shard}) count from 0, shard_samples ({shard_samples}) from 1")
+            raise ValueError(
+                f"worker ({worker}) and shard ({shard}) count from 0, shard_samples ({shard_samples}) from 1"
+            )
         self.directory, self.identity, self.step = Path(directory), identity, step
         self._worker, self._fixed, self._shard_samples = worker, shard, shard_samples
         self._open: ShardWriter | None = None
         self._added: set[bytes] = set()
         write_identity(self.directory, identity)
         self._lock = WriterLock(self.directory / f".writer-{worker:05d}.lock")
-        for leftover in self.directory.glob(f".{self._prefix}*.partial-*"):  # of a writer that was killed
+        for leftover in self.directory.glob(
+            f".{self._prefix}*.partial-*"
+        ):  # of a writer that was killed
             leftover.unlink()
 
     @property
     def _prefix(self) -> str:
-        return f"shard-{self._fixed:08d}" if self._fixed is not None else f"worker-{self._worker:05d}-"
+        return (
+            f"shard-{self._fixed:08d}" if self._fixed is not None else f"worker-{self._worker:05d}-"
+        )
 
     def _new_shard(self) -> ShardWriter:
         name = self._prefix
         if self._fixed is None:
-            numbers = [int(path.stem.rsplit("-", 1)[1]) for path in self.directory.glob(f"{name}*.arrow")]
+            numbers = [
+                int(path.stem.rsplit("-", 1)[1]) for path in self.directory.glob(f"{name}*.arrow")
+            ]
             name += f"{max(numbers, default=-1) + 1:06d}"
         return ShardWriter(self.directory, name, self.identity, step=self.step)
 
@@ -130,7 +143,12 @@ class CacheWriter:
     def __enter__(self) -> CacheWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if kind is None:
             self.close()
         else:
@@ -145,12 +163,18 @@ def check_sample(tokens: Tensor, target: SparseTarget, identity: CacheIdentity) 
             f"{identity.sequence_length} tokens with one row of K entries each"
         )
     if int(target.indices.max()) >= identity.vocab_size:
-        raise ValueError(f"id {int(target.indices.max())} is past the vocabulary of {identity.vocab_size} ids")
+        raise ValueError(
+            f"id {int(target.indices.max())} is past the vocabulary of {identity.vocab_size} ids"
+        )
 
 
 def make_record(key: bytes, target: SparseTarget, identity: CacheIdentity) -> Record:
     """The record of the sample named `key` with the target [S, K]. ValueError for what cannot be stored."""
-    payload = encode(target.map(lambda t: t.detach().cpu()), value_encoding=identity.value_encoding, num_draws=_draws(identity))
+    payload = encode(
+        target.map(lambda t: t.detach().cpu()),
+        value_encoding=identity.value_encoding,
+        num_draws=_draws(identity),
+    )
     return Record(key, target.indices.shape[0], payload)
 
 

@@ -23,7 +23,12 @@ class CheckpointLog:
 
     def add(self, event: str, step: int, **facts: Any) -> None:
         """One row. A disk that does not take it has more important things to say than this."""
-        row = {"event": event, "step": step, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **facts}
+        row = {
+            "event": event,
+            "step": step,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            **facts,
+        }
         with self._lock:
             try:
                 with open(self._path, "a", encoding="utf-8") as stream:
@@ -89,7 +94,9 @@ class Verifier:
                 pass
             except Exception as error:  # whatever it is, the checkpoint counts as unverified
                 self._log.warn(
-                    "unverified", step, f"the checkpoint of step {step} could not be read back ({type(error).__name__}: {error})"
+                    "unverified",
+                    step,
+                    f"the checkpoint of step {step} could not be read back ({type(error).__name__}: {error})",
                 )
             with self._changed:
                 self._working = False
@@ -115,7 +122,9 @@ class Verifier:
 
     def _sound(self, step: int) -> bool:
         begin = time.perf_counter()
-        problems = verify(step_folder(self._checkpoints, step), from_disk=True, progress=self._look_up)
+        problems = verify(
+            step_folder(self._checkpoints, step), from_disk=True, progress=self._look_up
+        )
         if problems:
             self.bad[step] = one_sentence(problems)
             message = f"the checkpoint of step {step} was written and does not read back: {self.bad[step]}; older ones are kept"

@@ -58,7 +58,12 @@ class Source:
 
 
 def open_huggingface(
-    folder: Path, *, vocab_size: int | None = None, vocab_size_multiple: int = 128, precision: str | None = None, what: str = "input"
+    folder: Path,
+    *,
+    vocab_size: int | None = None,
+    vocab_size_multiple: int = 128,
+    precision: str | None = None,
+    what: str = "input",
 ) -> Source:
     """Read config.json and the tables of the safetensors files, and hold them against each other. ConfigError naming `what`.
 
@@ -71,16 +76,26 @@ def open_huggingface(
     theirs = model.vocab_size
     assert theirs is not None
     if vocab_size is not None and not 1 < vocab_size <= theirs:
-        raise ConfigError(f"{what}: the vocabulary size asked for ({vocab_size}) must be in [2, {theirs}], the rows of the embedding")
+        raise ConfigError(
+            f"{what}: the vocabulary size asked for ({vocab_size}) must be in [2, {theirs}], the rows of the embedding"
+        )
     _check_tensors(weights, model, theirs, what)
-    model = model.model_copy(update={"vocab_size": vocab_size or theirs, "vocab_size_multiple": vocab_size_multiple})
+    model = model.model_copy(
+        update={"vocab_size": vocab_size or theirs, "vocab_size_multiple": vocab_size_multiple}
+    )
     if precision is None:
-        types = {weights.tensors[name].dtype for row, layer in rows_of(model) for name in their_names(row, layer)}
+        types = {
+            weights.tensors[name].dtype
+            for row, layer in rows_of(model)
+            for name in their_names(row, layer)
+        }
         precision = "bf16" if types == {torch.bfloat16} else "fp32"
     return Source(weights, model, config, precision)
 
 
-def _check_tensors(weights: SafetensorsFolder, model: ModelSection, vocab_size: int, what: str) -> None:
+def _check_tensors(
+    weights: SafetensorsFolder, model: ModelSection, vocab_size: int, what: str
+) -> None:
     if model.num_layers > len(weights.tensors):
         # Before anything is made for each layer: the number may be anything.
         raise ConfigError(
@@ -90,9 +105,15 @@ def _check_tensors(weights: SafetensorsFolder, model: ModelSection, vocab_size: 
     wanted = {
         name: shape
         for row, layer in rows_of(model)
-        for name, shape in zip(their_names(row, layer), their_shapes(row, model, vocab_size), strict=True)
+        for name, shape in zip(
+            their_names(row, layer), their_shapes(row, model, vocab_size), strict=True
+        )
     }
-    extra = [name for name in weights.tensors if name not in wanted and not name.endswith(IGNORED_SUFFIXES)]
+    extra = [
+        name
+        for name in weights.tensors
+        if name not in wanted and not name.endswith(IGNORED_SUFFIXES)
+    ]
     missing = [name for name in wanted if name not in weights.tensors]
     if missing:
         raise ConfigError(
@@ -102,35 +123,55 @@ def _check_tensors(weights: SafetensorsFolder, model: ModelSection, vocab_size: 
         _check_tied(weights, what)
         extra.remove("lm_head.weight")
     if extra:
-        raise ConfigError(f"{what}: {weights.folder} holds {_some(extra)}, which a model of its config.json does not have")
+        raise ConfigError(
+            f"{what}: {weights.folder} holds {_some(extra)}, which a model of its config.json does not have"
+        )
     for name, shape in wanted.items():
         found = weights.tensors[name]
         if found.shape != shape:
-            raise ConfigError(f"{what}: {name} has shape {list(found.shape)}, but config.json says {list(shape)}")
+            raise ConfigError(
+                f"{what}: {name} has shape {list(found.shape)}, but config.json says {list(shape)}"
+            )
         if found.dtype is None:
-            raise ConfigError(f"{what}: {name} has type {found.type_name}: convert the bf16, fp16 or fp32 original of the model")
+            raise ConfigError(
+                f"{what}: {name} has type {found.type_name}: convert the bf16, fp16 or fp32 original of the model"
+            )
 
 
 def _check_tied(weights: SafetensorsFolder, what: str) -> None:
     if not torch.equal(weights.read("lm_head.weight"), weights.read("model.embed_tokens.weight")):
-        raise ConfigError(f"{what}: config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight")
+        raise ConfigError(
+            f"{what}: config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight"
+        )
 
 
 def _some(names: list[str]) -> str:
     return f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
 
 
-def write_checkpoint(output: Path, source: Source, *, tokenizer: str | None, files: Mapping[str, bytes] | None = None) -> Path:
+def write_checkpoint(
+    output: Path, source: Source, *, tokenizer: str | None, files: Mapping[str, bytes] | None = None
+) -> Path:
     """Write `output`/checkpoints/step-00000000 from a Hugging Face folder; returns it. `output` must not exist.
 
     tokenizer: digest of its vocabulary. files: what else goes into `output`, name -> content.
     """
-    pieces = [piece for row, layer in rows_of(source.model) for piece in _pieces(source, row, layer)]
-    return _commit(output, source.model, pieces, precision=source.precision, tokenizer=tokenizer, files=files)
+    pieces = [
+        piece for row, layer in rows_of(source.model) for piece in _pieces(source, row, layer)
+    ]
+    return _commit(
+        output, source.model, pieces, precision=source.precision, tokenizer=tokenizer, files=files
+    )
 
 
 def _commit(
-    output: Path, model: ModelSection, pieces: list[Piece], *, precision: str, tokenizer: str | None, files: Mapping[str, bytes] | None
+    output: Path,
+    model: ModelSection,
+    pieces: list[Piece],
+    *,
+    precision: str,
+    tokenizer: str | None,
+    files: Mapping[str, bytes] | None,
 ) -> Path:
     if output.exists():
         raise ConfigError(f"output {output} exists already: choose another name")
@@ -148,7 +189,11 @@ def _commit(
         version=__version__,
     )
     layers = model.num_layers
-    objects = [f"{name}._extra_state/shard_{layer}_{layers}" for name in EXTRA_STATES for layer in range(layers)]
+    objects = [
+        f"{name}._extra_state/shard_{layer}_{layers}"
+        for name in EXTRA_STATES
+        for layer in range(layers)
+    ]
     with _appearing(output) as hidden:
         pending = PendingCheckpoint(hidden / "checkpoints", 0)
         pending.start()
@@ -194,14 +239,29 @@ def _pieces(source: Source, row: Row, layer: int | None) -> Iterator[Piece]:
 
     if row.kind == "vocabulary":
         padded = padded_vocab_size(source.vocab_size, model.vocab_size_multiple)
-        yield piece((padded, model.hidden_size), 0, padded, lambda: _pad(source.weights.read(names[0]), source.vocab_size, padded))
+        yield piece(
+            (padded, model.hidden_size),
+            0,
+            padded,
+            lambda: _pad(source.weights.read(names[0]), source.vocab_size, padded),
+        )
     elif row.kind == "gate_up":
         rows = model.ffn_hidden_size
         for number, name in enumerate(names):
-            yield piece((2 * rows, model.hidden_size), number * rows, rows, lambda name=name: source.weights.read(name))
+            yield piece(
+                (2 * rows, model.hidden_size),
+                number * rows,
+                rows,
+                lambda name=name: source.weights.read(name),
+            )
     elif row.kind == "qkv":
         shape = (sum(part[0] for part in parts), *parts[0][1:])
-        yield piece(shape, 0, shape[0], lambda: merge_qkv([source.weights.read(name) for name in names], model))
+        yield piece(
+            shape,
+            0,
+            shape[0],
+            lambda: merge_qkv([source.weights.read(name) for name in names], model),
+        )
     else:
         yield piece(parts[0], 0, parts[0][0], lambda: source.weights.read(names[0]))
 
@@ -249,7 +309,10 @@ class OurWeights:
 
     def dtypes(self) -> set[torch.dtype]:
         """Types of the model's tensors."""
-        return {self.reader.tensors[self._name(row, layer)[0]].dtype for row, layer in rows_of(self.model)}
+        return {
+            self.reader.tensors[self._name(row, layer)[0]].dtype
+            for row, layer in rows_of(self.model)
+        }
 
     def _shape(self, row: Row) -> tuple[int, ...]:
         parts = their_shapes(row, self.model, self.vocab_size)
@@ -257,18 +320,30 @@ class OurWeights:
 
     def _name(self, row: Row, layer: int | None) -> tuple[str, bool]:
         single = row.ours.replace("decoder.layers.", f"decoder.layers.{layer}.")
-        return (single, False) if layer is not None and single in self.reader.tensors else (row.ours, True)
+        return (
+            (single, False)
+            if layer is not None and single in self.reader.tensors
+            else (row.ours, True)
+        )
 
     def _check(self, row: Row, layer: int | None) -> None:
         name, stacked = self._name(row, layer)
         found = self.reader.tensors.get(name)
         if found is None:
-            raise ConfigError(f"{self._what}: {self.reader.folder} lacks {name}: the checkpoint is not of this model")
+            raise ConfigError(
+                f"{self._what}: {self.reader.folder} lacks {name}: the checkpoint is not of this model"
+            )
         shape = self._shape(row)
         wanted = (self.model.num_layers, *shape) if layer is not None and stacked else shape
-        enough = found.shape[1:] == wanted[1:] and found.shape[0] >= wanted[0] if row.kind == "vocabulary" else found.shape == wanted
+        enough = (
+            found.shape[1:] == wanted[1:] and found.shape[0] >= wanted[0]
+            if row.kind == "vocabulary"
+            else found.shape == wanted
+        )
         if not enough:
-            raise ConfigError(f"{self._what}: {name} has shape {list(found.shape)}, but the model says {list(wanted)}")
+            raise ConfigError(
+                f"{self._what}: {name} has shape {list(found.shape)}, but the model says {list(wanted)}"
+            )
 
 
 def adopt_checkpoint(
@@ -294,12 +369,21 @@ def adopt_checkpoint(
         shape = weights._shape(row)
         if row.kind == "vocabulary":
             return Piece(
-                row.ours, (padded, shape[1]), (0, 0), (padded, shape[1]), dtype, lambda: _pad(weights.read(row, None), shape[0], padded)
+                row.ours,
+                (padded, shape[1]),
+                (0, 0),
+                (padded, shape[1]),
+                dtype,
+                lambda: _pad(weights.read(row, None), shape[0], padded),
             )
         if layer is None:
-            return Piece(row.ours, shape, (0,) * len(shape), shape, dtype, lambda: weights.read(row, None))
+            return Piece(
+                row.ours, shape, (0,) * len(shape), shape, dtype, lambda: weights.read(row, None)
+            )
         whole, offset = (model.num_layers, *shape), (layer, *[0] * len(shape))
-        return Piece(row.ours, whole, offset, (1, *shape), dtype, lambda: weights.read(row, layer)[None])
+        return Piece(
+            row.ours, whole, offset, (1, *shape), dtype, lambda: weights.read(row, layer)[None]
+        )
 
     pieces = [piece(*place) for place in rows_of(model)]
     return _commit(output, model, pieces, precision=precision, tokenizer=tokenizer, files=files)
@@ -329,11 +413,17 @@ def write_huggingface(
     if others:
         dtype = torch.float32
     config = config_from_model(
-        model, vocab_size=info.vocab_size, dtype=_HF_DTYPES[dtype], max_positions=max_positions, special_ids=special_ids
+        model,
+        vocab_size=info.vocab_size,
+        dtype=_HF_DTYPES[dtype],
+        max_positions=max_positions,
+        special_ids=special_ids,
     )
     with _appearing(output) as hidden:
         write_safetensors(hidden, _their_tensors(weights, dtype), shard_bytes=shard_bytes)
-        _write_files(hidden, {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **(files or {})})
+        _write_files(
+            hidden, {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **(files or {})}
+        )
     return config
 
 

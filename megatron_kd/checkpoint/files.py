@@ -15,7 +15,12 @@ from megatron_kd.checkpoint.manifest import DigestingStream, FileRecord
 
 COMMON = "common.pt"
 # What megatron-core expects in metadata.json.
-BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 
 class DigestingFiles(FileSystem):
@@ -25,7 +30,9 @@ class DigestingFiles(FileSystem):
         self.written: dict[str, FileRecord] = {}
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+    def create_stream(
+        self, path: str | os.PathLike[str], mode: str
+    ) -> Generator[io.IOBase, None, None]:
         """A stream to be written from start to end; at its end the file is durable. OSError names the file."""
         if mode not in ("wb", "xb"):
             with super().create_stream(path, mode) as stream:
@@ -42,7 +49,9 @@ class DigestingFiles(FileSystem):
                     raise digesting.error or error from error
                 os.fsync(digesting.fileno())
         except OSError as error:
-            raise error if error.filename else OSError(error.errno, error.strerror, str(path)) from error
+            raise (
+                error if error.filename else OSError(error.errno, error.strerror, str(path))
+            ) from error
         self.written[path.name] = digesting.record()
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:

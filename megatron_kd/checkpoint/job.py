@@ -18,7 +18,13 @@ class Job:
     limit_seconds: after these it has failed, whatever becomes of it. low_priority: give way to the training.
     """
 
-    def __init__(self, work: Callable[[Callable[[str], None]], Any], *, limit_seconds: float, low_priority: bool = False) -> None:
+    def __init__(
+        self,
+        work: Callable[[Callable[[str], None]], Any],
+        *,
+        limit_seconds: float,
+        low_priority: bool = False,
+    ) -> None:
         self.phase, self.result, self.error = "starting", None, None  # type: tuple[str, Any, BaseException | None]
         self._work, self._limit, self._low = work, limit_seconds, low_priority
         self._since = time.monotonic()

@@ -45,7 +45,9 @@ class _Reader(FileSystemReader):
 
 class _Planner(MCoreLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+        self.state_dict[read_item.dest_index.fqn] = torch.load(
+            value, map_location="cpu", weights_only=True
+        )
 
 
 class LoadSharded(TorchDistLoadShardedStrategy):
@@ -57,12 +59,18 @@ class LoadSharded(TorchDistLoadShardedStrategy):
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Path) -> Any:
         """Fill a sharded state. Collective over the world. ConfigError for a table of contents that is more than that."""
-        tensors = [each for each in nested_values(sharded_state_dict) if isinstance(each, ShardedTensor)]
+        tensors = [
+            each for each in nested_values(sharded_state_dict) if isinstance(each, ShardedTensor)
+        ]
         wanted, flat, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         filled = cast(dict[str, Any], mcore_to_pyt_state_dict(wanted, True))
         planner = _Planner(
-            shapes_validation_sharded_tensors=[each for each in tensors if not each.allow_shape_mismatch],
-            allow_shape_mismatch_sharded_tensors={each.key: each for each in tensors if each.allow_shape_mismatch},
+            shapes_validation_sharded_tensors=[
+                each for each in tensors if not each.allow_shape_mismatch
+            ],
+            allow_shape_mismatch_sharded_tensors={
+                each.key: each for each in tensors if each.allow_shape_mismatch
+            },
         )
         folder = Path(checkpoint_dir)
         reader = _Reader(folder, read_metadata(folder, what=self._what))

@@ -93,7 +93,9 @@ def write_file(folder: Path, name: str, data: bytes) -> FileRecord:
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        raise error if error.filename else OSError(error.errno, error.strerror, str(folder / name)) from error
+        raise (
+            error if error.filename else OSError(error.errno, error.strerror, str(folder / name))
+        ) from error
     return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
@@ -101,7 +103,11 @@ def seal(folder: Path, files: Mapping[str, FileRecord]) -> None:
     """Write the manifest, then the mark that all is there. Every file must be durable already."""
     for name in files:
         _check_name(name)
-    content = {"format": 1, "digest": "sha256", "files": {name: asdict(files[name]) for name in sorted(files)}}
+    content = {
+        "format": 1,
+        "digest": "sha256",
+        "files": {name: asdict(files[name]) for name in sorted(files)},
+    }
     written = write_file(folder, MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
     sync_path(folder)
     write_file(folder, COMMIT, (json.dumps({"manifest_sha256": written.sha256}) + "\n").encode())
@@ -116,15 +122,21 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         expected = json.loads(told)["manifest_sha256"]
         found = hashlib.sha256(data).hexdigest()
         if found != expected:
-            raise DamagedCheckpoint(f"{folder / MANIFEST} has SHA-256 {found}, {COMMIT} says {expected}")
+            raise DamagedCheckpoint(
+                f"{folder / MANIFEST} has SHA-256 {found}, {COMMIT} says {expected}"
+            )
         content = json.loads(data, object_pairs_hook=_without_repeats)
         if content["format"] != 1 or content["digest"] != "sha256":
-            raise ValueError(f"format {content['format']!r} with digest {content['digest']!r} is not known here")
+            raise ValueError(
+                f"format {content['format']!r} with digest {content['digest']!r} is not known here"
+            )
         return {name: _record(name, entry) for name, entry in content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, DamagedCheckpoint):
             raise
-        raise DamagedCheckpoint(f"{folder / MANIFEST} or {COMMIT} beside it is not a list of files and digests ({error})") from error
+        raise DamagedCheckpoint(
+            f"{folder / MANIFEST} or {COMMIT} beside it is not a list of files and digests ({error})"
+        ) from error
 
 
 def _record(name: str, entry: Any) -> FileRecord:
@@ -137,7 +149,9 @@ def _record(name: str, entry: Any) -> FileRecord:
 
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name) or name in (".", "..", MANIFEST, COMMIT):
-        raise DamagedCheckpoint(f"a file of a checkpoint cannot be called {name[:200]!r}: names are plain, without folders")
+        raise DamagedCheckpoint(
+            f"a file of a checkpoint cannot be called {name[:200]!r}: names are plain, without folders"
+        )
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -155,7 +169,9 @@ def _read_small(folder: Path, name: str) -> bytes:
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{folder / name} is missing") from None
     except OSError as error:
-        raise DamagedCheckpoint(f"{folder / name} cannot be read ({error.strerror or error})") from error
+        raise DamagedCheckpoint(
+            f"{folder / name} cannot be read ({error.strerror or error})"
+        ) from error
 
 
 def _open(path: Path) -> int:
@@ -193,7 +209,9 @@ def verify(
         return problems
     mine = _part(files, *share)
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        found = pool.map(lambda name: _compare(folder / name, files[name], from_disk, progress), mine)
+        found = pool.map(
+            lambda name: _compare(folder / name, files[name], from_disk, progress), mine
+        )
         return [problem for problem in found if problem is not None]
 
 
@@ -203,7 +221,11 @@ def file_problem(folder: Path, name: str) -> str | None:
         record = read_manifest(folder).get(name)
     except DamagedCheckpoint as error:
         return str(error)
-    return f"{folder / name} is not in {MANIFEST}" if record is None else _compare(folder / name, record, False, lambda _bytes: None)
+    return (
+        f"{folder / name} is not in {MANIFEST}"
+        if record is None
+        else _compare(folder / name, record, False, lambda _bytes: None)
+    )
 
 
 def _look(folder: Path) -> tuple[dict[str, FileRecord], list[str]]:
@@ -222,7 +244,9 @@ def _look(folder: Path) -> tuple[dict[str, FileRecord], list[str]]:
         elif not stat.S_ISREG(present[name].st_mode):
             problems.append(f"{folder / name} is not a regular file")
         elif present[name].st_size != record.bytes:
-            problems.append(f"{folder / name} has {present[name].st_size} bytes, expected {record.bytes}")
+            problems.append(
+                f"{folder / name} has {present[name].st_size} bytes, expected {record.bytes}"
+            )
     extra = sorted(present.keys() - files.keys() - {MANIFEST, COMMIT})
     problems += [f"{folder / name} is not a file of this checkpoint" for name in extra]
     return files, problems
@@ -239,7 +263,9 @@ def _part(files: Mapping[str, FileRecord], index: int, count: int) -> list[str]:
     return parts[index]
 
 
-def _compare(path: Path, record: FileRecord, from_disk: bool, progress: Callable[[int], None]) -> str | None:
+def _compare(
+    path: Path, record: FileRecord, from_disk: bool, progress: Callable[[int], None]
+) -> str | None:
     try:
         descriptor = _open(path)
         try:
@@ -254,7 +280,9 @@ def _compare(path: Path, record: FileRecord, from_disk: bool, progress: Callable
     except OSError as error:
         return f"{path} cannot be read ({error.strerror or error})"
     found = digest.hexdigest()
-    return None if found == record.sha256 else f"{path} has SHA-256 {found}, expected {record.sha256}"
+    return (
+        None if found == record.sha256 else f"{path} has SHA-256 {found}, expected {record.sha256}"
+    )
 
 
 def wait_for_folder(folder: Path, patience: float = STALE_SECONDS) -> None:
@@ -264,7 +292,9 @@ def wait_for_folder(folder: Path, patience: float = STALE_SECONDS) -> None:
         time.sleep(0.05)
 
 
-def wait_for_sizes(folder: Path, files: Mapping[str, FileRecord], patience: float = STALE_SECONDS) -> None:
+def wait_for_sizes(
+    folder: Path, files: Mapping[str, FileRecord], patience: float = STALE_SECONDS
+) -> None:
     """Return once every file shows its size here, whichever machine wrote it. OSError naming the first that does not."""
     deadline = time.monotonic() + patience
     for name, record in files.items():

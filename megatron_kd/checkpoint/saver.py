@@ -25,11 +25,24 @@ from megatron_kd.checkpoint.background import CheckpointLog, Verifier
 from megatron_kd.checkpoint.job import DONE, FAILED, RUNNING, Job
 from megatron_kd.checkpoint.manifest import FileRecord, wait_for_sizes
 from megatron_kd.checkpoint.state import OptimizerState, training_state
-from megatron_kd.checkpoint.store import CheckpointError, CheckpointInfo, PendingCheckpoint, complete_steps, remove_leftovers, step_folder
+from megatron_kd.checkpoint.store import (
+    CheckpointError,
+    CheckpointInfo,
+    PendingCheckpoint,
+    complete_steps,
+    remove_leftovers,
+    step_folder,
+)
 from megatron_kd.checkpoint.writer import Said, StateWriter, plan_save
 from megatron_kd.config import CheckpointSection
 from megatron_kd.config.lease import LostLeaseError
-from megatron_kd.parallel.collectives import from_rank_zero, maximum, on_any_rank, raise_together, to_rank_zero
+from megatron_kd.parallel.collectives import (
+    from_rank_zero,
+    maximum,
+    on_any_rank,
+    raise_together,
+    to_rank_zero,
+)
 from megatron_kd.parallel.watch import Watch
 
 
@@ -60,8 +73,15 @@ class Saver:
         watch: is told where this rank stands.
     """
 
-    def __init__(self, checkpoints: Path, section: CheckpointSection, *, device: torch.device, watch: Watch) -> None:
-        self.checkpoints, self._section, self._device, self._watch = checkpoints, section, device, watch
+    def __init__(
+        self, checkpoints: Path, section: CheckpointSection, *, device: torch.device, watch: Watch
+    ) -> None:
+        self.checkpoints, self._section, self._device, self._watch = (
+            checkpoints,
+            section,
+            device,
+            watch,
+        )
         self._first = dist.get_rank() == 0
         self.log = CheckpointLog(checkpoints.parent / "checkpoints.jsonl")
         self.verifier = Verifier(checkpoints, keep_last=section.keep_last, log=self.log)
@@ -70,7 +90,9 @@ class Saver:
         self._clean = self._tight = False
         self._newest: int | None = None
 
-    def save(self, info: CheckpointInfo, models: Sequence[GPTModel], optimizer: OptimizerState) -> None:
+    def save(
+        self, info: CheckpointInfo, models: Sequence[GPTModel], optimizer: OptimizerState
+    ) -> None:
         """Write a checkpoint; returns once it is complete, or on its way where section.asynchronous."""
         self._complete()
         begin = time.perf_counter()
@@ -79,10 +101,14 @@ class Saver:
         try:
             from_rank_zero(lambda: self._make_folder(pending, info.step))
         except OSError as error:
-            raise CheckpointError(self._failed(info.step, f"{error.filename}: {error.strerror}")) from error
+            raise CheckpointError(
+                self._failed(info.step, f"{error.filename}: {error.strerror}")
+            ) from error
         except LostLeaseError as error:
             raise CheckpointError(self._failed(info.step, str(error))) from error
-        writer, metadata = plan_save(training_state(models, optimizer), pending.folder, copy=self._section.asynchronous)
+        writer, metadata = plan_save(
+            training_state(models, optimizer), pending.folder, copy=self._section.asynchronous
+        )
         self._save = _Save(info, pending, writer, metadata, self._start(writer.write), begin)
         self._save.stalled = time.perf_counter() - begin
         if not self._section.asynchronous:
@@ -105,17 +131,27 @@ class Saver:
         steps = complete_steps(self.checkpoints)
         if not steps:
             return
-        size = sum(path.stat().st_size for path in step_folder(self.checkpoints, steps[-1]).iterdir())
+        size = sum(
+            path.stat().st_size for path in step_folder(self.checkpoints, steps[-1]).iterdir()
+        )
         free = shutil.disk_usage(self.checkpoints).free
         if free < size:
             said = f"a checkpoint takes {size / 1e9:.3g} GB and {free / 1e9:.3g} GB are free: make room"
             raise OSError(errno.ENOSPC, said, str(self.checkpoints))
         if free < 2 * size and not self._tight:
-            self.log.warn("disk", step, f"{self.checkpoints}: {free / 1e9:.3g} GB are free: room for this checkpoint and no other")
+            self.log.warn(
+                "disk",
+                step,
+                f"{self.checkpoints}: {free / 1e9:.3g} GB are free: room for this checkpoint and no other",
+            )
         self._tight = free < 2 * size
 
     def _start(self, work: Callable[[Said], Any]) -> Job:
-        return Job(work, limit_seconds=self._section.timeout_seconds, low_priority=self._section.asynchronous)
+        return Job(
+            work,
+            limit_seconds=self._section.timeout_seconds,
+            low_priority=self._section.asynchronous,
+        )
 
     def poll(self) -> bool:
         """Look at the save on its way, if there is one; whether there still is one. One all-reduce of a number where there was."""
@@ -137,9 +173,13 @@ class Saver:
     def _start_commit(self, save: _Save) -> None:
         written = to_rank_zero((save.job.result, save.writer.records))
         save.committing = True
-        save.job = self._start(lambda say: self._commit(save, written, say) if self._first else None)
+        save.job = self._start(
+            lambda say: self._commit(save, written, say) if self._first else None
+        )
 
-    def _commit(self, save: _Save, written: list[tuple[Any, dict[str, FileRecord]]], say: Said) -> dict[str, FileRecord]:
+    def _commit(
+        self, save: _Save, written: list[tuple[Any, dict[str, FileRecord]]], say: Said
+    ) -> dict[str, FileRecord]:
         say("collecting what all ranks have written")
         self.check()
         files = {name: record for _, records in written for name, record in records.items()}
@@ -154,7 +194,11 @@ class Saver:
         self._save, self._newest = None, save.info.step
         if self._first:
             size = sum(record.bytes for record in save.job.result.values())
-            facts = {"seconds": round(time.perf_counter() - save.begin, 4), "stalled_seconds": round(save.stalled, 4), "bytes": size}
+            facts = {
+                "seconds": round(time.perf_counter() - save.begin, 4),
+                "stalled_seconds": round(save.stalled, 4),
+                "bytes": size,
+            }
             self.log.add("saved", save.info.step, **facts)
             self.verifier.add(save.info.step)
 
@@ -163,11 +207,17 @@ class Saver:
         problem = save.job.problem
         if self._first:
             save.pending.discard()
-        raise_together(None if problem is None else self._failed(save.info.step, problem), CheckpointError)
+        raise_together(
+            None if problem is None else self._failed(save.info.step, problem), CheckpointError
+        )
 
     def _failed(self, step: int, problem: str) -> str:
         steps = complete_steps(self.checkpoints)
-        left = f"the checkpoint of step {steps[-1]} is untouched" if steps else "there is no earlier one"
+        left = (
+            f"the checkpoint of step {steps[-1]} is untouched"
+            if steps
+            else "there is no earlier one"
+        )
         return f"the checkpoint of step {step} could not be written: {problem}; {left}: see to the disk, then start the same command again"
 
     def _complete(self) -> None:
@@ -189,9 +239,18 @@ class Saver:
 
     def _read_back(self) -> None:
         begin, pause, limit = time.monotonic(), 0.001, self._section.timeout_seconds
-        while on_any_rank(self._first and self.verifier.busy and time.monotonic() - begin < limit, self._device):
+        while on_any_rank(
+            self._first and self.verifier.busy and time.monotonic() - begin < limit, self._device
+        ):
             self._watch.at("reading a checkpoint back")
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
-        problem = self.verifier.bad.get(self._newest) if self._first and self._newest is not None else None
-        raise_together(None if problem is None else f"the last checkpoint does not read back: {problem}", CheckpointError)
+        problem = (
+            self.verifier.bad.get(self._newest)
+            if self._first and self._newest is not None
+            else None
+        )
+        raise_together(
+            None if problem is None else f"the last checkpoint does not read back: {problem}",
+            CheckpointError,
+        )

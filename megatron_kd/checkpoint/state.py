@@ -86,11 +86,15 @@ def load_weights(folder: Path, models: Sequence[GPTModel], *, what: str) -> None
     _into_models(models, _load(state, folder, what), folder, what, needed=_is_weight)
 
 
-def load_training_state(folder: Path, models: Sequence[GPTModel], optimizer: OptimizerState, *, what: str) -> None:
+def load_training_state(
+    folder: Path, models: Sequence[GPTModel], optimizer: OptimizerState, *, what: str
+) -> None:
     """Fill parameters and optimizer state from a checkpoint saved in any layout, its files verified before. Collective over the world."""
     state = _model_state(models)
     with optimizer.loading():
-        state["optimizer"] = optimizer.inner.sharded_state_dict(state, is_loading=True, metadata=_metadata())
+        state["optimizer"] = optimizer.inner.sharded_state_dict(
+            state, is_loading=True, metadata=_metadata()
+        )
         loaded = _load(_without_extra(state), folder, what)
         _into_models(models, loaded, folder, what, needed=lambda name: not name.endswith(_EXTRA))
         optimizer.inner.load_state_dict(loaded["optimizer"])
@@ -98,7 +102,9 @@ def load_training_state(folder: Path, models: Sequence[GPTModel], optimizer: Opt
 
 def _model_state(models: Sequence[GPTModel]) -> dict[str, Any]:
     return {
-        f"model{index}": model.sharded_state_dict(metadata={**_metadata(), "dp_cp_group": model.pg_collection.dp_cp})
+        f"model{index}": model.sharded_state_dict(
+            metadata={**_metadata(), "dp_cp_group": model.pg_collection.dp_cp}
+        )
         for index, model in enumerate(models)
     }
 
@@ -113,12 +119,16 @@ def _without_extra(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _into_models(models: Sequence[GPTModel], loaded: dict[str, Any], folder: Path, what: str, *, needed: Any) -> None:
+def _into_models(
+    models: Sequence[GPTModel], loaded: dict[str, Any], folder: Path, what: str, *, needed: Any
+) -> None:
     for index, model in enumerate(models):
         missing, unexpected = model.load_state_dict(loaded[f"model{index}"], strict=False)
         problems = [*filter(needed, missing), *unexpected]
         if problems:
-            raise ConfigError(f"{what}: checkpoint {folder} does not fit the model: {problems[0]} is on one side only")
+            raise ConfigError(
+                f"{what}: checkpoint {folder} does not fit the model: {problems[0]} is on one side only"
+            )
 
 
 def _load(state: dict[str, Any], folder: Path, what: str) -> dict[str, Any]:
@@ -129,7 +139,9 @@ def _load(state: dict[str, Any], folder: Path, what: str) -> dict[str, Any]:
         problem = str(error)
     raise_together(problem, ConfigError)
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), LoadSharded(what=what), LoadCommon())
+        loaded: dict[str, Any] = dist_checkpointing.load(
+            state, str(folder), LoadSharded(what=what), LoadCommon()
+        )
     except (
         CheckpointingException,
         CheckpointException,
@@ -143,5 +155,7 @@ def _load(state: dict[str, Any], folder: Path, what: str) -> dict[str, Any]:
         if isinstance(error, ConfigError):
             raise
         told = str(error).strip().splitlines() or [""]
-        raise ConfigError(f"{what}: checkpoint {folder} cannot be loaded ({type(error).__name__}: {told[0][:200]})") from error
+        raise ConfigError(
+            f"{what}: checkpoint {folder} cannot be loaded ({type(error).__name__}: {told[0][:200]})"
+        ) from error
     return loaded

@@ -16,7 +16,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_kd.checkpoint.manifest import COMMIT, MANIFEST, FileRecord, one_sentence, seal, verify, write_file
+from megatron_kd.checkpoint.manifest import (
+    COMMIT,
+    MANIFEST,
+    FileRecord,
+    one_sentence,
+    seal,
+    verify,
+    write_file,
+)
 from megatron_kd.config import ConfigError, ModelSection
 from megatron_kd.config.durable import sync_path
 
@@ -33,7 +41,15 @@ _SHAPE: tuple[str, ...] = (
     "ffn_hidden_size",
     "vocab_size_multiple",
 )
-_SHAPE += ("tied_embeddings", "qk_norm", "qkv_bias", "norm_eps", "rope_base", "rope_scaling_factor", "rope_low_frequency_factor")
+_SHAPE += (
+    "tied_embeddings",
+    "qk_norm",
+    "qkv_bias",
+    "norm_eps",
+    "rope_base",
+    "rope_scaling_factor",
+    "rope_low_frequency_factor",
+)
 _SHAPE += ("rope_high_frequency_factor", "rope_original_length", "sliding_window")
 
 
@@ -90,7 +106,9 @@ def find_checkpoint(path: Path, *, what: str) -> Path:
         steps = complete_steps(folder)
         if steps:
             return step_folder(folder, steps[-1])
-    raise ConfigError(f"{what}: no checkpoint at {path} (expected a run directory, its checkpoints folder, or a step-* folder)")
+    raise ConfigError(
+        f"{what}: no checkpoint at {path} (expected a run directory, its checkpoints folder, or a step-* folder)"
+    )
 
 
 def read_info(folder: Path, *, what: str) -> CheckpointInfo:
@@ -99,7 +117,9 @@ def read_info(folder: Path, *, what: str) -> CheckpointInfo:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         version = content["format"]
         if version not in range(1, FORMAT + 1):
-            raise ConfigError(f"{what}: {folder} has checkpoint format {version}, this version reads formats 1 to {FORMAT}")
+            raise ConfigError(
+                f"{what}: {folder} has checkpoint format {version}, this version reads formats 1 to {FORMAT}"
+            )
         return CheckpointInfo(**content)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, ConfigError):
@@ -124,22 +144,40 @@ def damage(problems: Iterable[str]) -> str:
     return f"{one_sentence(problems)}: the checkpoint is damaged, use another copy or another step"
 
 
-def check_same_model(info: CheckpointInfo, model: ModelSection, *, vocab_size: int, tokenizer: str | None, folder: Path, what: str) -> None:
+def check_same_model(
+    info: CheckpointInfo,
+    model: ModelSection,
+    *,
+    vocab_size: int,
+    tokenizer: str | None,
+    folder: Path,
+    what: str,
+) -> None:
     """ConfigError unless the checkpoint holds this model: same shape, vocabulary and tokenizer."""
     saved, wanted = info.model_section(), model
     for name in _SHAPE:
         here, there = _effective(wanted, name), _effective(saved, name)
         if here != there:
-            raise ConfigError(f"{what}: {folder} holds another model: model.{name} is {there} there and {here} here")
-    check_same_vocabulary(info, vocab_size=vocab_size, tokenizer=tokenizer, folder=folder, what=what)
+            raise ConfigError(
+                f"{what}: {folder} holds another model: model.{name} is {there} there and {here} here"
+            )
+    check_same_vocabulary(
+        info, vocab_size=vocab_size, tokenizer=tokenizer, folder=folder, what=what
+    )
 
 
-def check_same_vocabulary(info: CheckpointInfo, *, vocab_size: int, tokenizer: str | None, folder: Path, what: str) -> None:
+def check_same_vocabulary(
+    info: CheckpointInfo, *, vocab_size: int, tokenizer: str | None, folder: Path, what: str
+) -> None:
     """ConfigError unless the checkpoint's ids mean the same as this run's."""
     if info.vocab_size != vocab_size:
-        raise ConfigError(f"{what}: {folder} has a vocabulary of {info.vocab_size} ids, this run has {vocab_size}: use the same tokenizer")
+        raise ConfigError(
+            f"{what}: {folder} has a vocabulary of {info.vocab_size} ids, this run has {vocab_size}: use the same tokenizer"
+        )
     if info.tokenizer is not None and tokenizer is not None and info.tokenizer != tokenizer:
-        raise ConfigError(f"{what}: {folder} was made with another tokenizer (digest {info.tokenizer}, this run's is {tokenizer})")
+        raise ConfigError(
+            f"{what}: {folder} was made with another tokenizer (digest {info.tokenizer}, this run's is {tokenizer})"
+        )
 
 
 def _effective(model: ModelSection, name: str) -> Any:
@@ -170,7 +208,9 @@ class PendingCheckpoint:
         """Leave nothing behind, as far as the disk lets us."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def commit(self, info: CheckpointInfo, files: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    def commit(
+        self, info: CheckpointInfo, files: Mapping[str, FileRecord]
+    ) -> dict[str, FileRecord]:
         """Write state.json, the manifest and its mark, and give the folder its name. `files`: all others, durable. Returns all."""
         data = (json.dumps(asdict(info), indent=2) + "\n").encode()
         written = {**files, "state.json": write_file(self.folder, "state.json", data)}
@@ -216,7 +256,9 @@ def checkpoint_digest(folder: Path, patterns: Iterable[str] = ("*",)) -> str:
     total = hashlib.sha256()
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         with open(path, "rb") as stream:
-            total.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+            total.update(
+                f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()
+            )
     return total.hexdigest()
 
 

@@ -59,9 +59,26 @@ _CLASSES = {
         "ChunkStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     ),
-    "torch.distributed.checkpoint.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"),
+    "torch.distributed.checkpoint.planner": (
+        "SavePlan",
+        "WriteItem",
+        "WriteItemType",
+        "TensorWriteData",
+    ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch": ("Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"),
+    "torch": (
+        "Size",
+        "float32",
+        "float64",
+        "float16",
+        "bfloat16",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint8",
+        "bool",
+    ),
     "torch.serialization": ("_get_layout",),
     "collections": ("OrderedDict",),
     # The folder's own name, as older and newer Pythons spell its class.
@@ -100,11 +117,26 @@ def read_metadata(folder: Path, *, what: str) -> Metadata:
             raise pickle.UnpicklingError("it holds something else")
         for place in metadata.storage_data.values():
             if not _DATA_FILE.fullmatch(place.relative_path) or place.transform_descriptors:
-                raise pickle.UnpicklingError(f"it asks for the file {place.relative_path!r}, which is not one of a checkpoint's")
+                raise pickle.UnpicklingError(
+                    f"it asks for the file {place.relative_path!r}, which is not one of a checkpoint's"
+                )
     except FileNotFoundError:
-        raise ConfigError(f"{what}: {folder} holds no megatron-core distributed checkpoint (no .metadata file in it)") from None
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
-        raise ConfigError(f"{what}: {path} cannot be read as the metadata of a checkpoint ({error}): use another copy") from error
+        raise ConfigError(
+            f"{what}: {folder} holds no megatron-core distributed checkpoint (no .metadata file in it)"
+        ) from None
+    except (
+        OSError,
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        IndexError,
+        KeyError,
+    ) as error:
+        raise ConfigError(
+            f"{what}: {path} cannot be read as the metadata of a checkpoint ({error}): use another copy"
+        ) from error
     return metadata
 
 
@@ -126,9 +158,14 @@ class TensorReader:
         self.folder, self._what = folder, what
         self._metadata = read_metadata(folder, what=what)
         self._stored = {
-            name: found for name, found in self._metadata.state_dict_metadata.items() if isinstance(found, TensorStorageMetadata)
+            name: found
+            for name, found in self._metadata.state_dict_metadata.items()
+            if isinstance(found, TensorStorageMetadata)
         }
-        self.tensors = {name: TensorInfo(tuple(found.size), found.properties.dtype) for name, found in self._stored.items()}
+        self.tensors = {
+            name: TensorInfo(tuple(found.size), found.properties.dtype)
+            for name, found in self._stored.items()
+        }
         self._reader = FileSystemReader(str(folder))
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
@@ -143,10 +180,20 @@ class TensorReader:
                 items.append(item)
                 filled += item.lengths.numel()
         if filled != target.numel():
-            raise ConfigError(f"{self._what}: {self.folder} does not hold the whole of {name}: use another copy")
+            raise ConfigError(
+                f"{self._what}: {self.folder} does not hold the whole of {name}: use another copy"
+            )
         try:
             self._reader.read_data(LoadPlan(items), _Fill(target))  # type: ignore[arg-type]
-        except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, AssertionError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+            KeyError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+            AssertionError,
+        ) as error:
             raise ConfigError(
                 f"{self._what}: {name} cannot be read from {self.folder} ({type(error).__name__}: {str(error).splitlines()[0][:120]}): "
                 "use another copy"
@@ -154,9 +201,14 @@ class TensorReader:
         return target
 
 
-def _overlap(name: str, number: int, chunk: ChunkStorageMetadata, offset: Sequence[int], shape: Sequence[int]) -> ReadItem | None:
+def _overlap(
+    name: str, number: int, chunk: ChunkStorageMetadata, offset: Sequence[int], shape: Sequence[int]
+) -> ReadItem | None:
     starts = [max(a, b) for a, b in zip(chunk.offsets, offset, strict=True)]
-    ends = [min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, offset, shape, strict=True)]
+    ends = [
+        min(a + n, b + m)
+        for a, n, b, m in zip(chunk.offsets, chunk.sizes, offset, shape, strict=True)
+    ]
     if any(end <= start for start, end in zip(starts, ends, strict=True)):
         return None
     index = MetadataIndex(name, chunk.offsets, number)
@@ -165,7 +217,9 @@ def _overlap(name: str, number: int, chunk: ChunkStorageMetadata, offset: Sequen
         dest_index=index,
         dest_offsets=torch.Size(start - at for start, at in zip(starts, offset, strict=True)),
         storage_index=index,
-        storage_offsets=torch.Size(start - at for start, at in zip(starts, chunk.offsets, strict=True)),
+        storage_offsets=torch.Size(
+            start - at for start, at in zip(starts, chunk.offsets, strict=True)
+        ),
         lengths=torch.Size(end - start for start, end in zip(starts, ends, strict=True)),
     )
 
@@ -177,7 +231,12 @@ class _Fill:
         self.target = target
 
     def resolve_tensor(self, item: ReadItem) -> Tensor:
-        return self.target[tuple(slice(at, at + size) for at, size in zip(item.dest_offsets, item.lengths, strict=True))]
+        return self.target[
+            tuple(
+                slice(at, at + size)
+                for at, size in zip(item.dest_offsets, item.lengths, strict=True)
+            )
+        ]
 
     def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None:
         """The slice is a view: nothing to hand back."""
@@ -195,7 +254,9 @@ class Piece:
     load: Callable[[], Tensor]
 
 
-def write_pieces(folder: Path, pieces: Iterable[Piece], *, objects: Iterable[str] = ()) -> dict[str, FileRecord]:
+def write_pieces(
+    folder: Path, pieces: Iterable[Piece], *, objects: Iterable[str] = ()
+) -> dict[str, FileRecord]:
     """Write a distributed checkpoint that megatron-core loads in any layout, holding one piece in memory at a time; returns its files.
 
     objects: names of the entries without content that megatron-core's layers want to find (`..._extra_state/shard_0_4`).
@@ -204,7 +265,9 @@ def write_pieces(folder: Path, pieces: Iterable[Piece], *, objects: Iterable[str
     writer = FileSystemWriter(str(folder), sync_files=False)
     writer.fs = files = DigestingFiles()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized.*")
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is disabled, unavailable or uninitialized.*"
+        )
         try:
             dcp.state_dict_saver.save({}, storage_writer=writer, planner=planner, no_dist=True)
         except dcp.api.CheckpointException as error:
@@ -214,7 +277,10 @@ def write_pieces(folder: Path, pieces: Iterable[Piece], *, objects: Iterable[str
     common = io.BytesIO()
     torch.save({}, common)
     contents = {COMMON: common.getvalue(), "metadata.json": json.dumps(BACKEND).encode()}
-    return {**files.written, **{name: write_file(folder, name, content) for name, content in contents.items()}}
+    return {
+        **files.written,
+        **{name: write_file(folder, name, content) for name, content in contents.items()},
+    }
 
 
 class _LazyPlanner(SavePlanner):
@@ -222,16 +288,24 @@ class _LazyPlanner(SavePlanner):
         self.pieces = {(piece.name, piece.offset): piece for piece in pieces}
         self.objects = objects
 
-    def set_up_planner(self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False) -> None:
+    def set_up_planner(
+        self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
         """Everything was given at construction."""
 
     def create_local_plan(self) -> SavePlan:
-        items = [WriteItem(index=MetadataIndex(name), type=WriteItemType.BYTE_IO) for name in self.objects]
+        items = [
+            WriteItem(index=MetadataIndex(name), type=WriteItemType.BYTE_IO)
+            for name in self.objects
+        ]
         return SavePlan(items + [_write_item(piece) for piece in self.pieces.values()])
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         plans, metadata = create_default_global_save_plan(all_plans)
-        assert all(isinstance(found, TensorStorageMetadata | BytesStorageMetadata) for found in metadata.state_dict_metadata.values())
+        assert all(
+            isinstance(found, TensorStorageMetadata | BytesStorageMetadata)
+            for found in metadata.state_dict_metadata.values()
+        )
         return plans, metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -248,7 +322,9 @@ class _LazyPlanner(SavePlanner):
         piece = self.pieces[index.fqn, tuple(index.offset)]
         tensor = piece.load().to(piece.dtype).contiguous()
         if tuple(tensor.shape) != piece.shape:
-            raise ConfigError(f"{piece.name} has shape {list(tensor.shape)}, expected {list(piece.shape)}")
+            raise ConfigError(
+                f"{piece.name} has shape {list(tensor.shape)}, expected {list(piece.shape)}"
+            )
         if not torch.isfinite(tensor).all():
             raise ConfigError(
                 f"{piece.name}, from {list(piece.offset)} on, holds numbers that are not finite in {piece.dtype}: use another copy"

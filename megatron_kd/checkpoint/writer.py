@@ -81,12 +81,23 @@ class StateWriter(FileSystemWriterAsync):
             with self.fs.create_stream(self.folder / self._name, "xb") as stream:
                 for item, data in self._items:
                     data = _alone(data)
-                    results.append(_write_item(self.transforms, stream, data, item, self._name, SerializationFormat.TORCH_SAVE))
+                    results.append(
+                        _write_item(
+                            self.transforms,
+                            stream,
+                            data,
+                            item,
+                            self._name,
+                            SerializationFormat.TORCH_SAVE,
+                        )
+                    )
         self._items = []
         return results
 
 
-def plan_save(state: dict[str, Any], folder: Path, *, copy: bool) -> tuple[StateWriter, Metadata | None]:
+def plan_save(
+    state: dict[str, Any], folder: Path, *, copy: bool
+) -> tuple[StateWriter, Metadata | None]:
     """Settle which rank writes what of a sharded state: this rank's writer, and on rank 0 the table of contents.
 
     Collective over the world.
@@ -95,7 +106,9 @@ def plan_save(state: dict[str, Any], folder: Path, *, copy: bool) -> tuple[State
     renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
     writer = StateWriter(folder, copy=copy)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    (_, metadata, _), *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(renamed, False), writer, None, 0, planner=planner)
+    (_, metadata, _), *_ = save_state_dict_async_plan(
+        mcore_to_pyt_state_dict(renamed, False), writer, None, 0, planner=planner
+    )
     if dist.get_rank() == 0:
         writer.add_common(common)
     return writer, metadata
@@ -110,4 +123,8 @@ def _alone(data: Tensor | io.BytesIO) -> Tensor | io.BytesIO:
     if not isinstance(data, Tensor):
         return data
     data = data.detach().cpu()
-    return data.clone() if data.untyped_storage().nbytes() != data.numel() * data.element_size() else data
+    return (
+        data.clone()
+        if data.untyped_storage().nbytes() != data.numel() * data.element_size()
+        else data
+    )

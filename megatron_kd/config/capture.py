@@ -21,10 +21,17 @@ class CaptureSection(Section):
         description="Folder of the cache, seen by all ranks. Unset: nothing is captured. Samples appear in it with every checkpoint.",
     )
     first_step: int = Field(default=0, ge=0, description="First step whose samples are stored.")
-    last_step: int | None = Field(default=None, ge=0, description="Last step whose samples are stored. Unset: the end of the run.")
-    interval: int = Field(default=1, gt=0, description="Store every interval-th step from first_step on.")
+    last_step: int | None = Field(
+        default=None,
+        ge=0,
+        description="Last step whose samples are stored. Unset: the end of the run.",
+    )
+    interval: int = Field(
+        default=1, gt=0, description="Store every interval-th step from first_step on."
+    )
     value_encoding: Literal["quantized", "fp32"] = Field(
-        default="quantized", description="quantized: log-probabilities in steps of 1/24 nat. fp32: exact, 4 bytes each."
+        default="quantized",
+        description="quantized: log-probabilities in steps of 1/24 nat. fp32: exact, 4 bytes each.",
     )
     shard_samples: int = Field(
         default=4096,
@@ -40,7 +47,9 @@ class CaptureSection(Section):
     @model_validator(mode="after")
     def _check(self) -> CaptureSection:
         if self.last_step is not None and self.last_step < self.first_step:
-            raise ValueError(f"last_step ({self.last_step}) must be at least first_step ({self.first_step})")
+            raise ValueError(
+                f"last_step ({self.last_step}) must be at least first_step ({self.first_step})"
+            )
         return self
 
     def steps(self, total: int) -> range:

@@ -19,7 +19,9 @@ DivergenceName = Literal[
 DIVERGENCES: tuple[str, ...] = get_args(DivergenceName)
 
 
-def sparse_problem(name: str, *, tail: str, sampled: bool, ab_alpha: float, ab_beta: float) -> str | None:
+def sparse_problem(
+    name: str, *, tail: str, sampled: bool, ab_alpha: float, ab_beta: float
+) -> str | None:
     """Why a sparse target cannot serve this divergence, as one sentence; None where it can.
 
     sampled: the target holds random draws. Under tail "renormalize", and for draws, every id outside the kept ones has
@@ -40,6 +42,8 @@ def sparse_problem(name: str, *, tail: str, sampled: bool, ab_alpha: float, ab_b
     where = "with random draws" if sampled else 'with tail = "renormalize"'
     if name == "reverse_kl" or (name == "alpha_beta" and ab_alpha == 0.0):
         return f"{given} {where} is infinite, the teacher's probability outside the kept ids being 0: {how}, or the dense teacher"
-    if name == "mse_probabilities" or (name == "alpha_beta" and abs(ab_alpha + ab_beta - 1.0) > 1e-9):
+    if name == "mse_probabilities" or (
+        name == "alpha_beta" and abs(ab_alpha + ab_beta - 1.0) > 1e-9
+    ):
         return f"{given} {where} has a term of its own for every id outside the kept ones: {how}, or the dense teacher"
     return None

@@ -34,7 +34,14 @@ def _section_lines(section: BaseModel, prefix: str) -> list[str]:
         if isinstance(value, BaseModel):
             tables += ["", f"[{key}]", *_section_lines(value, f"{key}.")]
         elif isinstance(value, dict):
-            tables += ["", f"[{key}]", *(f"{_toml_key(entry)} = {_toml_value(item, f'{key}.{entry}')}" for entry, item in value.items())]
+            tables += [
+                "",
+                f"[{key}]",
+                *(
+                    f"{_toml_key(entry)} = {_toml_value(item, f'{key}.{entry}')}"
+                    for entry, item in value.items()
+                ),
+            ]
         elif value is not None:
             lines.append(f"{name} = {_toml_value(value, key)}")
     return lines + tables
@@ -56,13 +63,24 @@ def _toml_value(value: Any, key: str) -> str:
         # JSON's escapes are TOML's, but TOML also wants DEL escaped.
         text = json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise ConfigError(f"{key} is not valid Unicode text: {ascii(str(value))} cannot be written to a run file")
+            raise ConfigError(
+                f"{key} is not valid Unicode text: {ascii(str(value))} cannot be written to a run file"
+            )
         return text
     if isinstance(value, list | tuple):
         return f"[{', '.join(_toml_value(item, key) for item in value)}]"
     if isinstance(value, BaseModel):
         value = value.model_dump(exclude_none=True)
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml_key(name)} = {_toml_value(item, f'{key}.{name}')}" for name, item in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(
+                f"{_toml_key(name)} = {_toml_value(item, f'{key}.{name}')}"
+                for name, item in value.items()
+            )
+            + "}"
+        )
     given = "null" if value is None else f"a {type(value).__name__}"
-    raise ConfigError(f"{key} cannot be written to a run file: TOML has no form for {given}, leave the key out")
+    raise ConfigError(
+        f"{key} cannot be written to a run file: TOML has no form for {given}, leave the key out"
+    )

@@ -13,12 +13,18 @@ from megatron_kd.config.model import ModelSection, Section
 class HiddenStatesPair(Section):
     """One student layer and the teacher layer that it is compared with."""
 
-    student_layer: int = Field(gt=0, description="Layer of the student, counted from 1: what it puts out.")
+    student_layer: int = Field(
+        gt=0, description="Layer of the student, counted from 1: what it puts out."
+    )
     teacher_layer: int = Field(gt=0, description="Layer of the teacher, counted from 1.")
     loss: Literal["mse", "cosine"] = Field(
-        default="mse", description="mse: mean over the width of the squared difference; cosine: 1 - cos."
+        default="mse",
+        description="mse: mean over the width of the squared difference; cosine: 1 - cos.",
     )
-    weight: float = Field(gt=0, description="What its loss of a token is multiplied by before it is added to the token's total, > 0.")
+    weight: float = Field(
+        gt=0,
+        description="What its loss of a token is multiplied by before it is added to the token's total, > 0.",
+    )
 
 
 class Projection(NamedTuple):
@@ -34,11 +40,20 @@ class Projection(NamedTuple):
         return f"student{self.student_layer}_teacher{self.teacher_layer}"
 
 
-def projections_of(pairs: Iterable[HiddenStatesPair], student: ModelSection, teacher: ModelSection) -> tuple[Projection, ...]:
+def projections_of(
+    pairs: Iterable[HiddenStatesPair], student: ModelSection, teacher: ModelSection
+) -> tuple[Projection, ...]:
     """The projections that the pairs need: none where the models are of one width."""
     if student.hidden_size == teacher.hidden_size:
         return ()
-    return tuple(sorted({Projection(pair.student_layer, pair.teacher_layer, teacher.hidden_size) for pair in pairs}))
+    return tuple(
+        sorted(
+            {
+                Projection(pair.student_layer, pair.teacher_layer, teacher.hidden_size)
+                for pair in pairs
+            }
+        )
+    )
 
 
 def pair_problems(pairs: Sequence[HiddenStatesPair], model: ModelSection) -> list[str]:
@@ -59,6 +74,12 @@ def pair_problems(pairs: Sequence[HiddenStatesPair], model: ModelSection) -> lis
             'distill.hidden_states cannot see layers that are recomputed in groups: set model.recompute = "full" in place of '
             "model.mcore.recompute_granularity"
         )
-    for name in (name for name, value in model.mcore.items() if "cuda_graph" in name and value not in (False, "none")):
-        found.append(f"distill.hidden_states cannot see layers that a CUDA graph replays: remove model.mcore.{name}")
+    for name in (
+        name
+        for name, value in model.mcore.items()
+        if "cuda_graph" in name and value not in (False, "none")
+    ):
+        found.append(
+            f"distill.hidden_states cannot see layers that a CUDA graph replays: remove model.mcore.{name}"
+        )
     return found

@@ -82,7 +82,9 @@ class Lease:
             os.close(self._descriptor)
             raise
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, args=(beat_seconds,), name="lease", daemon=True)
+        self._thread = threading.Thread(
+            target=self._beat, args=(beat_seconds,), name="lease", daemon=True
+        )
         self._thread.start()
 
     def _refusal(self, locked: bool) -> str | None:
@@ -121,7 +123,9 @@ class Lease:
         except OSError:
             found = None
         if found != self.owner:
-            raise LostLeaseError(f"run.directory {self.path.parent} was taken over by {found or 'nobody known'}: this run writes no more")
+            raise LostLeaseError(
+                f"run.directory {self.path.parent} was taken over by {found or 'nobody known'}: this run writes no more"
+            )
 
     def release(self) -> None:
         """Let others have it. May be called twice."""
@@ -138,7 +142,12 @@ class Lease:
             os.close(self._descriptor)
 
 
-def holder(directory: Path, *, stale_seconds: float = STALE_SECONDS, say: Callable[[str], None] = lambda _sentence: None) -> str | None:
+def holder(
+    directory: Path,
+    *,
+    stale_seconds: float = STALE_SECONDS,
+    say: Callable[[str], None] = lambda _sentence: None,
+) -> str | None:
     """One sentence about a live process that holds the directory, None without one. Changes nothing; for a look before the work.
 
     A job that is started again when its machine has died finds a sign of life that is not old yet: another machine's owner is waited for,
@@ -148,7 +157,9 @@ def holder(directory: Path, *, stale_seconds: float = STALE_SECONDS, say: Callab
     if owner is None or gone:
         return None
     if owner.host != socket.gethostname():
-        say(f"run.directory {directory} was last held by {owner}: waiting up to {stale_seconds - age:.0f} s for a sign of life")
+        say(
+            f"run.directory {directory} was last held by {owner}: waiting up to {stale_seconds - age:.0f} s for a sign of life"
+        )
         first, last, deadline = age, age, time.monotonic() + stale_seconds - age
         while not gone and last >= first and time.monotonic() < deadline + 1.0:
             time.sleep(min(1.0, stale_seconds / 10))
@@ -169,7 +180,11 @@ def _find_owner(directory: Path, stale_seconds: float) -> tuple[Owner | None, fl
         # Shared, so that those who only look are not in each other's way.
         owner = _read(descriptor)
         here = owner is not None and owner.host == socket.gethostname()
-        locked, owner, age = _lock(descriptor, kind=fcntl.LOCK_SH, patience=1.0 if here else 0.0), _read(descriptor), _age(path)
+        locked, owner, age = (
+            _lock(descriptor, kind=fcntl.LOCK_SH, patience=1.0 if here else 0.0),
+            _read(descriptor),
+            _age(path),
+        )
     finally:
         os.close(descriptor)
     return owner, age, owner is None or _is_gone(owner, locked, age, stale_seconds)
@@ -192,7 +207,10 @@ def _is_gone(owner: Owner, locked: bool, age: float, stale_seconds: float) -> bo
     try:
         process = psutil.Process(owner.process)
         # Kernels count the start in hundredths of a second. Where nobody reaps the dead (a container without an init), their numbers stay.
-        alive = abs(process.create_time() - owner.born) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+        alive = (
+            abs(process.create_time() - owner.born) < 1.0
+            and process.status() != psutil.STATUS_ZOMBIE
+        )
     except psutil.NoSuchProcess:
         alive = False
     return locked and not alive
@@ -223,7 +241,11 @@ def _parse(data: bytes) -> Owner | None:
     try:
         content: dict[str, Any] = json.loads(data)
         owner = Owner(**content)
-        return owner if isinstance(owner.process, int) and isinstance(owner.born, int | float) else None
+        return (
+            owner
+            if isinstance(owner.process, int) and isinstance(owner.born, int | float)
+            else None
+        )
     except (ValueError, TypeError):
         return None
 

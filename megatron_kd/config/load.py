@@ -40,7 +40,10 @@ _TYPE_WORDS: dict[Any, tuple[str, str]] = {
     Path: ("path", "a path"),
     tuple[str, ...]: ("list", "a list of text"),
     tuple[float, ...]: ("list", "a list of numbers"),
-    tuple[HiddenStatesPair, ...]: ("list", "a list of tables of student_layer, teacher_layer, loss, weight"),
+    tuple[HiddenStatesPair, ...]: (
+        "list",
+        "a list of tables of student_layer, teacher_layer, loss, weight",
+    ),
     dict[str, str]: ("table", "a table of name = text"),
     dict[str, Any]: ("table", "a table of name = value"),
 }
@@ -72,7 +75,11 @@ def load_config(argv: Sequence[str], *, prog: str = _PROGRAM) -> RunConfig:
 def _plain(field: FieldInfo) -> Any:
     """The type of a field, without `| None`."""
     members = get_args(field.annotation)
-    return next(member for member in members if member is not NoneType) if NoneType in members else field.annotation
+    return (
+        next(member for member in members if member is not NoneType)
+        if NoneType in members
+        else field.annotation
+    )
 
 
 def _is_section(kind: Any) -> bool:
@@ -111,7 +118,14 @@ def _allowed(field: FieldInfo) -> str:
     kind = _plain(field)
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
-    least = next((f" (at least {limit.min_length})" for limit in field.metadata if hasattr(limit, "min_length")), "")
+    least = next(
+        (
+            f" (at least {limit.min_length})"
+            for limit in field.metadata
+            if hasattr(limit, "min_length")
+        ),
+        "",
+    )
     return " ".join(filter(None, [_TYPE_WORDS[kind][1], _bounds(field)])) + least
 
 
@@ -126,8 +140,12 @@ def _unknown(key: str, where: str) -> str:
         return f"{key} {where} is a section: override its keys, --{key}.key value"
     known = [*_KEYS, *_SECTIONS] + ["config"] * (where == _COMMAND_LINE)
     namesakes = [name for name in _KEYS if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = difflib.get_close_matches(key, namesakes, n=1, cutoff=0.0) or difflib.get_close_matches(key, known, n=1)
-    return f"unknown key {key} {where}: " + (f"did you mean {near[0]}?" if near else "--help lists every key")
+    near = difflib.get_close_matches(key, namesakes, n=1, cutoff=0.0) or difflib.get_close_matches(
+        key, known, n=1
+    )
+    return f"unknown key {key} {where}: " + (
+        f"did you mean {near[0]}?" if near else "--help lists every key"
+    )
 
 
 # --- command line -------------------------------------------------------------------------------------------------------------------------
@@ -145,7 +163,11 @@ def _flags(model: type[BaseModel], base: type[BaseModel], **extra: Any) -> type[
         if _is_section(kind):
             fields[name] = (_flags(kind, BaseModel), ...)
             continue
-        words = tuple(map(str, get_args(kind))) if get_origin(kind) is Literal else tuple(_TYPE_WORDS[kind][0].split(","))
+        words = (
+            tuple(map(str, get_args(kind)))
+            if get_origin(kind) is Literal
+            else tuple(_TYPE_WORDS[kind][0].split(","))
+        )
         default = ... if field.is_required() else _default_text(field)
         fields[name] = (literal[words], Field(default, description=_help_text(field)))
     return create_model(model.__name__, __base__=base, __doc__=model.__doc__, **fields)
@@ -160,14 +182,23 @@ def _help_text(field: FieldInfo) -> str:
     text, bounds = field.description or "", _bounds(field)
     if bounds and bounds not in text:
         text += f" Must be {bounds}."
-    forms = {tuple: " A JSON list; or repeat the option.", dict: " A JSON object, '{\"name\": ...}'."}
+    forms = {
+        tuple: " A JSON list; or repeat the option.",
+        dict: " A JSON object, '{\"name\": ...}'.",
+    }
     return text + forms.get(get_origin(_plain(field)), "")
 
 
 @cache
 def _command_line(prog: str) -> CliSettingsSource[Any]:
     literal: Any = Literal
-    config = (literal["path"], Field("unset", description="Run file (TOML) with sections and keys as below. Overrides win over it."))
+    config = (
+        literal["path"],
+        Field(
+            "unset",
+            description="Run file (TOML) with sections and keys as below. Overrides win over it.",
+        ),
+    )
     source: CliSettingsSource[Any] = CliSettingsSource(
         _flags(RunConfig, BaseSettings, config=config),
         cli_prog_name=prog,
@@ -209,7 +240,9 @@ def _split_arguments(argv: Sequence[str]) -> tuple[str | None, dict[str, list[st
     return (paths[0] if paths else None), texts
 
 
-def _decode_overrides(texts: Mapping[str, list[str]], source: CliSettingsSource[Any]) -> dict[str, Any]:
+def _decode_overrides(
+    texts: Mapping[str, list[str]], source: CliSettingsSource[Any]
+) -> dict[str, Any]:
     """Flat {dotted key: value}; numbers and booleans still text, lists and tables decoded, None for null. ConfigError for broken JSON."""
     arguments, problems = [], []
     for key, given in texts.items():
@@ -219,9 +252,17 @@ def _decode_overrides(texts: Mapping[str, list[str]], source: CliSettingsSource[
             text = "null"
         elif get_origin(_plain(field)) is tuple:
             if len(given) > 1 and any(text.startswith("[") for text in given):
-                problems.append(f"{key} is given {len(given)} times {_COMMAND_LINE}: give one JSON list, or repeat it with one entry each")
+                problems.append(
+                    f"{key} is given {len(given)} times {_COMMAND_LINE}: give one JSON list, or repeat it with one entry each"
+                )
             objects = _is_section(get_args(_plain(field))[0])
-            text = text if text.startswith("[") else f"[{', '.join(given)}]" if objects else json.dumps(given)
+            text = (
+                text
+                if text.startswith("[")
+                else f"[{', '.join(given)}]"
+                if objects
+                else json.dumps(given)
+            )
         arguments.append(f"--{key}={text}")
     parsed = source(args=arguments)()
     overrides: dict[str, Any] = {}
@@ -233,7 +274,9 @@ def _decode_overrides(texts: Mapping[str, list[str]], source: CliSettingsSource[
             try:
                 value = json.loads(value)
             except json.JSONDecodeError as error:
-                problems.append(f"{key} must be {_allowed(_KEYS[key])} as JSON, got {value} {_COMMAND_LINE}: {error.msg}")
+                problems.append(
+                    f"{key} must be {_allowed(_KEYS[key])} as JSON, got {value} {_COMMAND_LINE}: {error.msg}"
+                )
         overrides[key] = value
     _raise(problems)
     return overrides
@@ -242,7 +285,11 @@ def _decode_overrides(texts: Mapping[str, list[str]], source: CliSettingsSource[
 def _with_preset(overrides: dict[str, Any]) -> dict[str, Any]:
     """A preset on the command line wins over the run file's keys, like every override; other overrides win over it."""
     preset = overrides.get("model.preset")
-    filled = {f"model.{name}": value for name, value in PRESETS.get(preset, {}).items()} if preset is not None else {}
+    filled = (
+        {f"model.{name}": value for name, value in PRESETS.get(preset, {}).items()}
+        if preset is not None
+        else {}
+    )
     return {**filled, **overrides}
 
 
@@ -259,9 +306,13 @@ def _read_toml(path: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read run file {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: it is not UTF-8 (at {_place(error.object[: error.start].decode())})") from None
+        raise ConfigError(
+            f"{path} is not valid TOML: it is not UTF-8 (at {_place(error.object[: error.start].decode())})"
+        ) from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {str(error).replace('end of document', _place(text))}") from None
+        raise ConfigError(
+            f"{path} is not valid TOML: {str(error).replace('end of document', _place(text))}"
+        ) from None
 
 
 def _place(before: str) -> str:
@@ -276,13 +327,17 @@ def _flatten(tree: Mapping[str, Any], path: str) -> dict[str, Any]:
 
     def visit(table: Mapping[str, Any], prefix: str) -> None:
         for name, value in table.items():
-            key = prefix + (f'"{name}"' if "." in name else name)  # a quoted key with a dot is one name, not two
+            key = prefix + (
+                f'"{name}"' if "." in name else name
+            )  # a quoted key with a dot is one name, not two
             if key in _KEYS:
                 flat[key] = value
             elif key in _SECTIONS and isinstance(value, dict):
                 visit(value, f"{key}.")
             elif key in _SECTIONS:
-                problems.append(f"{key} in {path} must be a section, [{key}] with its keys below, got {_show(value)}")
+                problems.append(
+                    f"{key} in {path} must be a section, [{key}] with its keys below, got {_show(value)}"
+                )
             else:
                 problems.append(_unknown(key, f"in {path}"))
 
@@ -305,7 +360,9 @@ def _raise(problems: Sequence[str]) -> None:
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Nested tables from dotted keys. Required sections are always there, so that what is missing is a key, not a whole section."""
-    tree: dict[str, Any] = {key: {} for key, field in _SECTIONS.items() if field.is_required() and "." not in key}
+    tree: dict[str, Any] = {
+        key: {} for key, field in _SECTIONS.items() if field.is_required() and "." not in key
+    }
     for key, value in flat.items():
         table = tree
         *parents, name = key.split(".")
@@ -315,7 +372,9 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _validate(values: Mapping[str, Any], overrides: Mapping[str, Any], path: str | None) -> RunConfig:
+def _validate(
+    values: Mapping[str, Any], overrides: Mapping[str, Any], path: str | None
+) -> RunConfig:
     """RunConfig from the file's `values` with `overrides` on top; ConfigError with every problem found.
 
     The file's own values are checked strictly first (in TOML "64" is no number, though the text 64 on a command line is one), including
@@ -328,7 +387,9 @@ def _validate(values: Mapping[str, Any], overrides: Mapping[str, Any], path: str
             key = _key(error)
             problems[key] = _wrong(key, _show(values[key]), f"in {path}") + _inside(error)
     for key, value in values.items():
-        if value == "" and _plain(_KEYS[key]) is Path:  # pathlib would read it as the working directory
+        if (
+            value == "" and _plain(_KEYS[key]) is Path
+        ):  # pathlib would read it as the working directory
             problems[key] = _wrong(key, _show(value), f"in {path}")
     tree = _nest({**values, **overrides})
     for error in _errors(lambda: RunConfig.model_validate(tree)):
@@ -338,11 +399,19 @@ def _validate(values: Mapping[str, Any], overrides: Mapping[str, Any], path: str
             for sentence in str(error["ctx"]["error"]).splitlines():
                 problems[sentence] = f"{key}.{sentence}" if key else sentence
         elif error["type"] == "missing" and not _inside(error):
-            place = f"in {path} or with --{key}" if path else f"with --{key}, or give a run file with --config"
+            place = (
+                f"in {path} or with --{key}"
+                if path
+                else f"with --{key}, or give a run file with --config"
+            )
             problems[key] = f"{key} is missing: set it to {_allowed(_KEYS[key])} {place}"
         elif key in overrides:
             text = overrides[key]
-            problems.setdefault(key, _wrong(key, text if isinstance(text, str) else _show(text), _COMMAND_LINE) + _inside(error))
+            problems.setdefault(
+                key,
+                _wrong(key, text if isinstance(text, str) else _show(text), _COMMAND_LINE)
+                + _inside(error),
+            )
         else:
             problems.setdefault(key, _wrong(key, _show(values[key]), f"in {path}") + _inside(error))
     _raise(list(problems.values()))

@@ -12,7 +12,13 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-_GLM = {"vocab_size": 151_552, "tied_embeddings": False, "qk_norm": False, "norm_eps": 1e-5, "rope_base": 10_000.0}
+_GLM = {
+    "vocab_size": 151_552,
+    "tied_embeddings": False,
+    "qk_norm": False,
+    "norm_eps": 1e-5,
+    "rope_base": 10_000.0,
+}
 _LLAMA = {
     "vocab_size": 128_256,
     "num_query_groups": 8,
@@ -22,12 +28,27 @@ _LLAMA = {
     "rope_base": 500_000.0,
 }
 _LLAMA3 = {**_LLAMA, "num_attention_heads": 32, "head_dim": 128}
-_SCALED = {"rope_low_frequency_factor": 1.0, "rope_high_frequency_factor": 4.0, "rope_original_length": 8192}
-_QWEN3 = {"vocab_size": 151_936, "tied_embeddings": True, "qk_norm": True, "norm_eps": 1e-6, "rope_base": 1_000_000.0}
+_SCALED = {
+    "rope_low_frequency_factor": 1.0,
+    "rope_high_frequency_factor": 4.0,
+    "rope_original_length": 8192,
+}
+_QWEN3 = {
+    "vocab_size": 151_936,
+    "tied_embeddings": True,
+    "qk_norm": True,
+    "norm_eps": 1e-6,
+    "rope_base": 1_000_000.0,
+}
 
 
 def _shape(
-    hidden: int, layers: int, ffn: int, heads: int | None = None, groups: int | None = None, width: int | None = None
+    hidden: int,
+    layers: int,
+    ffn: int,
+    heads: int | None = None,
+    groups: int | None = None,
+    width: int | None = None,
 ) -> dict[str, Any]:
     found = {"hidden_size": hidden, "num_layers": layers, "ffn_hidden_size": ffn}
     optional = {"num_attention_heads": heads, "num_query_groups": groups, "head_dim": width}
@@ -46,8 +67,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama3-3.8b": {**_LLAMA3, **_shape(3072, 28, 8192)},
     "llama3-8b": {**_LLAMA3, **_shape(4096, 32, 14336)},
     "llama-3.1-8b": {**_LLAMA3, **_SCALED, **_shape(4096, 32, 14336), "rope_scaling_factor": 8.0},
-    "llama-3.2-1b": {**_LLAMA, **_SCALED, **_shape(2048, 16, 8192, 32, 8, 64), "tied_embeddings": True, "rope_scaling_factor": 32.0},
-    "llama-3.2-3b": {**_LLAMA, **_SCALED, **_shape(3072, 28, 8192, 24, 8, 128), "tied_embeddings": True, "rope_scaling_factor": 32.0},
+    "llama-3.2-1b": {
+        **_LLAMA,
+        **_SCALED,
+        **_shape(2048, 16, 8192, 32, 8, 64),
+        "tied_embeddings": True,
+        "rope_scaling_factor": 32.0,
+    },
+    "llama-3.2-3b": {
+        **_LLAMA,
+        **_SCALED,
+        **_shape(3072, 28, 8192, 24, 8, 128),
+        "tied_embeddings": True,
+        "rope_scaling_factor": 32.0,
+    },
     "qwen3-0.15b": {**_QWEN3, **_shape(512, 20, 1536, 8, 4, 64)},
     "qwen3-0.3b": {**_QWEN3, **_shape(768, 24, 2304, 12, 4, 64)},
     "qwen3-0.6b": {**_QWEN3, **_shape(1024, 28, 3072, 16, 8, 128)},
@@ -63,4 +96,6 @@ def preset_values(name: str) -> dict[str, Any]:
     if name in PRESETS:
         return PRESETS[name]
     (near,) = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
-    raise ValueError(f'preset ("{name}") is not known: did you mean "{near}"? All: {", ".join(PRESETS)}')
+    raise ValueError(
+        f'preset ("{name}") is not known: did you mean "{near}"? All: {", ".join(PRESETS)}'
+    )

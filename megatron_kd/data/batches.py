@@ -58,7 +58,9 @@ class Microbatch:
     ) -> Microbatch:
         """named: int64 [B, S], see `TokenDataset`; the other tensors as above; attach: see `BatchSource`; keys: where they are known."""
         tokens, starts = read_starts(named)
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens).contiguous()
+        positions = (
+            torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens).contiguous()
+        )
         documents = None
         if within_documents:
             documents = starts.long().cumsum(1)
@@ -72,7 +74,9 @@ class Microbatch:
         """int64 [B, S], what `of` was given: the tokens, their documents' starts marked where they matter."""
         if self.documents is None:
             return self.tokens
-        starts = self.documents.diff(dim=1, prepend=self.documents.new_zeros(len(self.documents), 1))
+        starts = self.documents.diff(
+            dim=1, prepend=self.documents.new_zeros(len(self.documents), 1)
+        )
         return mark_starts(self.tokens, starts > 0)
 
     def attention_mask(self) -> torch.Tensor | None:
@@ -85,8 +89,14 @@ class Microbatch:
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Microbatch:
         """The same microbatch with `function` applied to every tensor."""
         target = None if self.target is None else self.target.map(function)
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "target"}
-        mapped: dict[str, Any] = {name: None if tensor is None else function(tensor) for name, tensor in tensors.items()}
+        tensors = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name != "target"
+        }
+        mapped: dict[str, Any] = {
+            name: None if tensor is None else function(tensor) for name, tensor in tensors.items()
+        }
         return replace(self, **mapped, target=target)
 
     def to(self, device: torch.device) -> Microbatch:
@@ -134,7 +144,9 @@ class BatchSource:
                 f"= {micro_batch_size} * {data_parallel_size} = {per_round}"
             )
         if not 0 <= data_parallel_rank < data_parallel_size:
-            raise ValueError(f"data_parallel_rank {data_parallel_rank} is not in [0, {data_parallel_size})")
+            raise ValueError(
+                f"data_parallel_rank {data_parallel_rank} is not in [0, {data_parallel_size})"
+            )
         self.dataset = dataset
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
@@ -196,16 +208,25 @@ class BatchSource:
     def _microbatch(self, ids: list[int]) -> Microbatch:
         """Read the samples `ids` into CPU memory, pinned where they go on to a GPU."""
         present = [sample < len(self.dataset) for sample in ids]
-        rows = [self.dataset[sample if there else 0] for sample, there in zip(ids, present, strict=True)]
-        tokens, labels, loss_mask, named = (torch.stack([row[key] for row in rows]) for key in ("tokens", "labels", "loss_mask", "named"))
+        rows = [
+            self.dataset[sample if there else 0] for sample, there in zip(ids, present, strict=True)
+        ]
+        tokens, labels, loss_mask, named = (
+            torch.stack([row[key] for row in rows])
+            for key in ("tokens", "labels", "loss_mask", "named")
+        )
         self._check_range(ids, tokens, labels)
         real = torch.tensor(present)
         loss_mask = loss_mask * real.unsqueeze(1)
         sample_ids = torch.tensor(ids).masked_fill(~real, -1)
         labels = labels.masked_fill(loss_mask == 0, -100)
         within = self.dataset.within_documents
-        batch = Microbatch.of(named, labels, loss_mask, sample_ids, within_documents=within, attach=self._attach)
-        return batch.map(lambda tensor: tensor.pin_memory()) if self._device.type == "cuda" else batch
+        batch = Microbatch.of(
+            named, labels, loss_mask, sample_ids, within_documents=within, attach=self._attach
+        )
+        return (
+            batch.map(lambda tensor: tensor.pin_memory()) if self._device.type == "cuda" else batch
+        )
 
     def _check_range(self, ids: list[int], tokens: torch.Tensor, labels: torch.Tensor) -> None:
         both = torch.cat((tokens, labels[:, -1:]), dim=1)

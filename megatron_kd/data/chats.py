@@ -17,7 +17,14 @@ from typing import IO, Any, ClassVar
 import numpy as np
 
 from megatron_kd.config.run import ConfigError
-from megatron_kd.data.conversations import BadConversation, ChatTemplate, ConversationEncoder, Packed, Packer, messages_of
+from megatron_kd.data.conversations import (
+    BadConversation,
+    ChatTemplate,
+    ConversationEncoder,
+    Packed,
+    Packer,
+    messages_of,
+)
 from megatron_kd.data.documents import Unit, fast_loads, find_text_files, make_pieces
 from megatron_kd.data.indexed import COUNTS_FOR_LOSS
 from megatron_kd.data.pieces import Job, PieceNote, note_problem, piece_path, readable
@@ -38,7 +45,9 @@ class ChatJob(Job):
     kinds: ClassVar[tuple[str, ...]] = ("ids", "lengths", "roles")
     advice: ClassVar[str] = "check the keys, --sequence-length and the input"
 
-    def write(self, piece: Sequence[Unit], files: Sequence[Sequence[IO[bytes]]], note: PieceNote) -> None:
+    def write(
+        self, piece: Sequence[Unit], files: Sequence[Sequence[IO[bytes]]], note: PieceNote
+    ) -> None:
         """Write the conversations of one piece that fit into a sample."""
         encoder, loads = _encoder(self), fast_loads()
         for found in readable(piece, self, note):
@@ -46,7 +55,12 @@ class ChatJob(Job):
                 row = loads(found.text.encode("utf-8"))
                 if not isinstance(row, dict):
                     raise BadConversation("no JSON object")
-                messages = messages_of(row, messages_key=self.messages_key, prompt_key=self.prompt_key, response_key=self.response_key)
+                messages = messages_of(
+                    row,
+                    messages_key=self.messages_key,
+                    prompt_key=self.prompt_key,
+                    response_key=self.response_key,
+                )
                 ids, roles = encoder.encode(messages)
             except (ValueError, RecursionError) as error:
                 problem = " ".join(str(error).split()) or "not JSON"
@@ -58,7 +72,9 @@ class ChatJob(Job):
                 note_problem(found.document, problem, found.place, found.unit, self, note)
                 note.too_long += 1
                 continue
-            for stream, values in zip(files[found.split], (ids, np.array([len(ids)], "<i4"), roles), strict=True):
+            for stream, values in zip(
+                files[found.split], (ids, np.array([len(ids)], "<i4"), roles), strict=True
+            ):
                 stream.write(values.tobytes())
             note.documents[found.split] += 1
             note.text_bytes[found.split] += len(found.text)
@@ -66,7 +82,13 @@ class ChatJob(Job):
             note.max_id[found.split] = max(note.max_id[found.split], int(ids.max()))
 
     def publish(
-        self, prefix: Path, dtype: np.dtype, folder: Path, split: int, notes: Sequence[PieceNote], about: dict[str, Any]
+        self,
+        prefix: Path,
+        dtype: np.dtype,
+        folder: Path,
+        split: int,
+        notes: Sequence[PieceNote],
+        about: dict[str, Any],
     ) -> dict[str, Any]:
         """Pack one split and put it under its names; its description."""
         packer = Packer(self.sequence_length, about["end_of_document"], dtype)
@@ -78,9 +100,16 @@ class ChatJob(Job):
                 stack.callback(path.unlink, missing_ok=True)
             files = [stack.enter_context(open(path, "wb")) for path in packed]
             for sample in _pack(packer, folder, split, len(notes), dtype):
-                for stream, values in zip(files, (sample.ids, np.array([len(sample.ids)], "<i4"), sample.roles), strict=True):
+                for stream, values in zip(
+                    files,
+                    (sample.ids, np.array([len(sample.ids)], "<i4"), sample.roles),
+                    strict=True,
+                ):
                     stream.write(values.tobytes())
-                samples, counted = samples + 1, counted + int((sample.roles & COUNTS_FOR_LOSS).sum())
+                samples, counted = (
+                    samples + 1,
+                    counted + int((sample.roles & COUNTS_FOR_LOSS).sum()),
+                )
                 largest = max(largest, int(sample.ids.max()))
             for stream in files:
                 stream.flush()
@@ -99,18 +128,29 @@ class ChatJob(Job):
 
 @lru_cache(maxsize=1)
 def _encoder(job: ChatJob) -> ConversationEncoder:
-    vocabulary, _ = load_tokenizer(job.tokenizer, end_of_document=job.end_of_document, pattern=job.pattern)
+    vocabulary, _ = load_tokenizer(
+        job.tokenizer, end_of_document=job.end_of_document, pattern=job.pattern
+    )
     if encoding_digest(job.tokenizer, vocabulary) != job.encoding:
-        raise ConfigError(f"{job.tokenizer} changed while it was in use: run the same command again")
+        raise ConfigError(
+            f"{job.tokenizer} changed while it was in use: run the same command again"
+        )
     return ConversationEncoder(vocabulary, ChatTemplate(job.template, vocabulary))
 
 
-def _pack(packer: Packer, folder: Path, split: int, num_pieces: int, dtype: np.dtype) -> Iterator[Packed]:
+def _pack(
+    packer: Packer, folder: Path, split: int, num_pieces: int, dtype: np.dtype
+) -> Iterator[Packed]:
     for number in range(num_pieces):
         kinds = {"ids": dtype, "lengths": np.dtype("<i4"), "roles": np.dtype(np.uint8)}
-        ids, lengths, roles = (np.fromfile(piece_path(folder, number, f"{split}.{name}"), kind) for name, kind in kinds.items())
+        ids, lengths, roles = (
+            np.fromfile(piece_path(folder, number, f"{split}.{name}"), kind)
+            for name, kind in kinds.items()
+        )
         ends = np.cumsum(lengths, dtype=np.int64)[:-1]
-        for own, parts in zip(np.split(ids, ends), np.split(roles, ends), strict=True) if len(lengths) else ():
+        for own, parts in (
+            zip(np.split(ids, ends), np.split(roles, ends), strict=True) if len(lengths) else ()
+        ):
             sample = packer.add(own, parts)
             if sample is not None:
                 yield sample
@@ -138,7 +178,9 @@ def make_chat_plan(
     """
     vocabulary, info = load_tokenizer(tokenizer, end_of_document=end_of_document, pattern=pattern)
     if info.end_of_document is None:
-        raise ConfigError(f"the tokenizer {tokenizer} names no token that ends documents: name one with --end-of-document")
+        raise ConfigError(
+            f"the tokenizer {tokenizer} names no token that ends documents: name one with --end-of-document"
+        )
     source = template or vocabulary.chat_template
     if not source:
         raise ConfigError(

@@ -43,14 +43,20 @@ class ChatTemplate:
             from jinja2.ext import loopcontrols
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError as error:
-            raise ConfigError("chat templates need the package jinja2: pip install 'megatron-kd[preprocess]'") from error
+            raise ConfigError(
+                "chat templates need the package jinja2: pip install 'megatron-kd[preprocess]'"
+            ) from error
         self._error = TemplateError
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
         environment.globals["raise_exception"] = _raise
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
-            raise ConfigError(f"the chat template is not valid jinja ({error}): repair it, or name another with --template") from error
+            raise ConfigError(
+                f"the chat template is not valid jinja ({error}): repair it, or name another with --template"
+            ) from error
         end = vocabulary.end_of_document
         names = {
             "bos": "<s>" if b"<s>" in vocabulary.tokens else "",
@@ -61,8 +67,15 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], *, prompt: bool) -> str:
         """The text of `messages`; prompt: followed by what makes the assistant speak. BadConversation where the template refuses."""
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=prompt, **self._tokens)
-        except (self._error, TypeError, KeyError, OverflowError) as error:  # the sandbox bounds ranges
+            return self._template.render(
+                messages=list(messages), add_generation_prompt=prompt, **self._tokens
+            )
+        except (
+            self._error,
+            TypeError,
+            KeyError,
+            OverflowError,
+        ) as error:  # the sandbox bounds ranges
             raise BadConversation(f"the template refuses it: {error}") from error
 
 
@@ -72,17 +85,24 @@ def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
-def messages_of(row: dict[str, Any], *, messages_key: str, prompt_key: str, response_key: str) -> list[Message]:
+def messages_of(
+    row: dict[str, Any], *, messages_key: str, prompt_key: str, response_key: str
+) -> list[Message]:
     """The messages of one line: a list under `messages_key`, else a prompt and a response. BadConversation for anything else."""
     if messages_key in row:
         found = row[messages_key]
     elif prompt_key in row and response_key in row:
-        found = [{"role": "user", "content": row[prompt_key]}, {"role": "assistant", "content": row[response_key]}]
+        found = [
+            {"role": "user", "content": row[prompt_key]},
+            {"role": "assistant", "content": row[response_key]},
+        ]
     else:
-        raise BadConversation(f"no key {messages_key!r}, and not both {prompt_key!r} and {response_key!r}")
-    if not (isinstance(found, list) and found and all(isinstance(one, dict) for one in found)) or not all(
-        isinstance(one.get(name), str) for one in found for name in ("role", "content")
-    ):
+        raise BadConversation(
+            f"no key {messages_key!r}, and not both {prompt_key!r} and {response_key!r}"
+        )
+    if not (
+        isinstance(found, list) and found and all(isinstance(one, dict) for one in found)
+    ) or not all(isinstance(one.get(name), str) for one in found for name in ("role", "content")):
         raise BadConversation("its messages are not a list of objects with a role and a content")
     if not any(one["role"] == "assistant" and one["content"].strip() for one in found):
         raise BadConversation("the assistant says nothing in it")
@@ -98,13 +118,17 @@ def segments(messages: Sequence[Message], template: ChatTemplate) -> Iterator[tu
         before = template.render(messages[:number], prompt=True)
         after = template.render(messages[: number + 1], prompt=False)
         if not before.startswith(done) or not after.startswith(before):
-            raise BadConversation("its template writes earlier messages differently once later ones are there")
+            raise BadConversation(
+                "its template writes earlier messages differently once later ones are there"
+            )
         yield before[len(done) :], False
         yield after[len(before) :], True
         done = after
     whole = template.render(messages, prompt=False)
     if not whole.startswith(done):
-        raise BadConversation("its template writes earlier messages differently once later ones are there")
+        raise BadConversation(
+            "its template writes earlier messages differently once later ones are there"
+        )
     yield whole[len(done) :], False
 
 
@@ -113,7 +137,10 @@ class ConversationEncoder:
 
     def __init__(self, vocabulary: Vocabulary, template: ChatTemplate) -> None:
         self.vocabulary, self.template = vocabulary, template
-        self._names = {vocabulary.tokens[index].decode("utf-8", "replace"): index for index in vocabulary.special}
+        self._names = {
+            vocabulary.tokens[index].decode("utf-8", "replace"): index
+            for index in vocabulary.special
+        }
         self._names.pop("", None)
         longest_first = sorted(map(re.escape, self._names), key=len, reverse=True)
         self._special = re.compile("|".join(longest_first)) if longest_first else None
@@ -149,7 +176,11 @@ class ConversationEncoder:
     def _plain(self, text: str, first: bool) -> bytes:
         if not text:
             return b""
-        return self.vocabulary.encode_document(text) if first else self.vocabulary.encode_batch([text])[0]
+        return (
+            self.vocabulary.encode_document(text)
+            if first
+            else self.vocabulary.encode_batch([text])[0]
+        )
 
 
 class Packer:
@@ -159,7 +190,12 @@ class Packer:
     """
 
     def __init__(self, length: int, padding: int, dtype: np.dtype, open_samples: int = 64) -> None:
-        self.length, self.padding, self.dtype, self.open_samples = length, padding, dtype, open_samples
+        self.length, self.padding, self.dtype, self.open_samples = (
+            length,
+            padding,
+            dtype,
+            open_samples,
+        )
         self._samples: list[list[tuple[np.ndarray, np.ndarray]]] = []
         self._room: list[int] = []
 
@@ -186,7 +222,10 @@ class Packer:
 
     def _close(self, place: int) -> Packed:
         parts, free = self._samples.pop(place), self._room.pop(place)
-        ids, roles = np.full(self.length, self.padding, self.dtype), np.zeros(self.length, dtype=np.uint8)
+        ids, roles = (
+            np.full(self.length, self.padding, self.dtype),
+            np.zeros(self.length, dtype=np.uint8),
+        )
         used = self.length - free
         ids[:used] = np.concatenate([ids for ids, _ in parts])
         roles[:used] = np.concatenate([roles for _, roles in parts])

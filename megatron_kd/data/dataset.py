@@ -32,7 +32,13 @@ import torch.distributed as dist
 
 from megatron_kd.config.durable import sync_path
 from megatron_kd.config.run import ConfigError
-from megatron_kd.data.indexed import COUNTS_FOR_LOSS, STARTS_DOCUMENT, packed_length, read_index, read_roles
+from megatron_kd.data.indexed import (
+    COUNTS_FOR_LOSS,
+    STARTS_DOCUMENT,
+    packed_length,
+    read_index,
+    read_roles,
+)
 from megatron_kd.parallel.collectives import raise_together
 from megatron_kd.targets.keys import mark_starts
 
@@ -67,7 +73,9 @@ class _Source:
     def open(self, cache: Path) -> GPTDataset:
         """The samples of one pass over this prefix, by way of a complete folder in `cache`."""
         digest = hashlib.sha256(self.lengths.tobytes()).hexdigest()
-        folder = cache / _key("samples", digest, self.sequence_length, *(["packed"] if self.packed else []))
+        folder = cache / _key(
+            "samples", digest, self.sequence_length, *(["packed"] if self.packed else [])
+        )
         _complete(folder, lambda temporary: self._build(digest, temporary))
         _refuse_damaged(folder, 3)
         return self._build(digest, folder)
@@ -99,7 +107,13 @@ class _Source:
 class Part:
     """One prefix: the samples of one pass, and the order in which a run reads them pass after pass."""
 
-    def __init__(self, prefix: str, samples: GPTDataset, seed: Sequence[int] | None, within_documents: bool = False) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        samples: GPTDataset,
+        seed: Sequence[int] | None,
+        within_documents: bool = False,
+    ) -> None:
         """seed: of the order, None: as they are cut. within_documents: tokens see their own document only."""
         self.within_documents = within_documents
         self._roles = read_roles(prefix)
@@ -138,7 +152,12 @@ class Part:
         for sequence, length in zip(sequences, lengths, strict=True):
             begin, end = max(at, 0), min(at + int(length), size + 1)
             if self._roles is not None and end > begin:
-                token = int(samples.dataset.index.sequence_pointers[sequence]) // samples.dataset.index.dtype_size + begin - at
+                token = (
+                    int(samples.dataset.index.sequence_pointers[sequence])
+                    // samples.dataset.index.dtype_size
+                    + begin
+                    - at
+                )
                 roles = self._roles[token : token + end - begin]
                 starts[begin:end] = roles & STARTS_DOCUMENT != 0
                 counts[begin:end] = roles & COUNTS_FOR_LOSS != 0
@@ -163,9 +182,15 @@ class Part:
         if self._seed is None:
             return nth
         if number not in self._orders:
-            while len(self._orders) > 1:  # a run goes from pass to pass; reading ahead needs two at most
+            while (
+                len(self._orders) > 1
+            ):  # a run goes from pass to pass; reading ahead needs two at most
                 del self._orders[min(self._orders)]
-            self._orders[number] = np.random.default_rng([*self._seed, number]).permutation(len(self)).astype(np.uint32)
+            self._orders[number] = (
+                np.random.default_rng([*self._seed, number])
+                .permutation(len(self))
+                .astype(np.uint32)
+            )
         return int(self._orders[number][index])
 
 
@@ -180,7 +205,13 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         within_documents: tokens see their own document only.
     """
 
-    def __init__(self, name: str, parts: Sequence[Part], blend: tuple[np.ndarray, np.ndarray] | None, num_samples: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[Part],
+        blend: tuple[np.ndarray, np.ndarray] | None,
+        num_samples: int,
+    ) -> None:
         self.name = name
         self.within_documents = parts[0].within_documents
         self.sequence_length = int(parts[0].samples.config.sequence_length)
@@ -190,7 +221,9 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         sizes = [int(part.samples.dataset.sequence_lengths.sum(dtype=np.int64)) for part in parts]
         counts = _counts(blend, len(parts), num_samples)
         self.num_tokens = sum(sizes)
-        self.epochs = max(count * self.sequence_length / size for count, size in zip(counts, sizes, strict=True))
+        self.epochs = max(
+            count * self.sequence_length / size for count, size in zip(counts, sizes, strict=True)
+        )
 
     def __len__(self) -> int:
         return self._num_samples
@@ -215,8 +248,14 @@ class TokenDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def _place(self, sample: int) -> tuple[Part, int]:
         if not 0 <= sample < self._num_samples:
-            raise IndexError(f"sample {sample} is outside the {self._num_samples} samples of {self.name}")
-        number, nth = (0, sample) if self._blend is None else (int(self._blend[0][sample]), int(self._blend[1][sample]))
+            raise IndexError(
+                f"sample {sample} is outside the {self._num_samples} samples of {self.name}"
+            )
+        number, nth = (
+            (0, sample)
+            if self._blend is None
+            else (int(self._blend[0][sample]), int(self._blend[1][sample]))
+        )
         part = self.parts[number]
         return part, part.place(nth)
 
@@ -257,12 +296,24 @@ def build_dataset(
         ConfigError: fewer than sequence_length + 1 tokens, or an index cache that cannot be written, seen by all ranks or read.
     """
     if mask_end_of_document and end_of_document is None:
-        raise ConfigError("data.mask_end_of_document needs data.tokenizer, which says what the end-of-document id is")
-    if num_samples < 1 or not prefixes or len(weights or prefixes) != len(prefixes) or (len(prefixes) > 1 and not repeat):
-        raise ValueError("build_dataset needs num_samples >= 1, a prefix, a weight for each (or None), and one prefix without repeat")
+        raise ConfigError(
+            "data.mask_end_of_document needs data.tokenizer, which says what the end-of-document id is"
+        )
+    if (
+        num_samples < 1
+        or not prefixes
+        or len(weights or prefixes) != len(prefixes)
+        or (len(prefixes) > 1 and not repeat)
+    ):
+        raise ValueError(
+            "build_dataset needs num_samples >= 1, a prefix, a weight for each (or None), and one prefix without repeat"
+        )
     vocabulary = _Vocabulary(vocab_size, -1 if end_of_document is None else end_of_document)
     packed = [packed_length(prefix) == sequence_length for prefix in prefixes]
-    lengths = [_usable_lengths(p, sequence_length + (not whole), name) for p, whole in zip(prefixes, packed, strict=True)]
+    lengths = [
+        _usable_lengths(p, sequence_length + (not whole), name)
+        for p, whole in zip(prefixes, packed, strict=True)
+    ]
     sources = [
         _Source(str(p), n, sequence_length, vocabulary, mask_end_of_document, whole)
         for p, n, whole in zip(prefixes, lengths, packed, strict=True)
@@ -271,12 +322,21 @@ def build_dataset(
     cache = Path(index_cache)
 
     def assemble() -> TokenDataset:
-        blend = None if len(sources) == 1 else _open_blend(shares / shares.sum(), num_samples, cache)
+        blend = (
+            None if len(sources) == 1 else _open_blend(shares / shares.sum(), num_samples, cache)
+        )
         parts = [
-            Part(source.prefix, source.open(cache), (seed, number) if repeat else None, within_documents)
+            Part(
+                source.prefix,
+                source.open(cache),
+                (seed, number) if repeat else None,
+                within_documents,
+            )
             for number, source in enumerate(sources)
         ]
-        return TokenDataset(name, parts, blend, num_samples if repeat else min(num_samples, len(parts[0])))
+        return TokenDataset(
+            name, parts, blend, num_samples if repeat else min(num_samples, len(parts[0]))
+        )
 
     with _quiet_megatron():
         return _rank_zero_first(assemble)
@@ -309,7 +369,9 @@ def _open_blend(shares: np.ndarray, num_samples: int, cache: Path) -> tuple[np.n
     return np.load(folder / "part.npy", mmap_mode="r"), np.load(folder / "index.npy", mmap_mode="r")
 
 
-def _counts(blend: tuple[np.ndarray, np.ndarray] | None, num_parts: int, num_samples: int) -> list[int]:
+def _counts(
+    blend: tuple[np.ndarray, np.ndarray] | None, num_parts: int, num_samples: int
+) -> list[int]:
     """Samples taken from each prefix, exactly."""
     return [num_samples] if blend is None else np.bincount(blend[0], minlength=num_parts).tolist()
 
@@ -323,7 +385,9 @@ def _complete(folder: Path, write: Callable[[Path], object]) -> None:
     if folder.is_dir():
         return
     if _rank() != 0:
-        raise ConfigError(f"rank {_rank()} does not see {folder}, which rank 0 wrote: set data.index_cache to a folder shared by all nodes")
+        raise ConfigError(
+            f"rank {_rank()} does not see {folder}, which rank 0 wrote: set data.index_cache to a folder shared by all nodes"
+        )
     # Not the process's number alone: in containers it comes again, beside what a killed run left and what another machine writes.
     temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -340,7 +404,9 @@ def _complete(folder: Path, write: Callable[[Path], object]) -> None:
                 raise
         sync_path(folder.parent)
     except OSError as error:
-        raise ConfigError(f"cannot write {folder} ({error}): set data.index_cache to a writable folder with free space") from error
+        raise ConfigError(
+            f"cannot write {folder} ({error}): set data.index_cache to a writable folder with free space"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -350,9 +416,13 @@ def _refuse_damaged(folder: Path, num_arrays: int) -> None:
     try:
         found = [np.load(path, mmap_mode="r", allow_pickle=False) for path in folder.glob("*.npy")]
     except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(f"the index cache {folder} is damaged ({error}): delete this folder and start again") from error
+        raise ConfigError(
+            f"the index cache {folder} is damaged ({error}): delete this folder and start again"
+        ) from error
     if len(found) != num_arrays:
-        raise ConfigError(f"the index cache {folder} has {len(found)} arrays in place of {num_arrays}: delete this folder and start again")
+        raise ConfigError(
+            f"the index cache {folder} has {len(found)} arrays in place of {num_arrays}: delete this folder and start again"
+        )
 
 
 def _rank() -> int:
@@ -378,7 +448,11 @@ def _rank_zero_first(assemble: Callable[[], TokenDataset]) -> TokenDataset:
 
 
 def _sentence(problem: Exception) -> str:
-    return str(problem) if isinstance(problem, ConfigError) else f"the sample order cannot be made: {type(problem).__name__}: {problem}"
+    return (
+        str(problem)
+        if isinstance(problem, ConfigError)
+        else f"the sample order cannot be made: {type(problem).__name__}: {problem}"
+    )
 
 
 @contextmanager

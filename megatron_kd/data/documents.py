@@ -67,7 +67,9 @@ class Document:
     problem: str = ""
 
 
-def find_text_files(inputs: Sequence[str | Path], patterns: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[TextFile]:
+def find_text_files(
+    inputs: Sequence[str | Path], patterns: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> list[TextFile]:
     """The files among `inputs` (files, globs, or folders searched to the bottom), each once, in an order that depends only on names.
 
     Args:
@@ -80,15 +82,23 @@ def find_text_files(inputs: Sequence[str | Path], patterns: Sequence[str] = ("*"
     """
     found: dict[str, TextFile] = {}
     for item in (path for given in inputs for path in _expand(given)):
-        relative = [Path(item.name)] if item.is_file() else sorted(_walk(item, patterns, exclude), key=Path.as_posix)
+        relative = (
+            [Path(item.name)]
+            if item.is_file()
+            else sorted(_walk(item, patterns, exclude), key=Path.as_posix)
+        )
         root = item.parent if item.is_file() else item
         for name in relative:
             path = root / name
             status = path.stat()
-            file = TextFile(name.as_posix(), path, status.st_size, (status.st_mtime_ns, status.st_ctime_ns))
+            file = TextFile(
+                name.as_posix(), path, status.st_size, (status.st_mtime_ns, status.st_ctime_ns)
+            )
             found.setdefault(os.path.realpath(path), file)
     if not found:
-        raise ConfigError(f"no file matches {' '.join(patterns)} in {', '.join(map(str, inputs))}: change the input or the pattern")
+        raise ConfigError(
+            f"no file matches {' '.join(patterns)} in {', '.join(map(str, inputs))}: change the input or the pattern"
+        )
     return list(found.values())
 
 
@@ -111,7 +121,11 @@ def _walk(root: Path, patterns: Sequence[str], exclude: Sequence[str]) -> Iterat
         subfolders[:] = [name for name in subfolders if not left_out(name)]
         for name in names:
             path = Path(folder, name)
-            if any(fnmatch(name, pattern) for pattern in patterns) and not left_out(name) and path.is_file():
+            if (
+                any(fnmatch(name, pattern) for pattern in patterns)
+                and not left_out(name)
+                and path.is_file()
+            ):
                 yield path.relative_to(root)
 
 
@@ -133,11 +147,15 @@ def format_of(path: Path, wanted: str = "auto") -> str:
         suffixes.pop()
     last = suffixes[-1] if suffixes else ""
     if last == ".json":
-        raise ConfigError(f"{path} may be JSON lines or one document of text: say which with --format jsonl or --format text")
+        raise ConfigError(
+            f"{path} may be JSON lines or one document of text: say which with --format jsonl or --format text"
+        )
     return "jsonl" if last in _LINES else "parquet" if last == ".parquet" else "text"
 
 
-def make_pieces(files: Sequence[TextFile], wanted: str = "auto", piece_bytes: int | None = None) -> list[list[Unit]]:
+def make_pieces(
+    files: Sequence[TextFile], wanted: str = "auto", piece_bytes: int | None = None
+) -> list[list[Unit]]:
     """Cut the files into pieces of work of about equal size, in order.
 
     A compressed file is one piece: what is in its middle can only be reached by reading its beginning.
@@ -145,7 +163,9 @@ def make_pieces(files: Sequence[TextFile], wanted: str = "auto", piece_bytes: in
     Raises:
         ConfigError: a Parquet file that cannot be read, or an unclear format.
     """
-    target = piece_bytes or min(max(sum(file.size for file in files) // _PIECES, _SMALLEST), _LARGEST)
+    target = piece_bytes or min(
+        max(sum(file.size for file in files) // _PIECES, _SMALLEST), _LARGEST
+    )
     pieces: list[list[Unit]] = []
     small: list[Unit] = []
     size = 0
@@ -169,7 +189,10 @@ def _units(file: TextFile, format: str, target: int) -> list[Unit]:
     if format == "text" or file.path.suffix.lower() in _COMPRESSED or not file.size:
         return [Unit(file, format, 0, file.size, file.size)]
     starts = range(0, file.size, target)
-    return [Unit(file, format, start, min(start + target, file.size), min(target, file.size - start)) for start in starts]
+    return [
+        Unit(file, format, start, min(start + target, file.size), min(target, file.size - start))
+        for start in starts
+    ]
 
 
 def _row_groups(file: TextFile, target: int) -> list[Unit]:
@@ -178,7 +201,9 @@ def _row_groups(file: TextFile, target: int) -> list[Unit]:
     try:
         metadata = parquet.read_metadata(file.path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file.path} is not a Parquet file ({error}): repair it, or leave it out with --exclude") from error
+        raise ConfigError(
+            f"{file.path} is not a Parquet file ({error}): repair it, or leave it out with --exclude"
+        ) from error
     units, start, size = [], 0, 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size
@@ -188,9 +213,16 @@ def _row_groups(file: TextFile, target: int) -> list[Unit]:
     return units
 
 
-def documents(unit: Unit, text_key: str, count_line: Callable[[], None] = lambda: None) -> Iterator[Document]:
+def documents(
+    unit: Unit, text_key: str, count_line: Callable[[], None] = lambda: None
+) -> Iterator[Document]:
     """The documents of one unit, in order. `count_line` is called once for each line or row that is read, empty ones included."""
-    read = {"text": _text_document, "jsonl": _line_documents, "lines": _line_documents, "parquet": _row_documents}[unit.format]
+    read = {
+        "text": _text_document,
+        "jsonl": _line_documents,
+        "lines": _line_documents,
+        "parquet": _row_documents,
+    }[unit.format]
     line = 0
 
     def count() -> None:
@@ -201,7 +233,12 @@ def documents(unit: Unit, text_key: str, count_line: Callable[[], None] = lambda
     try:
         yield from read(unit, text_key, count)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-        yield Document(f"{unit.file.key}:damaged", line + 1, None, f"cannot be read from here on: {_one_line(error)}")
+        yield Document(
+            f"{unit.file.key}:damaged",
+            line + 1,
+            None,
+            f"cannot be read from here on: {_one_line(error)}",
+        )
 
 
 def _text_document(unit: Unit, text_key: str, count: Callable[[], None]) -> Iterator[Document]:
@@ -229,7 +266,9 @@ def _line_documents(unit: Unit, text_key: str, count: Callable[[], None]) -> Ite
             count()
             name, offset = f"{unit.file.key}:{offset}", offset + len(data)
             if not data.isspace():
-                text, problem = _text_of(data, text_key, loads) if unit.format == "jsonl" else _whole_line(data)
+                text, problem = (
+                    _text_of(data, text_key, loads) if unit.format == "jsonl" else _whole_line(data)
+                )
                 data = b""  # a line can be as long as memory is large
                 yield Document(name, line, text, problem)
 
@@ -250,18 +289,29 @@ def _row_documents(unit: Unit, text_key: str, count: Callable[[], None]) -> Iter
 
     with parquet.ParquetFile(unit.file.path) as file:
         if text_key not in file.schema_arrow.names:
-            raise ValueError(f"no column {text_key!r} (it has {', '.join(file.schema_arrow.names)})")
+            raise ValueError(
+                f"no column {text_key!r} (it has {', '.join(file.schema_arrow.names)})"
+            )
         row = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
         line = 0
         # Few rows at a time where rows are long.
-        count_here = sum(file.metadata.row_group(group).num_rows for group in range(unit.start, unit.end))
+        count_here = sum(
+            file.metadata.row_group(group).num_rows for group in range(unit.start, unit.end)
+        )
         rows = min(_ROWS, max(1, _ROWS_BYTES * count_here // max(1, unit.size)))
-        for batch in file.iter_batches(rows, row_groups=list(range(unit.start, unit.end)), columns=[text_key]):
+        for batch in file.iter_batches(
+            rows, row_groups=list(range(unit.start, unit.end)), columns=[text_key]
+        ):
             for text in batch.column(0).to_pylist():
                 line, row = line + 1, row + 1
                 count()
                 good = isinstance(text, str)
-                yield Document(f"{unit.file.key}:{row - 1}", line, text if good else None, "" if good else "no text in this row")
+                yield Document(
+                    f"{unit.file.key}:{row - 1}",
+                    line,
+                    text if good else None,
+                    "" if good else "no text in this row",
+                )
 
 
 def fast_loads() -> Callable[[bytes], Any]:
@@ -295,7 +345,9 @@ def _text_of(data: bytes, text_key: str, loads: Callable[[bytes], Any]) -> tuple
     if not isinstance(row, dict):
         return None, "no JSON object"
     if text_key not in row:
-        keys = ", ".join(map(repr, list(row)[:_KEYS_NAMED])) + (", ..." if len(row) > _KEYS_NAMED else "")
+        keys = ", ".join(map(repr, list(row)[:_KEYS_NAMED])) + (
+            ", ..." if len(row) > _KEYS_NAMED else ""
+        )
         return None, f"no key {text_key!r}" + (f", it has {keys}" if row else "")
     text = row[text_key]
     if not isinstance(text, str):
@@ -321,7 +373,9 @@ def open_file(path: Path) -> IO[bytes]:
     if suffix == ".zst":
         import pyarrow
 
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"), 1 << 20)
+        return io.BufferedReader(
+            pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"), 1 << 20
+        )
     return open(path, "rb", buffering=1 << 20)
 
 

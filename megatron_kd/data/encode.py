@@ -58,7 +58,11 @@ class Encoder:
         found: list[bytes] = []
         short: list[str] = []
         for text in texts:
-            if len(text) <= _SLICE and (self._cuts(text) if self.vocabulary.remember_words else not self.vocabulary.leading_space):
+            if len(text) <= _SLICE and (
+                self._cuts(text)
+                if self.vocabulary.remember_words
+                else not self.vocabulary.leading_space
+            ):
                 short.append(self._spaced(text))
                 continue
             found += self._encode_batch(short)
@@ -68,7 +72,9 @@ class Encoder:
 
     def _cuts(self, text: str) -> bool:
         vocabulary = self.vocabulary
-        return vocabulary.cuts_at_spaces and not (vocabulary.other_space and vocabulary.other_space in text)
+        return vocabulary.cuts_at_spaces and not (
+            vocabulary.other_space and vocabulary.other_space in text
+        )
 
     def _encode_alone(self, text: str) -> bytes:
         """A long document, or one that its vocabulary must see whole."""
@@ -135,7 +141,10 @@ def _keys(text: str) -> list[str]:
     if not text:
         return []
     keys: list[str] = []
-    start, end = 0, -1  # of the piece with a run of whitespace that is being looked at; end -1: there is none
+    start, end = (
+        0,
+        -1,
+    )  # of the piece with a run of whitespace that is being looked at; end -1: there is none
     plain = 0  # everything before this is in `keys`
     for run in _RUNS.finditer(text):
         first = run.start()

@@ -95,22 +95,30 @@ def read_index(prefix: str | Path) -> TokenIndex:
         with open(path, "rb") as stream:
             header = stream.read(_HEADER.size)
     except OSError as error:
-        raise ConfigError(f"cannot read {path} ({error.strerror}): give a data prefix that has a .bin and an .idx file") from error
+        raise ConfigError(
+            f"cannot read {path} ({error.strerror}): give a data prefix that has a .bin and an .idx file"
+        ) from error
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
         raise ConfigError(f"{path} has no Megatron index header ({size} bytes): {_REBUILD}")
     _, version, code, sequences, marks = _HEADER.unpack(header)
     if version != 1 or code not in _DTYPES:
-        raise ConfigError(f"{path} has version {version} and type code {code}, which is no integer token file: {_REBUILD}")
+        raise ConfigError(
+            f"{path} has version {version} and type code {code}, which is no integer token file: {_REBUILD}"
+        )
     needed = _HEADER.size + 12 * sequences + 8 * marks
     if size != needed:
-        raise ConfigError(f"{path} has {size} bytes, but its header ({sequences} sequences, {marks} marks) needs {needed}: {_REBUILD}")
+        raise ConfigError(
+            f"{path} has {size} bytes, but its header ({sequences} sequences, {marks} marks) needs {needed}: {_REBUILD}"
+        )
     if not sequences or not marks:
         raise ConfigError(f"{path} lists no documents: {_REBUILD}")
     first = _HEADER.size
     raw = np.memmap(path, dtype=np.uint8, mode="r")
     lengths = np.frombuffer(raw, "<i4", sequences, first)
     offsets = np.frombuffer(raw, "<i8", sequences, first + 4 * sequences)
-    return TokenIndex(_DTYPES[code], lengths, offsets, np.frombuffer(raw, "<i8", marks, first + 12 * sequences))
+    return TokenIndex(
+        _DTYPES[code], lengths, offsets, np.frombuffer(raw, "<i8", marks, first + 12 * sequences)
+    )
 
 
 def read_roles(prefix: str | Path) -> np.ndarray | None:
@@ -128,7 +136,12 @@ def packed_length(prefix: str | Path) -> int | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["packed_length"]
         return int(found)
-    except (OSError, ValueError, KeyError, TypeError):  # `check_token_file` says what is wrong with it
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # `check_token_file` says what is wrong with it
         return None
 
 
@@ -136,13 +149,21 @@ def tokens_per_byte(prefix: str | Path) -> float | None:
     """Of plain text, end-of-document ids included; None where the file's description does not say, or conversations are packed in it."""
     try:
         found = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
-        return float(found["tokens"]) / float(found["bytes"]) if found.get("packed_length") is None and found["bytes"] > 0 else None
+        return (
+            float(found["tokens"]) / float(found["bytes"])
+            if found.get("packed_length") is None and found["bytes"] > 0
+            else None
+        )
     except (OSError, ValueError, KeyError, TypeError):  # made elsewhere
         return None
 
 
 def check_token_file(
-    prefix: str | Path, *, vocab_size: int, tokenizer_digest: str | None = None, scan_tokens: int = 64_000_000
+    prefix: str | Path,
+    *,
+    vocab_size: int,
+    tokenizer_digest: str | None = None,
+    scan_tokens: int = 64_000_000,
 ) -> TokenFile:
     """Check one data set before it is used; every rank runs it by itself, with no collective.
 
@@ -162,7 +183,9 @@ def check_token_file(
     if os.path.exists(f"{prefix}.roles"):
         _check_size(f"{prefix}.roles", num_tokens, np.dtype(np.uint8))
     elif packed_length(prefix) is not None:
-        raise ConfigError(f"{prefix}.roles is missing, without which the loss would count on every token: copy it too, or {_REBUILD}")
+        raise ConfigError(
+            f"{prefix}.roles is missing, without which the loss would count on every token: copy it too, or {_REBUILD}"
+        )
     _check_sidecar(prefix, num_tokens, vocab_size, tokenizer_digest)
     _check_ids(prefix, index, num_tokens, vocab_size, scan_tokens)
     return TokenFile(str(prefix), num_tokens, len(index.documents) - 1, index.dtype)
@@ -180,30 +203,42 @@ def _check_index(path: str, index: TokenIndex) -> None:
         expected = int(ends[-1])
     marks = index.documents
     if marks[0] != 0 or marks[-1] != len(index.lengths) or (np.diff(marks) < 0).any():
-        raise ConfigError(f"{path} is damaged: its document marks do not cover its {len(index.lengths)} sequences; {_REBUILD}")
+        raise ConfigError(
+            f"{path} is damaged: its document marks do not cover its {len(index.lengths)} sequences; {_REBUILD}"
+        )
 
 
 def _check_size(path: str, num_tokens: int, dtype: np.dtype) -> None:
     try:
         size = os.path.getsize(path)
     except OSError as error:
-        raise ConfigError(f"cannot read {path} ({error.strerror}): give a data prefix that has a .bin and an .idx file") from error
+        raise ConfigError(
+            f"cannot read {path} ({error.strerror}): give a data prefix that has a .bin and an .idx file"
+        ) from error
     expected = num_tokens * dtype.itemsize
     if size != expected:
         what = "truncated" if size < expected else "oversized"
-        raise ConfigError(f"{path} is {what}: it has {size} bytes and its index needs {expected}; {_REBUILD}")
+        raise ConfigError(
+            f"{path} is {what}: it has {size} bytes and its index needs {expected}; {_REBUILD}"
+        )
     if not num_tokens:
         raise ConfigError(f"{path} holds no tokens: {_REBUILD}")
 
 
-def _check_sidecar(prefix: str | Path, num_tokens: int, vocab_size: int, tokenizer_digest: str | None) -> None:
+def _check_sidecar(
+    prefix: str | Path, num_tokens: int, vocab_size: int, tokenizer_digest: str | None
+) -> None:
     """Files made elsewhere have no sidecar: then there is nothing to compare."""
     path = Path(f"{prefix}.json")
     if not path.exists():
         return
     try:
         sidecar = json.loads(path.read_text(encoding="utf-8"))
-        digest, tokens, max_id = str(sidecar["tokenizer_digest"]), int(sidecar["tokens"]), int(sidecar["max_id"])
+        digest, tokens, max_id = (
+            str(sidecar["tokenizer_digest"]),
+            int(sidecar["tokens"]),
+            int(sidecar["max_id"]),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} does not describe token data ({type(error).__name__}: {error}): {_REBUILD}, or move it away if it is something else"
@@ -214,9 +249,13 @@ def _check_sidecar(prefix: str | Path, num_tokens: int, vocab_size: int, tokeniz
             "set data.tokenizer to the one that made the data, or make the data again"
         )
     if tokens != num_tokens:
-        raise ConfigError(f"{path} describes {tokens} tokens, but {prefix}.bin holds {num_tokens}: {_REBUILD}")
+        raise ConfigError(
+            f"{path} describes {tokens} tokens, but {prefix}.bin holds {num_tokens}: {_REBUILD}"
+        )
     if max_id >= vocab_size:
-        raise ConfigError(f"{prefix}.bin holds token id {max_id}, but the vocabulary has {vocab_size} ids: {_advice(vocab_size)}")
+        raise ConfigError(
+            f"{prefix}.bin holds token id {max_id}, but the vocabulary has {vocab_size} ids: {_advice(vocab_size)}"
+        )
 
 
 def _advice(vocab_size: int) -> str:
@@ -226,7 +265,9 @@ def _advice(vocab_size: int) -> str:
 def _scan_ranges(num_tokens: int, scan_tokens: int) -> Iterator[tuple[int, int]]:
     """Half-open token ranges to read: all of the file in blocks, or evenly spaced blocks from first token to last."""
     if num_tokens <= scan_tokens:
-        yield from ((start, min(start + _BLOCK, num_tokens)) for start in range(0, num_tokens, _BLOCK))
+        yield from (
+            (start, min(start + _BLOCK, num_tokens)) for start in range(0, num_tokens, _BLOCK)
+        )
         return
     size = max(1, scan_tokens // _SAMPLED_BLOCKS)
     count = max(1, min(_SAMPLED_BLOCKS, scan_tokens // size))
@@ -235,7 +276,9 @@ def _scan_ranges(num_tokens: int, scan_tokens: int) -> Iterator[tuple[int, int]]
         yield start, start + size
 
 
-def _check_ids(prefix: str | Path, index: TokenIndex, num_tokens: int, vocab_size: int, scan_tokens: int) -> None:
+def _check_ids(
+    prefix: str | Path, index: TokenIndex, num_tokens: int, vocab_size: int, scan_tokens: int
+) -> None:
     """Every id read must be in [0, vocab_size)."""
     info = np.iinfo(index.dtype)
     if info.min >= 0 and info.max < vocab_size:
@@ -291,7 +334,9 @@ class TokenFileWriter:
             ValueError: the lengths do not sum to the tokens, or an id does not fit the type on disk.
         """
         if int(lengths.sum()) != len(tokens):
-            raise ValueError(f"lengths sum to {int(lengths.sum())}, but there are {len(tokens)} tokens")
+            raise ValueError(
+                f"lengths sum to {int(lengths.sum())}, but there are {len(tokens)} tokens"
+            )
         if not len(tokens):
             return
         if tokens.min() < 0 or tokens.max() > np.iinfo(self.dtype).max:
@@ -323,11 +368,23 @@ class TokenFileWriter:
         ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
         offsets = (ends - lengths.astype(np.int64) * self.dtype.itemsize).astype("<i8")
         header = index_header(self.dtype, len(lengths), len(lengths) + 1)
-        return b"".join((header, lengths.tobytes(), offsets.tobytes(), np.arange(len(lengths) + 1, dtype="<i8").tobytes()))
+        return b"".join(
+            (
+                header,
+                lengths.tobytes(),
+                offsets.tobytes(),
+                np.arange(len(lengths) + 1, dtype="<i8").tobytes(),
+            )
+        )
 
     def __enter__(self) -> TokenFileWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._bin.close()
         self._temporary.unlink(missing_ok=True)

@@ -58,10 +58,18 @@ class Job:
     def digest(self, pieces: Sequence[Sequence[Unit]]) -> str:
         """sha256 (hex) of this job over these pieces; it changes when an input file does."""
         own = asdict(self) | {"tokenizer": None, "strict": None}
-        units = [(u.file.key, u.file.size, u.file.stamp, u.format, u.start, u.end) for piece in pieces for u in piece]
-        return hashlib.sha256(json.dumps([own, units]).encode("utf-8", "surrogateescape")).hexdigest()
+        units = [
+            (u.file.key, u.file.size, u.file.stamp, u.format, u.start, u.end)
+            for piece in pieces
+            for u in piece
+        ]
+        return hashlib.sha256(
+            json.dumps([own, units]).encode("utf-8", "surrogateescape")
+        ).hexdigest()
 
-    def write(self, piece: Sequence[Unit], files: Sequence[Sequence[IO[bytes]]], note: PieceNote) -> None:
+    def write(
+        self, piece: Sequence[Unit], files: Sequence[Sequence[IO[bytes]]], note: PieceNote
+    ) -> None:
         """Write one piece into its files, by split and kind, and count it in `note`."""
         encoder, end = _encoder(self.tokenizer, self.encoding, self.end_of_document, self.pattern)
         dtype = encoder.vocabulary.dtype
@@ -69,11 +77,21 @@ class Job:
         for batch in _batches(readable(piece, self, note)):
             kept, encoded = _encode(encoder, batch, self, note)
             for split in range(len(self.splits)):
-                chosen = [(one.text, ids) for one, ids in zip(kept, encoded, strict=True) if one.split == split]
+                chosen = [
+                    (one.text, ids)
+                    for one, ids in zip(kept, encoded, strict=True)
+                    if one.split == split
+                ]
                 _write(chosen, suffix, dtype, files[split], note, split)
 
     def publish(
-        self, prefix: Path, dtype: np.dtype, folder: Path, split: int, notes: Sequence[PieceNote], about: dict[str, Any]
+        self,
+        prefix: Path,
+        dtype: np.dtype,
+        folder: Path,
+        split: int,
+        notes: Sequence[PieceNote],
+        about: dict[str, Any],
     ) -> dict[str, Any]:
         """Put one split together under its names; its description: `about` and what the notes say."""
         description = about | {
@@ -83,7 +101,10 @@ class Job:
             "documents": sum(note.documents[split] for note in notes),
             "max_id": max(note.max_id[split] for note in notes),
         }
-        ids, lengths = ([piece_path(folder, number, f"{split}.{kind}") for number in range(len(notes))] for kind in ("ids", "lengths"))
+        ids, lengths = (
+            [piece_path(folder, number, f"{split}.{kind}") for number in range(len(notes))]
+            for kind in ("ids", "lengths")
+        )
         publish(prefix, dtype, ids, lengths, description)
         return description
 
@@ -124,7 +145,10 @@ def choose_split(key: str, splits: Sequence[tuple[str, float]]) -> int:
     """Index of the split that the document named `key` belongs to: a function of the name alone."""
     if len(splits) == 1:
         return 0
-    point = int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
+    point = (
+        int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+        / 2**64
+    )
     for index, (_, fraction) in enumerate(splits[1:], start=1):
         if point < fraction:
             return index
@@ -133,7 +157,9 @@ def choose_split(key: str, splits: Sequence[tuple[str, float]]) -> int:
 
 
 @lru_cache(maxsize=1)
-def _encoder(tokenizer: str, encoding: str, end_of_document: str | None, pattern: str | None) -> tuple[Encoder, int | None]:
+def _encoder(
+    tokenizer: str, encoding: str, end_of_document: str | None, pattern: str | None
+) -> tuple[Encoder, int | None]:
     vocabulary, info = load_tokenizer(tokenizer, end_of_document=end_of_document, pattern=pattern)
     if encoding_digest(tokenizer, vocabulary) != encoding:
         raise ConfigError(f"{tokenizer} changed while it was in use: run the same command again")
@@ -148,8 +174,13 @@ def piece_path(folder: Path, number: int, ending: str) -> Path:
 def find_note(folder: Path, number: int, made_from: str, job: Job) -> PieceNote | None:
     """The note of a finished piece of this very job; None where the piece is to be made."""
     try:
-        note = PieceNote(**json.loads(piece_path(folder, number, "json").read_text(encoding="utf-8")))
-        sizes = [[os.path.getsize(piece_path(folder, number, f"{s}.{kind}")) for kind in job.kinds] for s in range(len(job.splits))]
+        note = PieceNote(
+            **json.loads(piece_path(folder, number, "json").read_text(encoding="utf-8"))
+        )
+        sizes = [
+            [os.path.getsize(piece_path(folder, number, f"{s}.{kind}")) for kind in job.kinds]
+            for s in range(len(job.splits))
+        ]
     except (OSError, ValueError, TypeError):
         return None
     return note if note.made_from == made_from and note.sizes == sizes else None
@@ -163,8 +194,19 @@ def encode_piece(number: int, piece: Sequence[Unit], job: Job, folder: Path) -> 
         OSError: the files cannot be written; nothing of them stays.
     """
     count = len(job.splits)
-    note = PieceNote(job.digest([piece]), [0] * count, [0] * count, [0] * count, [-1] * count, [], sum(unit.size for unit in piece))
-    temporary = [[piece_path(folder, number, f"{s}.{kind}.partial-{os.getpid()}") for kind in job.kinds] for s in range(count)]
+    note = PieceNote(
+        job.digest([piece]),
+        [0] * count,
+        [0] * count,
+        [0] * count,
+        [-1] * count,
+        [],
+        sum(unit.size for unit in piece),
+    )
+    temporary = [
+        [piece_path(folder, number, f"{s}.{kind}.partial-{os.getpid()}") for kind in job.kinds]
+        for s in range(count)
+    ]
     files = [[open(path, "wb") for path in pair] for pair in temporary]  # noqa: SIM115
     try:
         job.write(piece, files, note)
@@ -176,7 +218,11 @@ def encode_piece(number: int, piece: Sequence[Unit], job: Job, folder: Path) -> 
                 os.replace(source, piece_path(folder, number, f"{split}.{kind}"))
         write_atomically(piece_path(folder, number, "json"), json.dumps(asdict(note)).encode())
     finally:
-        for stream, path in ((s, p) for pair, paths in zip(files, temporary, strict=True) for s, p in zip(pair, paths, strict=True)):
+        for stream, path in (
+            (s, p)
+            for pair, paths in zip(files, temporary, strict=True)
+            for s, p in zip(pair, paths, strict=True)
+        ):
             try:
                 stream.close()
             except OSError:  # what could not be written is why we are here
@@ -197,15 +243,21 @@ def readable(piece: Sequence[Unit], job: Job, note: PieceNote) -> Iterator[Found
             if document.text is None:
                 note_problem(document, document.problem, place, unit, job, note)
             else:
-                yield Found(choose_split(document.name, job.splits), document, document.text, place, unit)
+                yield Found(
+                    choose_split(document.name, job.splits), document, document.text, place, unit
+                )
 
 
-def note_problem(document: Document, problem: str, place: int, unit: Unit, job: Job, note: PieceNote) -> None:
+def note_problem(
+    document: Document, problem: str, place: int, unit: Unit, job: Job, note: PieceNote
+) -> None:
     """Count a document that cannot be used. ConfigError, strict."""
     if job.strict:
         line = document.line + _lines_before(unit) if document.line else 0
         where = f"{unit.file.path}:{line}" if line else f"{unit.file.path}"
-        raise ConfigError(f"{where} cannot be used ({problem}): repair it, --exclude its file, or leave out --strict")
+        raise ConfigError(
+            f"{where} cannot be used ({problem}): repair it, --exclude its file, or leave out --strict"
+        )
     note.num_problems += 1
     if len(note.problems) < _LISTED:
         note.problems.append([str(unit.file.path), place, document.line, problem])
@@ -239,7 +291,9 @@ def _batches(found: Iterator[Found]) -> Iterator[list[Found]]:
         yield batch
 
 
-def _encode(encoder: Encoder, batch: list[Found], job: Job, note: PieceNote) -> tuple[list[Found], list[bytes]]:
+def _encode(
+    encoder: Encoder, batch: list[Found], job: Job, note: PieceNote
+) -> tuple[list[Found], list[bytes]]:
     """The documents that the tokenizer takes, and their ids."""
     try:
         return batch, encoder.encode([found.text for found in batch])
@@ -255,26 +309,41 @@ def _encode(encoder: Encoder, batch: list[Found], job: Job, note: PieceNote) -> 
     return kept, encoded
 
 
-def _write(chosen: Sequence[tuple[str, bytes]], suffix: bytes, dtype: np.dtype, files: Sequence[Any], note: PieceNote, split: int) -> None:
+def _write(
+    chosen: Sequence[tuple[str, bytes]],
+    suffix: bytes,
+    dtype: np.dtype,
+    files: Sequence[Any],
+    note: PieceNote,
+    split: int,
+) -> None:
     """Append documents to one split. As in Megatron's own tool, an empty document gets no end and a length of 0."""
     if not chosen:
         return
     size = dtype.itemsize
-    lengths = np.array([(len(ids) + len(suffix)) // size if ids else 0 for _, ids in chosen], dtype=np.int64)
+    lengths = np.array(
+        [(len(ids) + len(suffix)) // size if ids else 0 for _, ids in chosen], dtype=np.int64
+    )
     if lengths.max() > _MAX_TOKENS:
-        raise ConfigError(f"a document of {lengths.max()} ids is longer than an index can say ({_MAX_TOKENS}): cut it into several")
+        raise ConfigError(
+            f"a document of {lengths.max()} ids is longer than an index can say ({_MAX_TOKENS}): cut it into several"
+        )
     data = b"".join(ids + suffix for _, ids in chosen if ids)
     files[0].write(data)
     files[1].write(lengths.astype("<i4").tobytes())
     note.empty += int((lengths == 0).sum())
     note.documents[split] += int((lengths > 0).sum())
     note.tokens[split] += len(data) // size
-    note.text_bytes[split] += sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text, _ in chosen)
+    note.text_bytes[split] += sum(
+        len(text) if text.isascii() else len(text.encode("utf-8")) for text, _ in chosen
+    )
     if data:
         note.max_id[split] = max(note.max_id[split], int(np.frombuffer(data, dtype).max()))
 
 
-def numbered_problems(pieces: Sequence[Sequence[Unit]], notes: Sequence[PieceNote]) -> Iterator[str]:
+def numbered_problems(
+    pieces: Sequence[Sequence[Unit]], notes: Sequence[PieceNote]
+) -> Iterator[str]:
     """`file:line: reason` of each listed document without text, with lines counted from the start of the file."""
     before: dict[Path, int] = {}
     for piece, note in zip(pieces, notes, strict=True):
@@ -308,7 +377,12 @@ def follow_parent() -> None:
 
 
 def run_pieces(
-    pieces: Sequence[Sequence[Unit]], job: Job, folder: Path, workers: int, chosen: Sequence[int], report: Callable[[PieceNote, bool], None]
+    pieces: Sequence[Sequence[Unit]],
+    job: Job,
+    folder: Path,
+    workers: int,
+    chosen: Sequence[int],
+    report: Callable[[PieceNote, bool], None],
 ) -> None:
     """Make the pieces `chosen` that are not there yet; `report(note, kept)` for each, in order.
 
@@ -326,13 +400,21 @@ def run_pieces(
             found = kept[number]
             report(found or encode_piece(number, pieces[number], job, folder), found is not None)
         return
-    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=multiprocessing.get_context("spawn"), initializer=follow_parent) as pool:
-        futures: dict[int, Future[PieceNote]] = {n: pool.submit(encode_piece, n, pieces[n], job, folder) for n in todo}
+    with ProcessPoolExecutor(
+        min(workers, len(todo)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=follow_parent,
+    ) as pool:
+        futures: dict[int, Future[PieceNote]] = {
+            n: pool.submit(encode_piece, n, pieces[n], job, folder) for n in todo
+        }
         try:
             for number in chosen:
                 found = kept[number]
                 report(found or futures[number].result(), found is not None)
         except BrokenProcessPool as error:
-            raise ConfigError("a worker died, most likely for lack of memory: use fewer --workers and run again to go on") from error
+            raise ConfigError(
+                "a worker died, most likely for lack of memory: use fewer --workers and run again to go on"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)

@@ -82,8 +82,19 @@ def make_plan(
         )
     splits = ((output.name, 0.0), *holdout)
     encoding = encoding_digest(tokenizer, vocabulary)
-    job = Job(str(Path(tokenizer).absolute()), encoding, splits, append_eod, text_key, end_of_document, pattern, strict)
-    files = without_output(find_text_files(inputs, patterns, exclude), output, [name for name, _ in splits])
+    job = Job(
+        str(Path(tokenizer).absolute()),
+        encoding,
+        splits,
+        append_eod,
+        text_key,
+        end_of_document,
+        pattern,
+        strict,
+    )
+    files = without_output(
+        find_text_files(inputs, patterns, exclude), output, [name for name, _ in splits]
+    )
     pieces = make_pieces(files, format, piece_bytes)
     refuse_foreign_files([output.with_name(name) for name, _ in splits])
     return Plan(output, job, info, vocabulary.dtype, pieces, job.digest(pieces))
@@ -123,7 +134,9 @@ def already_made(plan: Plan, *, overwrite: bool) -> dict[str, Any] | None:
     return None
 
 
-def make_whole(plan: Plan, workers: int, report: Callable[[PieceNote, bool], None]) -> dict[str, Any]:
+def make_whole(
+    plan: Plan, workers: int, report: Callable[[PieceNote, bool], None]
+) -> dict[str, Any]:
     """Every piece, then the output; its summary."""
     with holding(plan):
         make_share(plan, 0, 1, workers, report)
@@ -138,7 +151,10 @@ def refuse_other_output(plan: Plan) -> None:
                 continue
             same = False
             try:
-                same = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8")).get("made_from") == plan.made_from
+                same = (
+                    json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8")).get("made_from")
+                    == plan.made_from
+                )
             except (OSError, ValueError, AttributeError):
                 pass
             if not same:
@@ -152,12 +168,16 @@ def refuse_foreign_files(prefixes: Sequence[Path]) -> None:
     """ConfigError where a file that no tool here wrote has the name of a description, such as somebody's text."""
     for path in (Path(f"{prefix}.json") for prefix in prefixes):
         if path.exists() and not _is_description(path):
-            raise ConfigError(f"{path} is there already and does not describe token files: choose another --output, or move it away")
+            raise ConfigError(
+                f"{path} is there already and does not describe token files: choose another --output, or move it away"
+            )
 
 
 def _is_description(path: Path) -> bool:
     try:
-        return path.stat().st_size < 1_000_000 and "tokenizer_digest" in json.loads(path.read_bytes())
+        return path.stat().st_size < 1_000_000 and "tokenizer_digest" in json.loads(
+            path.read_bytes()
+        )
     except (OSError, ValueError, TypeError):
         return False
 
@@ -175,11 +195,15 @@ def without_output(files: Sequence[TextFile], output: Path, names: Sequence[str]
         path = path.parent.resolve() / path.name
         if not path.is_relative_to(folder):
             return False
-        return path.relative_to(folder).parts[0] in written or (path in described and _is_description(path))
+        return path.relative_to(folder).parts[0] in written or (
+            path in described and _is_description(path)
+        )
 
     left = [file for file in files if not own(file.path)]
     if not left:
-        raise ConfigError(f"the only input is what lies under the name of the output, {output}: change --input or --output")
+        raise ConfigError(
+            f"the only input is what lies under the name of the output, {output}: change --input or --output"
+        )
     return left
 
 
@@ -191,7 +215,9 @@ def holding(plan: Plan) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigError(f"another process is making {plan.output} just now: wait for it, or stop it") from error
+            raise ConfigError(
+                f"another process is making {plan.output} just now: wait for it, or stop it"
+            ) from error
         _sweep(plan)
         yield
 
@@ -205,10 +231,14 @@ def _sweep(plan: Plan) -> None:
             path.unlink(missing_ok=True)
 
 
-def make_share(plan: Plan, share: int, of: int, workers: int, report: Callable[[PieceNote, bool], None]) -> None:
+def make_share(
+    plan: Plan, share: int, of: int, workers: int, report: Callable[[PieceNote, bool], None]
+) -> None:
     """Make every `of`-th piece, beginning with piece `share`; see `run_pieces`."""
     plan.folder.mkdir(parents=True, exist_ok=True)
-    run_pieces(plan.pieces, plan.job, plan.folder, workers, range(share, len(plan.pieces), of), report)
+    run_pieces(
+        plan.pieces, plan.job, plan.folder, workers, range(share, len(plan.pieces), of), report
+    )
 
 
 def finish(plan: Plan) -> dict[str, Any]:
@@ -220,27 +250,37 @@ def finish(plan: Plan) -> dict[str, Any]:
     files = {unit.file for piece in plan.pieces for unit in piece}
     changed = sorted(str(file.path) for file in files if not unchanged(file))
     if changed:
-        raise ConfigError(f"{changed[0]} changed while it was being read: run the same command again")
+        raise ConfigError(
+            f"{changed[0]} changed while it was being read: run the same command again"
+        )
     notes = []
     for number, piece in enumerate(plan.pieces):
         note = find_note(plan.folder, number, plan.job.digest([piece]), plan.job)
         if note is None:
-            raise ConfigError(f"piece {number} of {len(plan.pieces)} is not there: run the same command without --shard to make it")
+            raise ConfigError(
+                f"piece {number} of {len(plan.pieces)} is not there: run the same command without --shard to make it"
+            )
         notes.append(note)
-    num_problems, problems = sum(note.num_problems for note in notes), first_problems(plan.pieces, notes)
+    num_problems, problems = (
+        sum(note.num_problems for note in notes),
+        first_problems(plan.pieces, notes),
+    )
     too_long = sum(note.too_long for note in notes)
     for split, prefix in enumerate(plan.prefixes):
         if not sum(note.documents[split] for note in notes):
             if problems:
                 reason = f"{num_problems} could not be used, the first: {problems[0]}"
                 raise ConfigError(f"no document went into {prefix} ({reason}): {plan.job.advice}")
-            raise ConfigError(f"no document went into {prefix}: give more text or another --holdout fraction")
+            raise ConfigError(
+                f"no document went into {prefix}: give more text or another --holdout fraction"
+            )
     about = {
         "tokenizer_digest": plan.info.digest, "vocab_size": plan.info.vocab_size, "end_of_document": plan.info.end_of_document,
         "made_from": plan.made_from, "dtype": plan.dtype.name,
     }  # fmt: skip
     outputs = {
-        str(prefix): plan.job.publish(prefix, plan.dtype, plan.folder, split, notes, about) for split, prefix in enumerate(plan.prefixes)
+        str(prefix): plan.job.publish(prefix, plan.dtype, plan.folder, split, notes, about)
+        for split, prefix in enumerate(plan.prefixes)
     }
     shutil.rmtree(plan.folder)
     return {
@@ -263,10 +303,15 @@ def finish_step(plan: Plan, data: Any = None, rank: int = 0, world_size: int = 1
     started = time.monotonic()
     with holding(plan):
         summary = finish(plan)
-    print(json.dumps(summary | {"seconds": round(time.monotonic() - started, 1)}, indent=2), flush=True)
+    print(
+        json.dumps(summary | {"seconds": round(time.monotonic() - started, 1)}, indent=2),
+        flush=True,
+    )
 
 
-def submit(plan: Plan, *, tasks: int, partition: str, time_limit: str, logs: Path, options: dict[str, str]) -> list[str]:
+def submit(
+    plan: Plan, *, tasks: int, partition: str, time_limit: str, logs: Path, options: dict[str, str]
+) -> list[str]:
     """Hand the job to Slurm through datatrove: an array of tasks, and one that runs after them. The two job ids.
 
     Raises:
@@ -275,9 +320,13 @@ def submit(plan: Plan, *, tasks: int, partition: str, time_limit: str, logs: Pat
     try:
         from datatrove.executor import SlurmPipelineExecutor
     except ImportError as error:
-        raise ConfigError("--executor slurm needs the package datatrove: pip install 'megatron-kd[preprocess]'") from error
+        raise ConfigError(
+            "--executor slurm needs the package datatrove: pip install 'megatron-kd[preprocess]'"
+        ) from error
     if shutil.which("sbatch") is None:
-        raise ConfigError("--executor slurm needs Slurm's sbatch command on this machine: run it on a login node, or leave it out")
+        raise ConfigError(
+            "--executor slurm needs Slurm's sbatch command on this machine: run it on a login node, or leave it out"
+        )
     import sys
 
     common: dict[str, Any] = {

@@ -28,7 +28,9 @@ def parse_holdout(text: str) -> tuple[str, float]:
     except ValueError:
         value = 0.0
     if not name or os.sep in name or not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FRACTION with a fraction in (0, 1), such as valid=0.05")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=FRACTION with a fraction in (0, 1), such as valid=0.05"
+        )
     return name, value
 
 
@@ -43,11 +45,16 @@ class Progress:
     def __call__(self, note: PieceNote, kept: bool) -> None:
         self.kept += kept
         if kept and not self._bar.disable:
-            self._bar.initial += note.size  # what an earlier run made says nothing about this one's speed
+            self._bar.initial += (
+                note.size
+            )  # what an earlier run made says nothing about this one's speed
         elif not kept:
             self.tokens += sum(note.tokens)
             self.made_bytes += sum(note.text_bytes)
-        self._bar.set_postfix_str(f"{self.tokens / max(1e-9, time.monotonic() - self._started):,.0f} tokens/s", refresh=False)
+        self._bar.set_postfix_str(
+            f"{self.tokens / max(1e-9, time.monotonic() - self._started):,.0f} tokens/s",
+            refresh=False,
+        )
         self._bar.update(note.size)
 
     def summary(self) -> dict[str, Any]:
@@ -61,7 +68,9 @@ class Progress:
         }
 
 
-def check_outputs(parser: argparse.ArgumentParser, output: Path, holdout: Sequence[tuple[str, float]]) -> None:
+def check_outputs(
+    parser: argparse.ArgumentParser, output: Path, holdout: Sequence[tuple[str, float]]
+) -> None:
     """End the program where --output and --holdout do not fit together."""
     names = [output.name, *(name for name, _ in holdout)]
     if not output.name or len(set(names)) < len(names):
@@ -83,12 +92,19 @@ def run_and_report(tool: str, unit: str, run: Callable[[], dict[str, Any]]) -> i
         return complain(error, 2)
     except OSError as error:
         if error.errno in _NO_SPACE:
-            return complain(f"no space is left for the output ({error.strerror}): free some and run the same command again", 5)
+            return complain(
+                f"no space is left for the output ({error.strerror}): free some and run the same command again",
+                5,
+            )
         return complain(error, 1)
     except KeyboardInterrupt:
-        return complain("interrupted: run the same command again to go on from the finished pieces", 130)
+        return complain(
+            "interrupted: run the same command again to go on from the finished pieces", 130
+        )
     print(json.dumps(summary, indent=2))
     left_out = summary.get("unreadable", 0) + summary.get("too_long", 0)
     if left_out:
-        complain(f"{left_out} {unit} were left out, such as {summary['unreadable_documents'][0]}", 0)
+        complain(
+            f"{left_out} {unit} were left out, such as {summary['unreadable_documents'][0]}", 0
+        )
     return 0

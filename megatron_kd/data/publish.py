@@ -18,7 +18,12 @@ _COPIED = 1 << 20
 
 
 def publish(
-    prefix: Path, dtype: np.dtype, ids: Sequence[Path], lengths: Sequence[Path], description: dict[str, Any], roles: Sequence[Path] = ()
+    prefix: Path,
+    dtype: np.dtype,
+    ids: Sequence[Path],
+    lengths: Sequence[Path],
+    description: dict[str, Any],
+    roles: Sequence[Path] = (),
 ) -> None:
     """Put files of ids, of document lengths and of roles, if any, together as `prefix`.bin, .idx, .json and .roles.
 
@@ -26,7 +31,10 @@ def publish(
     description comes before the tokens: it tells the same job, run again, that what lies there is its own.
     """
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    temporary = {kind: prefix.with_name(f".{prefix.name}.{kind}.partial-{os.getpid()}") for kind in ("bin", "roles", "idx")}
+    temporary = {
+        kind: prefix.with_name(f".{prefix.name}.{kind}.partial-{os.getpid()}")
+        for kind in ("bin", "roles", "idx")
+    }
     try:
         for kind, paths in (("bin", ids), ("roles", roles)):
             if paths:

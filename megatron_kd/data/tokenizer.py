@@ -42,7 +42,9 @@ class TokenizerInfo:
     end_of_document: int | None
 
 
-def load_tokenizer(path: str | Path, *, end_of_document: str | None = None, pattern: str | None = None) -> tuple[Vocabulary, TokenizerInfo]:
+def load_tokenizer(
+    path: str | Path, *, end_of_document: str | None = None, pattern: str | None = None
+) -> tuple[Vocabulary, TokenizerInfo]:
     """Load a tokenizer of any kind and take its identity.
 
     Args:
@@ -57,13 +59,17 @@ def load_tokenizer(path: str | Path, *, end_of_document: str | None = None, patt
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read the tokenizer {path} ({error.strerror}): give the path of {_KINDS}") from error
+        raise ConfigError(
+            f"cannot read the tokenizer {path} ({error.strerror}): give the path of {_KINDS}"
+        ) from error
     vocabulary = _vocabulary(file, content, pattern)
     if pattern is not None and vocabulary.kind != "tiktoken":
         raise ConfigError(f"{file} says itself how it cuts text: leave the tiktoken pattern out")
     if end_of_document is not None:
         vocabulary.end_of_document = vocabulary.id_of(end_of_document)
-    return vocabulary, TokenizerInfo(vocabulary_digest(vocabulary), len(vocabulary.tokens), vocabulary.end_of_document)
+    return vocabulary, TokenizerInfo(
+        vocabulary_digest(vocabulary), len(vocabulary.tokens), vocabulary.end_of_document
+    )
 
 
 def tokenizer_file(path: str | Path) -> Path:
@@ -75,7 +81,9 @@ def tokenizer_file(path: str | Path) -> Path:
         found = sorted(folder.glob(pattern))
         if len(found) == 1:
             return found[0]
-    raise ConfigError(f"the folder {path} holds no tokenizer (looked for {', '.join(_FILES)}): give the path of {_KINDS}")
+    raise ConfigError(
+        f"the folder {path} holds no tokenizer (looked for {', '.join(_FILES)}): give the path of {_KINDS}"
+    )
 
 
 def _vocabulary(file: Path, content: bytes, pattern: str | None) -> Vocabulary:
@@ -106,7 +114,9 @@ def _vocabulary(file: Path, content: bytes, pattern: str | None) -> Vocabulary:
 def vocabulary_digest(vocabulary: Vocabulary) -> str:
     """sha256 (hex) of a vocabulary: size, end of document, then length, special or not, and bytes of each id."""
     end = -1 if vocabulary.end_of_document is None else vocabulary.end_of_document
-    digest = hashlib.sha256(b"megatron_kd vocabulary 1" + struct.pack("<2q", len(vocabulary.tokens), end))
+    digest = hashlib.sha256(
+        b"megatron_kd vocabulary 1" + struct.pack("<2q", len(vocabulary.tokens), end)
+    )
     special = vocabulary.special
     for index, token in enumerate(vocabulary.tokens):
         digest.update(struct.pack("<I?", len(token), index in special) + token)
@@ -120,7 +130,17 @@ def encoding_digest(path: str | Path, vocabulary: Vocabulary) -> str:
     """
     from importlib.metadata import version
 
-    library = {"sentencepiece": "sentencepiece", "huggingface": "tokenizers", "tiktoken": "tiktoken"}[vocabulary.kind]
-    about: dict[str, Any] = {"library": library, "version": version(library), "pattern": vocabulary.pattern}
+    library = {
+        "sentencepiece": "sentencepiece",
+        "huggingface": "tokenizers",
+        "tiktoken": "tiktoken",
+    }[vocabulary.kind]
+    about: dict[str, Any] = {
+        "library": library,
+        "version": version(library),
+        "pattern": vocabulary.pattern,
+    }
     about["end_of_document"] = vocabulary.end_of_document
-    return hashlib.sha256(tokenizer_file(path).read_bytes() + json.dumps(about).encode()).hexdigest()
+    return hashlib.sha256(
+        tokenizer_file(path).read_bytes() + json.dumps(about).encode()
+    ).hexdigest()

@@ -9,9 +9,18 @@ from sentencepiece import SentencePieceProcessor
 
 from megatron_kd.config.run import ConfigError
 
-_HUGGINGFACE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja")
+_HUGGINGFACE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 # Without this class transformers takes that of the model's family, which puts rules of its own in the place of the file's.
-_PLAIN = {"tokenizer_config.json": b'{"tokenizer_class": "TokenizersBackend", "clean_up_tokenization_spaces": false}\n'}
+_PLAIN = {
+    "tokenizer_config.json": b'{"tokenizer_class": "TokenizersBackend", "clean_up_tokenization_spaces": false}\n'
+}
 
 
 def huggingface_files(path: Path) -> dict[str, bytes]:
@@ -22,7 +31,9 @@ def huggingface_files(path: Path) -> dict[str, bytes]:
     """
     folder = path if path.is_dir() else path.parent
     if path.is_dir() or path.name == "tokenizer.json":
-        found = {name: (folder / name).read_bytes() for name in _HUGGINGFACE if (folder / name).is_file()}
+        found = {
+            name: (folder / name).read_bytes() for name in _HUGGINGFACE if (folder / name).is_file()
+        }
         if "tokenizer.json" in found:
             return {**_PLAIN, **found}
         path = folder / "tokenizer.model"
@@ -36,7 +47,10 @@ def huggingface_files(path: Path) -> dict[str, bytes]:
         raise ConfigError(
             f"the tokenizer {path} has no form that transformers reads: give a SentencePiece .model or tokenizer.json"
         ) from None
-    return {"tokenizer.model": model, "tokenizer_config.json": json.dumps(_llama_config(processor), indent=2).encode() + b"\n"}
+    return {
+        "tokenizer.model": model,
+        "tokenizer_config.json": json.dumps(_llama_config(processor), indent=2).encode() + b"\n",
+    }
 
 
 def _is_tokenizer_json(path: Path) -> bool:
@@ -48,7 +62,11 @@ def _is_tokenizer_json(path: Path) -> bool:
 
 
 def _llama_config(processor: SentencePieceProcessor) -> dict[str, object]:
-    names = {"unk_token": processor.unk_id(), "bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
+    names = {
+        "unk_token": processor.unk_id(),
+        "bos_token": processor.bos_id(),
+        "eos_token": processor.eos_id(),
+    }
     # Without the rule that puts a space in front of every text, a text and the same text after a space are cut differently.
     prefixed = processor.encode("a") == processor.encode(" a")
     return {

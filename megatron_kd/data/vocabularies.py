@@ -111,17 +111,39 @@ class SentencePieceVocabulary(Vocabulary):
         proto = protos.ModelProto.FromString(model)
         pieces = [piece.piece for piece in proto.pieces]
         ids = range(len(pieces))
-        special = frozenset(i for i in ids if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i))
-        tokens = [_piece_bytes(text, processor.is_byte(i), i in special) for i, text in enumerate(pieces)]
+        special = frozenset(
+            i
+            for i in ids
+            if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i)
+        )
+        tokens = [
+            _piece_bytes(text, processor.is_byte(i), i in special) for i, text in enumerate(pieces)
+        ]
         spec = proto.normalizer_spec
         plain = spec.name == "identity" or not spec.precompiled_charsmap
         whole_words = not any("▁" in text.lstrip("▁") or " " in text for text in pieces)
         space_known = processor.piece_to_id("▁") not in special
-        simple = plain and whole_words and space_known and spec.escape_whitespaces and not spec.remove_extra_whitespaces
+        simple = (
+            plain
+            and whole_words
+            and space_known
+            and spec.escape_whitespaces
+            and not spec.remove_extra_whitespaces
+        )
         merges = proto.trainer_spec.model_type == protos.TrainerSpec.BPE
         cuts = bool(simple and merges and not proto.trainer_spec.treat_whitespace_as_suffix)
         eos = processor.eos_id() if processor.eos_id() >= 0 else None
-        super().__init__("sentencepiece", tokens, special, eos, cuts, bool(spec.add_dummy_prefix), "▁", cuts, looks_nearby=False)
+        super().__init__(
+            "sentencepiece",
+            tokens,
+            special,
+            eos,
+            cuts,
+            bool(spec.add_dummy_prefix),
+            "▁",
+            cuts,
+            looks_nearby=False,
+        )
         self._whole, self._inside = processor, processor
         if spec.add_dummy_prefix:
             spec.add_dummy_prefix = False
@@ -151,7 +173,9 @@ class HuggingFaceVocabulary(Vocabulary):
     def __init__(self, content: bytes, settings: dict[str, Any]) -> None:
         # One process encodes on one core: the tool starts as many processes as it is told to.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self._tokenizer = _library("tokenizers", "Hugging Face tokenizers").Tokenizer.from_str(content.decode("utf-8"))
+        self._tokenizer = _library("tokenizers", "Hugging Face tokenizers").Tokenizer.from_str(
+            content.decode("utf-8")
+        )
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         rules = json.loads(self._tokenizer.to_str())
@@ -173,7 +197,10 @@ class HuggingFaceVocabulary(Vocabulary):
         self.looks_nearby = rules["model"]["type"] != "Unigram"
 
     def encode_batch(self, texts: Sequence[str]) -> list[bytes]:
-        return [self._array(found.ids) for found in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            self._array(found.ids)
+            for found in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=False)
@@ -185,16 +212,31 @@ def _cuts_at_spaces(rules: dict[str, Any], added: Iterable[Any]) -> bool:
     last, splits = rules.get("pre_tokenizer") or {}, True
     if last.get("type") == "Sequence" and len(last["pretokenizers"]) == 2:
         split, last = last["pretokenizers"]
-        splits = split.get("type") == "Split" and split.get("behavior") == "Isolated" and not split.get("invert")
-        splits = splits and split["pattern"].get("Regex") in PATTERNS.values() and not last.get("use_regex")
+        splits = (
+            split.get("type") == "Split"
+            and split.get("behavior") == "Isolated"
+            and not split.get("invert")
+        )
+        splits = (
+            splits
+            and split["pattern"].get("Regex") in PATTERNS.values()
+            and not last.get("use_regex")
+        )
     elif not last.get("use_regex"):
         return False
     # Composing characters never reaches over a space.
-    normalizes = rules.get("normalizer") not in (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []})
+    normalizes = rules.get("normalizer") not in (
+        None,
+        {"type": "NFC"},
+        {"type": "Sequence", "normalizers": []},
+    )
     model = rules["model"]
     if not splits or normalizes or last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return False
-    plain = all(not (" " in token.content or token.lstrip or token.rstrip or token.single_word) for token in added)
+    plain = all(
+        not (" " in token.content or token.lstrip or token.rstrip or token.single_word)
+        for token in added
+    )
     return plain and model["type"] == "BPE" and not model.get("dropout")
 
 
@@ -203,9 +245,13 @@ def _token_bytes_of(rules: dict[str, Any]) -> Any:
     decoder = json.dumps(rules.get("decoder") or {})
     if '"ByteLevel"' in decoder:
         table = _byte_of_character()
-        return lambda name: bytes(table[c] for c in name) if all(c in table for c in name) else name.encode("utf-8")
+        return lambda name: (
+            bytes(table[c] for c in name) if all(c in table for c in name) else name.encode("utf-8")
+        )
     if '"ByteFallback"' in decoder or '"Metaspace"' in decoder or "▁" in decoder:
-        return lambda name: _piece_bytes(name, len(name) == 6 and name.startswith("<0x") and name.endswith(">"), False)
+        return lambda name: _piece_bytes(
+            name, len(name) == 6 and name.startswith("<0x") and name.endswith(">"), False
+        )
     return lambda name: name.encode("utf-8")
 
 
@@ -213,7 +259,9 @@ def _byte_of_character() -> dict[str, int]:
     """GPT-2's way of writing bytes as printable characters: those that are printable as themselves, the others from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + place): byte for place, byte in enumerate(others)
+    }
 
 
 class TiktokenVocabulary(Vocabulary):
@@ -233,19 +281,32 @@ class TiktokenVocabulary(Vocabulary):
                 "ranks", pat_str=expression, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": end}
             )  # fmt: skip
         except Exception as error:
-            raise ConfigError(f"the pattern {pattern!r} cannot be used ({error}): give one of {', '.join(PATTERNS)}") from error
+            raise ConfigError(
+                f"the pattern {pattern!r} cannot be used ({error}): give one of {', '.join(PATTERNS)}"
+            ) from error
         tokens = [b""] * (end + 1)
         for token, rank in ranks.items():
             tokens[rank] = token
         tokens[end] = b"<|endoftext|>"
-        super().__init__("tiktoken", tokens, frozenset({end}), end, expression in PATTERNS.values(), pattern=pattern)
+        super().__init__(
+            "tiktoken",
+            tokens,
+            frozenset({end}),
+            end,
+            expression in PATTERNS.values(),
+            pattern=pattern,
+        )
 
     def encode_batch(self, texts: Sequence[str]) -> list[bytes]:
         encode = self._encoding.encode_to_numpy
         try:
-            return [encode(text, allowed_special="all").astype(self.dtype).tobytes() for text in texts]
+            return [
+                encode(text, allowed_special="all").astype(self.dtype).tobytes() for text in texts
+            ]
         except ValueError as error:  # its expressions give up on a run of a million spaces, say
-            raise Untokenizable(f"tiktoken finds no ids for it: {' '.join(str(error).split())}") from error
+            raise Untokenizable(
+                f"tiktoken finds no ids for it: {' '.join(str(error).split())}"
+            ) from error
 
 
 def parse_ranks(content: bytes) -> dict[bytes, int] | None:
@@ -258,7 +319,11 @@ def parse_ranks(content: bytes) -> dict[bytes, int] | None:
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
     except ValueError:
         return None
-    return ranks if ranks and min(ranks.values()) >= 0 and len(set(ranks.values())) == len(ranks) else None
+    return (
+        ranks
+        if ranks and min(ranks.values()) >= 0 and len(set(ranks.values())) == len(ranks)
+        else None
+    )
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -270,14 +335,22 @@ def read_settings(folder: Path) -> dict[str, Any]:
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise ConfigError(f"{path} is not JSON ({error}): repair it, or give tokenizer.json by itself") from error
-            found |= {key: content[key] for key in ("eos_token", "chat_template") if content.get(key)}
+                raise ConfigError(
+                    f"{path} is not JSON ({error}): repair it, or give tokenizer.json by itself"
+                ) from error
+            found |= {
+                key: content[key] for key in ("eos_token", "chat_template") if content.get(key)
+            }
     template = folder / "chat_template.jinja"
-    return found | ({"chat_template": template.read_text(encoding="utf-8")} if template.is_file() else {})
+    return found | (
+        {"chat_template": template.read_text(encoding="utf-8")} if template.is_file() else {}
+    )
 
 
 def _library(name: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"{what} need the package {name}: pip install 'megatron-kd[preprocess]'") from error
+        raise ConfigError(
+            f"{what} need the package {name}: pip install 'megatron-kd[preprocess]'"
+        ) from error

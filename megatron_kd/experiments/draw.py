@@ -19,7 +19,12 @@ from megatron_kd.experiments.words import slug
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555", "#b8a800")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 _GRID, _MUTED = "#dddddd", "#777777"
-_SETTINGS = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 11.0, "svg.hashsalt": "megatron-kd"}
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 11.0,
+    "svg.hashsalt": "megatron-kd",
+}
 _SVG, _LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 _HOVER_POINTS = 40
 
@@ -45,7 +50,12 @@ def svg(picture: Picture, name: str) -> str:
     with _settings():
         figure, texts = _figure(picture)
         stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            stream,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     root = ElementTree.fromstring(stream.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):
@@ -80,7 +90,11 @@ def _plain(element: ElementTree.Element, name: str) -> None:
         if key == "style":
             for number, colour in enumerate(COLOURS):
                 value = value.replace(colour, f"var(--series-{number})")
-            value = value.replace(_GRID, "var(--grid)").replace(_MUTED, "var(--muted)").replace("#000000", "currentColor")
+            value = (
+                value.replace(_GRID, "var(--grid)")
+                .replace(_MUTED, "var(--muted)")
+                .replace("#000000", "currentColor")
+            )
             value = re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1", value)
         element.set(key, value)
 
@@ -105,7 +119,10 @@ def _figure(picture: Picture) -> tuple[Any, dict[str, str]]:
 
     rows = len(picture.series)
     # Made without pyplot, so that no display is asked for.
-    figure = Figure(figsize=(8.0, max(2.2, 0.9 + 0.36 * rows) if picture.kind == "bars" else 4.6), layout="constrained")
+    figure = Figure(
+        figsize=(8.0, max(2.2, 0.9 + 0.36 * rows) if picture.kind == "bars" else 4.6),
+        layout="constrained",
+    )
     axes = figure.add_subplot()
     texts: dict[str, str] = {}
     if not picture.series:
@@ -133,7 +150,9 @@ def _style(axes: Any, picture: Picture) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
         if picture.kind == "lines":
-            axes.set_xticks(sorted({point.x for series in picture.series for point in series.points}))
+            axes.set_xticks(
+                sorted({point.x for series in picture.series for point in series.points})
+            )
             axes.set_xticks([], minor=True)
 
 
@@ -142,15 +161,31 @@ def _legend(figure: Any, picture: Picture) -> None:
 
     marked = picture.kind != "curve"
     handles = [
-        Line2D([], [], color=_colour(number), linewidth=2, marker=_marker(number) if marked else "", linestyle=_line(picture, number))
+        Line2D(
+            [],
+            [],
+            color=_colour(number),
+            linewidth=2,
+            marker=_marker(number) if marked else "",
+            linestyle=_line(picture, number),
+        )
         for number in range(len(picture.series))
     ]
     names = [series.name for series in picture.series]
     if any(series.paper for series in picture.series):
-        handles.append(Line2D([], [], color=_MUTED, marker="D", markerfacecolor="none", linestyle=""))
+        handles.append(
+            Line2D([], [], color=_MUTED, marker="D", markerfacecolor="none", linestyle="")
+        )
         names.append("the paper's figure")
     columns = 1 if max(map(len, names)) > 40 else 2 if max(map(len, names)) > 18 else 4
-    legend = figure.legend(handles, [""] * len(names), loc="outside lower left", ncols=columns, frameon=False, fontsize=10)
+    legend = figure.legend(
+        handles,
+        [""] * len(names),
+        loc="outside lower left",
+        ncols=columns,
+        frameon=False,
+        fontsize=10,
+    )
     # Set afterwards: a legend leaves out names that begin with _.
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_text(name)
@@ -185,11 +220,27 @@ def _draw_bars(axes: Any, picture: Picture, texts: dict[str, str]) -> None:
         else:
             axes.plot([point.x], [row], "o", color=COLOURS[0], markersize=8, gid=gid)
         if point.x_sd:
-            axes.errorbar([point.x], [row], xerr=[point.x_sd], fmt="none", ecolor=_MUTED if bars else COLOURS[0], capsize=4, linewidth=1.5)
+            axes.errorbar(
+                [point.x],
+                [row],
+                xerr=[point.x_sd],
+                fmt="none",
+                ecolor=_MUTED if bars else COLOURS[0],
+                capsize=4,
+                linewidth=1.5,
+            )
         for paper in series.paper:
             gid = f"p{len(texts)}"
             texts[gid] = paper.text
-            axes.plot([paper.x], [row], "D", color=COLOURS[1], markerfacecolor="none", markersize=7, gid=gid)
+            axes.plot(
+                [paper.x],
+                [row],
+                "D",
+                color=COLOURS[1],
+                markerfacecolor="none",
+                markersize=7,
+                gid=gid,
+            )
     axes.set_yticks(range(len(picture.series)), [series.name for series in picture.series])
     axes.set_ylim(len(picture.series) - 0.5, -0.5)
     if bars:
@@ -214,32 +265,56 @@ def _draw_curve(axes: Any, picture: Picture, texts: dict[str, str]) -> None:
     axes.set_ylim(low_end, high_end)
     for number, series in enumerate(picture.series):
         few = len(series.points) <= _HOVER_POINTS
-        chosen = [*series.points[:: max(1, len(series.points) // _HOVER_POINTS)], *series.points[-1:]]
+        chosen = [
+            *series.points[:: max(1, len(series.points) // _HOVER_POINTS)],
+            *series.points[-1:],
+        ]
         for point in dict.fromkeys(chosen):
             if not low_end <= point.y <= high_end:
                 continue
             gid = f"p{len(texts)}"
             texts[gid] = point.text
             # On long curves they are not seen, only felt.
-            axes.plot([point.x], [point.y], "o", color=_colour(number), markersize=5 if few else 9, alpha=1.0 if few else 0.0, gid=gid)
+            axes.plot(
+                [point.x],
+                [point.y],
+                "o",
+                color=_colour(number),
+                markersize=5 if few else 9,
+                alpha=1.0 if few else 0.0,
+                gid=gid,
+            )
 
 
 def _draw_points(axes: Any, picture: Picture, texts: dict[str, str]) -> None:
     for number, series in enumerate(picture.series):
         colour, line = _colour(number), _line(picture, number)
         if line:
-            axes.plot([point.x for point in series.points], [point.y for point in series.points], line, color=colour, linewidth=1.5)
+            axes.plot(
+                [point.x for point in series.points],
+                [point.y for point in series.points],
+                line,
+                color=colour,
+                linewidth=1.5,
+            )
         _draw_marks(axes, series, colour, _marker(number), texts)
 
 
 def _draw_marks(axes: Any, series: Series, colour: str, marker: str, texts: dict[str, str]) -> None:
     for point in series.points:
-        spread = {"xerr": [point.x_sd] if point.x_sd else None, "yerr": [point.y_sd] if point.y_sd else None}
-        axes.errorbar([point.x], [point.y], **spread, fmt="none", ecolor=colour, capsize=3, linewidth=1.2)
+        spread = {
+            "xerr": [point.x_sd] if point.x_sd else None,
+            "yerr": [point.y_sd] if point.y_sd else None,
+        }
+        axes.errorbar(
+            [point.x], [point.y], **spread, fmt="none", ecolor=colour, capsize=3, linewidth=1.2
+        )
         gid = f"p{len(texts)}"
         texts[gid] = point.text
         axes.plot([point.x], [point.y], marker, color=colour, markersize=7, gid=gid)
     for paper in series.paper:
         gid = f"p{len(texts)}"
         texts[gid] = paper.text
-        axes.plot([paper.x], [paper.y], "D", color=colour, markerfacecolor="none", markersize=8, gid=gid)
+        axes.plot(
+            [paper.x], [paper.y], "D", color=colour, markerfacecolor="none", markersize=8, gid=gid
+        )

@@ -25,7 +25,11 @@ class SweepPart(_Part):
 
     title: Key
     text: str = ""
-    seeds: Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1)] = [1, 2, 3]
+    seeds: Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1)] = [
+        1,
+        2,
+        3,
+    ]
     baseline: str | list[str] | None = None
     overrides: Values = {}
     measure: list[Annotated[list[Any], Field(min_length=1)]] = []
@@ -34,7 +38,9 @@ class SweepPart(_Part):
     @classmethod
     def _different(cls, seeds: list[int]) -> list[int]:
         if len(set(seeds)) != len(seeds):
-            raise ValueError("seeds must be different from each other: a seed that is counted twice makes the spread too small")
+            raise ValueError(
+                "seeds must be different from each other: a seed that is counted twice makes the spread too small"
+            )
         return seeds
 
 
@@ -57,9 +63,13 @@ class Work(_Part):
                 raise ValueError(f"{name}: each table of the list must have the same keys")
             lists = vary.values() if isinstance(vary, dict) else [vary] if vary is not None else []
             if not all(lists) or vary == {}:
-                raise ValueError(f"{name} has an empty list: give it at least one value, or leave it out")
+                raise ValueError(
+                    f"{name} has an empty list: give it at least one value, or leave it out"
+                )
         if (self.run is None) == (self.command is None):
-            raise ValueError("a job or cell has either run = a run file, or command = a list of words")
+            raise ValueError(
+                "a job or cell has either run = a run file, or command = a list of words"
+            )
         if self.command is not None and (self.overrides or self.ranks is not None):
             raise ValueError("overrides and ranks are for run = a run file, not for a command")
         return self
@@ -96,7 +106,12 @@ class MetricPart(_Part):
         return file
 
 
-_PLOT_NEEDS = {"curve": ("key",), "bars": ("metric",), "lines": ("metric", "x"), "tradeoff": ("x", "y")}
+_PLOT_NEEDS = {
+    "curve": ("key",),
+    "bars": ("metric",),
+    "lines": ("metric", "x"),
+    "tradeoff": ("x", "y"),
+}
 
 
 class PlotPart(_Part):
@@ -125,7 +140,9 @@ class PlotPart(_Part):
         if self.kind == "curve" and self.x not in (None, "tokens", "step"):
             raise ValueError('x of a curve is "tokens" or "step"')
         if (self.points is None) != (self.file is None):
-            raise ValueError("file and points go together: the JSON file in the run's folder, and the dotted path of its list")
+            raise ValueError(
+                "file and points go together: the JSON file in the run's folder, and the dotted path of its list"
+            )
         return self
 
 
@@ -152,15 +169,25 @@ class SweepFile(_Part):
         groups = [cell.group for cell in self.cell]
         for plot in self.plot:
             where = f"plot {plot.title!r}"
-            asked = [plot.metric] if plot.kind in ("bars", "lines") else [plot.x, plot.y] if plot.kind == "tradeoff" else []
+            asked = (
+                [plot.metric]
+                if plot.kind in ("bars", "lines")
+                else [plot.x, plot.y]
+                if plot.kind == "tradeoff"
+                else []
+            )
             for found in asked if plot.points is None else []:
                 _known(str(found), metrics, where)
             for group in plot.groups or []:
                 if group not in groups and not any("{" in each for each in groups):
-                    raise ValueError(f"{where}: groups: no cell has the group {group!r}, groups are {_list(groups)}")
+                    raise ValueError(
+                        f"{where}: groups: no cell has the group {group!r}, groups are {_list(groups)}"
+                    )
         unknown = sorted({*self.small} - {*self.variables} - {"seeds", "cells"})
         if unknown:
-            raise ValueError(f"small: {unknown[0]} replaces nothing: set it in [variables] too, which has {_list(self.variables)}")
+            raise ValueError(
+                f"small: {unknown[0]} replaces nothing: set it in [variables] too, which has {_list(self.variables)}"
+            )
         return self
 
 
@@ -197,15 +224,25 @@ def _sentence(path: Path, content: dict[str, Any], error: dict[str, Any]) -> str
     where: list[str] = []
     place: Any = content
     for part in error["loc"]:
-        place = place[part] if isinstance(place, dict | list) and (isinstance(part, int) or part in place) else None
+        place = (
+            place[part]
+            if isinstance(place, dict | list) and (isinstance(part, int) or part in place)
+            else None
+        )
         if isinstance(part, int):
             name = place.get("name", place.get("title")) if isinstance(place, dict) else None
             where.append(f"entry {part + 1}" if name is None else repr(name))
         elif place is not None or error["type"] in ("missing", "extra_forbidden"):
             where.append(str(part))
-    what = {"missing": "is missing", "extra_forbidden": "is no key of a sweep file here"}.get(error["type"])
+    what = {"missing": "is missing", "extra_forbidden": "is no key of a sweep file here"}.get(
+        error["type"]
+    )
     if what is None:
-        what = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"][:1].lower() + error["msg"][1:]
+        what = (
+            str(error["ctx"]["error"])
+            if error["type"] == "value_error"
+            else error["msg"][:1].lower() + error["msg"][1:]
+        )
     return f"{path}: {' '.join(where)}{': ' if where and error['type'] not in ('missing', 'extra_forbidden') else ' '}{what}".replace(
         ":  ", ": "
     )

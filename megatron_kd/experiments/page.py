@@ -11,7 +11,17 @@ from pathlib import Path
 
 from megatron_kd.experiments.draw import svg
 from megatron_kd.experiments.plots import Picture, pictures
-from megatron_kd.experiments.results import Result, Row, Sample, baseline_name, decimals, heading, measured, paper_heading, shown
+from megatron_kd.experiments.results import (
+    Result,
+    Row,
+    Sample,
+    baseline_name,
+    decimals,
+    heading,
+    measured,
+    paper_heading,
+    shown,
+)
 
 _HERE = Path(__file__).parent
 
@@ -40,18 +50,37 @@ def _safe(text: object) -> str:
 
 def _sweep(result: Result, name: str) -> str:
     content = result.content
-    small = '<p class="warning">A small version, to see that everything works: its numbers mean nothing.</p>' if content["small"] else ""
-    paragraphs = "".join(f"<p>{_safe(part.strip())}</p>" for part in re.split(r"\n\s*\n", content["text"]) if part.strip())
+    small = (
+        '<p class="warning">A small version, to see that everything works: its numbers mean nothing.</p>'
+        if content["small"]
+        else ""
+    )
+    paragraphs = "".join(
+        f"<p>{_safe(part.strip())}</p>"
+        for part in re.split(r"\n\s*\n", content["text"])
+        if part.strip()
+    )
     notes = "".join(f"<li>{_safe(note)}</li>" for note in result.notes())
-    lacking = f'<div class="warning" role="note"><strong>Not complete</strong><ul>{notes}</ul></div>' if notes else ""
-    figures = "\n".join(_figure(picture, f"{name}-{number}") for number, picture in enumerate(pictures(result)))
+    lacking = (
+        f'<div class="warning" role="note"><strong>Not complete</strong><ul>{notes}</ul></div>'
+        if notes
+        else ""
+    )
+    figures = "\n".join(
+        _figure(picture, f"{name}-{number}") for number, picture in enumerate(pictures(result))
+    )
     head = f"<h1>{_safe(content['title'])}</h1>\n{small}{paragraphs}{lacking}"
     return f"<section>\n{head}\n{_table(result)}\n{figures}\n{_origin(result)}\n</section>"
 
 
 def _figure(picture: Picture, name: str) -> str:
-    notes = f" Fewer seeds than asked for: {_safe('; '.join(picture.notes))}." if picture.notes else ""
-    spread = {"curve": "Mean over seeds; the band is one standard deviation.", "bars": "Mean over seeds ± one standard deviation."}
+    notes = (
+        f" Fewer seeds than asked for: {_safe('; '.join(picture.notes))}." if picture.notes else ""
+    )
+    spread = {
+        "curve": "Mean over seeds; the band is one standard deviation.",
+        "bars": "Mean over seeds ± one standard deviation.",
+    }
     caption = spread.get(picture.kind, "Means over seeds; bars are one standard deviation.")
     if picture.kind == "bars" and any(series.paper for series in picture.series):
         caption += " Diamonds: the paper's figures."
@@ -62,7 +91,11 @@ def _figure(picture: Picture, name: str) -> str:
 def _table(result: Result) -> str:
     baseline = any(each is not None for row in result.rows for each in row.differences.values())
     grouped = any(row.group for row in result.rows)
-    header = [_head("cell", False), *([_head("group", False)] if grouped else []), _head("seeds", True)]
+    header = [
+        _head("cell", False),
+        *([_head("group", False)] if grouped else []),
+        _head("seeds", True),
+    ]
     for metric in result.metrics:
         better = {"lower": " ↓", "higher": " ↑"}.get(metric["better"], "")
         if measured(metric):
@@ -89,8 +122,13 @@ def _row(result: Result, row: Row, baseline: bool, grouped: bool) -> str:
     done = result.seeds - len(row.lacking)
     seeds = str(done) if not row.lacking else f"{done} of {result.seeds}"
     values = ", ".join(f"{name} = {value}" for name, value in row.values.items())
-    cells = [f'<th scope="row" title="{_safe(values)}">{_safe(row.name)}</th>', *([f"<td>{_safe(row.group)}</td>"] if grouped else [])]
-    cells.append(f'<td class="number{" missing" if row.lacking else ""}" data-value="{done}">{seeds}</td>')
+    cells = [
+        f'<th scope="row" title="{_safe(values)}">{_safe(row.name)}</th>',
+        *([f"<td>{_safe(row.group)}</td>"] if grouped else []),
+    ]
+    cells.append(
+        f'<td class="number{" missing" if row.lacking else ""}" data-value="{done}">{seeds}</td>'
+    )
     for metric in result.metrics:
         name = metric["name"]
         digits = decimals([each.samples[name] for each in result.rows])
@@ -100,7 +138,9 @@ def _row(result: Result, row: Row, baseline: bool, grouped: bool) -> str:
             cells.append(_number(row.differences[name], digits, "+"))
         if any(name in each.paper for each in result.rows):
             paper = row.paper.get(name)
-            cells.append(f'<td class="number" data-value="{"" if paper is None else paper}">{"-" if paper is None else f"{paper:g}"}</td>')
+            cells.append(
+                f'<td class="number" data-value="{"" if paper is None else paper}">{"-" if paper is None else f"{paper:g}"}</td>'
+            )
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -111,9 +151,7 @@ def _number(sample: Sample | None, digits: int, sign: str) -> str:
     told += [f"seed {seed}: {why}" for seed, why in sorted(sample.lacking.items())]
     value = "" if sample.mean is None else repr(sample.mean)
     missing = " missing" if sample.lacking else ""
-    return (
-        f'<td class="number{missing}" data-value="{value}" title="{_safe("; ".join(told))}">{_safe(shown(sample, digits, sign=sign))}</td>'
-    )
+    return f'<td class="number{missing}" data-value="{value}" title="{_safe("; ".join(told))}">{_safe(shown(sample, digits, sign=sign))}</td>'
 
 
 def _origin(result: Result) -> str:
@@ -126,8 +164,14 @@ def _origin(result: Result) -> str:
         ("machine", content["machine"]),
         ("versions", made),
         ("seeds", ", ".join(map(str, content["seeds"]))),
-        ("variables", ", ".join(f"{name} = {value}" for name, value in content["variables"].items()) or "none"),
+        (
+            "variables",
+            ", ".join(f"{name} = {value}" for name, value in content["variables"].items())
+            or "none",
+        ),
     ]
-    facts += [("finished steps", f"{count} at {origin}") for origin, count in result.origins.items()]
+    facts += [
+        ("finished steps", f"{count} at {origin}") for origin, count in result.origins.items()
+    ]
     rows = "".join(f"<dt>{_safe(name)}</dt><dd>{_safe(value)}</dd>" for name, value in facts)
     return f"<h2>Where these numbers come from</h2>\n<dl>{rows}</dl>"

@@ -33,7 +33,9 @@ def machine() -> str:
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         try:
-            names = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.splitlines()
+            names = subprocess.run(
+                command, capture_output=True, text=True, timeout=20, check=False
+            ).stdout.splitlines()
         except (OSError, subprocess.TimeoutExpired):
             names = []
         found += [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
@@ -45,7 +47,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def versions() -> dict[str, str]:
@@ -88,6 +93,13 @@ def write_sweep(sweep: Sweep, origin: dict[str, str]) -> None:
 def _cell(cell: Cell) -> dict[str, Any]:
     """runs: seed -> folder below the sweep's, and the digest of each of its steps."""
     runs = {
-        str(seed): {"folder": task.folder, "steps": {step.name: step.digest for step in task.steps}} for seed, task in cell.runs.items()
+        str(seed): {"folder": task.folder, "steps": {step.name: step.digest for step in task.steps}}
+        for seed, task in cell.runs.items()
     }
-    return {"name": cell.name, "group": cell.group, "values": cell.values, "paper": cell.paper, "runs": runs}
+    return {
+        "name": cell.name,
+        "group": cell.group,
+        "values": cell.values,
+        "paper": cell.paper,
+        "runs": runs,
+    }

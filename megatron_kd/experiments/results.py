@@ -89,10 +89,16 @@ class Result:
         for row in self.rows:
             reasons = dict(row.lacking)
             for name, sample in row.samples.items():
-                reasons |= {seed: f"{name}: {why}" for seed, why in sample.lacking.items() if seed not in row.lacking}
+                reasons |= {
+                    seed: f"{name}: {why}"
+                    for seed, why in sample.lacking.items()
+                    if seed not in row.lacking
+                }
             if reasons:
                 told = "; ".join(f"seed {seed}: {why}" for seed, why in sorted(reasons.items()))
-                found.append(f"{row.name}: {self.seeds - len(reasons)} of {self.seeds} seeds are complete ({told})")
+                found.append(
+                    f"{row.name}: {self.seeds - len(reasons)} of {self.seeds} seeds are complete ({told})"
+                )
         if self.content["left_out"]:
             found.append(f"left out with --small: {', '.join(self.content['left_out'])}")
         return found
@@ -102,17 +108,23 @@ def read_result(out: Path) -> Result:
     """ConfigError where the folder has no sweep.json that can be read. Missing runs are no error: they are told."""
     content = read_json(out / SWEEP_FILE, what="sweep")
     if content.get("format") != FORMAT:
-        raise ConfigError(f"{out / SWEEP_FILE} is of format {content.get('format')!r}, and this program reads {FORMAT}")
+        raise ConfigError(
+            f"{out / SWEEP_FILE} is of format {content.get('format')!r}, and this program reads {FORMAT}"
+        )
     origins: Counter[str] = Counter()
     try:
         rows = [_row(out, cell, content["metrics"], origins) for cell in content["cells"]]
         rows = [_compared(row, _baseline(row, rows, content["baseline"])) for row in rows]
         return Result(out, content, tuple(rows), dict(origins.most_common()))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{out / SWEEP_FILE} is damaged ({error!r}): start the sweep again, which writes it") from None
+        raise ConfigError(
+            f"{out / SWEEP_FILE} is damaged ({error!r}): start the sweep again, which writes it"
+        ) from None
 
 
-def _row(out: Path, cell: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], origins: Counter[str]) -> Row:
+def _row(
+    out: Path, cell: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], origins: Counter[str]
+) -> Row:
     lacking: dict[int, str] = {}
     folders: dict[int, Path] = {}
     for text, run in cell["runs"].items():
@@ -129,15 +141,22 @@ def _row(out: Path, cell: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]
             continue
         found = {seed: _value(folder, metric) for seed, folder in folders.items()}
         values = {seed: value for seed, value in found.items() if not isinstance(value, str)}
-        samples[metric["name"]] = Sample(values, lacking | {seed: value for seed, value in found.items() if isinstance(value, str)})
-    return Row(cell["name"], cell["group"], cell["values"], folders, lacking, samples, {}, cell["paper"])
+        samples[metric["name"]] = Sample(
+            values,
+            lacking | {seed: value for seed, value in found.items() if isinstance(value, str)},
+        )
+    return Row(
+        cell["name"], cell["group"], cell["values"], folders, lacking, samples, {}, cell["paper"]
+    )
 
 
 def _baseline(row: Row, rows: Sequence[Row], names: str | list[str] | None) -> Row | None:
     """What a row is compared with: the one cell for all of them, or of several the one of its own group."""
     if isinstance(names, str):
         return next((each for each in rows if each.name == names), None)
-    return next((each for each in rows if each.name in (names or []) and each.group == row.group), None)
+    return next(
+        (each for each in rows if each.name in (names or []) and each.group == row.group), None
+    )
 
 
 def baseline_name(result: Result) -> str:
@@ -152,8 +171,15 @@ def _compared(row: Row, baseline: Row | None) -> Row:
         return dataclasses.replace(row, differences=differences)
     for name, sample in row.samples.items():
         there = baseline.samples[name]
-        both = {seed: value - there.values[seed] for seed, value in sample.values.items() if seed in there.values}
-        differences[name] = Sample(both, {seed: "no pair" for seed in [*sample.values, *sample.lacking] if seed not in both})
+        both = {
+            seed: value - there.values[seed]
+            for seed, value in sample.values.items()
+            if seed in there.values
+        }
+        differences[name] = Sample(
+            both,
+            {seed: "no pair" for seed in [*sample.values, *sample.lacking] if seed not in both},
+        )
     return dataclasses.replace(row, differences=differences)
 
 
@@ -266,12 +292,19 @@ def table(result: Result) -> list[list[str]]:
             columns.append([shown(row.differences[name], digits, sign="+") for row in result.rows])
         if any(name in row.paper for row in result.rows):
             header.append(paper_heading(metric))
-            columns.append([f"{row.paper[name]:g}" if name in row.paper else "-" for row in result.rows])
+            columns.append(
+                [f"{row.paper[name]:g}" if name in row.paper else "-" for row in result.rows]
+            )
     body = []
     for number, row in enumerate(result.rows):
         done = result.seeds - len(row.lacking)
         body.append(
-            [row.name, row.group, str(done) if not row.lacking else f"{done} of {result.seeds}", *(column[number] for column in columns)]
+            [
+                row.name,
+                row.group,
+                str(done) if not row.lacking else f"{done} of {result.seeds}",
+                *(column[number] for column in columns),
+            ]
         )
     return [header, *body]
 
@@ -297,11 +330,28 @@ def as_json(result: Result) -> dict[str, Any]:
             "group": row.group,
             "values": row.values,
             "metrics": {
-                name: {**(sample(found) or {}), "difference": sample(row.differences[name]), "paper": row.paper.get(name)}
+                name: {
+                    **(sample(found) or {}),
+                    "difference": sample(row.differences[name]),
+                    "paper": row.paper.get(name),
+                }
                 for name, found in row.samples.items()
             },
         }
         for row in result.rows
     ]
-    kept = {key: result.content[key] for key in ("title", "baseline", "seeds", "small", "commit", "machine", "versions", "command", "time")}
+    kept = {
+        key: result.content[key]
+        for key in (
+            "title",
+            "baseline",
+            "seeds",
+            "small",
+            "commit",
+            "machine",
+            "versions",
+            "command",
+            "time",
+        )
+    }
     return {**kept, "cells": cells, "notes": result.notes()}

@@ -15,7 +15,9 @@ from megatron_kd.experiments.work import Outcome, Shop, needs_of
 _ASK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def run_tasks(sweep: Sweep, tasks: Mapping[str, Task], shop: Shop, *, workers: int, say: Callable[[str], None]) -> dict[str, Outcome]:
+def run_tasks(
+    sweep: Sweep, tasks: Mapping[str, Task], shop: Shop, *, workers: int, say: Callable[[str], None]
+) -> dict[str, Outcome]:
     """Do what is not done, `workers` at a time; what becomes of each that was not done before.
 
     The first signal lets runs save and leave and waits for them; the second ends them at once. Must be called in the main thread.
@@ -27,7 +29,10 @@ def run_tasks(sweep: Sweep, tasks: Mapping[str, Task], shop: Shop, *, workers: i
     open_tasks = {name: task for name, task in tasks.items() if found[name].state is not State.DONE}
     say(f"{len(tasks)} tasks, {len(tasks) - len(open_tasks)} done before, {workers} at a time")
     asked: list[int] = []
-    previous = {number: signal.signal(number, lambda received, _frame: asked.append(received)) for number in _ASK}
+    previous = {
+        number: signal.signal(number, lambda received, _frame: asked.append(received))
+        for number in _ASK
+    }
     try:
         return _Run(open_tasks, found, shop, workers, say, asked).work()
     finally:
@@ -47,7 +52,13 @@ class _Run:
         say: Callable[[str], None],
         asked: list[int],
     ) -> None:
-        self._waiting, self._found, self._shop, self._workers, self._say = waiting, found, shop, workers, say
+        self._waiting, self._found, self._shop, self._workers, self._say = (
+            waiting,
+            found,
+            shop,
+            workers,
+            say,
+        )
         self._asked, self._heeded = asked, 0
         self._running: dict[Future[Outcome], str] = {}
         self._outcomes: dict[str, Outcome] = {}
@@ -75,13 +86,22 @@ class _Run:
             self._heeded += 1
             first = self._heeded == 1
             name = signal.Signals(number).name
-            self._say(f"{name}: waiting for {len(self._running)} to save and leave" if first else f"{name} again: ending them")
+            self._say(
+                f"{name}: waiting for {len(self._running)} to save and leave"
+                if first
+                else f"{name} again: ending them"
+            )
             self._shop.stop(signal.SIGTERM if first else signal.SIGKILL)
 
     def _block(self) -> None:
         """What needs something that failed is not started."""
         for name, task in list(self._waiting.items()):
-            bad = [need for need in task.needs if need in self._outcomes and self._outcomes[need].word in ("failed", "stopped", "blocked")]
+            bad = [
+                need
+                for need in task.needs
+                if need in self._outcomes
+                and self._outcomes[need].word in ("failed", "stopped", "blocked")
+            ]
             if bad:
                 del self._waiting[name]
                 self._outcomes[name] = Outcome("blocked", f"needs {bad[0]!r}")
@@ -92,7 +112,9 @@ class _Run:
                 return
             if all(self._found[need].state is State.DONE for need in task.needs):
                 del self._waiting[name]
-                self._running[pool.submit(self._shop.perform, task, needs_of(task, self._found))] = name
+                self._running[
+                    pool.submit(self._shop.perform, task, needs_of(task, self._found))
+                ] = name
 
     def _ended(self, name: str, outcome: Outcome) -> None:
         self._outcomes[name] = outcome
@@ -100,9 +122,17 @@ class _Run:
             self._found[name] = Found(State.DONE, id=outcome.id)
         done = sum(each.word == "done" for each in self._outcomes.values())
         passed = time.monotonic() - self._began
-        words = f"{outcome.word} in {clock(outcome.seconds)}" if outcome.word == "done" else f"{outcome.word}: {outcome.message}"
+        words = (
+            f"{outcome.word} in {clock(outcome.seconds)}"
+            if outcome.word == "done"
+            else f"{outcome.word}: {outcome.message}"
+        )
         left = self._total - len(self._outcomes)
-        rate = f"  {done / passed * 60:.2g} a minute, ETA {clock(passed / done * left)}" if done and left else ""
+        rate = (
+            f"  {done / passed * 60:.2g} a minute, ETA {clock(passed / done * left)}"
+            if done and left
+            else ""
+        )
         self._say(f"[{len(self._outcomes)}/{self._total}] {name}: {words}{rate}")
 
 

@@ -51,7 +51,9 @@ class Submission:
     options: tuple[str, ...]
 
 
-def submissions(sweep: Sweep, tasks: Mapping[str, Task], words: Sequence[str], arguments: Sequence[str]) -> list[Submission]:
+def submissions(
+    sweep: Sweep, tasks: Mapping[str, Task], words: Sequence[str], arguments: Sequence[str]
+) -> list[Submission]:
     """An array for each level of `tasks` that has something left to do.
 
     words: the command that each task starts, without --task. arguments: more options of sbatch; they win over the ones set here.
@@ -59,25 +61,48 @@ def submissions(sweep: Sweep, tasks: Mapping[str, Task], words: Sequence[str], a
     """
     for word in (*words, *arguments):
         if not word.isprintable():
-            raise ConfigError(f"a word of the jobs has a newline or another control character: {word!r}")
+            raise ConfigError(
+                f"a word of the jobs has a newline or another control character: {word!r}"
+            )
     found, numbers = look(sweep, tasks), {name: number for number, name in enumerate(sweep.tasks)}
     made = []
     for level, members in enumerate(sweep.levels()):
-        chosen = [task for task in members if task.name in tasks and found[task.name].state is not State.DONE]
+        chosen = [
+            task
+            for task in members
+            if task.name in tasks and found[task.name].state is not State.DONE
+        ]
         if not chosen:
             continue
         name = f"level-{level}"
-        comment = f"Level {level} of a sweep: {len(chosen)} tasks. Written by tools/sweep.py --slurm."
+        comment = (
+            f"Level {level} of a sweep: {len(chosen)} tasks. Written by tools/sweep.py --slurm."
+        )
         script = _SCRIPT.format(comment=comment, words=" ".join(map(shlex.quote, words)))
         options = _options(sweep, name, chosen, [numbers[task.name] for task in chosen], arguments)
         made.append(Submission(sweep.out / "slurm" / f"{name}.sbatch", script, options))
     return made
 
 
-def _options(sweep: Sweep, name: str, chosen: Sequence[Task], numbers: Sequence[int], arguments: Sequence[str]) -> tuple[str, ...]:
+def _options(
+    sweep: Sweep,
+    name: str,
+    chosen: Sequence[Task],
+    numbers: Sequence[int],
+    arguments: Sequence[str],
+) -> tuple[str, ...]:
     ranks = max(task.ranks for task in chosen)
-    every = [step.config for task in sweep.tasks.values() for step in task.steps if step.config is not None]
-    gpus = [] if all(config.train.device == "cpu" for config in every) else [f"--gpus-per-node={ranks}"]
+    every = [
+        step.config
+        for task in sweep.tasks.values()
+        for step in task.steps
+        if step.config is not None
+    ]
+    gpus = (
+        []
+        if all(config.train.device == "cpu" for config in every)
+        else [f"--gpus-per-node={ranks}"]
+    )
     # --chdir, because a folder with % in its name would mean something in --output.
     return (
         f"--job-name=kd-sweep-{name}",
@@ -125,7 +150,9 @@ def submit(made: Sequence[Submission], *, dry_run: bool) -> list[str]:
                 "sbatch is not found: start this where jobs are submitted, or look at what it would do with --dry-run"
             ) from None
         if done.returncode:
-            raise ConfigError(f"sbatch refused {each.path} (submitted before it: {', '.join(jobs) or 'nothing'}): {done.stderr.strip()}")
+            raise ConfigError(
+                f"sbatch refused {each.path} (submitted before it: {', '.join(jobs) or 'nothing'}): {done.stderr.strip()}"
+            )
         jobs.append(done.stdout.strip().partition(";")[0])  # a cluster's name can follow
         print(f"{each.path.stem} {jobs[-1]}", file=sys.stdout, flush=True)
     return jobs

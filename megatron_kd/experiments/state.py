@@ -83,7 +83,9 @@ class Folder:
         stale = "" if record is None else _stale(record.get("inputs", {}), inputs)
         return Found(State.CHANGED, stale) if stale and found.state is State.DONE else found
 
-    def _run_state(self, task: Task, step: Step, record: Mapping[str, Any] | None, inputs: Mapping[str, str]) -> Found:
+    def _run_state(
+        self, task: Task, step: Step, record: Mapping[str, Any] | None, inputs: Mapping[str, str]
+    ) -> Found:
         directory = self.out / task.folder
         assert step.config is not None
         finished = (_read(directory / "status.json") or {}).get("state") == "finished"
@@ -107,7 +109,9 @@ class Folder:
             path = self.record(task, step)
             record = _read(path)
             if step.config is not None and (record is None or record.get("digest") != step.digest):
-                content = record or _read(self.begun(task, step)) or {"id": step.digest, "inputs": {}}
+                content = (
+                    record or _read(self.begun(task, step)) or {"id": step.digest, "inputs": {}}
+                )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, {**content, "digest": step.digest})
 
@@ -152,7 +156,9 @@ def redo(sweep: Sweep, globs: Sequence[str], *, dry_run: bool = False) -> list[s
             continue
         moved.append(name)
         number = 1
-        while (target := sweep.out / "aside" / f"{sweep.tasks[name].folder.replace('/', '-')}-{number}").exists():
+        while (
+            target := sweep.out / "aside" / f"{sweep.tasks[name].folder.replace('/', '-')}-{number}"
+        ).exists():
             number += 1
         if not dry_run:
             target.parent.mkdir(exist_ok=True)
@@ -174,7 +180,9 @@ def _redo_measures(sweep: Sweep, globs: Sequence[str], dry_run: bool) -> list[st
     return moved
 
 
-def new_record(step: Step, inputs: Mapping[str, str], provenance: Mapping[str, str]) -> dict[str, Any]:
+def new_record(
+    step: Step, inputs: Mapping[str, str], provenance: Mapping[str, str]
+) -> dict[str, Any]:
     """What is noted of a step that is about to start."""
     return {"digest": step.digest, "id": uuid.uuid4().hex, "inputs": dict(inputs), **provenance}
 
@@ -198,7 +206,11 @@ def _stale(then: Mapping[str, str], now: Mapping[str, str]) -> str:
     if then.keys() != now.keys():
         return "it needs other jobs now than it was made with"
     other = [name for name in now if then[name] != now[name]]
-    return f"{other[0]!r}, which it was made from, has been made again since, or is gone" if other else ""
+    return (
+        f"{other[0]!r}, which it was made from, has been made again since, or is gone"
+        if other
+        else ""
+    )
 
 
 def _changes(path: Path, config: RunConfig) -> str:
@@ -211,14 +223,19 @@ def _changes(path: Path, config: RunConfig) -> str:
         return ""
     then, now = _flat(there.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
     different = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
-    told = [f"{key}: {json.dumps(then.get(key))} then, {json.dumps(now.get(key))} now" for key in different[:3]]
+    told = [
+        f"{key}: {json.dumps(then.get(key))} then, {json.dumps(now.get(key))} now"
+        for key in different[:3]
+    ]
     return "; ".join(told) + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return found
 
 

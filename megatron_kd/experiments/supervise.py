@@ -38,7 +38,13 @@ def main() -> int:
     began = time.monotonic()
     with open(log, "ab", buffering=0) as output:
         try:
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, pass_fds=[int(descriptor)])
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[int(descriptor)],
+            )
         except OSError as error:
             output.write(f"{command[0]} cannot be started: {error.strerror}\n".encode())
             return 127

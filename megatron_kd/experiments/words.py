@@ -42,7 +42,9 @@ def fill(value: Any, names: Mapping[str, Any], where: str) -> Any:
         if match[0] in ("{{", "}}"):
             return match[0][0]
         if match[1] is None:
-            raise ConfigError(f"{where}: {value!r} has a single brace: write {{{{ and }}}} for braces that name nothing")
+            raise ConfigError(
+                f"{where}: {value!r} has a single brace: write {{{{ and }}}} for braces that name nothing"
+            )
         return as_text(_look_up(match[1], names, where))
 
     whole = _ONE.fullmatch(value)
@@ -52,7 +54,11 @@ def fill(value: Any, names: Mapping[str, Any], where: str) -> Any:
 def _look_up(name: str, names: Mapping[str, Any], where: str) -> Any:
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {{{close[0]}}}?" if close else f"known are {', '.join(sorted(names))}; {{{{ stands for a brace"
+        hint = (
+            f"did you mean {{{close[0]}}}?"
+            if close
+            else f"known are {', '.join(sorted(names))}; {{{{ stands for a brace"
+        )
         raise ConfigError(f"{where}: {{{name}}} is not known: {hint}")
     return names[name]
 
@@ -64,9 +70,15 @@ def resolve_variables(variables: Mapping[str, Any], fixed: Mapping[str, Any]) ->
     found: dict[str, Any] = dict(fixed)
     waiting = dict(variables)
     while waiting:
-        ready = {name: value for name, value in waiting.items() if not (_names_in(value) & waiting.keys())}
+        ready = {
+            name: value
+            for name, value in waiting.items()
+            if not (_names_in(value) & waiting.keys())
+        }
         if not ready:
-            raise ConfigError(f"[variables]: {', '.join(sorted(waiting))} name each other in a circle")
+            raise ConfigError(
+                f"[variables]: {', '.join(sorted(waiting))} name each other in a circle"
+            )
         for name in ready:
             found[name] = fill(waiting.pop(name), found, f"[variables] {name}")
     return found
@@ -85,7 +97,11 @@ def _names_in(value: Any) -> set[str]:
         return set().union(*map(_names_in, value))
     if isinstance(value, dict):
         return set().union(*map(_names_in, [*value, *value.values()]))
-    return {match[1] for match in _BRACES.finditer(value) if match[1]} if isinstance(value, str) else set()
+    return (
+        {match[1] for match in _BRACES.finditer(value) if match[1]}
+        if isinstance(value, str)
+        else set()
+    )
 
 
 def parse_setting(text: str, variables: Mapping[str, Any]) -> tuple[str, Any]:
@@ -95,14 +111,20 @@ def parse_setting(text: str, variables: Mapping[str, Any]) -> tuple[str, Any]:
         raise ConfigError(f"--set {text} must be name=value")
     if name not in variables:
         close = difflib.get_close_matches(name, variables, n=1)
-        known = f"did you mean {close[0]}?" if close else f"the sweep file has {', '.join(variables) or 'none'}"
+        known = (
+            f"did you mean {close[0]}?"
+            if close
+            else f"the sweep file has {', '.join(variables) or 'none'}"
+        )
         raise ConfigError(f"--set {name}: no such variable: {known}")
     if isinstance(variables[name], str):
         return name, value
     try:
         return name, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        raise ConfigError(f"--set {name}: {value!r} is not a value as in TOML, such as {as_text(variables[name])}") from None
+        raise ConfigError(
+            f"--set {name}: {value!r} is not a value as in TOML, such as {as_text(variables[name])}"
+        ) from None
 
 
 def slug(name: str) -> str:

@@ -45,9 +45,21 @@ class Shop:
     """
 
     def __init__(
-        self, out: Path, *, threads: int, retries: int, provenance: Mapping[str, str], say: Callable[[str], None] = lambda _line: None
+        self,
+        out: Path,
+        *,
+        threads: int,
+        retries: int,
+        provenance: Mapping[str, str],
+        say: Callable[[str], None] = lambda _line: None,
     ) -> None:
-        self.folder, self._threads, self._retries, self._provenance, self._say = Folder(out), threads, retries, provenance, say
+        self.folder, self._threads, self._retries, self._provenance, self._say = (
+            Folder(out),
+            threads,
+            retries,
+            provenance,
+            say,
+        )
         self._stopping = threading.Event()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._guard = threading.Lock()
@@ -64,7 +76,9 @@ class Shop:
             for process in self._running:
                 if process.poll() is None:
                     # Each has a session of its own, so that a signal reaches it once.
-                    os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
+                    os.killpg(
+                        process.pid, number
+                    ) if number == signal.SIGKILL else process.send_signal(number)
 
     def perform(self, task: Task, needs: Mapping[str, str]) -> Outcome:
         """All steps that are not done yet. needs: name -> id of what it needs, all done."""
@@ -114,7 +128,10 @@ class Shop:
             if code == FINISHED or state == "finished":
                 if self.folder.step_state(task, step, inputs).state is State.DONE:
                     continue
-                return Outcome("failed", f"{step.name} ended with 0 and is not finished: see {self.folder.log(task, step)}")
+                return Outcome(
+                    "failed",
+                    f"{step.name} ended with 0 and is not finished: see {self.folder.log(task, step)}",
+                )
             if self.stopping:
                 return Outcome("left", "asked to leave")
             message = f"{step.name} ended with {code}: {last_line(self.folder.log(task, step))}"
@@ -123,23 +140,39 @@ class Shop:
             if state == "requeue" or code == REQUEUE:
                 stuck, at = (stuck + 1 if reached == at else 0), reached
                 if stuck >= _SAME_STEP:
-                    return Outcome("failed", f"{message} (asked to go on {_SAME_STEP + 1} times without a further step)")
+                    return Outcome(
+                        "failed",
+                        f"{message} (asked to go on {_SAME_STEP + 1} times without a further step)",
+                    )
                 continue
             failures += 1
             if failures > self._retries:
                 return Outcome("failed", message)
             self._say(f"{task.name}: {message}; once more")
 
-    def _start(self, task: Task, step: Step, inputs: Mapping[str, str], lease: Lease) -> tuple[int, str, Any]:
+    def _start(
+        self, task: Task, step: Step, inputs: Mapping[str, str], lease: Lease
+    ) -> tuple[int, str, Any]:
         """Exit code, the state that this attempt left in status.json ("" where it wrote none), and the step it names."""
         record, log = self.folder.record(task, step), self.folder.log(task, step)
-        content = new_record(step, inputs, {**self._provenance, "time": time.strftime("%Y-%m-%d %H:%M:%S")})
+        content = new_record(
+            step, inputs, {**self._provenance, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+        )
         write_json(self.folder.begun(task, step), content)
         with open(log, "a", encoding="utf-8", errors="surrogateescape") as out:
             out.write(f"== {content['time']} {shlex.join(step.argv)}\n")
         status = self.folder.out / task.folder / "status.json"
         before = _bytes(status)
-        supervisor = [sys.executable, "-I", "-S", _SUPERVISE, str(log), str(record), json.dumps(content), str(lease.descriptor)]
+        supervisor = [
+            sys.executable,
+            "-I",
+            "-S",
+            _SUPERVISE,
+            str(log),
+            str(record),
+            json.dumps(content),
+            str(lease.descriptor),
+        ]
         with self._guard:
             if self.stopping:
                 return 128 + signal.SIGTERM, "", None

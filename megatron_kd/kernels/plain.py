@@ -46,7 +46,9 @@ class PlainRows:
 
     tile = TILE
 
-    def __init__(self, buffer: Tensor, valid: int, gradient_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, buffer: Tensor, valid: int, gradient_dtype: torch.dtype | None = None
+    ) -> None:
         buffer[:, valid:] = PUNCHED
         self.buffer, self.valid = buffer, valid
         self.gradient_dtype = buffer.dtype
@@ -67,7 +69,9 @@ class PlainRows:
         """
         if count == 0:  # a shard of padding alone
             return self.buffer[:, :0], self.buffer[:, :0].long()
-        self.buffer[:, self.valid :] = -torch.inf  # padding must not stand before logits that someone has masked out
+        self.buffer[
+            :, self.valid :
+        ] = -torch.inf  # padding must not stand before logits that someone has masked out
         found = _top(self.buffer, count)
         self.buffer[:, self.valid :] = PUNCHED
         return found
@@ -99,7 +103,15 @@ class PlainRows:
         flat = (tiles + first.unsqueeze(1)).flatten()
         return self.buffer.view(-1, TILE).index_select(0, flat).view(*tiles.shape, TILE)
 
-    def split(self, columns: Tensor, label: Tensor, temperature: float | Tensor, *, total: bool, entropy: bool) -> Tensor:
+    def split(
+        self,
+        columns: Tensor,
+        label: Tensor,
+        temperature: float | Tensor,
+        *,
+        total: bool,
+        entropy: bool,
+    ) -> Tensor:
         """Lift the support out of the rows and sum what remains.
 
         Args:
@@ -117,7 +129,9 @@ class PlainRows:
         two = entropy or tempered
         for part, (shifted, *more) in self._blocks(1 + two):
             block, out = self.buffer[part], packed[part]
-            out[:, 5:] = block.gather(1, where[part]).masked_fill_(where[part] >= self.valid, -torch.inf)
+            out[:, 5:] = block.gather(1, where[part]).masked_fill_(
+                where[part] >= self.valid, -torch.inf
+            )
             if total:
                 out[:, 3] = block[:, : self.valid].sum(1)
             block.scatter_(1, columns[part], PUNCHED)
@@ -129,7 +143,9 @@ class PlainRows:
                 continue
             torch.sub(block, largest.unsqueeze(1), out=shifted)
             if tempered:
-                out[:, 2] = torch.div(shifted, _column(temperature, part), out=more[0]).exp_().sum(1)
+                out[:, 2] = (
+                    torch.div(shifted, _column(temperature, part), out=more[0]).exp_().sum(1)
+                )
             if entropy:
                 exp = torch.exp(shifted, out=more[0])
                 out[:, 1] = exp.sum(1)
@@ -159,7 +175,9 @@ class PlainRows:
         for part, spare in self._blocks(int(is_tempered(temperature))):
             block = self.buffer[part]
             for tempered in spare:
-                torch.sub(block, shift[part].unsqueeze(1), out=tempered).div_(_column(temperature, part)).exp_()
+                torch.sub(block, shift[part].unsqueeze(1), out=tempered).div_(
+                    _column(temperature, part)
+                ).exp_()
             self._scaled_exp_(block, shift[part], scale[part])
             for tempered in spare:
                 block.addcmul_(tempered, scale_t[part].unsqueeze(1))
@@ -220,7 +238,9 @@ def _top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     else:
         maxima, chosen = _top(logits.view(rows, tiles, TILE).amax(2), count)
         chosen = chosen.sort(1).values
-        flat = (chosen + torch.arange(0, rows * tiles, tiles, device=logits.device).unsqueeze(1)).flatten()
+        flat = (
+            chosen + torch.arange(0, rows * tiles, tiles, device=logits.device).unsqueeze(1)
+        ).flatten()
         candidates = logits.view(rows * tiles, TILE).index_select(0, flat).view(rows, count * TILE)
         values, columns = _at_least(candidates, maxima[:, -1])
         columns = chosen.gather(1, columns // TILE) * TILE + columns % TILE
@@ -230,9 +250,13 @@ def _top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _at_least(values: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     """The entries of each row [B, W] that are not below `floor` [B], in column order: values and columns [B, most of any row]."""
-    row, column = (~(values < floor.unsqueeze(1))).nonzero().unbind(1)  # a row with NaN keeps all of them
+    row, column = (
+        (~(values < floor.unsqueeze(1))).nonzero().unbind(1)
+    )  # a row with NaN keeps all of them
     count = torch.bincount(row, minlength=values.shape[0])
-    slot = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count).index_select(0, row)
+    slot = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count).index_select(
+        0, row
+    )
     found = values.new_full((values.shape[0], int(count.max())), -torch.inf)
     columns = torch.zeros_like(found, dtype=torch.int64)
     found[row, slot], columns[row, slot] = values[row, column], column

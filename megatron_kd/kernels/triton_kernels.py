@@ -74,7 +74,9 @@ def tile_kernel(
     inside = tile < tiles
     column = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
     z = tl.load(logits + row * width + column, mask=inside[:, None], other=PUNCHED).to(tl.float32)
-    top, exp, exp_t, weight = _tile_sums(z, _temperature_of(temperature, row, PER_ROW), HAS_TEMPERATURE, ENTROPY)
+    top, exp, exp_t, weight = _tile_sums(
+        z, _temperature_of(temperature, row, PER_ROW), HAS_TEMPERATURE, ENTROPY
+    )
     at = row * tiles + tile
     tl.store(largest + at, top, mask=inside)
     tl.store(mass + at, exp, mask=inside)
@@ -172,10 +174,27 @@ def split_kernel(
     weighted += row * tiles
     temperature = _temperature_of(temperature, row, PER_ROW)
     where = tl.load(label + row)
-    tl.store(packed + 5, tl.load(logits + where, mask=where < valid, other=float("-inf")).to(tl.float32))
+    tl.store(
+        packed + 5, tl.load(logits + where, mask=where < valid, other=float("-inf")).to(tl.float32)
+    )
     _lift_out(logits, columns, count, valid, packed + 6, IDS)
-    _sum_again(logits, columns, count, valid, temperature, largest, mass, mass_t, weighted, HAS_TEMPERATURE, ENTROPY, IDS)
-    m, sum_1, sum_t, sum_w = _merge_tiles(largest, mass, mass_t, weighted, tiles, temperature, HAS_TEMPERATURE, ENTROPY, TILES)
+    _sum_again(
+        logits,
+        columns,
+        count,
+        valid,
+        temperature,
+        largest,
+        mass,
+        mass_t,
+        weighted,
+        HAS_TEMPERATURE,
+        ENTROPY,
+        IDS,
+    )
+    m, sum_1, sum_t, sum_w = _merge_tiles(
+        largest, mass, mass_t, weighted, tiles, temperature, HAS_TEMPERATURE, ENTROPY, TILES
+    )
     tl.store(packed, m)
     tl.store(packed + 1, sum_1)
     tl.store(packed + 2, sum_t)
@@ -202,7 +221,9 @@ def _merge_tiles(
     lane = tl.arange(0, TILES)
     highest = tl.full((TILES,), PUNCHED, tl.float32)
     for start in range(0, tiles, TILES):
-        highest = tl.maximum(highest, tl.load(largest + start + lane, mask=start + lane < tiles, other=PUNCHED))
+        highest = tl.maximum(
+            highest, tl.load(largest + start + lane, mask=start + lane < tiles, other=PUNCHED)
+        )
     m = tl.max(highest, 0)
     m = tl.where(m <= PUNCHED, 0.0, m)
     sum_1 = tl.zeros((TILES,), tl.float32)
@@ -258,7 +279,10 @@ def select_kernel(
     lane = tl.arange(0, BLOCK)
     inside, column = lane < size, lane
     if BY_TILE:
-        column = tl.load(chosen + row * chosen_tiles + lane // TILE, mask=inside, other=0) * TILE + lane % TILE
+        column = (
+            tl.load(chosen + row * chosen_tiles + lane // TILE, mask=inside, other=0) * TILE
+            + lane % TILE
+        )
         inside = inside & (column < valid)
     z = tl.load(values + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     bits = tl.where(z == 0.0, 0.0, z).to(tl.int32, bitcast=True)  # one zero, not two
@@ -354,4 +378,6 @@ def gradient_kernel(
     slope = _slope(z_label, m, a, a_t, away, t, HAS_TEMPERATURE) + extra
     tl.store(gradient + where, slope.to(gradient.dtype.element_ty), mask=where < valid)
     tl.debug_barrier()  # the label may be one of the ids
-    _put_support(gradient, columns + row * count, support + row * count, count, where, extra, valid, IDS)
+    _put_support(
+        gradient, columns + row * count, support + row * count, count, where, extra, valid, IDS
+    )

@@ -16,7 +16,12 @@ import triton
 from torch import Tensor
 
 from megatron_kd.kernels.plain import TILE, PlainRows, is_tempered
-from megatron_kd.kernels.triton_kernels import gradient_kernel, select_kernel, split_kernel, tile_kernel
+from megatron_kd.kernels.triton_kernels import (
+    gradient_kernel,
+    select_kernel,
+    split_kernel,
+    tile_kernel,
+)
 
 # Columns that one program of the gradient takes at a time, tiles that one program sums, tiles and ids merged at a time.
 BLOCK = 4096
@@ -58,9 +63,13 @@ class TritonRows(PlainRows):
     one tile, and only if both come from the same exp does no draw depend on where the vocabulary is cut.
     """
 
-    def __init__(self, buffer: Tensor, valid: int, gradient_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, buffer: Tensor, valid: int, gradient_dtype: torch.dtype | None = None
+    ) -> None:
         if buffer.dtype != torch.float32 or not buffer.is_contiguous():
-            raise ValueError(f"TritonRows takes contiguous rows of fp32, not {buffer.dtype} with strides {buffer.stride()}")
+            raise ValueError(
+                f"TritonRows takes contiguous rows of fp32, not {buffer.dtype} with strides {buffer.stride()}"
+            )
         super().__init__(buffer, valid, gradient_dtype)
         self.gradient_dtype = gradient_dtype or buffer.dtype
         self._sums: TileSums | None = None
@@ -74,10 +83,14 @@ class TritonRows(PlainRows):
         sums = self._sums = self._tile_sums(temperature, entropy=True, total=False)
         _, where = self._select(sums.largest, tiles, chosen)
         values, columns = self._select(self.buffer, chosen * TILE, count, where)
-        values, order = values.sort(dim=1, descending=True, stable=True)  # columns rise: ties stay in their order
+        values, order = values.sort(
+            dim=1, descending=True, stable=True
+        )  # columns rise: ties stay in their order
         return values, columns.gather(1, order).long()
 
-    def _select(self, values: Tensor, size: int, count: int, tiles: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _select(
+        self, values: Tensor, size: int, count: int, tiles: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The `count` largest of the first `size` columns of values, or of `tiles` [C, D] of them: values and int32 columns, rising."""
         rows = values.shape[0]
         found = values.new_empty((rows, count))
@@ -105,10 +118,20 @@ class TritonRows(PlainRows):
         """See `PlainRows.mass`. Where there are no logits both are 0."""
         nowhere = torch.full((self.buffer.shape[0],), self.valid, device=self.buffer.device)
         sums = self._tile_sums(temperature, entropy=False, total=False)
-        packed = self._merge(sums, nowhere.unsqueeze(1)[:, :0], nowhere, temperature, entropy=False, total=False)
+        packed = self._merge(
+            sums, nowhere.unsqueeze(1)[:, :0], nowhere, temperature, entropy=False, total=False
+        )
         return packed[:, 0], packed[:, 2]
 
-    def split(self, columns: Tensor, label: Tensor, temperature: float | Tensor, *, total: bool, entropy: bool) -> Tensor:
+    def split(
+        self,
+        columns: Tensor,
+        label: Tensor,
+        temperature: float | Tensor,
+        *,
+        total: bool,
+        entropy: bool,
+    ) -> Tensor:
         """See `PlainRows.split`. Columns within a row are unique but for n."""
         sums = self._tile_sums(temperature, entropy=entropy, total=total)
         self._sums = None  # the kernel leaves in them what it needed of the rest
@@ -124,7 +147,16 @@ class TritonRows(PlainRows):
         largest, mass, *more = self.buffer.new_empty((2 + tempered + entropy + total, rows, tiles))
         mass_t = more.pop() if tempered else mass
         weighted = more.pop() if entropy else mass
-        sums = TileSums(temperature, entropy, total, largest, mass, mass_t, weighted, more.pop() if total else mass)
+        sums = TileSums(
+            temperature,
+            entropy,
+            total,
+            largest,
+            mass,
+            mass_t,
+            weighted,
+            more.pop() if total else mass,
+        )
         _launch(
             tile_kernel,
             (rows * triton.cdiv(tiles, TILES),),
@@ -147,7 +179,16 @@ class TritonRows(PlainRows):
         )
         return sums
 
-    def _merge(self, sums: TileSums, columns: Tensor, label: Tensor, temperature: float | Tensor, *, entropy: bool, total: bool) -> Tensor:
+    def _merge(
+        self,
+        sums: TileSums,
+        columns: Tensor,
+        label: Tensor,
+        temperature: float | Tensor,
+        *,
+        entropy: bool,
+        total: bool,
+    ) -> Tensor:
         """`split` from the tiles' sums, which become those of the rest."""
         rows, width = self.buffer.shape
         count = columns.shape[1]
@@ -227,7 +268,9 @@ def _argument(temperature: float | Tensor) -> float | Tensor:
     return temperature.contiguous() if isinstance(temperature, Tensor) else float(temperature)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], values: Tensor, *arguments: object, **constants: object) -> None:
+def _launch(
+    kernel: Any, grid: tuple[int, ...], values: Tensor, *arguments: object, **constants: object
+) -> None:
     """Runs a kernel on the device of its first tensor. Fused multiply-adds are asked for, so that no default decides on bits."""
     with torch.cuda.device_of(values):
         kernel[grid](values, *arguments, **constants, enable_fp_fusion=True)

@@ -40,7 +40,9 @@ class _Softmax:
         """At `temperature`."""
         if temperature == 1.0:
             return self.log(logits, part)
-        return (logits - self.shift[part].unsqueeze(1)) / temperature - self.logsumexp_t[part].unsqueeze(1)
+        return (logits - self.shift[part].unsqueeze(1)) / temperature - self.logsumexp_t[
+            part
+        ].unsqueeze(1)
 
 
 class DivergenceLoss:
@@ -60,9 +62,16 @@ class DivergenceLoss:
         shard: VocabShard,
         group: Group,
     ) -> None:
-        self.labels, self.divergence, self.spec, self.shard, self.group = labels, divergence, spec, shard, group
+        self.labels, self.divergence, self.spec, self.shard, self.group = (
+            labels,
+            divergence,
+            spec,
+            shard,
+            group,
+        )
         self.terms = terms
-        assert not isinstance(terms.temperature, Tensor) and not isinstance(terms.teacher_temperature, Tensor)
+        assert not isinstance(terms.temperature, Tensor)
+        assert not isinstance(terms.teacher_temperature, Tensor)
         self.temperature, self.teacher_temperature = terms.temperature, terms.teacher_temperature
         self.counted = labels != IGNORED_LABEL
         self.weight = torch.where(self.counted, weight, 0.0)
@@ -89,11 +98,18 @@ class DivergenceLoss:
         self.weight, weighs = self.weight.to(dtype), self.terms.map(lambda each: each.to(dtype))
         student, theirs, label, best, agrees = self._statistics(rows, teacher, health=health)
         ce = torch.where(self.counted, student.logsumexp - label, 0.0)
-        offset = self._mean_difference(rows, teacher, student, theirs) if self.divergence.name == "mse_logits" else None
+        offset = (
+            self._mean_difference(rows, teacher, student, theirs)
+            if self.divergence.name == "mse_logits"
+            else None
+        )
         sums = rows.buffer.new_zeros((len(ce), 5 if health else 2))
         for part in self._blocks(rows):
             z, other = rows.buffer[part, : rows.valid], teacher.buffer[part, : rows.valid]
-            log_p, log_q = student.log_t(z, part, self.temperature), theirs.log_t(other, part, self.teacher_temperature)
+            log_p, log_q = (
+                student.log_t(z, part, self.temperature),
+                theirs.log_t(other, part, self.teacher_temperature),
+            )
             if health:
                 sums[part, 2:] = _entropies_and_kl(student.log(z, part), theirs.log(other, part))
             if best is not None and self.divergence.name == "hard_label":
@@ -103,7 +119,9 @@ class DivergenceLoss:
             if offset is not None:
                 log_q = log_q + offset[part].unsqueeze(1)
             if gradient:
-                terms, slopes = self.divergence.terms_and_slopes(log_q, log_p, self.shard.vocab_size)
+                terms, slopes = self.divergence.terms_and_slopes(
+                    log_q, log_p, self.shard.vocab_size
+                )
                 sums[part, 1] = slopes.sum(1)
                 other.copy_(slopes)
             else:
@@ -112,10 +130,14 @@ class DivergenceLoss:
         sums = all_gather(sums, self.group).sum(0)
         kd = torch.where(self.counted, weighs.kd_scale * sums[:, 0], 0.0)
         logsumexp = student.logsumexp + student.shift
-        total = self.weight * (weighs.ce_weight * ce + weighs.kd_weight * kd + self.spec.z_loss * logsumexp**2)
+        total = self.weight * (
+            weighs.ce_weight * ce + weighs.kd_weight * kd + self.spec.z_loss * logsumexp**2
+        )
         self.result = RowLoss(torch.where(self.counted, total, 0.0), ce, kd, None)
         if health and agrees is not None:
-            self.result.health = torch.cat([torch.ones_like(sums[:, :1]), sums[:, 2:4], agrees.unsqueeze(1), sums[:, 4:]], 1)
+            self.result.health = torch.cat(
+                [torch.ones_like(sums[:, :1]), sums[:, 2:4], agrees.unsqueeze(1), sums[:, 4:]], 1
+            )
         if gradient:
             self._put_gradient(rows, teacher, student, sums[:, 1], weighs)
 
@@ -133,7 +155,11 @@ class DivergenceLoss:
         t, their_t = self.temperature, self.teacher_temperature
         label = local_columns(self.labels, self.shard.start, rows.valid).unsqueeze(1)
         here = torch.where(label < rows.valid, rows.buffer.gather(1, label), -torch.inf)
-        columns = [*_masses(rows, t, both=True), *_masses(teacher, their_t, both=health), here.squeeze(1)]
+        columns = [
+            *_masses(rows, t, both=True),
+            *_masses(teacher, their_t, both=health),
+            here.squeeze(1),
+        ]
         wanted = health or self.divergence.name == "hard_label"
         if wanted:
             column = teacher.top(1)[1] if rows.valid else torch.zeros_like(label)
@@ -148,27 +174,51 @@ class DivergenceLoss:
         holds = parts[..., 3] == theirs.shift
         best = torch.where(holds, parts[..., 8], torch.inf).amin(0)
         at_best = torch.where(holds & (parts[..., 8] == best), parts[..., 7], -torch.inf).amax(0)
-        return student, theirs, label_logit, best.nan_to_num(posinf=0.0).long(), (at_best >= student.shift).to(best.dtype)
+        return (
+            student,
+            theirs,
+            label_logit,
+            best.nan_to_num(posinf=0.0).long(),
+            (at_best >= student.shift).to(best.dtype),
+        )
 
-    def _mean_difference(self, rows: ChunkRows, teacher: ChunkRows, student: _Softmax, theirs: _Softmax) -> Tensor:
+    def _mean_difference(
+        self, rows: ChunkRows, teacher: ChunkRows, student: _Softmax, theirs: _Softmax
+    ) -> Tensor:
         """[C] mean over all ids of log p - log q. One all-gather of [C]."""
         found = torch.zeros_like(student.shift)
         for part in self._blocks(rows):
             z, other = rows.buffer[part, : rows.valid], teacher.buffer[part, : rows.valid]
-            found[part] = (student.log_t(z, part, self.temperature) - theirs.log_t(other, part, self.teacher_temperature)).sum(1)
+            found[part] = (
+                student.log_t(z, part, self.temperature)
+                - theirs.log_t(other, part, self.teacher_temperature)
+            ).sum(1)
         return all_gather(found, self.group).sum(0) / self.shard.vocab_size
 
-    def _put_gradient(self, rows: ChunkRows, slopes: ChunkRows, student: _Softmax, slope_sum: Tensor, terms: TokenTerms) -> None:
+    def _put_gradient(
+        self,
+        rows: ChunkRows,
+        slopes: ChunkRows,
+        student: _Softmax,
+        slope_sum: Tensor,
+        terms: TokenTerms,
+    ) -> None:
         """The logit gradient for an upstream gradient of ones, in place of the logits; rows without weight are exactly 0."""
         w = self.weight
-        a = (w * (terms.ce_weight + 2.0 * self.spec.z_loss * (student.logsumexp + student.shift))).unsqueeze(1)
+        a = (
+            w * (terms.ce_weight + 2.0 * self.spec.z_loss * (student.logsumexp + student.shift))
+        ).unsqueeze(1)
         s = (w * (terms.kd_weight * terms.kd_scale / self.temperature)).unsqueeze(1)
         at_label = (-terms.ce_weight * w).unsqueeze(1)
         label = local_columns(self.labels, self.shard.start, rows.valid).unsqueeze(1)
         for part in self._blocks(rows):
             z = rows.buffer[part, : rows.valid]
             p_t = student.log_t(z, part, self.temperature).exp_()
-            d = slopes.buffer[part, : rows.valid].sub(p_t.mul_(slope_sum[part].unsqueeze(1))).mul_(s[part])
+            d = (
+                slopes.buffer[part, : rows.valid]
+                .sub(p_t.mul_(slope_sum[part].unsqueeze(1)))
+                .mul_(s[part])
+            )
             z.copy_(student.log(z, part).exp_().mul_(a[part]).add_(d))
             rows.buffer[part].scatter_add_(1, label[part], at_label[part])
             z.masked_fill_(w[part].unsqueeze(1) == 0, 0.0)
@@ -185,10 +235,16 @@ def _merge(parts: Tensor, temperature: float) -> _Softmax:
     largest, mass, mass_t = parts.unbind(-1)
     shift = largest.amax(0)
     below = largest - shift
-    return _Softmax(shift, (mass * below.exp()).sum(0).log(), (mass_t * (below / temperature).exp()).sum(0).log())
+    return _Softmax(
+        shift,
+        (mass * below.exp()).sum(0).log(),
+        (mass_t * (below / temperature).exp()).sum(0).log(),
+    )
 
 
 def _entropies_and_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """[B, n] log-probabilities -> [B, 3], this shard's part of the teacher's entropy, the student's, and KL(teacher || student)."""
     q = log_q.exp()
-    return torch.stack([-(q * log_q).sum(1), -(log_p.exp() * log_p).sum(1), (q * (log_q - log_p)).sum(1)], 1)
+    return torch.stack(
+        [-(q * log_q).sum(1), -(log_p.exp() * log_p).sum(1), (q * (log_q - log_p)).sum(1)], 1
+    )

@@ -55,7 +55,9 @@ class Divergence:
 
     def __post_init__(self) -> None:
         if self.name not in DIVERGENCES:
-            raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, not {self.name!r}")
+            raise ValueError(
+                f"divergence must be one of {', '.join(DIVERGENCES)}, not {self.name!r}"
+            )
         for name in ("js_beta", "skew"):
             if not 0.0 < getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in (0, 1), not {getattr(self, name)}")
@@ -81,7 +83,8 @@ class Divergence:
             "soft_cross_entropy": lambda lq, lp: -(lq.exp() * lp),
             "reverse_kl": lambda lq, lp: lp.exp() * (lp - lq),
             "jensen_shannon": lambda lq, lp: (
-                -beta * lq.exp() * _log_mix(lp - lq, 1.0 - beta) - (1.0 - beta) * lp.exp() * _log_mix(lq - lp, beta)
+                -beta * lq.exp() * _log_mix(lp - lq, 1.0 - beta)
+                - (1.0 - beta) * lp.exp() * _log_mix(lq - lp, beta)
             ),
             "skew_kl": lambda lq, lp: -(lq.exp() * _log_mix(lp - lq, 1.0 - skew)),
             "skew_reverse_kl": lambda lq, lp: -(lp.exp() * _log_mix(lq - lp, 1.0 - skew)),
@@ -90,7 +93,9 @@ class Divergence:
         }
         return functions[self.name]
 
-    def terms_and_slopes(self, log_q: Tensor, log_p: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    def terms_and_slopes(
+        self, log_q: Tensor, log_p: Tensor, vocab_size: int
+    ) -> tuple[Tensor, Tensor]:
         """The terms and their derivatives with respect to log_p, each term by its own: both [..., M], detached."""
         with torch.enable_grad():
             leaf = log_p.detach().requires_grad_()

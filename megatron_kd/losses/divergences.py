@@ -99,7 +99,9 @@ def linear_divergence(
     chosen = divergence if isinstance(divergence, Divergence) else Divergence(divergence)
     spec = LossSpec(alpha, temperature, temperature_squared, tail, z_loss)
     options = HeadOptions(vocab_size, tp_group, sequence_parallel, schedule, chunk_tokens)
-    return DivergenceHead(chosen)(hidden, weight, labels, teacher, spec, options, loss_mask=loss_mask)[0]
+    return DivergenceHead(chosen)(
+        hidden, weight, labels, teacher, spec, options, loss_mask=loss_mask
+    )[0]
 
 
 @dataclass(frozen=True)
@@ -126,14 +128,34 @@ class DivergenceHead:
         """
         chosen = self.divergence
         if isinstance(target, DenseTeacher):
-            return _dense_loss(hidden, weight, labels, target, spec, options, loss_mask, chosen, terms)
+            return _dense_loss(
+                hidden, weight, labels, target, spec, options, loss_mask, chosen, terms
+            )
         if target is None or chosen.name == "forward_kl":
-            return head_loss(hidden, weight, labels, target, spec, options, loss_mask=loss_mask, terms=terms)
-        problem = sparse_problem(chosen.name, tail=spec.tail, sampled=target.sampled, ab_alpha=chosen.ab_alpha, ab_beta=chosen.ab_beta)
+            return head_loss(
+                hidden, weight, labels, target, spec, options, loss_mask=loss_mask, terms=terms
+            )
+        problem = sparse_problem(
+            chosen.name,
+            tail=spec.tail,
+            sampled=target.sampled,
+            ab_alpha=chosen.ab_alpha,
+            ab_beta=chosen.ab_beta,
+        )
         if problem is not None:
             raise ValueError(problem)
         token_loss = partial(SparseDivergenceLoss, divergence=chosen)
-        return head_loss(hidden, weight, labels, target, spec, options, loss_mask=loss_mask, terms=terms, token_loss=token_loss)
+        return head_loss(
+            hidden,
+            weight,
+            labels,
+            target,
+            spec,
+            options,
+            loss_mask=loss_mask,
+            terms=terms,
+            token_loss=token_loss,
+        )
 
 
 def _dense_loss(
@@ -149,12 +171,23 @@ def _dense_loss(
 ) -> tuple[KDLoss, Tensor | None]:
     """Any divergence from the whole teacher."""
     if options.schedule == "recompute":
-        raise ValueError('schedule = "recompute" cannot serve a dense teacher: use "save", "chunk" or "direct"')
+        raise ValueError(
+            'schedule = "recompute" cannot serve a dense teacher: use "save", "chunk" or "direct"'
+        )
     shard = check_head(hidden, weight, labels, options)
-    check_inputs(labels, None, loss_mask, replace(spec, alpha=0.0, weights="mix"), vocab_size=shard.vocab_size, terms=terms)
+    check_inputs(
+        labels,
+        None,
+        loss_mask,
+        replace(spec, alpha=0.0, weights="mix"),
+        vocab_size=shard.vocab_size,
+        terms=terms,
+    )
     each = terms or spec.terms()
     if isinstance(each.temperature, Tensor) or isinstance(each.teacher_temperature, Tensor):
-        raise ValueError("a dense teacher is compared at one temperature for all tokens: use sparse targets")
+        raise ValueError(
+            "a dense teacher is compared at one temperature for all tokens: use sparse targets"
+        )
     flat = each.map(Tensor.flatten)
     teacher_shard = _teacher_shard(hidden, weight, teacher, shard, options.tp_group)
     mask = token_weights(labels, loss_mask)
@@ -167,17 +200,31 @@ def _dense_loss(
 
     def make_loss(rows: ChunkRows, take: Callable[[Tensor], Tensor]) -> ChunkLoss:
         # The head asks for each chunk once and in order, so the teacher's chunks simply follow.
-        loss = DivergenceLoss(take(labels.flatten()), take(mask), divergence, spec, flat.map(take), shard, options.tp_group)
+        loss = DivergenceLoss(
+            take(labels.flatten()),
+            take(mask),
+            divergence,
+            spec,
+            flat.map(take),
+            shard,
+            options.tp_group,
+        )
         loss.measure(rows, next(teacher_rows)[1], gradient=gradient, health=options.health)
         return loss
 
     return run_head(hidden, weight, labels, make_loss, shard, replace(options, schedule=schedule))
 
 
-def _teacher_shard(hidden: Tensor, weight: Tensor, teacher: DenseTeacher, shard: VocabShard, group: Group) -> VocabShard:
+def _teacher_shard(
+    hidden: Tensor, weight: Tensor, teacher: DenseTeacher, shard: VocabShard, group: Group
+) -> VocabShard:
     """The teacher's shard on this rank; ValueError on every rank alike where the teacher does not fit beside the student."""
     theirs, size = teacher.weight, group_size(group)
-    if theirs.dim() != 2 or teacher.hidden.shape[-1] != theirs.shape[1] or teacher.hidden.dtype != theirs.dtype:
+    if (
+        theirs.dim() != 2
+        or teacher.hidden.shape[-1] != theirs.shape[1]
+        or teacher.hidden.dtype != theirs.dtype
+    ):
         raise ValueError(
             f"the teacher's hidden {tuple(teacher.hidden.shape)} {teacher.hidden.dtype} and weight {tuple(theirs.shape)} {theirs.dtype} "
             "must end in the same width and have the same type"
@@ -188,13 +235,19 @@ def _teacher_shard(hidden: Tensor, weight: Tensor, teacher: DenseTeacher, shard:
             "the same tokens in the same layout"
         )
     if compute_dtype(theirs.dtype) != compute_dtype(weight.dtype):
-        raise ValueError(f"the teacher is {theirs.dtype} and the student {weight.dtype}: both must be float64, or neither")
-    if theirs.shape[0] * size < shard.vocab_size or not same_vocabulary_ranges(theirs.shape[0], shard.rows, shard.vocab_size):
+        raise ValueError(
+            f"the teacher is {theirs.dtype} and the student {weight.dtype}: both must be float64, or neither"
+        )
+    if theirs.shape[0] * size < shard.vocab_size or not same_vocabulary_ranges(
+        theirs.shape[0], shard.rows, shard.vocab_size
+    ):
         raise ValueError(
             f"the teacher's weight has {theirs.shape[0]} vocabulary rows on each of {size} rank(s) and the student's {shard.rows}: "
             f"each rank must hold the same ids of the {shard.vocab_size}, so pad both vocabularies to the same size"
         )
-    return vocab_shard(theirs.shape[0], rank=group_rank(group), size=size, vocab_size=shard.vocab_size)
+    return vocab_shard(
+        theirs.shape[0], rank=group_rank(group), size=size, vocab_size=shard.vocab_size
+    )
 
 
 def same_vocabulary_ranges(rows: int, other_rows: int, vocab_size: int) -> bool:
@@ -219,10 +272,14 @@ class SparseDivergenceLoss(TokenLoss):
         terms: TokenTerms | None = None,
         health: bool = False,
     ) -> None:
-        super().__init__(rows, labels, weight, target, spec, shard, group, terms=terms, health=health)
+        super().__init__(
+            rows, labels, weight, target, spec, shard, group, terms=terms, health=health
+        )
         stats, used = self.stats, self.indices >= 0
         there = torch.cat([used, (self.others > 0).unsqueeze(1)], 1)
-        support = stats.support / over_entries(self.terms.temperature) - stats.logsumexp_t.unsqueeze(1)
+        support = stats.support / over_entries(
+            self.terms.temperature
+        ) - stats.logsumexp_t.unsqueeze(1)
         log_p = torch.cat([support, (stats.rest_logsumexp_t - stats.logsumexp_t).unsqueeze(1)], 1)
         log_q = torch.cat([self.log_q, self.log_tail.unsqueeze(1)], 1)
         if divergence.name == "hard_label":

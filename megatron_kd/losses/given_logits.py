@@ -45,25 +45,42 @@ def kd_cross_entropy(
     Collectives: forward one all-gather of [C, K + 6] per chunk; backward none. Memory: the gradient, and one chunk.
     """
     spec = LossSpec(alpha, temperature, temperature_squared, tail, z_loss)
-    shard = vocab_shard(logits.shape[-1], rank=group_rank(tp_group), size=group_size(tp_group), vocab_size=vocab_size)
+    shard = vocab_shard(
+        logits.shape[-1],
+        rank=group_rank(tp_group),
+        size=group_size(tp_group),
+        vocab_size=vocab_size,
+    )
     if labels.shape != logits.shape[:-1]:
-        raise ValueError(f"labels {tuple(labels.shape)} must have the logits' leading shape {tuple(logits.shape[:-1])}")
+        raise ValueError(
+            f"labels {tuple(labels.shape)} must have the logits' leading shape {tuple(logits.shape[:-1])}"
+        )
     check_inputs(labels, target, None, spec, vocab_size=shard.vocab_size)
     if not torch.is_grad_enabled():  # a leaf asks for its gradient even then
         logits = logits.detach()
-    total, ce, kd = _GivenLogits.apply(logits, labels.reshape(-1), target and target.flatten(), spec, shard, tp_group)
+    total, ce, kd = _GivenLogits.apply(
+        logits, labels.reshape(-1), target and target.flatten(), spec, shard, tp_group
+    )
     return KDLoss(total.view(labels.shape), ce.view(labels.shape), kd.view(labels.shape))
 
 
 class _GivenLogits(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, target: SparseTarget | None, spec: LossSpec, shard: VocabShard, group: Group
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        target: SparseTarget | None,
+        spec: LossSpec,
+        shard: VocabShard,
+        group: Group,
     ) -> tuple[Tensor, ...]:
         rows = logits.detach().reshape(-1, logits.shape[-1])
         losses = rows.new_zeros((3, rows.shape[0]), dtype=compute_dtype(rows.dtype))
         gradient = torch.zeros_like(rows) if logits.requires_grad else None
-        chunks = TokenChunks(rows.shape[0], 1, chunk_size(None, shard.share, rows.shape[0], on_cuda=rows.is_cuda))
+        chunks = TokenChunks(
+            rows.shape[0], 1, chunk_size(None, shard.share, rows.shape[0], on_cuda=rows.is_cuda)
+        )
         for part, chunk in given_logits(rows, shard, chunks):
             ones = torch.ones_like(losses[0, part])
             rows_of = target.rows(part.start, part.stop) if target is not None else None
@@ -71,7 +88,9 @@ class _GivenLogits(torch.autograd.Function):
             loss = token_loss.loss()
             losses[0, part], losses[1, part], losses[2, part] = loss.total, loss.ce, loss.kd
             if gradient is not None:
-                gradient[part, : shard.valid] = token_loss.gradient(chunk, start=shard.start).to(gradient.dtype)
+                gradient[part, : shard.valid] = token_loss.gradient(chunk, start=shard.start).to(
+                    gradient.dtype
+                )
         ctx.gradient, ctx.shape = gradient, logits.shape
         total, ce, kd = losses.unbind()
         ctx.mark_non_differentiable(ce, kd)
@@ -81,6 +100,15 @@ class _GivenLogits(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradient = ctx.gradient
         if gradient is None:
-            raise RuntimeError("backward through this loss a second time: its gradient was handed out and is gone")
+            raise RuntimeError(
+                "backward through this loss a second time: its gradient was handed out and is gone"
+            )
         ctx.gradient = None
-        return gradient.mul_(upstream.unsqueeze(1).to(gradient.dtype)).view(ctx.shape), None, None, None, None, None
+        return (
+            gradient.mul_(upstream.unsqueeze(1).to(gradient.dtype)).view(ctx.shape),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )

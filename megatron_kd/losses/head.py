@@ -104,7 +104,9 @@ class HeadOptions:
         """The schedule, "save" in place of "auto" where all logits are few, and the chunks: alike on every rank."""
         few = tokens * shard.share <= (SAVED_LOGITS_CUDA if on_cuda else SAVED_LOGITS_CPU)
         size = chunk_size(self.chunk_tokens, shard.share, tokens, on_cuda=on_cuda)
-        return "save" if few and self.schedule == "auto" else self.schedule, TokenChunks(tokens, self.slices, size)
+        return "save" if few and self.schedule == "auto" else self.schedule, TokenChunks(
+            tokens, self.slices, size
+        )
 
 
 class MakeTokenLoss(Protocol):
@@ -150,7 +152,15 @@ def head_loss(
         chosen = None if target is None else target.flatten().map(take)
         each = flat.map(take)
         return token_loss(
-            rows, take(labels.flatten()), take(mask), chosen, spec, shard, options.tp_group, terms=each, health=options.health
+            rows,
+            take(labels.flatten()),
+            take(mask),
+            chosen,
+            spec,
+            shard,
+            options.tp_group,
+            terms=each,
+            health=options.health,
         )
 
     return run_head(hidden, weight, labels, make_loss, shard, options)
@@ -158,15 +168,24 @@ def head_loss(
 
 def token_weights(labels: Tensor, loss_mask: Tensor | None) -> Tensor:
     """What each token counts [N]."""
-    return (torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask).flatten()
+    return (
+        torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
+    ).flatten()
 
 
 def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, options: HeadOptions) -> VocabShard:
     """This rank's shard; ValueError for sizes and types that do not fit, before any collective."""
     if options.schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {options.schedule!r}")
+        raise ValueError(
+            f"schedule must be one of {', '.join(SCHEDULES)}, not {options.schedule!r}"
+        )
     group = options.tp_group
-    shard = vocab_shard(weight.shape[0], rank=group_rank(group), size=group_size(group), vocab_size=options.vocab_size)
+    shard = vocab_shard(
+        weight.shape[0],
+        rank=group_rank(group),
+        size=group_size(group),
+        vocab_size=options.vocab_size,
+    )
     if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or hidden.dtype != weight.dtype:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} {hidden.dtype} and weight {tuple(weight.shape)} {weight.dtype} must end in the "
@@ -174,7 +193,9 @@ def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, options: HeadOpti
         )
     expected = (hidden.shape[0] * options.slices, *hidden.shape[1:-1])
     if tuple(labels.shape) != expected:
-        raise ValueError(f"labels {tuple(labels.shape)} must be {expected}: the full sequence of hidden {tuple(hidden.shape)}")
+        raise ValueError(
+            f"labels {tuple(labels.shape)} must be {expected}: the full sequence of hidden {tuple(hidden.shape)}"
+        )
     if options.schedule == "direct" and not takes_main_grad(weight):
         raise ValueError(
             'schedule="direct" adds to weight.main_grad, which must exist in fp32 (megatron-core\'s DistributedDataParallel makes it): '
@@ -184,13 +205,20 @@ def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, options: HeadOpti
 
 
 def run_head(
-    hidden: Tensor, weight: Tensor, labels: Tensor, make_loss: MakeLoss, shard: VocabShard, options: HeadOptions
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    make_loss: MakeLoss,
+    shard: VocabShard,
+    options: HeadOptions,
 ) -> tuple[KDLoss, Tensor | None]:
     """Any loss of a chunk's logits through the head: `make_loss` is called with each chunk. Inputs as checked by `check_head`."""
     schedule, chunks = options.plan(labels.numel(), shard, on_cuda=hidden.is_cuda)
     if not torch.is_grad_enabled():  # a parameter asks for its gradient even then
         hidden, weight = hidden.detach(), weight.detach()
-    call = HeadCall(make_loss, shard, options.tp_group, chunks, schedule, len(HEALTH) if options.health else 0)
+    call = HeadCall(
+        make_loss, shard, options.tp_group, chunks, schedule, len(HEALTH) if options.health else 0
+    )
     total, ce, kd, extra = HeadFunction.apply(hidden.reshape(-1, hidden.shape[-1]), weight, call)
     loss = KDLoss(total.view(labels.shape), ce.view(labels.shape), kd.view(labels.shape))
     return loss, extra.view(*labels.shape, -1) if options.health else None

@@ -19,7 +19,9 @@ from megatron_kd.targets.sparse import SparseTarget
 
 
 @torch.no_grad()
-def look_at(hidden: Tensor, weight: Tensor, labels: Tensor, target: SparseTarget, options: HeadOptions) -> Look:
+def look_at(
+    hidden: Tensor, weight: Tensor, labels: Tensor, target: SparseTarget, options: HeadOptions
+) -> Look:
     """The student's logits at the kept ids of each token [S, B], compared with the teacher's.
 
     The Hellinger distance, sqrt(sum of (sqrt p - sqrt q)^2 / 2), is at temperature 1 over the kept ids and one entry for all others.
@@ -32,7 +34,9 @@ def look_at(hidden: Tensor, weight: Tensor, labels: Tensor, target: SparseTarget
         return _Compared(rows, target.flatten().map(take), shard, options.tp_group)
 
     call = HeadCall(make, shard, options.tp_group, chunks, "evaluate", 2)
-    found = HeadFunction.apply(hidden.detach().reshape(-1, hidden.shape[-1]), weight.detach(), call)[3]
+    found = HeadFunction.apply(
+        hidden.detach().reshape(-1, hidden.shape[-1]), weight.detach(), call
+    )[3]
     deviations, distances = found.view(*labels.shape, 2).unbind(-1)
     return Look(deviations, distances)
 
@@ -40,7 +44,9 @@ def look_at(hidden: Tensor, weight: Tensor, labels: Tensor, target: SparseTarget
 class _Compared:
     """A chunk's two columns, in the place where a loss has its health."""
 
-    def __init__(self, rows: ChunkRows, target: SparseTarget, shard: VocabShard, group: Group) -> None:
+    def __init__(
+        self, rows: ChunkRows, target: SparseTarget, shard: VocabShard, group: Group
+    ) -> None:
         nowhere = torch.full_like(target.indices[:, 0], -1)
         stats = row_statistics(rows, target.indices, nowhere, vocab_start=shard.start, group=group)
         used = target.indices >= 0
@@ -51,10 +57,14 @@ class _Compared:
             outside = target.log_tail.to(kept.dtype)
         log_r = stats.rest_logsumexp - stats.logsumexp
         # Not 1 - sum of sqrt(p q), which has no digits left where the models agree.
-        apart = (((0.5 * kept).exp() - (0.5 * log_p).exp()) ** 2).sum(1) + ((0.5 * outside).exp() - (0.5 * log_r).exp()) ** 2
+        apart = (((0.5 * kept).exp() - (0.5 * log_p).exp()) ** 2).sum(1) + (
+            (0.5 * outside).exp() - (0.5 * log_r).exp()
+        ) ** 2
         distance = (0.5 * apart).sqrt()
         nothing = torch.zeros_like(distance)
-        self.found = RowLoss(nothing, nothing, nothing, torch.stack([deviation(stats.support, used), distance], 1))
+        self.found = RowLoss(
+            nothing, nothing, nothing, torch.stack([deviation(stats.support, used), distance], 1)
+        )
 
     def loss(self) -> RowLoss:
         """See ChunkLoss."""

@@ -55,7 +55,13 @@ class Objective:
     prepare: Callable[[SparseTarget, Tensor], SparseTarget] | None = None
 
     def __call__(
-        self, hidden: Tensor, *, weight: Tensor, labels: Tensor, loss_mask: Tensor, target: Target | None
+        self,
+        hidden: Tensor,
+        *,
+        weight: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor,
+        target: Target | None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One microbatch, in megatron-core's form: (loss_sum, num_tokens, report); it divides by the global tokens once.
 
@@ -71,11 +77,18 @@ class Objective:
             target = self.prepare(target, labels)
         terms = None
         if isinstance(target, SparseTarget) and self.rules:
-            seen = Seen(target, mask, self.cut, cache(partial(look_at, hidden, weight, labels, target, self.options)))
+            seen = Seen(
+                target,
+                mask,
+                self.cut,
+                cache(partial(look_at, hidden, weight, labels, target, self.options)),
+            )
             terms = spec.terms()
             for rule in self.rules:
                 terms = rule(terms, seen)
-        loss, health = self.head_loss(hidden, weight, labels, target, spec, self.options, loss_mask=mask, terms=terms)
+        loss, health = self.head_loss(
+            hidden, weight, labels, target, spec, self.options, loss_mask=mask, terms=terms
+        )
         loss_sum, count = loss.total.sum(), mask.sum()
         report = {
             "total_loss": torch.stack([loss_sum.detach(), count]),
@@ -90,7 +103,11 @@ class Objective:
                 if target is not None or name == "student_entropy":
                     known = mask * ~column.isnan()
                     report[name] = torch.stack([(column.nan_to_num() * known).sum(), known.sum()])
-        return loss_sum, count.to(torch.int32), {name: value.float() for name, value in report.items()}
+        return (
+            loss_sum,
+            count.to(torch.int32),
+            {name: value.float() for name, value in report.items()},
+        )
 
 
 def _means(terms: TokenTerms, mask: Tensor) -> dict[str, Tensor]:
@@ -99,5 +116,7 @@ def _means(terms: TokenTerms, mask: Tensor) -> dict[str, Tensor]:
     if isinstance(terms.kd_weight, Tensor):
         found["routed_share"] = torch.stack([((terms.kd_weight == 0) * mask).sum(), mask.sum()])
     if isinstance(terms.teacher_temperature, Tensor):
-        found["teacher_temperature"] = torch.stack([(terms.teacher_temperature * mask).sum(), mask.sum()])
+        found["teacher_temperature"] = torch.stack(
+            [(terms.teacher_temperature * mask).sum(), mask.sum()]
+        )
     return found

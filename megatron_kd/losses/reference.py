@@ -62,7 +62,12 @@ def _divergence(logits: Tensor, target: SparseTarget, spec: LossSpec) -> Tensor:
     log_p = torch.log_softmax(logits / spec.temperature, dim=-1)
     used = log_q > -math.inf
     ids = torch.where(used, target.indices.long(), 0)
-    kept = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device).scatter_add_(-1, ids, used.to(torch.int32)) > 0
+    kept = (
+        torch.zeros(logits.shape, dtype=torch.int32, device=logits.device).scatter_add_(
+            -1, ids, used.to(torch.int32)
+        )
+        > 0
+    )
     q, o = log_q.exp(), log_tail.exp()
     kd = (q * torch.where(used, log_q - log_p.gather(-1, ids), 0.0)).sum(-1)
     others = (~kept).sum(-1)
@@ -73,6 +78,8 @@ def _divergence(logits: Tensor, target: SparseTarget, spec: LossSpec) -> Tensor:
         kd = kd + torch.where(outside, o * (torch.where(outside, log_tail, 0.0) - log_r), 0.0)
     if spec.tail == "uniform":
         share = torch.where(outside, o / others.clamp(min=1), 0.0)
-        log_share = torch.where(outside, log_tail - others.clamp(min=1).to(log_tail.dtype).log(), 0.0)
+        log_share = torch.where(
+            outside, log_tail - others.clamp(min=1).to(log_tail.dtype).log(), 0.0
+        )
         kd = kd + share * (others * log_share - log_p.masked_fill(kept, 0.0).sum(-1))
     return kd

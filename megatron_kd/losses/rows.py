@@ -73,7 +73,9 @@ class TokenLoss:
             self.log_tail = self.weight.new_full((labels.shape[0],), -torch.inf)
         else:
             self.indices = target.indices
-            log_q, log_tail = kept_distribution(target, temperature=self.terms.teacher_temperature, tail=spec.tail)
+            log_q, log_tail = kept_distribution(
+                target, temperature=self.terms.teacher_temperature, tail=spec.tail
+            )
             self.log_q, self.log_tail = log_q.to(dtype), log_tail.to(dtype)
             self.indices = torch.where(self.log_q > -torch.inf, self.indices, -1)
         self.q, self.tail_mass = self.log_q.exp(), self.log_tail.exp()
@@ -96,8 +98,12 @@ class TokenLoss:
         ce = torch.where(self.counted, stats.logsumexp - stats.label, 0.0)
         kd = torch.where(self.counted, terms.kd_scale * self._divergence(), 0.0)
         logsumexp = stats.logsumexp + stats.shift
-        total = self.weight * (terms.ce_weight * ce + terms.kd_weight * kd + self.spec.z_loss * logsumexp**2)
-        return RowLoss(torch.where(self.counted, total, 0.0), ce, kd, self._health() if self.health else None)
+        total = self.weight * (
+            terms.ce_weight * ce + terms.kd_weight * kd + self.spec.z_loss * logsumexp**2
+        )
+        return RowLoss(
+            torch.where(self.counted, total, 0.0), ce, kd, self._health() if self.health else None
+        )
 
     def _divergence(self) -> Tensor:
         stats, spec, temperature = self.stats, self.spec, self.terms.temperature
@@ -110,8 +116,12 @@ class TokenLoss:
         if spec.tail == "uniform" and stats.rest_sum is not None:
             others = self.others.clamp(min=1).to(self.log_tail.dtype)  # log() of integers is fp32
             share = self.tail_mass / others
-            log_p_sum = (stats.rest_sum - self.others * stats.shift) / temperature - self.others * stats.logsumexp_t
-            kd = kd + torch.where(outside, share * (self.others * (self.log_tail - others.log()) - log_p_sum), 0.0)
+            log_p_sum = (
+                stats.rest_sum - self.others * stats.shift
+            ) / temperature - self.others * stats.logsumexp_t
+            kd = kd + torch.where(
+                outside, share * (self.others * (self.log_tail - others.log()) - log_p_sum), 0.0
+            )
         return kd
 
     def gradient(self, rows: ChunkRows, *, start: int, upstream: Tensor | None = None) -> Tensor:
@@ -120,15 +130,24 @@ class TokenLoss:
         upstream: [C], None for ones. `rows` may be any part of this rank's vocabulary, with or without its support.
         """
         stats, spec, terms = self.stats, self.spec, self.terms
-        w = self.weight if upstream is None else self.weight * torch.where(self.counted, upstream, 0.0).to(self.weight.dtype)
+        w = (
+            self.weight
+            if upstream is None
+            else self.weight * torch.where(self.counted, upstream, 0.0).to(self.weight.dtype)
+        )
         a = w * (terms.ce_weight + 2.0 * spec.z_loss * (stats.logsumexp + stats.shift))
         s = w * (terms.kd_weight * terms.kd_scale / terms.temperature)
-        rest, rest_t = (stats.rest_logsumexp - stats.logsumexp).exp(), (stats.rest_logsumexp_t - stats.logsumexp_t).exp()
+        rest, rest_t = (
+            (stats.rest_logsumexp - stats.logsumexp).exp(),
+            (stats.rest_logsumexp_t - stats.logsumexp_t).exp(),
+        )
         on_support, on_rest, whole = self._slopes()
         p = (stats.support - stats.logsumexp.unsqueeze(1)).exp()
         p_t = p
         if is_tempered(terms.temperature):
-            p_t = (stats.support / over_entries(terms.temperature) - stats.logsumexp_t.unsqueeze(1)).exp()
+            p_t = (
+                stats.support / over_entries(terms.temperature) - stats.logsumexp_t.unsqueeze(1)
+            ).exp()
         return rows.gradient(
             stats.rest_shift,
             a * rest / stats.rest_mass,
@@ -161,9 +180,15 @@ class TokenLoss:
         mass = lp.exp().sum(1).clamp(max=1.0)
         log_p = stats.support - stats.logsumexp.unsqueeze(1)
         log_r = stats.rest_logsumexp - stats.logsumexp
-        outside = target.log_tail.to(lp.dtype) if target.log_tail is not None and target.temperature == 1.0 else torch.log1p(-mass)
+        outside = (
+            target.log_tail.to(lp.dtype)
+            if target.log_tail is not None and target.temperature == 1.0
+            else torch.log1p(-mass)
+        )
         kl = (lp.exp() * torch.where(used, lp - log_p, 0.0)).sum(1)
-        kl = kl + torch.where((outside > -torch.inf) & (log_r > -torch.inf), outside.exp() * (outside - log_r), 0.0)
+        kl = kl + torch.where(
+            (outside > -torch.inf) & (log_r > -torch.inf), outside.exp() * (outside - log_r), 0.0
+        )
         best = lp.argmax(1, keepdim=True)
         agrees = (stats.support.gather(1, best).squeeze(1) >= 0).to(lp.dtype)
         teacher_entropy = target.entropy.to(lp.dtype) if target.entropy is not None else nothing

@@ -54,7 +54,10 @@ def alpha_at(step: int, steps: int, section: DistillSection) -> float:
 
 
 def _warm_stable_decay(step: int, steps: int, section: DistillSection) -> float:
-    warmup, decay = round(section.alpha_warmup_fraction * steps), round(section.alpha_decay_fraction * steps)
+    warmup, decay = (
+        round(section.alpha_warmup_fraction * steps),
+        round(section.alpha_decay_fraction * steps),
+    )
     if step < warmup:
         return (step + 1) / warmup
     if step >= steps - decay:

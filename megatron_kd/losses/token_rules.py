@@ -99,7 +99,9 @@ class NormTemperature:
     def __call__(self, terms: TokenTerms, seen: Seen) -> TokenTerms:
         """See TokenRule."""
         # One id alone has no deviation; its distribution is the same at any temperature.
-        theirs = at_least_some(deviation(seen.target.logprobs, seen.target.indices >= 0)) * self.factor
+        theirs = (
+            at_least_some(deviation(seen.target.logprobs, seen.target.indices >= 0)) * self.factor
+        )
         ours = at_least_some(seen.look().deviation) * self.factor
         scale = theirs**2 if self.squared else 1.0
         return replace(terms, temperature=ours, teacher_temperature=theirs, kd_scale=scale)
@@ -115,7 +117,12 @@ class ScaledTargets:
         """See TokenRule."""
         kept = torch.where(seen.target.indices >= 0, seen.target.logprobs, -torch.inf)
         weight = (kept / self.temperature).logsumexp(-1).exp()
-        return replace(terms, kd_weight=terms.kd_weight * weight, temperature=1.0, teacher_temperature=self.temperature)
+        return replace(
+            terms,
+            kd_weight=terms.kd_weight * weight,
+            temperature=1.0,
+            teacher_temperature=self.temperature,
+        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,12 @@ class Between:
         """See TokenRule."""
         temperature = self.last + (self.first - self.last) * self.measure(seen.target)
         scale = temperature**2 if self.squared else 1.0
-        return replace(terms, temperature=1.0 if self.teacher_only else temperature, teacher_temperature=temperature, kd_scale=scale)
+        return replace(
+            terms,
+            temperature=1.0 if self.teacher_only else temperature,
+            teacher_temperature=temperature,
+            kd_scale=scale,
+        )
 
 
 def relative_entropy(target: SparseTarget) -> Tensor:
@@ -166,15 +178,25 @@ class ByDifficulty:
         temperature = self.temperature * (-self.strength * ratio.log().tanh()).exp()
         kd_weight = terms.kd_weight
         if self.keep < 1.0:
-            kd_weight = torch.where(distance <= lowest(distance, seen.mask, 1.0 - self.keep), 0.0, kd_weight)
+            kd_weight = torch.where(
+                distance <= lowest(distance, seen.mask, 1.0 - self.keep), 0.0, kd_weight
+            )
         scale = temperature**2 if self.squared else 1.0
-        return replace(terms, kd_weight=kd_weight, temperature=temperature, teacher_temperature=temperature, kd_scale=scale)
+        return replace(
+            terms,
+            kd_weight=kd_weight,
+            temperature=temperature,
+            teacher_temperature=temperature,
+            kd_scale=scale,
+        )
 
 
 def known_entropy(target: SparseTarget) -> Tensor:
     """[S, B]; ValueError where the target does not say."""
     if target.entropy is None:
-        raise ValueError("these targets do not hold the teacher's entropy, by which tokens are to be told apart: make them anew")
+        raise ValueError(
+            "these targets do not hold the teacher's entropy, by which tokens are to be told apart: make them anew"
+        )
     return target.entropy
 
 

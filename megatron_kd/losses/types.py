@@ -74,7 +74,13 @@ class LossSpec:
 
     def terms(self) -> TokenTerms:
         """The same for every token."""
-        return TokenTerms(self.ce_weight, self.kd_weight, 1.0 if self.teacher_only else self.temperature, self.temperature, self.kd_scale)
+        return TokenTerms(
+            self.ce_weight,
+            self.kd_weight,
+            1.0 if self.teacher_only else self.temperature,
+            self.temperature,
+            self.kd_scale,
+        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,12 @@ class TokenTerms:
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenTerms:
         """The same with `function` applied to every tensor."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TokenTerms(**{name: function(value) if isinstance(value, Tensor) else value for name, value in named.items()})
+        return TokenTerms(
+            **{
+                name: function(value) if isinstance(value, Tensor) else value
+                for name, value in named.items()
+            }
+        )
 
 
 def check_inputs(
@@ -110,17 +121,25 @@ def check_inputs(
     if labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, not {labels.dtype}")
     if loss_mask is not None and loss_mask.shape != labels.shape:
-        raise ValueError(f"loss_mask {tuple(loss_mask.shape)} must have the labels' shape {tuple(labels.shape)}")
+        raise ValueError(
+            f"loss_mask {tuple(loss_mask.shape)} must have the labels' shape {tuple(labels.shape)}"
+        )
     if target is None and spec.kd_weight != 0.0:
         raise ValueError(f"alpha = {spec.alpha} needs a target: without one alpha must be 0")
     for f in fields(terms) if terms is not None else ():
         value = getattr(terms, f.name)
         if isinstance(value, Tensor) and value.shape != labels.shape:
-            raise ValueError(f"terms.{f.name} {tuple(value.shape)} must have the labels' shape {tuple(labels.shape)}")
+            raise ValueError(
+                f"terms.{f.name} {tuple(value.shape)} must have the labels' shape {tuple(labels.shape)}"
+            )
     if target is not None:
         check_target(target, labels.shape, vocab_size=vocab_size)
-        check_temperature(target, temperature=(terms or spec.terms()).teacher_temperature, tail=spec.tail)
+        check_temperature(
+            target, temperature=(terms or spec.terms()).teacher_temperature, tail=spec.tail
+        )
     if labels.is_cpu and labels.numel():
         wrong = ((labels < 0) | (labels >= vocab_size)) & (labels != IGNORED_LABEL)
         if bool(wrong.any()):
-            raise ValueError(f"label {int(labels[wrong][0])} is not in the vocabulary (0..{vocab_size - 1}) nor {IGNORED_LABEL} (ignored)")
+            raise ValueError(
+                f"label {int(labels[wrong][0])} is not in the vocabulary (0..{vocab_size - 1}) nor {IGNORED_LABEL} (ignored)"
+            )

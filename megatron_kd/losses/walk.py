@@ -54,8 +54,12 @@ class HeadFunction(torch.autograd.Function):
         head, chunks = OutputWeight(weight, call.shard), call.chunks
         schedule = call.schedule if hidden.requires_grad or weight.requires_grad else "evaluate"
         eager = schedule in ("auto", "chunk", "direct")
-        source = HiddenChunks(hidden.detach(), chunks, call.group, gradient=head.dtype if eager else None)
-        d_weight = WeightGradient(weight, call.shard, into_main=schedule == "direct") if eager else None
+        source = HiddenChunks(
+            hidden.detach(), chunks, call.group, gradient=head.dtype if eager else None
+        )
+        d_weight = (
+            WeightGradient(weight, call.shard, into_main=schedule == "direct") if eager else None
+        )
         results = hidden.new_zeros((3, chunks.tokens), dtype=head.dtype)
         health = results.new_zeros((chunks.tokens, call.health))
         losses: list[ChunkLoss] = []
@@ -91,7 +95,9 @@ class HeadFunction(torch.autograd.Function):
         d_hidden, d_weight, kept = ctx.hidden_gradient, ctx.weight_gradient, ctx.kept
         ctx.hidden_gradient = ctx.weight_gradient = ctx.kept = None
         scale = None
-        if schedule == "recompute" or (d_hidden is not None and schedule == "auto" and not _same_for_all(upstream)):
+        if schedule == "recompute" or (
+            d_hidden is not None and schedule == "auto" and not _same_for_all(upstream)
+        ):
             d_hidden, d_weight = _by_slabs(hidden, weight, upstream, ctx.losses, call)
         elif schedule == "save" and kept is not None:
             d_hidden, d_weight = _from_kept(hidden, weight, upstream, ctx.losses, kept, call)
@@ -114,20 +120,29 @@ class HeadFunction(torch.autograd.Function):
 
 
 def _from_kept(
-    hidden: Tensor, weight: Tensor, upstream: Tensor, losses: list[ChunkLoss], kept: list[ChunkRows], call: HeadCall
+    hidden: Tensor,
+    weight: Tensor,
+    upstream: Tensor,
+    losses: list[ChunkLoss],
+    kept: list[ChunkRows],
+    call: HeadCall,
 ) -> tuple[Tensor, WeightGradient]:
     """The backward of "save": gradients in the place of the logits kept by the forward."""
     head, chunks = OutputWeight(weight, call.shard), call.chunks
     source = HiddenChunks(hidden.detach(), chunks, call.group, gradient=head.dtype)
     d_weight = WeightGradient(weight, call.shard, into_main=takes_main_grad(weight))
     for loss, (part, x) in zip(losses, source, strict=True):
-        d_logits = loss.gradient(kept.pop(0), start=call.shard.start, upstream=chunks.take(upstream, part))
+        d_logits = loss.gradient(
+            kept.pop(0), start=call.shard.start, upstream=chunks.take(upstream, part)
+        )
         source.give_back(part, head.hidden_gradient(d_logits))
         d_weight.add(head, d_logits, x)
     return source.gradient(), d_weight
 
 
-def _by_slabs(hidden: Tensor, weight: Tensor, upstream: Tensor, losses: list[ChunkLoss], call: HeadCall) -> tuple[Tensor, WeightGradient]:
+def _by_slabs(
+    hidden: Tensor, weight: Tensor, upstream: Tensor, losses: list[ChunkLoss], call: HeadCall
+) -> tuple[Tensor, WeightGradient]:
     """The backward of "recompute": all tokens' logits of one slab of the vocabulary at a time, multiplied again.
 
     Each row of the weight gets its gradient in one product, so no sum over chunks is held in fp32 beside it.
@@ -148,8 +163,14 @@ def _by_slabs(hidden: Tensor, weight: Tensor, upstream: Tensor, losses: list[Chu
         rows = slab_head.logits(x, buffer)
         pieces = zip(losses, torch.split(rows.buffer, lengths), weights, strict=True)
         for loss, piece, given in pieces:
-            found = loss.gradient(chunk_rows(piece, rows.valid, rows.gradient_dtype), start=shard.start + start, upstream=given)
-        d_logits = rows.buffer.view(found.dtype)[:, : rows.valid]  # each piece's lies where its logits were
+            found = loss.gradient(
+                chunk_rows(piece, rows.valid, rows.gradient_dtype),
+                start=shard.start + start,
+                upstream=given,
+            )
+        d_logits = rows.buffer.view(found.dtype)[
+            :, : rows.valid
+        ]  # each piece's lies where its logits were
         d_x += slab_head.hidden_gradient(d_logits)
         d_weight.add_slab(slab_head, d_logits, x, start)
     for part, piece in zip(parts, torch.split(d_x, lengths), strict=True):

@@ -35,7 +35,9 @@ class WeightGradient:
         head.add_weight_gradient_(self.sum, logit_gradient, hidden, first=self._fresh)
         self._fresh = False
 
-    def add_slab(self, head: OutputWeight, logit_gradient: Tensor, hidden: Tensor, start: int) -> None:
+    def add_slab(
+        self, head: OutputWeight, logit_gradient: Tensor, hidden: Tensor, start: int
+    ) -> None:
         """logit_gradient [N, m] of all tokens, for the weight's rows from `start` on."""
         rows = self.sum[start : start + logit_gradient.shape[1]]
         head.add_weight_gradient_(rows, logit_gradient, hidden, first=not self.into_main)

@@ -15,17 +15,23 @@ from megatron_kd.parallel.platform import Platform
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 
 
-def transformer_config(model: ModelSection, parallel: ParallelSection, platform: Platform, *, precision: str) -> TransformerConfig:
+def transformer_config(
+    model: ModelSection, parallel: ParallelSection, platform: Platform, *, precision: str
+) -> TransformerConfig:
     """The TransformerConfig of a Llama-style decoder. ConfigError for [model.mcore] keys that are not its fields."""
     settings = {**_shape(model), **_layout(parallel, platform, DTYPES[precision])}
     if model.recompute == "full":
-        settings.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        settings.update(
+            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+        )
     if precision == "fp8":
         # A scale for each tensor as it comes: a frozen teacher then gives the same targets whatever it saw before.
         settings.update(fp8="e4m3", fp8_recipe="tensorwise")
     settings.update(_extra(model, settings))
     config = TransformerConfig(**settings)
-    if config.virtual_pipeline_model_parallel_size is not None and (config.batch_p2p_comm or not config.overlap_p2p_comm):
+    if config.virtual_pipeline_model_parallel_size is not None and (
+        config.batch_p2p_comm or not config.overlap_p2p_comm
+    ):
         raise ConfigError(
             "parallel.virtual_pipeline > 1 with batch_p2p_comm gives wrong gradients without an error: "
             "remove overlap_p2p_comm and batch_p2p_comm from [model.mcore]"
@@ -93,7 +99,11 @@ def _extra(model: ModelSection, settings: dict[str, Any]) -> dict[str, Any]:
     known = {field.name for field in fields(TransformerConfig)}
     for name in model.mcore:
         if name not in known:
-            raise ConfigError(f"model.mcore.{name} is not a field of megatron-core's TransformerConfig")
+            raise ConfigError(
+                f"model.mcore.{name} is not a field of megatron-core's TransformerConfig"
+            )
         if name in settings and not name.endswith("p2p_comm"):
-            raise ConfigError(f"model.mcore.{name} is set by the run file's own keys: change it there")
+            raise ConfigError(
+                f"model.mcore.{name} is set by the run file's own keys: change it there"
+            )
     return dict(model.mcore)

@@ -29,10 +29,23 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", False, False, {"rms_norm_eps": 1e-6}),
-    "mistral": Family("MistralForCausalLM", False, False, {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096}),
-    "qwen2": Family("Qwen2ForCausalLM", True, False, {"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "sliding_window": 4096}),
+    "mistral": Family(
+        "MistralForCausalLM",
+        False,
+        False,
+        {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        True,
+        False,
+        {"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "sliding_window": 4096},
+    ),
     "qwen3": Family(
-        "Qwen3ForCausalLM", False, True, {"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128}
+        "Qwen3ForCausalLM",
+        False,
+        True,
+        {"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
     ),
 }
 
@@ -70,16 +83,32 @@ WHOLE_ROWS = (
 LAYER_ROWS = (
     Row(f"{_ATTENTION}.linear_qkv.layer_norm_weight", ("model.layers.{}.input_layernorm.weight",)),
     Row(f"{_ATTENTION}.linear_qkv.weight", tuple(f"{name}.weight" for name in _QKV), "qkv"),
-    Row(f"{_ATTENTION}.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV), "qkv", when="qkv_bias"),
+    Row(
+        f"{_ATTENTION}.linear_qkv.bias",
+        tuple(f"{name}.bias" for name in _QKV),
+        "qkv",
+        when="qkv_bias",
+    ),
     Row(f"{_ATTENTION}.q_layernorm.weight", (f"{_THEIR_ATTENTION}.q_norm.weight",), when="qk_norm"),
     Row(f"{_ATTENTION}.k_layernorm.weight", (f"{_THEIR_ATTENTION}.k_norm.weight",), when="qk_norm"),
     Row(f"{_ATTENTION}.linear_proj.weight", (f"{_THEIR_ATTENTION}.o_proj.weight",)),
-    Row(f"{_MLP}.linear_fc1.layer_norm_weight", ("model.layers.{}.post_attention_layernorm.weight",)),
-    Row(f"{_MLP}.linear_fc1.weight", (f"{_THEIR_MLP}.gate_proj.weight", f"{_THEIR_MLP}.up_proj.weight"), "gate_up"),
+    Row(
+        f"{_MLP}.linear_fc1.layer_norm_weight", ("model.layers.{}.post_attention_layernorm.weight",)
+    ),
+    Row(
+        f"{_MLP}.linear_fc1.weight",
+        (f"{_THEIR_MLP}.gate_proj.weight", f"{_THEIR_MLP}.up_proj.weight"),
+        "gate_up",
+    ),
     Row(f"{_MLP}.linear_fc2.weight", (f"{_THEIR_MLP}.down_proj.weight",)),
 )
 # Layers of ours that store an entry without content beside their weight, one per layer.
-EXTRA_STATES = (f"{_ATTENTION}.linear_qkv", f"{_ATTENTION}.linear_proj", f"{_MLP}.linear_fc1", f"{_MLP}.linear_fc2")
+EXTRA_STATES = (
+    f"{_ATTENTION}.linear_qkv",
+    f"{_ATTENTION}.linear_proj",
+    f"{_MLP}.linear_fc1",
+    f"{_MLP}.linear_fc2",
+)
 # What old exports hold besides weights: tables that are functions of config.json.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
@@ -88,7 +117,11 @@ def rows_of(model: ModelSection) -> list[tuple[Row, int | None]]:
     """Every tensor of the model with its layer (None: not in a layer), in the order of a forward pass."""
     first, norm, head = WHOLE_ROWS
     layers = [(row, layer) for layer in range(model.num_layers) for row in LAYER_ROWS]
-    return [(row, layer) for row, layer in [(first, None), *layers, (norm, None), (head, None)] if row.applies(model)]
+    return [
+        (row, layer)
+        for row, layer in [(first, None), *layers, (norm, None), (head, None)]
+        if row.applies(model)
+    ]
 
 
 def their_names(row: Row, layer: int | None) -> list[str]:
@@ -104,7 +137,10 @@ def head_dim(model: ModelSection) -> int:
 def their_shapes(row: Row, model: ModelSection, vocab_size: int) -> list[tuple[int, ...]]:
     """Shapes of the tensors in the Hugging Face folder, in the order of `Row.theirs`."""
     hidden, width = model.hidden_size, head_dim(model)
-    queries, keys = model.num_attention_heads * width, (model.num_query_groups or model.num_attention_heads) * width
+    queries, keys = (
+        model.num_attention_heads * width,
+        (model.num_query_groups or model.num_attention_heads) * width,
+    )
     if row.kind == "vocabulary":
         return [(vocab_size, hidden)]
     if row.kind == "gate_up":
@@ -126,11 +162,18 @@ def model_from_config(config: Mapping[str, Any], *, what: str) -> ModelSection:
     except KeyError as error:
         raise ConfigError(f"{what}: config.json lacks {error.args[0]}") from error
     except ValidationError as error:
-        reasons = ((".".join(map(str, found["loc"])), found["msg"].removeprefix("Value error, ")) for found in error.errors())
-        reason = "; ".join(f"{place}: {problem}" if place else problem for place, problem in reasons)
+        reasons = (
+            (".".join(map(str, found["loc"])), found["msg"].removeprefix("Value error, "))
+            for found in error.errors()
+        )
+        reason = "; ".join(
+            f"{place}: {problem}" if place else problem for place, problem in reasons
+        )
         raise ConfigError(f"{what}: config.json describes no usable model ({reason})") from error
     except (TypeError, AttributeError) as error:
-        raise ConfigError(f"{what}: config.json describes no usable model (a value has the wrong type: {error})") from error
+        raise ConfigError(
+            f"{what}: config.json describes no usable model (a value has the wrong type: {error})"
+        ) from error
 
 
 def _model_from_config(config: Mapping[str, Any], what: str) -> ModelSection:
@@ -163,27 +206,39 @@ def _model_from_config(config: Mapping[str, Any], what: str) -> ModelSection:
 def _family(config: Mapping[str, Any], what: str) -> Family:
     kind = config.get("model_type")
     if kind not in FAMILIES:
-        raise ConfigError(f"{what}: config.json says model_type {kind!r}: only {', '.join(FAMILIES)} (dense) can be converted")
+        raise ConfigError(
+            f"{what}: config.json says model_type {kind!r}: only {', '.join(FAMILIES)} (dense) can be converted"
+        )
     if config.get("auto_map"):
         raise ConfigError(
             f"{what}: config.json asks for model code of its own (auto_map), which is never run: convert a plain {kind} model"
         )
     architectures = config.get("architectures") or [FAMILIES[kind].architecture]
     if architectures != [FAMILIES[kind].architecture]:
-        raise ConfigError(f"{what}: config.json says architectures {architectures}: only {FAMILIES[kind].architecture} can be converted")
+        raise ConfigError(
+            f"{what}: config.json says architectures {architectures}: only {FAMILIES[kind].architecture} can be converted"
+        )
     return FAMILIES[kind]
 
 
 def _refuse_unsupported(config: Mapping[str, Any], what: str) -> None:
     if config.get("quantization_config"):
-        raise ConfigError(f"{what}: the weights are quantized (quantization_config): convert the bf16, fp16 or fp32 original")
+        raise ConfigError(
+            f"{what}: the weights are quantized (quantization_config): convert the bf16, fp16 or fp32 original"
+        )
     if config.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"{what}: config.json says hidden_act {config['hidden_act']!r}: only silu (SwiGLU) is supported")
+        raise ConfigError(
+            f"{what}: config.json says hidden_act {config['hidden_act']!r}: only silu (SwiGLU) is supported"
+        )
     for name in ("attention_bias", "mlp_bias"):
         if config.get(name):
-            raise ConfigError(f"{what}: config.json says {name}, a bias that models here do not have")
+            raise ConfigError(
+                f"{what}: config.json says {name}, a bias that models here do not have"
+            )
     if config.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-        raise ConfigError(f"{what}: config.json says partial_rotary_factor {config['partial_rotary_factor']}: only 1 is supported")
+        raise ConfigError(
+            f"{what}: config.json says partial_rotary_factor {config['partial_rotary_factor']}: only 1 is supported"
+        )
 
 
 def _window(config: Mapping[str, Any], window: int | None, what: str) -> int | None:
@@ -193,7 +248,9 @@ def _window(config: Mapping[str, Any], window: int | None, what: str) -> int | N
     if config["model_type"] == "llama" or not config.get("use_sliding_window") or window is None:
         return None
     layers, kinds = config["num_hidden_layers"], config.get("layer_types")
-    full = kinds.count("full_attention") if kinds else min(config.get("max_window_layers", 28), layers)
+    full = (
+        kinds.count("full_attention") if kinds else min(config.get("max_window_layers", 28), layers)
+    )
     if 0 < full < layers:
         raise ConfigError(
             f"{what}: config.json gives a sliding window to {layers - full} of {layers} layers: only all or none are supported"
@@ -207,11 +264,15 @@ def _rope(config: Mapping[str, Any], what: str) -> dict[str, Any]:
     base = found.get("rope_theta", config.get("rope_theta", 10000.0))
     kind = found.get("rope_type", found.get("type", "default"))
     if found.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"{what}: config.json says partial_rotary_factor {found['partial_rotary_factor']}: only 1 is supported")
+        raise ConfigError(
+            f"{what}: config.json says partial_rotary_factor {found['partial_rotary_factor']}: only 1 is supported"
+        )
     if kind == "default":
         return {"rope_base": base}
     if kind != "llama3":
-        raise ConfigError(f'{what}: config.json asks for rotary scaling of type {kind!r}: only "default" and "llama3" are supported')
+        raise ConfigError(
+            f'{what}: config.json asks for rotary scaling of type {kind!r}: only "default" and "llama3" are supported'
+        )
     return {
         "rope_base": base,
         "rope_scaling_factor": found["factor"],
@@ -224,9 +285,13 @@ def _rope(config: Mapping[str, Any], what: str) -> dict[str, Any]:
 def family_of(model: ModelSection) -> str:
     """The model_type that a model of ours is exported as. ConfigError where no family has its parts."""
     if model.qk_norm and model.qkv_bias:
-        raise ConfigError("no Hugging Face family has both model.qk_norm and model.qkv_bias: this model cannot be exported")
+        raise ConfigError(
+            "no Hugging Face family has both model.qk_norm and model.qkv_bias: this model cannot be exported"
+        )
     if model.mcore:
-        raise ConfigError(f"the model sets model.mcore ({', '.join(model.mcore)}), which no Hugging Face family has: it cannot be exported")
+        raise ConfigError(
+            f"the model sets model.mcore ({', '.join(model.mcore)}), which no Hugging Face family has: it cannot be exported"
+        )
     if model.qk_norm:
         return "qwen3"
     if model.qkv_bias:
@@ -235,7 +300,12 @@ def family_of(model: ModelSection) -> str:
 
 
 def config_from_model(
-    model: ModelSection, *, vocab_size: int, dtype: str, max_positions: int, special_ids: Mapping[str, int] | None = None
+    model: ModelSection,
+    *,
+    vocab_size: int,
+    dtype: str,
+    max_positions: int,
+    special_ids: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The config.json of a model of ours. dtype: "float32", "bfloat16" or "float16"; special_ids: bos_token_id, eos_token_id."""
     kind = family_of(model)

@@ -19,7 +19,9 @@ _VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 
 
 @torch.no_grad()
-def initialize_weights(chunks: list[MegatronModule], model: ModelSection, *, vocab_size: int, seed: int) -> None:
+def initialize_weights(
+    chunks: list[MegatronModule], model: ModelSection, *, vocab_size: int, seed: int
+) -> None:
     """Fill the parameters of all chunks of this rank, in place. No collective.
 
     Matrices are normal with init_std (residual projections / sqrt(2 * num_layers)), norms one, biases zero; projections to a
@@ -43,8 +45,12 @@ def _fill(shard: ShardedTensor, model: ModelSection, vocab_size: int, seed: int)
     if shard.key.endswith(_VOCABULARY):
         shape[0] = vocab_size
     name = f"{seed}/{shard.key}/{tuple(shard.global_offset[:skip])}"
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big"))
-    whole = torch.empty(shape).normal_(0.0, _standard_deviation(shard.key, model), generator=generator)
+    generator = torch.Generator().manual_seed(
+        int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
+    )
+    whole = torch.empty(shape).normal_(
+        0.0, _standard_deviation(shard.key, model), generator=generator
+    )
     rows = min(max(shape[0] - offset[0], 0), shard.local_shape[-2])
     columns = slice(offset[1], offset[1] + shard.local_shape[-1])
     data = shard.data.view(shard.local_shape)
@@ -55,4 +61,8 @@ def _fill(shard: ShardedTensor, model: ModelSection, vocab_size: int, seed: int)
 def _standard_deviation(key: str, model: ModelSection) -> float:
     if key.startswith(PROJECTIONS):
         return 1 / math.sqrt(model.hidden_size)
-    return model.init_std / math.sqrt(2 * model.num_layers) if key.endswith(_RESIDUAL) else model.init_std
+    return (
+        model.init_std / math.sqrt(2 * model.num_layers)
+        if key.endswith(_RESIDUAL)
+        else model.init_std
+    )

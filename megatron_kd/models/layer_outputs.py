@@ -19,7 +19,12 @@ class LayerOutputs:
     def __init__(self, chunks: Sequence[GPTModel], layers: Collection[int]) -> None:
         self._seen: dict[int, Tensor] | None = None
         self._layers = set(layers)
-        for layer in (layer for chunk in chunks for layer in chunk.decoder.layers if layer.layer_number in self._layers):
+        for layer in (
+            layer
+            for chunk in chunks
+            for layer in chunk.decoder.layers
+            if layer.layer_number in self._layers
+        ):
             layer.register_forward_hook(self._see)
         self.here = set().union(*(self.on(chunk) for chunk in chunks))
 

@@ -20,7 +20,12 @@ class HiddenStatesOutput(ColumnParallelLinear):
     updated weights stay megatron-core's own.
     """
 
-    def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> tuple[Tensor, None]:  # noqa: D102
+    def forward(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> tuple[Tensor, None]:  # noqa: D102
         # GPTModel turns what it takes for logits from [S, B, V] to [B, S, V]: turned first, hidden states leave as they came.
         return input_.transpose(0, 1), None
 
@@ -45,7 +50,9 @@ def build_chunks(
         last = groups.is_last_stage and stage == (virtual or 1) - 1
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=block_spec(config, groups.platform, within_documents=within_documents),
+            transformer_layer_spec=block_spec(
+                config, groups.platform, within_documents=within_documents
+            ),
             vocab_size=padded_vocab_size(vocab_size, model.vocab_size_multiple),
             max_sequence_length=sequence_length,
             pre_process=first,
@@ -63,7 +70,9 @@ def build_chunks(
     return chunks
 
 
-def _hidden_states_output(chunk: GPTModel, config: TransformerConfig, groups: Groups) -> HiddenStatesOutput:
+def _hidden_states_output(
+    chunk: GPTModel, config: TransformerConfig, groups: Groups
+) -> HiddenStatesOutput:
     old = chunk.output_layer
     new = HiddenStatesOutput(
         config.hidden_size,
@@ -82,5 +91,7 @@ def _hidden_states_output(chunk: GPTModel, config: TransformerConfig, groups: Gr
 def output_weight(chunk: GPTModel) -> Tensor:
     """[V/tp, H], the weight that the loss multiplies by; the embedding's own where the two are tied on one stage."""
     tied = chunk.share_embeddings_and_output_weights
-    weight: Tensor = chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
+    weight: Tensor = (
+        chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
+    )
     return weight

@@ -15,7 +15,9 @@ from megatron_kd.config.hidden_states import Projection
 PROJECTIONS = "hidden_projections"  # of a chunk: a ModuleDict by Projection.name, and what the names of its weights start with
 
 
-def add_projections(chunks: Sequence[GPTModel], projections: Sequence[Projection], config: TransformerConfig) -> None:
+def add_projections(
+    chunks: Sequence[GPTModel], projections: Sequence[Projection], config: TransformerConfig
+) -> None:
     """Give each chunk the uninitialised projections [Ht, Hs] of its layers, in the weights' type: whole on every tensor-parallel rank.
 
     Under sequence parallelism a rank sees its slice of the tokens only; the mark makes megatron-core sum the gradients.
@@ -28,7 +30,13 @@ def add_projections(chunks: Sequence[GPTModel], projections: Sequence[Projection
         device = next(chunk.parameters()).device
         modules = torch.nn.ModuleDict()
         for each in own:
-            linear = torch.nn.Linear(config.hidden_size, each.teacher_width, bias=False, device=device, dtype=config.params_dtype)
+            linear = torch.nn.Linear(
+                config.hidden_size,
+                each.teacher_width,
+                bias=False,
+                device=device,
+                dtype=config.params_dtype,
+            )
             linear.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             modules[each.name] = linear
         setattr(chunk, PROJECTIONS, modules)

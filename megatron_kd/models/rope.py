@@ -36,4 +36,6 @@ def scale_rotary(chunk: GPTModel, model: ModelSection) -> None:
     """Give `chunk` the model's frequencies where they are scaled; every pipeline stage has its own copy."""
     if model.rope_scaling_factor != 1.0:
         rotary = chunk.rotary_pos_emb
-        rotary.inv_freq = scaled_frequencies(model, chunk.config.kv_channels).to(rotary.inv_freq.device)
+        rotary.inv_freq = scaled_frequencies(model, chunk.config.kv_channels).to(
+            rotary.inv_freq.device
+        )

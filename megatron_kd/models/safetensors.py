@@ -39,7 +39,9 @@ class SafetensorsFolder:
     def __init__(self, folder: Path, *, what: str) -> None:
         self.folder, self._what = folder, what
         if not folder.is_dir():
-            raise ConfigError(f"{what}: {folder} is not a folder (models are read from local folders only)")
+            raise ConfigError(
+                f"{what}: {folder} is not a folder (models are read from local folders only)"
+            )
         self.tensors: dict[str, StoredTensor] = {}
         promised = self._promised()
         for file in self._files(promised):
@@ -47,7 +49,9 @@ class SafetensorsFolder:
         for name, file_name in promised.items():
             found = self.tensors.get(name)
             if found is None or found.file.name != file_name:
-                raise ConfigError(f"{what}: {INDEX} says that {file_name} holds {name}, but it does not: complete the download")
+                raise ConfigError(
+                    f"{what}: {INDEX} says that {file_name} holds {name}, but it does not: complete the download"
+                )
 
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU, in its stored type. The file is open only meanwhile, so that no more than this stays in memory."""
@@ -65,14 +69,20 @@ class SafetensorsFolder:
             return {}
         content = read_json(index, what=self._what)
         weights = content.get("weight_map")
-        if not isinstance(weights, dict) or any(not isinstance(name, str) or Path(name).name != name for name in weights.values()):
-            raise ConfigError(f"{self._what}: {index} has no weight_map from tensors to files beside it: use another copy")
+        if not isinstance(weights, dict) or any(
+            not isinstance(name, str) or Path(name).name != name for name in weights.values()
+        ):
+            raise ConfigError(
+                f"{self._what}: {index} has no weight_map from tensors to files beside it: use another copy"
+            )
         return weights
 
     def _files(self, promised: Mapping[str, str]) -> list[Path]:
         if promised and WHOLE not in promised.values() and (self.folder / WHOLE).is_file():
             # transformers would read the one, an index means the other: nobody can tell which weights are meant.
-            raise ConfigError(f"{self._what}: {self.folder} holds both {WHOLE} and an {INDEX} of other files: remove the one that is old")
+            raise ConfigError(
+                f"{self._what}: {self.folder} holds both {WHOLE} and an {INDEX} of other files: remove the one that is old"
+            )
         if promised:
             files = [self.folder / name for name in sorted(set(promised.values()))]
         else:
@@ -81,9 +91,15 @@ class SafetensorsFolder:
             files = [whole] if whole.is_file() else sorted(self.folder.glob("*.safetensors"))
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise ConfigError(f"{self._what}: {', '.join(missing)} named in {INDEX} is missing in {self.folder}: complete the download")
+            raise ConfigError(
+                f"{self._what}: {', '.join(missing)} named in {INDEX} is missing in {self.folder}: complete the download"
+            )
         if not files:
-            pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self.folder.glob(pattern))
+            pickled = sorted(
+                path.name
+                for pattern in ("*.bin", "*.pt", "*.pth")
+                for path in self.folder.glob(pattern)
+            )
             if pickled:
                 raise ConfigError(
                     f"{self._what}: {self.folder} holds only pickled weights ({pickled[0]}), which are never opened because reading a "
@@ -102,15 +118,21 @@ class SafetensorsFolder:
                         )
                     entry = stream.get_slice(name)
                     kind = entry.get_dtype()
-                    self.tensors[name] = StoredTensor(file, tuple(entry.get_shape()), _DTYPES.get(kind), kind)
+                    self.tensors[name] = StoredTensor(
+                        file, tuple(entry.get_shape()), _DTYPES.get(kind), kind
+                    )
         except (SafetensorError, OSError) as error:
             raise self._damaged(file, error) from error
 
     def _damaged(self, file: Path, error: Exception) -> ConfigError:
-        return ConfigError(f"{self._what}: {file} is truncated or damaged ({str(error).splitlines()[0][:160]}): use another copy")
+        return ConfigError(
+            f"{self._what}: {file} is truncated or damaged ({str(error).splitlines()[0][:160]}): use another copy"
+        )
 
 
-def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int) -> None:
+def write_safetensors(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int
+) -> None:
     """Write model-*.safetensors and their index into `folder`, holding one shard in memory. A single shard needs no index."""
     shard: dict[str, Tensor] = {}
     files: list[tuple[Path, list[str]]] = []
@@ -131,7 +153,9 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, sh
         shard[name] = tensor.contiguous()
         size, total = size + count, total + count
     close()
-    names = [f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" for number in range(len(files))]
+    names = [
+        f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" for number in range(len(files))
+    ]
     if len(files) == 1:
         files[0][0].rename(folder / WHOLE)
         return

@@ -7,7 +7,10 @@ import math
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -19,14 +22,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_kd.parallel.platform import Platform
 
 
-def block_spec(config: TransformerConfig, platform: Platform, *, within_documents: bool = False) -> ModuleSpec | TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, platform: Platform, *, within_documents: bool = False
+) -> ModuleSpec | TransformerBlockSubmodules:
     """The spec of every decoder layer (and of the final norm). within_documents: attention takes a mask of what each token sees."""
     if platform.is_cuda and importlib.util.find_spec("transformer_engine") is not None:
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         if within_documents:
             spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
         return spec
-    layers = config.num_layers // (config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1))
+    layers = config.num_layers // (
+        config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
+    )
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -43,7 +50,9 @@ class RMSNorm(torch.nn.RMSNorm):
     The local norm of megatron-core refuses sequence parallelism because it lacks that mark.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any
+    ) -> None:
         super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device())
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -55,7 +64,11 @@ class SDPACoreAttention(MegatronModule):
     """
 
     def __init__(
-        self, config: TransformerConfig, softmax_scale: float | None = None, attention_dropout: float | None = None, **_unused: Any
+        self,
+        config: TransformerConfig,
+        softmax_scale: float | None = None,
+        attention_dropout: float | None = None,
+        **_unused: Any,
     ) -> None:
         super().__init__(config=config)
         if config.context_parallel_size != 1:
@@ -63,7 +76,14 @@ class SDPACoreAttention(MegatronModule):
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_unused: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **_unused: Any,
+    ) -> Tensor:
         """query [S, B, h, d], key and value [S, B, g, d] -> [S, B, h * d].
 
         attention_mask: bool [B, 1, S, S], true where a query sees a key (torch's meaning, not megatron-core's); None: causal. A single
@@ -82,9 +102,15 @@ class SDPACoreAttention(MegatronModule):
             out = self._attend(q, k, v, 0.0, attention_mask)
         return out.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None
+    ) -> Tensor:
         grouped, continued = q.shape[1] != k.shape[1], q.shape[2] != k.shape[2]
         if continued and (q.shape[2] != 1 or mask is not None):
-            raise ValueError(f"{q.shape[2]} queries cannot continue a cache of {k.shape[2]} keys: one at a time, without a mask")
+            raise ValueError(
+                f"{q.shape[2]} queries cannot continue a cache of {k.shape[2]} keys: one at a time, without a mask"
+            )
         causal = mask is None and not continued
-        return scaled_dot_product_attention(q, k, v, mask, is_causal=causal, dropout_p=dropout, scale=self.scale, enable_gqa=grouped)
+        return scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, dropout_p=dropout, scale=self.scale, enable_gqa=grouped
+        )

@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,10 +32,22 @@ class Student:
     before gradients are reduced.
     """
 
-    def __init__(self, run: RunConfig, groups: Groups, *, vocab_size: int, projections: Sequence[Projection] = ()) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        groups: Groups,
+        *,
+        vocab_size: int,
+        projections: Sequence[Projection] = (),
+    ) -> None:
         self.groups, self.vocab_size = groups, vocab_size
-        self.sequence_length, self.micro_batch_size = run.batch.sequence_length, run.batch.micro_batch_size
-        self.config: TransformerConfig = transformer_config(run.model, run.parallel, groups.platform, precision=run.train.precision)
+        self.sequence_length, self.micro_batch_size = (
+            run.batch.sequence_length,
+            run.batch.micro_batch_size,
+        )
+        self.config: TransformerConfig = transformer_config(
+            run.model, run.parallel, groups.platform, precision=run.train.precision
+        )
         self.models: list[GPTModel] = build_chunks(
             run.model,
             self.config,
@@ -49,7 +65,13 @@ class Student:
             use_distributed_optimizer=run.optimizer.distributed,
         )
         self.chunks = [
-            DistributedDataParallel(self.config, ddp, model, disable_bucketing=index > 0, pg_collection=groups.collection)
+            DistributedDataParallel(
+                self.config,
+                ddp,
+                model,
+                disable_bucketing=index > 0,
+                pg_collection=groups.collection,
+            )
             for index, model in enumerate(self.models)
         ]
         self.on_drained: list[Callable[[], None]] = []

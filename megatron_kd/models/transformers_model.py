@@ -19,17 +19,25 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, *, what: str) -> torch.nn.M
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
     except ImportError:
-        raise ConfigError(f"{what}: transformers is not installed: pip install 'megatron-kd[huggingface]'") from None
+        raise ConfigError(
+            f"{what}: transformers is not installed: pip install 'megatron-kd[huggingface]'"
+        ) from None
     if not (folder / "config.json").is_file():
         # transformers would take the path for the name of a model, and look in its cache of downloads.
         raise ConfigError(f"{what}: {folder} is no folder of a model (it has no config.json)")
     logging.disable_progress_bar()
     try:
         model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            str(folder),
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = (
+            str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        )
         raise ConfigError(f"{what}: transformers cannot load {folder} ({reason})") from error
     return model.eval()
 
@@ -43,10 +51,14 @@ def load_text_tokenizer(folder: Path, *, what: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0][:150]
-        raise ConfigError(f"{what}: {folder} holds no tokenizer that transformers loads ({reason}): export it with --tokenizer") from error
+        raise ConfigError(
+            f"{what}: {folder} holds no tokenizer that transformers loads ({reason}): export it with --tokenizer"
+        ) from error
     file = folder / "tokenizer.json"
     if file.is_file():
         from tokenizers import Tokenizer

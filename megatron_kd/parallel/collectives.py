@@ -35,7 +35,9 @@ def all_gather(tensor: Tensor, group: Group) -> Tensor:
     return gathered.view(size, *tensor.shape)
 
 
-def exchange(sends: Mapping[int, Tensor], sizes: Mapping[int, int], *, like: Tensor, group: Group = None) -> dict[int, Tensor]:
+def exchange(
+    sends: Mapping[int, Tensor], sizes: Mapping[int, int], *, like: Tensor, group: Group = None
+) -> dict[int, Tensor]:
     """Tensors to ranks of a group, and from them. One all-to-all over it; none where it has one rank.
 
     Args:
@@ -52,8 +54,12 @@ def exchange(sends: Mapping[int, Tensor], sizes: Mapping[int, int], *, like: Ten
     outgoing = [sends[rank].reshape(-1) if rank in sends else like.new_empty(0) for rank in ranks]
     incoming = [sizes.get(rank, 0) for rank in ranks]
     received = like.new_empty(sum(incoming))
-    dist.all_to_all_single(received, torch.cat(outgoing), incoming, [len(each) for each in outgoing], group=group)
-    return {rank: part for rank, part in zip(ranks, received.split(incoming), strict=True) if len(part)}
+    dist.all_to_all_single(
+        received, torch.cat(outgoing), incoming, [len(each) for each in outgoing], group=group
+    )
+    return {
+        rank: part for rank, part in zip(ranks, received.split(incoming), strict=True) if len(part)
+    }
 
 
 @dataclass
@@ -88,7 +94,9 @@ def start_all_reduce_sum(tensor: Tensor, group: Group) -> Pending:
 def start_reduce_scatter_sum(mine: Tensor, tensor: Tensor, group: Group) -> Pending:
     """[T * c, ...] partial sums on every rank -> this rank's [c, ...] of the total, in `mine`, behind other work."""
     tensor = tensor.contiguous()
-    return Pending(mine, dist.reduce_scatter_tensor(mine, tensor, group=group, async_op=True), tensor)
+    return Pending(
+        mine, dist.reduce_scatter_tensor(mine, tensor, group=group, async_op=True), tensor
+    )
 
 
 def raise_together(problem: str | None, error: type[Exception], group: Group = None) -> None:

@@ -57,7 +57,11 @@ class Groups:
 
     def replica(self, data: int) -> list[int]:
         """All ranks of a data-parallel replica."""
-        return [self.rank_of(data, pipeline, tensor) for pipeline in range(self.pipeline_size) for tensor in range(self.tensor_size)]
+        return [
+            self.rank_of(data, pipeline, tensor)
+            for pipeline in range(self.pipeline_size)
+            for tensor in range(self.tensor_size)
+        ]
 
     def nearest(self, data: int, rank: int) -> int:
         """`rank` itself where it is one of the replica's, else one of them, so that many askers share the answering."""
@@ -70,7 +74,13 @@ class Groups:
         return self.is_last_stage and self.tensor_rank == 0
 
 
-def start_groups(platform: Platform, parallel: ParallelSection, *, timeout_seconds: float, rendezvous: str | None = None) -> Groups:
+def start_groups(
+    platform: Platform,
+    parallel: ParallelSection,
+    *,
+    timeout_seconds: float,
+    rendezvous: str | None = None,
+) -> Groups:
     """Join the world (torchrun's environment, or `rendezvous` such as "file:///...") and build every group.
 
     Collective over the whole world. Sizes must have been checked (`RunConfig.data_parallel_size`).
@@ -79,9 +89,17 @@ def start_groups(platform: Platform, parallel: ParallelSection, *, timeout_secon
     timeout = timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
         if rendezvous is None and world_size == 1:
-            dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
+            dist.init_process_group(
+                platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )  # type: ignore[attr-defined]
         else:
-            dist.init_process_group(platform.backend, init_method=rendezvous or "env://", rank=rank, world_size=world_size, timeout=timeout)
+            dist.init_process_group(
+                platform.backend,
+                init_method=rendezvous or "env://",
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout,
+            )
     _forget_model_groups()
     virtual = parallel.virtual_pipeline
     parallel_state.initialize_model_parallel(
@@ -102,7 +120,12 @@ def start_groups(platform: Platform, parallel: ParallelSection, *, timeout_secon
         data_size=parallel_state.get_data_parallel_world_size(),
         virtual_pipeline=virtual,
         collection=ProcessGroupCollection.use_mpu_process_groups(),
-        watch=Watch(dist.distributed_c10d._get_default_store(), rank=rank, world_size=world_size, limit_seconds=timeout_seconds),
+        watch=Watch(
+            dist.distributed_c10d._get_default_store(),
+            rank=rank,
+            world_size=world_size,
+            limit_seconds=timeout_seconds,
+        ),
     )
     seed_step(0, 0, groups)  # building layers needs the generators to exist
     return groups
@@ -113,7 +136,14 @@ def can_reverse_stages() -> bool:
     return "sort_ranks" in inspect.signature(dist.new_group).parameters
 
 
-def second_layout(first: Groups, *, tensor: int, pipeline: int, timeout_seconds: float, reversed_stages: bool = False) -> Groups:
+def second_layout(
+    first: Groups,
+    *,
+    tensor: int,
+    pipeline: int,
+    timeout_seconds: float,
+    reversed_stages: bool = False,
+) -> Groups:
     """Another layout over the ranks of `first`, beside it: for a model whose groups are handed to it. Collective over the world.
 
     Sizes must divide the world. Ranks are numbered as in `start_groups`: tensor fastest, then data, then pipeline.
@@ -121,10 +151,22 @@ def second_layout(first: Groups, *, tensor: int, pipeline: int, timeout_seconds:
     data = first.world_size // (tensor * pipeline)
     grid = HyperCommGrid([tensor, 1, data, pipeline], ["tp", "cp", "dp", "pp"])
     timeout = timedelta(seconds=timeout_seconds)
-    named = {"tp": "tp", "cp": "cp", "dp": "dp", "pp": "pp", "dp_cp": ["cp", "dp"], "mp": ["tp", "pp"]}
-    collection = ProcessGroupCollection(**{name: grid.create_pg(dims, timeout=timeout) for name, dims in named.items()})
+    named = {
+        "tp": "tp",
+        "cp": "cp",
+        "dp": "dp",
+        "pp": "pp",
+        "dp_cp": ["cp", "dp"],
+        "mp": ["tp", "pp"],
+    }
+    collection = ProcessGroupCollection(
+        **{name: grid.create_pg(dims, timeout=timeout) for name, dims in named.items()}
+    )
     if reversed_stages:
-        pipelines = [dist.new_group(ranks[::-1], timeout=timeout, sort_ranks=False) for ranks in grid.get_rank_enum("pp")]
+        pipelines = [
+            dist.new_group(ranks[::-1], timeout=timeout, sort_ranks=False)
+            for ranks in grid.get_rank_enum("pp")
+        ]
         collection.pp = next(group for group in pipelines if dist.get_rank(group) >= 0)
     # The last stage of a tied model holds the first one's weights too.
     ends = [sorted({ranks[0], ranks[-1]}) for ranks in grid.get_rank_enum("pp")]
@@ -164,6 +206,10 @@ def stop_groups() -> None:
 
 def seed_step(seed: int, step: int, groups: Groups) -> None:
     """Seed dropout for one step as a function of (seed, step, rank) alone: resuming needs no saved generator."""
-    mixed = (seed * 1_000_003 + step * 7_919) % (2**31 - 2**20) + 131 * groups.data_rank + 17 * groups.pipeline_rank
+    mixed = (
+        (seed * 1_000_003 + step * 7_919) % (2**31 - 2**20)
+        + 131 * groups.data_rank
+        + 17 * groups.pipeline_rank
+    )
     torch.manual_seed(mixed)
     model_parallel_cuda_manual_seed(mixed, tp_rank=groups.tensor_rank, ep_rank=0, etp_rank=0)

@@ -63,7 +63,9 @@ def start_platform(device: str, local_rank: int = 0, *, deterministic: bool = Fa
     check_apex()
     _set_deterministic(deterministic)
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError('train.device = "cuda", but torch finds no CUDA device here: set train.device = "cpu" or "auto"')
+        raise ConfigError(
+            'train.device = "cuda", but torch finds no CUDA device here: set train.device = "cpu" or "auto"'
+        )
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         quiet_megatron()
         if local_rank >= torch.cuda.device_count():
@@ -96,7 +98,10 @@ def check_apex() -> None:
     """ConfigError when a package called apex that is not NVIDIA's is importable: megatron-core would take it for NVIDIA's."""
     found = importlib.util.find_spec("apex")
     # Not `find_spec("apex.normalization")`, which runs the package it looks into and leaves it imported.
-    if found is not None and PathFinder.find_spec("apex.normalization", found.submodule_search_locations) is None:
+    if (
+        found is not None
+        and PathFinder.find_spec("apex.normalization", found.submodule_search_locations) is None
+    ):
         raise ConfigError(
             "an importable package named 'apex' is not NVIDIA's apex (it has no apex.normalization) and breaks megatron-core: "
             "remove it with `pip uninstall apex` (the package index's apex is another project)"
@@ -111,8 +116,12 @@ def quiet_megatron() -> None:
         import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer  # noqa: F401
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf.*")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|megatron\.core")
+    warnings.filterwarnings(
+        "ignore", message="The .grad attribute of a Tensor that is not a leaf.*"
+    )
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed|megatron\.core"
+    )
     for text in (
         "When using async grad allreduce",
         "When using sequence parallelism",
@@ -149,11 +158,21 @@ def use_cpu() -> None:
 def _stand_in_for_torch_cuda() -> None:
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment, return-value]
-    for name in ("synchronize", "set_device", "empty_cache", "ipc_collect", "reset_peak_memory_stats"):
+    for name in (
+        "synchronize",
+        "set_device",
+        "empty_cache",
+        "ipc_collect",
+        "reset_peak_memory_stats",
+    ):
         setattr(torch.cuda, name, _nothing)
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
-    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *_a, **_k: torch.get_rng_state()
-    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda state, *_a, **_k: torch.set_rng_state(state)
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *_a, **_k: (
+        torch.get_rng_state()
+    )
+    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda state, *_a, **_k: (
+        torch.set_rng_state(state)
+    )
     torch.cuda.Stream = torch.cuda.Event = _Stream  # type: ignore[assignment, misc]
     torch.cuda.current_stream = torch.cuda.default_stream = lambda *_a, **_k: _Stream()  # type: ignore[assignment]
     torch.cuda.stream = lambda *_a, **_k: contextlib.nullcontext()  # type: ignore[assignment]
@@ -194,7 +213,9 @@ def _keep_rng_on_cpu() -> None:
     random._get_cuda_rng_state = lambda *_a, **_k: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_a, **_k: torch.set_rng_state(state)
     # Here the CPU generator is the tracked one, so its moving inside a fork is the point, not a slip.
-    random.logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    random.logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:

@@ -30,10 +30,16 @@ def vocab_shard(rows: int, *, rank: int, size: int, vocab_size: int | None) -> V
     if vocab_size is None:
         vocab_size = rows * size
     if not 0 < vocab_size <= rows * size:
-        raise ValueError(f"vocab_size ({vocab_size}) must be in [1, {rows * size}]: {size} rank(s) hold {rows} vocabulary rows each")
+        raise ValueError(
+            f"vocab_size ({vocab_size}) must be in [1, {rows * size}]: {size} rank(s) hold {rows} vocabulary rows each"
+        )
     start = rank * rows
     return VocabShard(
-        start=start, valid=min(max(vocab_size - start, 0), rows), rows=rows, vocab_size=vocab_size, share=-(-vocab_size // size)
+        start=start,
+        valid=min(max(vocab_size - start, 0), rows),
+        rows=rows,
+        vocab_size=vocab_size,
+        share=-(-vocab_size // size),
     )
 
 

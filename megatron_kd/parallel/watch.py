@@ -39,11 +39,23 @@ class Watch:
         interval_seconds: between two signs of life. None: one second for each thousand ranks.
     """
 
-    def __init__(self, store: Any, *, rank: int, world_size: int, limit_seconds: float, interval_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        store: Any,
+        *,
+        rank: int,
+        world_size: int,
+        limit_seconds: float,
+        interval_seconds: float | None = None,
+    ) -> None:
         self.rank, self.world_size, self.limit_seconds = rank, world_size, limit_seconds
         self.interval_seconds = interval_seconds or max(1.0, world_size / 1000)
         # Clients of their own: a store answers one question at a time, and the run asks it too.
-        self._store = dist.PrefixStore("watch", store.clone()) if store is not None and world_size > 1 else None  # type: ignore[attr-defined]
+        self._store = (
+            dist.PrefixStore("watch", store.clone())
+            if store is not None and world_size > 1
+            else None
+        )  # type: ignore[attr-defined]
         self.step = 0
         self.on_lost: Callable[[str], None] = lambda _sentence: None
         self._place: tuple[int, str, float] = (0, "starting", time.monotonic())
@@ -71,7 +83,12 @@ class Watch:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._store is None:
             return
         self._limited = False
@@ -101,7 +118,10 @@ class Watch:
             if found is not None and self._store is not None:
                 self._store.set("verdict", found)
         except RuntimeError:
-            return self._verdict or "the rendezvous store does not answer: the process that holds it (rank 0's, or its launcher) is gone"
+            return (
+                self._verdict
+                or "the rendezvous store does not answer: the process that holds it (rank 0's, or its launcher) is gone"
+            )
         return found
 
     def _wait_for_verdict(self) -> str | None:
@@ -199,7 +219,9 @@ class Watch:
     def _read(self) -> list[dict[str, Any]]:
         assert self._store is not None
         keys = [str(rank) for rank in range(self.world_size)]
-        known = keys if self._store.check(keys) else [key for key in keys if self._store.check([key])]
+        known = (
+            keys if self._store.check(keys) else [key for key in keys if self._store.check([key])]
+        )
         signs = dict(zip(known, map(json.loads, self._store.multi_get(known)), strict=True))
         unknown = {
             "beat": 0,
@@ -218,5 +240,12 @@ def _is_communication(error: BaseException) -> bool:
     """Whether an error came out of a collective. gloo raises plain RuntimeErrors that name its source files or the peer."""
     if isinstance(error, dist.DistError):
         return True
-    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Timed out waiting", "ProcessGroup")
+    words = (
+        "gloo",
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "NCCL",
+        "Timed out waiting",
+        "ProcessGroup",
+    )
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -16,17 +16,27 @@ def world_from_environment() -> tuple[int, int, int]:
     ConfigError where srun started several processes and nothing says where they meet.
     """
     if "RANK" not in os.environ and _is_task_of_srun():
-        rank, size, local = (int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
+        rank, size, local = (
+            int(os.environ[name])
+            for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        )
         if size > 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
             raise ConfigError(
                 f"srun started {size} processes, but MASTER_ADDR and MASTER_PORT do not say where they meet: export them before srun, as "
                 "examples/slurm/run.sh does"
             )
         return rank, size, local
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    return (
+        int(os.environ.get("RANK", 0)),
+        int(os.environ.get("WORLD_SIZE", 1)),
+        int(os.environ.get("LOCAL_RANK", 0)),
+    )
 
 
 def _is_task_of_srun() -> bool:
     """A batch script has SLURM_PROCID too, without being one of the tasks that it asks for."""
     names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID")
-    return all(os.environ.get(name, "").isdigit() for name in names) and int(os.environ["SLURM_STEP_ID"]) < _FIRST_SPECIAL_STEP
+    return (
+        all(os.environ.get(name, "").isdigit() for name in names)
+        and int(os.environ["SLURM_STEP_ID"]) < _FIRST_SPECIAL_STEP
+    )

@@ -68,7 +68,16 @@ class Steps:
     extraction: float
 
 
-def budget(steps: Steps, cluster: Cluster, *, tokens: float, readers: int, bytes_per_token: float, students: int, prices: Prices) -> Budget:
+def budget(
+    steps: Steps,
+    cluster: Cluster,
+    *,
+    tokens: float,
+    readers: int,
+    bytes_per_token: float,
+    students: int,
+    prices: Prices,
+) -> Budget:
     """Of `students` trained one after the other on `tokens` tokens each.
 
     readers: ranks of a replica that read its targets (the last stage's tensor group). A cache is paid for from its extraction until the
@@ -80,11 +89,16 @@ def budget(steps: Steps, cluster: Cluster, *, tokens: float, readers: int, bytes
 
     def costs(several: int) -> tuple[float, float]:
         """Live and stored: in money where GPU-hours have a price, else in GPU-hours."""
-        live, stored = several * steps.online * hours, (steps.extraction + several * steps.cached) * hours
+        live, stored = (
+            several * steps.online * hours,
+            (steps.extraction + several * steps.cached) * hours,
+        )
         if prices.gpu_hour is None:
             return live, stored
         months = count * (steps.extraction + several * steps.cached) / MONTH
-        return live * prices.gpu_hour, stored * prices.gpu_hour + size / TIB * months * (prices.tib_month or 0.0)
+        return live * prices.gpu_hour, stored * prices.gpu_hour + size / TIB * months * (
+            prices.tib_month or 0.0
+        )
 
     costs_all = costs(students) if prices.gpu_hour is not None else (None, None)
     read = bytes_per_token * steps.tokens / steps.cached * readers
@@ -105,5 +119,8 @@ def budget(steps: Steps, cluster: Cluster, *, tokens: float, readers: int, bytes
         read_bandwidth_per_node=read / cluster.nodes,
         online_cost=costs_all[0],
         cached_cost=costs_all[1],
-        break_even=next((several for several in range(1, 10_001) if costs(several)[1] <= costs(several)[0]), None),
+        break_even=next(
+            (several for several in range(1, 10_001) if costs(several)[1] <= costs(several)[0]),
+            None,
+        ),
     )

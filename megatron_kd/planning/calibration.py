@@ -46,10 +46,20 @@ def read_calibration(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"calibration {path} does not exist: make one with tools/plan.py calibrate --output {path}") from None
+        raise ConfigError(
+            f"calibration {path} does not exist: make one with tools/plan.py calibrate --output {path}"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"calibration {path} cannot be read: {error}") from None
-    needed = ("world", "intra_bandwidth", "memory_bandwidth", "row_bandwidth", "latency", "settings", "runs")
+    needed = (
+        "world",
+        "intra_bandwidth",
+        "memory_bandwidth",
+        "row_bandwidth",
+        "latency",
+        "settings",
+        "runs",
+    )
     missing = [name for name in needed if not isinstance(found, dict) or name not in found]
     if missing or found.get("kind") != KIND:
         what = f"has no {missing[0]}" if missing else f"is not of kind {KIND}"
@@ -62,7 +72,12 @@ def calibrate(found: Mapping[str, Any], *, statistic: str = "median") -> Calibra
 
     statistic: which of a run's seconds counts: "median", or "min", the round that other processes disturbed least.
     """
-    device = "cuda" if "cuda" in str(found["settings"].get("device")) or not str(found.get("device", "")).startswith("CPU") else "cpu"
+    device = (
+        "cuda"
+        if "cuda" in str(found["settings"].get("device"))
+        or not str(found.get("device", "")).startswith("CPU")
+        else "cpu"
+    )
     cluster = measured_cluster(found, device)
     rates: dict[str, list[float]] = {"plain": [], "teacher": []}
     for run in found["runs"]:
@@ -72,10 +87,24 @@ def calibrate(found: Mapping[str, Any], *, statistic: str = "median") -> Calibra
         rates[run["kind"]].append(rate_of(_timed(job, cluster, run["kind"]), seconds, run["kind"]))
     for kind, several in rates.items():
         if not several:
-            raise ConfigError(f'the calibration has no run of kind "{kind}" on all of its {found["world"]} ranks: measure it again')
-    middle = {kind: math.exp(sum(map(math.log, several)) / len(several)) for kind, several in rates.items()}
-    spread = max(rates["plain"]) / min(rates["plain"]), max(rates["teacher"]) / min(rates["teacher"])
-    return Calibration(Rates(middle["plain"], middle["teacher"]), spread, cluster, found["settings"], str(found.get("device", "")))
+            raise ConfigError(
+                f'the calibration has no run of kind "{kind}" on all of its {found["world"]} ranks: measure it again'
+            )
+    middle = {
+        kind: math.exp(sum(map(math.log, several)) / len(several))
+        for kind, several in rates.items()
+    }
+    spread = (
+        max(rates["plain"]) / min(rates["plain"]),
+        max(rates["teacher"]) / min(rates["teacher"]),
+    )
+    return Calibration(
+        Rates(middle["plain"], middle["teacher"]),
+        spread,
+        cluster,
+        found["settings"],
+        str(found.get("device", "")),
+    )
 
 
 def measured_cluster(found: Mapping[str, Any], device: str) -> Cluster:
@@ -123,7 +152,12 @@ def bench_job(settings: Mapping[str, Any], run: Mapping[str, Any], device: str) 
     def model(prefix: str) -> dict[str, Any]:
         hidden = settings[f"{prefix}hidden"]
         shape = {"hidden_size": hidden, "num_layers": settings[f"{prefix}layers"]}
-        return {**shape, "num_attention_heads": hidden // 32, "ffn_hidden_size": 3 * hidden, "vocab_size": settings["vocab"]}
+        return {
+            **shape,
+            "num_attention_heads": hidden // 32,
+            "ffn_hidden_size": 3 * hidden,
+            "vocab_size": settings["vocab"],
+        }
 
     layout = {key: value for key, value in run["student"].items() if key != "data"}
     content: dict[str, Any] = {
@@ -144,10 +178,18 @@ def bench_job(settings: Mapping[str, Any], run: Mapping[str, Any], device: str) 
     if run["kind"] in ("online", "teacher"):
         content["teacher"] = {"source": "online", "checkpoint": "none"}
     if own:
-        content["teacher"]["parallel"] = {key: own[key] for key in ("tensor", "pipeline") if own.get(key)}
-        content["teacher"]["micro_batch_size"] = own.get("micro_batch_size") or settings.get("teacher_micro_batch")
+        content["teacher"]["parallel"] = {
+            key: own[key] for key in ("tensor", "pipeline") if own.get(key)
+        }
+        content["teacher"]["micro_batch_size"] = own.get("micro_batch_size") or settings.get(
+            "teacher_micro_batch"
+        )
     config = RunConfig.model_validate(content)
-    teacher = config.model.model_validate(model("teacher_")) if run["kind"] in ("online", "teacher") else None
+    teacher = (
+        config.model.model_validate(model("teacher_"))
+        if run["kind"] in ("online", "teacher")
+        else None
+    )
     return Job(config, settings["vocab"], teacher, device)
 
 
@@ -159,7 +201,13 @@ def bench_runs(result: Mapping[str, Any], world: int) -> list[dict[str, Any]]:
     own["micro_batch_size"] = settings["teacher_micro_batch"]
     teacher = own if any(value is not None for value in own.values()) else None
     return [
-        {"kind": kind, "student": student, "teacher": None if kind == "plain" else teacher, "world": world, "seconds": seconds}
+        {
+            "kind": kind,
+            "student": student,
+            "teacher": None if kind == "plain" else teacher,
+            "world": world,
+            "seconds": seconds,
+        }
         for kind, seconds in result["seconds"].items()
         if kind in ("plain", "online", "teacher")
     ]

@@ -44,7 +44,9 @@ GPUS: dict[str, Gpu] = {
 LINK_EFFICIENCY = 0.75  # share of a link's bandwidth that collectives of large messages reach
 MEMORY_EFFICIENCY = 0.8  # share of the memory's bandwidth that elementwise passes reach
 LATENCY = 2e-5  # seconds of one collective or message, however small
-FRAMEWORK = 3 * GIB  # CUDA context, libraries' workspaces, NCCL's buffers and the allocator's unused remainders
+FRAMEWORK = (
+    3 * GIB
+)  # CUDA context, libraries' workspaces, NCCL's buffers and the allocator's unused remainders
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,11 @@ class Cluster:
         A ring leaves a node once for all of its members there, and each of those has a network card: a group with k members in a node
         has k cards, but never more than the links within the node carry.
         """
-        if size == 1 or (size - 1) * stride < self.gpus_per_node and size * stride <= self.gpus_per_node:
+        if (
+            size == 1
+            or (size - 1) * stride < self.gpus_per_node
+            and size * stride <= self.gpus_per_node
+        ):
             return self.intra
         members = max(1, self.gpus_per_node // stride)
         return min(self.intra, self.inter * members)
@@ -97,7 +103,9 @@ def known_gpu(name: str) -> Gpu:
     return GPUS[name.lower()]
 
 
-def cluster_of(gpu: Gpu, ranks: int, *, link_efficiency: float = LINK_EFFICIENCY, name: str = "") -> Cluster:
+def cluster_of(
+    gpu: Gpu, ranks: int, *, link_efficiency: float = LINK_EFFICIENCY, name: str = ""
+) -> Cluster:
     """`ranks` GPUs of one kind."""
     peak = peak_tflops(gpu.device)
     assert peak is not None

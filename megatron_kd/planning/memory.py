@@ -57,7 +57,9 @@ class Job:
         """The student in its layout."""
         config = self.config
         sequence_parallel = config.parallel.sequence_parallel
-        return self._shape(config.model, config.parallel.tensor, sequence_parallel, config.batch.micro_batch_size)
+        return self._shape(
+            config.model, config.parallel.tensor, sequence_parallel, config.batch.micro_batch_size
+        )
 
     def teacher_shape(self, world_size: int) -> Shape:
         """The teacher in its layout."""
@@ -66,7 +68,9 @@ class Job:
         split = self.config.parallel.sequence_parallel and not self.config.teacher.has_own_layout
         return self._shape(self.teacher, tensor, split, micro_batch_size)
 
-    def _shape(self, model: ModelSection, tensor: int, sequence_parallel: bool, micro_batch_size: int) -> Shape:
+    def _shape(
+        self, model: ModelSection, tensor: int, sequence_parallel: bool, micro_batch_size: int
+    ) -> Shape:
         return shape_of(
             model,
             self.vocab_size,
@@ -92,7 +96,10 @@ class Job:
 
 def run_memory(job: Job, world_size: int, *, framework: float = 0.0) -> list[RankMemory]:
     """The fullest rank of every pipeline stage of the student. ConfigError where `world_size` does not fit the layout."""
-    return [_rank_memory(job, world_size, stage, framework) for stage in range(job.config.parallel.pipeline)]
+    return [
+        _rank_memory(job, world_size, stage, framework)
+        for stage in range(job.config.parallel.pipeline)
+    ]
 
 
 def fullest(found: list[RankMemory]) -> RankMemory:
@@ -113,7 +120,9 @@ def without_teacher(job: Job, world_size: int) -> list[tuple[float, float]]:
 def teacher_alone(job: Job, world_size: int) -> tuple[float, float]:
     """Of a teacher in a layout of its own: bytes of its weights, and of its fullest moment."""
     moments = _teacher_moments(job, world_size, 0)
-    return _teacher_weights(job, world_size, 0), max(sum(each.values()) for each in moments.values())
+    return _teacher_weights(job, world_size, 0), max(
+        sum(each.values()) for each in moments.values()
+    )
 
 
 def _rank_memory(job: Job, world_size: int, stage: int, framework: float) -> RankMemory:
@@ -153,30 +162,57 @@ def _states(job: Job, world_size: int, stage: int) -> tuple[dict[str, float], in
     return {name: float(size) for name, size in parts.items()}, parameters
 
 
-def _student_moments(job: Job, world_size: int, stage: int, parameters: int) -> dict[str, dict[str, float]]:
+def _student_moments(
+    job: Job, world_size: int, stage: int, parameters: int
+) -> dict[str, dict[str, float]]:
     """What comes and goes on the student's side, at each moment that can be the fullest."""
     config, shape = job.config, job.student
     parallel, recompute = config.parallel, config.model.recompute == "full"
     last, first = stage == parallel.pipeline - 1, stage == 0
-    in_flight = microbatches_in_flight(parallel.pipeline, parallel.virtual_pipeline, stage, config.num_microbatches(world_size))
+    in_flight = microbatches_in_flight(
+        parallel.pipeline, parallel.virtual_pipeline, stage, config.num_microbatches(world_size)
+    )
     layers = config.model.num_layers // (parallel.pipeline * parallel.virtual_pipeline)
     chunk = layers * (shape.layer_input if recompute else shape.layer) + shape.rotary
     kept = in_flight * chunk + (shape.final_norm if last else 0.0)
     gathered = shape.gathered  # megatron-core keeps one buffer for sequences put together
     backward = kept + (shape.layer - shape.layer_input if recompute else 0.0)
     moments = {
-        "backward of a layer": {"activations": backward, "temporaries": shape.layer_backward, "communication": gathered},
-        "optimizer": {"temporaries": _optimizer_temporaries(job, world_size, parameters), "communication": gathered},
+        "backward of a layer": {
+            "activations": backward,
+            "temporaries": shape.layer_backward,
+            "communication": gathered,
+        },
+        "optimizer": {
+            "temporaries": _optimizer_temporaries(job, world_size, parameters),
+            "communication": gathered,
+        },
     }
     if last:
         forward_peak, backward_peak = _head(job)
-        moments["forward of the head"] = {"activations": kept, "head": forward_peak, "communication": gathered}
-        moments["backward of the head"] = {"activations": kept, "head": backward_peak, "communication": gathered}
+        moments["forward of the head"] = {
+            "activations": kept,
+            "head": forward_peak,
+            "communication": gathered,
+        }
+        moments["backward of the head"] = {
+            "activations": kept,
+            "head": backward_peak,
+            "communication": gathered,
+        }
     if first:
         rest = kept - chunk if parallel.virtual_pipeline == 1 else kept
         table = shape.vocabulary_rows * shape.hidden * shape.element
-        moments["gradient of the embedding"] = {"activations": max(rest, 0.0), "temporaries": table, "communication": gathered}
-    if job.device == "cpu" and config.optimizer.distributed and config.data_parallel_size(world_size) > 1:
+        moments["gradient of the embedding"] = {
+            "activations": max(rest, 0.0),
+            "temporaries": table,
+            "communication": gathered,
+        }
+    if (
+        job.device == "cpu"
+        and config.optimizer.distributed
+        and config.data_parallel_size(world_size) > 1
+    ):
         # gloo's reduce-scatter is an all-reduce of a copy.
         moments["reduction of the gradients"] = {"communication": 4.0 * parameters + gathered}
     return moments
@@ -204,21 +240,30 @@ def _head(job: Job) -> tuple[float, float]:
     if schedule == "auto" and tokens * share <= SAVED_LOGITS[job.device]:
         schedule = "save"
     weight_gradient, dummy = 4.0 * rows * shape.hidden, float(shape.element * rows * shape.hidden)
-    hidden_gradient = 4.0 * tokens * shape.hidden / shape.sequence_split + 4.0 * chunk * shape.hidden
+    hidden_gradient = (
+        4.0 * tokens * shape.hidden / shape.sequence_split + 4.0 * chunk * shape.hidden
+    )
     # What a token's loss holds: ids, log-probabilities, probabilities and statistics of each entry.
-    small = tokens * (40.0 * job.slots + 64.0) if job.config.teacher.source != "none" else 64.0 * tokens
+    small = (
+        tokens * (40.0 * job.slots + 64.0) if job.config.teacher.source != "none" else 64.0 * tokens
+    )
     blocks = 8.0 * width * max(1, min(chunk, BLOCK // width)) if job.device == "cpu" else 0.0
     # A CPU multiplies fp32 by fp32: bf16 weights are widened once.
     widened = weight_gradient if job.device == "cpu" and shape.element == 2 else 0.0
     buffers = 4.0 * chunk * width * (3 if distill.dense else 1) + blocks + widened + small
     if schedule == "save":
         saved = 4.0 * tokens * width
-        return buffers + saved - 4.0 * chunk * width, max(saved + blocks + widened, dummy) + hidden_gradient + small
+        return buffers + saved - 4.0 * chunk * width, max(
+            saved + blocks + widened, dummy
+        ) + hidden_gradient + small
     if schedule == "direct":
         return buffers + hidden_gradient, dummy + hidden_gradient
     if schedule == "recompute":
         return buffers, buffers + 8.0 * tokens * shape.hidden + dummy
-    return buffers + hidden_gradient + weight_gradient, weight_gradient + dummy + hidden_gradient + small
+    return (
+        buffers + hidden_gradient + weight_gradient,
+        weight_gradient + dummy + hidden_gradient + small,
+    )
 
 
 def chunk_tokens(job: Job, shape: Shape) -> int:
@@ -239,7 +284,10 @@ def _teacher_weights(job: Job, world_size: int, stage: int) -> float:
     assert job.teacher is not None
     tensor, pipeline, _ = job.config.teacher_layout(world_size)
     stages = range(pipeline) if job.config.teacher.has_own_layout else [stage]
-    most = max(rank_parameters(job.teacher, job.vocab_size, tensor=tensor, pipeline=pipeline, stage=each) for each in stages)
+    most = max(
+        rank_parameters(job.teacher, job.vocab_size, tensor=tensor, pipeline=pipeline, stage=each)
+        for each in stages
+    )
     return float(ELEMENT[job.config.train.precision] * most)
 
 
@@ -258,13 +306,33 @@ def _teacher_moments(job: Job, world_size: int, stage: int) -> dict[str, dict[st
     own = config.teacher.has_own_layout
     moments = {"teacher's layers": {"teacher activations": shape.layer_forward}}
     if stage == pipeline - 1 or own:
-        width, chunk = buffer_width(min(shape.vocabulary_rows, job.vocab_size)), chunk_tokens(job, shape)
+        width, chunk = (
+            buffer_width(min(shape.vocabulary_rows, job.vocab_size)),
+            chunk_tokens(job, shape),
+        )
         tiles = min(job.slots * TILE, width)
-        scratch = 8.0 * width * max(1, min(chunk, BLOCK // width)) + 5.0 * chunk * tiles if job.device == "cpu" else 0.0
-        widened = 4.0 * shape.vocabulary_rows * shape.hidden if job.device == "cpu" and shape.element == 2 else 0.0
-        head = 4.0 * chunk * width + scratch + widened + 2 * shape.element * shape.tokens * shape.hidden
+        scratch = (
+            8.0 * width * max(1, min(chunk, BLOCK // width)) + 5.0 * chunk * tiles
+            if job.device == "cpu"
+            else 0.0
+        )
+        widened = (
+            4.0 * shape.vocabulary_rows * shape.hidden
+            if job.device == "cpu" and shape.element == 2
+            else 0.0
+        )
+        head = (
+            4.0 * chunk * width
+            + scratch
+            + widened
+            + 2 * shape.element * shape.tokens * shape.hidden
+        )
         moments["teacher's head"] = {"teacher activations": head}
     if own:
-        replica = config.batch.global_batch_size * config.batch.sequence_length // config.data_parallel_size(world_size)
+        replica = (
+            config.batch.global_batch_size
+            * config.batch.sequence_length
+            // config.data_parallel_size(world_size)
+        )
         moments["exchange of targets"] = {"communication": 3.0 * (8 * job.slots + 8) * replica}
     return moments

@@ -32,7 +32,13 @@ MEMORY_COLOURS = dict(
         strict=True,
     )
 )
-TIME_COLOURS = dict(zip(STEP_PARTS, ("#0072B2", "#F0E442", "#E69F00", "#BBBBBB", "#CC79A7", "#56B4E9", "#D55E00", "#EFA374"), strict=True))
+TIME_COLOURS = dict(
+    zip(
+        STEP_PARTS,
+        ("#0072B2", "#F0E442", "#E69F00", "#BBBBBB", "#CC79A7", "#56B4E9", "#D55E00", "#EFA374"),
+        strict=True,
+    )
+)
 
 
 def draw(report: Report, path: Path, show: int) -> None:
@@ -44,15 +50,30 @@ def draw(report: Report, path: Path, show: int) -> None:
     plans, ranks = report.found.plans[:show], report.cluster.ranks
     figure = Figure(figsize=(13, 2.6 + 0.55 * len(plans)), layout="constrained")
     memory, time = figure.subplots(1, 2, sharey=True)
-    labels = [f"{number}  {layout_text(plan, ranks)}\nteacher: {teacher_text(plan, ranks)}" for number, plan in enumerate(plans, 1)]
-    _bars(memory, [{name: size / GIB for name, size in plan.fullest.parts.items()} for plan in plans], MEMORY_COLOURS)
+    labels = [
+        f"{number}  {layout_text(plan, ranks)}\nteacher: {teacher_text(plan, ranks)}"
+        for number, plan in enumerate(plans, 1)
+    ]
+    _bars(
+        memory,
+        [{name: size / GIB for name, size in plan.fullest.parts.items()} for plan in plans],
+        MEMORY_COLOURS,
+    )
     if report.cluster.memory < float("inf"):
         memory.axvline(report.cluster.memory / GIB, color="black", linestyle="--", linewidth=1)
         memory.set_xlim(0, report.cluster.memory / GIB * 1.06)
-    memory.set_title("Memory of the fullest rank, GiB (dashed: what it has)", fontsize=10, loc="left")
+    memory.set_title(
+        "Memory of the fullest rank, GiB (dashed: what it has)", fontsize=10, loc="left"
+    )
     _bars(time, [plan.time.parts for plan in plans], TIME_COLOURS)
     for row, plan in enumerate(plans):
-        time.text(plan.time.seconds, row, f" {plan.time.tokens_per_second:,.0f} tokens/s", va="center", fontsize=8)
+        time.text(
+            plan.time.seconds,
+            row,
+            f" {plan.time.tokens_per_second:,.0f} tokens/s",
+            va="center",
+            fontsize=8,
+        )
     time.set_xlim(0, max(plan.time.seconds for plan in plans) * 1.25)
     time.set_title("Time of a step, seconds", fontsize=10, loc="left")
     memory.set_yticks(range(len(plans)), labels, fontsize=8)
@@ -73,7 +94,16 @@ def _bars(axes: Any, rows: list[dict[str, float]], colours: dict[str, str]) -> N
         if not any(values):
             continue
         label = name if max(values) > whole / 100 else None
-        axes.barh(range(len(rows)), values, left=left, color=colour, label=label, height=0.62, edgecolor="white", linewidth=0.6)
+        axes.barh(
+            range(len(rows)),
+            values,
+            left=left,
+            color=colour,
+            label=label,
+            height=0.62,
+            edgecolor="white",
+            linewidth=0.6,
+        )
         left = [start + value for start, value in zip(left, values, strict=True)]
     axes.legend(fontsize=8, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.08), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

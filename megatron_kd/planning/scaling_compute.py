@@ -33,11 +33,23 @@ class Prices:
     teacher_tokens: float = 0.0
 
     def __post_init__(self) -> None:
-        values = (self.student_forward, self.teacher_forward, self.logits, self.pretraining, self.teacher_tokens)
-        if self.student_forward <= 0 or not all(math.isfinite(value) and value >= 0 for value in values):
-            raise ConfigError(f"FLOPs, shares and tokens must not be negative, and a student's forward pass is not free: {self}")
+        values = (
+            self.student_forward,
+            self.teacher_forward,
+            self.logits,
+            self.pretraining,
+            self.teacher_tokens,
+        )
+        if self.student_forward <= 0 or not all(
+            math.isfinite(value) and value >= 0 for value in values
+        ):
+            raise ConfigError(
+                f"FLOPs, shares and tokens must not be negative, and a student's forward pass is not free: {self}"
+            )
         if self.pretraining > 0 and self.teacher_tokens == 0:
-            raise ConfigError("a share of the teacher's training has a price only with the number of tokens it was trained on")
+            raise ConfigError(
+                "a share of the teacher's training has a price only with the number of tokens it was trained on"
+            )
 
     def supervised(self, tokens: float) -> float:
         """FLOPs of plain training on `tokens`."""
@@ -45,7 +57,9 @@ class Prices:
 
     def distilled(self, tokens: float) -> float:
         """FLOPs of distillation on `tokens`, the teacher's share included."""
-        return self.supervised(tokens) + self.teacher_forward * (self.logits * tokens + self.pretraining * 3 * self.teacher_tokens)
+        return self.supervised(tokens) + self.teacher_forward * (
+            self.logits * tokens + self.pretraining * 3 * self.teacher_tokens
+        )
 
     def supervised_tokens(self, tokens: float) -> float:
         """Tokens of plain training for the FLOPs of distillation on `tokens`."""
@@ -63,7 +77,9 @@ class Comparison:
     flops: float
 
 
-def compare(law: DistillationLaw, parameters: float, tokens: float, teacher_loss: float, prices: Prices) -> Comparison:
+def compare(
+    law: DistillationLaw, parameters: float, tokens: float, teacher_loss: float, prices: Prices
+) -> Comparison:
     """One student distilled and trained alone."""
     more = prices.supervised_tokens(tokens)
     return Comparison(

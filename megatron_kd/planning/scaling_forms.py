@@ -54,7 +54,9 @@ def log_supervised(phi: Array, n: Array, d: Array) -> tuple[Array, Array]:
     return value, np.column_stack([1.0 - share, share[:, None] * slopes])
 
 
-def log_distillation(phi: Array, n: Array, d: Array, t: Array, log_supervised_loss: Array) -> tuple[Array, Array]:
+def log_distillation(
+    phi: Array, n: Array, d: Array, t: Array, log_supervised_loss: Array
+) -> tuple[Array, Array]:
     """log L_S [P] of phi [9], and d log L_S / d phi [P, 9]. log_supervised_loss: log L~ of the points."""
     u, slopes = _reducible(phi[:5], n, d)
     c0, log_c1, log_f1, log_d1 = phi[5:]
@@ -117,14 +119,20 @@ class Problem:
     def middle(self) -> tuple[float, float, float, float]:
         """Means of n, d and t, and the L_T / L~, as a logarithm, at which the capacity factor is measured."""
         t = 0.0 if self.t is None else float(self.t.mean())
-        ratio = 0.0 if self.t is None or self.log_supervised_loss is None else float((self.t - self.log_supervised_loss).mean())
+        ratio = (
+            0.0
+            if self.t is None or self.log_supervised_loss is None
+            else float((self.t - self.log_supervised_loss).mean())
+        )
         return float(self.n.mean()), float(self.d.mean()), t, ratio
 
     def coefficients(self, y: Array) -> tuple[Array, Array]:
         """phi [K] of free coordinates y [F], and d phi / d y [K, F]."""
         free, unit = self.free, dict(zip(self.free, np.eye(len(self.free)), strict=True))
         given = dict(zip(free, y, strict=True))
-        phi: dict[str, float] = {name: to_coordinates(name, value) for name, value in self.held.items()}
+        phi: dict[str, float] = {
+            name: to_coordinates(name, value) for name, value in self.held.items()
+        }
         slope = {name: np.zeros(len(free)) for name in self.names}
         n, d, t, ratio = self.middle
         for name in ("E", "gamma", "c0", "f1", "d1"):
@@ -140,12 +148,18 @@ class Problem:
                 level = (given[name] + c0 * t) / gamma
                 phi[name] = level + phi[exponent] * at
                 by_c0 = slope["c0"] * (t / gamma) if "c0" in slope else 0.0
-                slope[name] = unit[name] / gamma + by_c0 - level * slope["gamma"] + at * slope[exponent]
+                slope[name] = (
+                    unit[name] / gamma + by_c0 - level * slope["gamma"] + at * slope[exponent]
+                )
         if "c1" in given:
             f1 = math.exp(phi["f1"])
             phi["c1"] = given["c1"] + (phi["d1"] - ratio) / f1 - phi["f1"]
-            slope["c1"] = unit["c1"] + slope["d1"] / f1 - ((phi["d1"] - ratio) / f1 + 1.0) * slope["f1"]
-        return np.array([phi[name] for name in self.names]), np.array([slope[name] for name in self.names])
+            slope["c1"] = (
+                unit["c1"] + slope["d1"] / f1 - ((phi["d1"] - ratio) / f1 + 1.0) * slope["f1"]
+            )
+        return np.array([phi[name] for name in self.names]), np.array(
+            [slope[name] for name in self.names]
+        )
 
     def coordinates(self, phi: Array) -> Array:
         """The free coordinates [F] of coefficients phi [K]: the inverse of `coefficients`."""
@@ -174,10 +188,14 @@ class Problem:
         residual, slopes = self.residuals(y)
         size = np.abs(residual)
         loss = np.where(size <= self.delta, residual**2 / (2 * self.delta), size - self.delta / 2)
-        return float(self.weight @ loss), (self.weight * np.clip(residual / self.delta, -1.0, 1.0)) @ slopes
+        return float(self.weight @ loss), (
+            self.weight * np.clip(residual / self.delta, -1.0, 1.0)
+        ) @ slopes
 
 
-def search(problem: Problem, starts: list[Array], *, squares: int = 30, rounds: int = 2) -> list[tuple[float, Array]]:
+def search(
+    problem: Problem, starts: list[Array], *, squares: int = 30, rounds: int = 2
+) -> list[tuple[float, Array]]:
     """Where several starts [F] lead: Huber sums and free coordinates, the best first.
 
     Each start first goes downhill in squares (Gauss-Newton, `squares` steps at most: fast along the flat directions), then L-BFGS-B
@@ -186,7 +204,9 @@ def search(problem: Problem, starts: list[Array], *, squares: int = 30, rounds: 
     try:
         from scipy.optimize import least_squares
     except ImportError:
-        raise ConfigError("fitting a scaling law needs scipy: pip install 'megatron-kd[scaling]'") from None
+        raise ConfigError(
+            "fitting a scaling law needs scipy: pip install 'megatron-kd[scaling]'"
+        ) from None
     low, high = problem.bounds()
     root = np.sqrt(problem.weight)
     found = []

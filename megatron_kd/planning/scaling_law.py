@@ -57,7 +57,9 @@ class SupervisedLaw:
 
     def loss(self, parameters: Array | float, tokens: Array | float) -> Array:
         """Cross-entropy of models of `parameters` (without embeddings) after `tokens`; shapes are broadcast."""
-        n, d = np.broadcast_arrays(np.log(np.asarray(parameters, float)), np.log(np.asarray(tokens, float)))
+        n, d = np.broadcast_arrays(
+            np.log(np.asarray(parameters, float)), np.log(np.asarray(tokens, float))
+        )
         value, _ = log_supervised(_phi(self, SUPERVISED_NAMES), n.ravel(), d.ravel())
         return np.exp(value).reshape(n.shape)
 
@@ -77,11 +79,17 @@ class DistillationLaw:
     f1: float
     d1: float
 
-    def loss(self, parameters: Array | float, tokens: Array | float, teacher_loss: Array | float) -> Array:
+    def loss(
+        self, parameters: Array | float, tokens: Array | float, teacher_loss: Array | float
+    ) -> Array:
         """Cross-entropy of distilled students; shapes are broadcast."""
-        n, d, t = np.broadcast_arrays(*(np.log(np.asarray(each, float)) for each in (parameters, tokens, teacher_loss)))
+        n, d, t = np.broadcast_arrays(
+            *(np.log(np.asarray(each, float)) for each in (parameters, tokens, teacher_loss))
+        )
         plain, _ = log_supervised(_phi(self.supervised, SUPERVISED_NAMES), n.ravel(), d.ravel())
-        value, _ = log_distillation(_phi(self, DISTILLATION_NAMES), n.ravel(), d.ravel(), t.ravel(), plain)
+        value, _ = log_distillation(
+            _phi(self, DISTILLATION_NAMES), n.ravel(), d.ravel(), t.ravel(), plain
+        )
         return np.exp(value).reshape(n.shape)
 
     def best_teacher_loss(self, parameters: float, tokens: float) -> float:
@@ -99,9 +107,20 @@ class DistillationLaw:
 
 
 # arXiv 2502.08606: 73 supervised and 697 distilled runs on English C4, students of 143M to 12.6B, up to 512B tokens.
-PUBLISHED_SUPERVISED = SupervisedLaw(E=1.220, A=3355.0, B=18186.0, alpha=0.408, beta=0.431, gamma=0.452)
+PUBLISHED_SUPERVISED = SupervisedLaw(
+    E=1.220, A=3355.0, B=18186.0, alpha=0.408, beta=0.431, gamma=0.452
+)
 PUBLISHED_DISTILLATION = DistillationLaw(
-    PUBLISHED_SUPERVISED, A=2243.0, B=24181.0, alpha=0.321, beta=0.637, gamma=0.764, c0=2.549, c1=522.6, f1=0.090, d1=1.315
+    PUBLISHED_SUPERVISED,
+    A=2243.0,
+    B=24181.0,
+    alpha=0.321,
+    beta=0.637,
+    gamma=0.764,
+    c0=2.549,
+    c1=522.6,
+    f1=0.090,
+    d1=1.315,
 )
 
 Law = TypeVar("Law", SupervisedLaw, DistillationLaw)
@@ -157,20 +176,34 @@ class Fit(Generic[Law]):
     @property
     def quantiles(self) -> tuple[float, float]:
         """Of the draws, at the ends of an interval."""
-        return expanded_quantiles(self.level, len(self.points), len(_names(self.law)) - len(self.held))
+        return expanded_quantiles(
+            self.level, len(self.points), len(_names(self.law)) - len(self.held)
+        )
 
     def coefficients(self) -> dict[str, Estimate]:
         """Name -> value and interval; an interval of no width is of one that was held."""
         values = {name: float(getattr(self.law, name)) for name in _names(self.law)}
-        return {name: Estimate(value, *self.intervals.get(name, (value, value))) for name, value in values.items()}
+        return {
+            name: Estimate(value, *self.intervals.get(name, (value, value)))
+            for name, value in values.items()
+        }
 
     def undetermined(self) -> list[str]:
         """Coefficients whose interval spans more than a factor of WIDE: other values fit as well, with others of the rest."""
-        return [name for name, of in self.coefficients().items() if of.high > WIDE * max(of.low, 1e-12) and name not in self.held]
+        return [
+            name
+            for name, of in self.coefficients().items()
+            if of.high > WIDE * max(of.low, 1e-12) and name not in self.held
+        ]
 
 
 def fit_supervised(
-    points: Sequence[Point], *, held: Mapping[str, float] | None = None, resamples: int = 200, level: float = 0.95, seed: int = 0
+    points: Sequence[Point],
+    *,
+    held: Mapping[str, float] | None = None,
+    resamples: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Fit[SupervisedLaw]:
     """The supervised law of runs without a teacher; points that have one are left out.
 
@@ -190,7 +223,16 @@ def fit_supervised(
         part = _resampled(problem, rng)
         draws.append(_law(part, _refit(problem, part, minima)))
     intervals = _intervals(problem, minima[0], draws, level)
-    return Fit(best, tuple(draws), intervals, dict(held or {}), tuple(chosen), problem.residuals(minima[0])[0], level, seed)
+    return Fit(
+        best,
+        tuple(draws),
+        intervals,
+        dict(held or {}),
+        tuple(chosen),
+        problem.residuals(minima[0])[0],
+        level,
+        seed,
+    )
 
 
 def fit_distillation(
@@ -215,11 +257,24 @@ def fit_distillation(
     best = DistillationLaw(fixed, **_values(problem, minima[0]))
     rng, draws = np.random.default_rng([seed, 1]), []
     for number in range(resamples):
-        own = supervised.draws[number % len(supervised.draws)] if isinstance(supervised, Fit) else supervised
+        own = (
+            supervised.draws[number % len(supervised.draws)]
+            if isinstance(supervised, Fit)
+            else supervised
+        )
         part = _resampled(_on(problem, own), rng)
         draws.append(DistillationLaw(own, **_values(part, _refit(problem, part, minima))))
     intervals = _intervals(problem, minima[0], draws, level)
-    return Fit(best, tuple(draws), intervals, dict(held or {}), tuple(chosen), problem.residuals(minima[0])[0], level, seed)
+    return Fit(
+        best,
+        tuple(draws),
+        intervals,
+        dict(held or {}),
+        tuple(chosen),
+        problem.residuals(minima[0])[0],
+        level,
+        seed,
+    )
 
 
 def expanded_quantiles(level: float, points: int, free: int) -> tuple[float, float]:
@@ -244,7 +299,10 @@ def _phi(law: SupervisedLaw | DistillationLaw, names: tuple[str, ...]) -> Array:
 
 def _values(problem: Problem, y: Array) -> dict[str, float]:
     phi = problem.coefficients(y)[0]
-    return {name: float(from_coordinates(name, value)) for name, value in zip(problem.names, phi, strict=True)}
+    return {
+        name: float(from_coordinates(name, value))
+        for name, value in zip(problem.names, phi, strict=True)
+    }
 
 
 def _law(problem: Problem, y: Array) -> SupervisedLaw:
@@ -253,17 +311,25 @@ def _law(problem: Problem, y: Array) -> SupervisedLaw:
 
 def _check_intervals(resamples: int, level: float) -> None:
     if resamples < 20 or not 0.5 <= level < 1:
-        raise ConfigError(f"intervals need at least 20 resamples and a level in [0.5, 1), not {resamples} and {level}")
+        raise ConfigError(
+            f"intervals need at least 20 resamples and a level in [0.5, 1), not {resamples} and {level}"
+        )
 
 
-def _problem(points: Sequence[Point], names: tuple[str, ...], held: Mapping[str, float], what: str) -> Problem:
+def _problem(
+    points: Sequence[Point], names: tuple[str, ...], held: Mapping[str, float], what: str
+) -> Problem:
     """The points as arrays. ConfigError where a law of this kind cannot be fitted to them."""
     unknown = [name for name in held if name not in names]
     if unknown:
-        raise ConfigError(f"the {what} law has no coefficient {unknown[0]} to hold: it has {', '.join(names)}")
+        raise ConfigError(
+            f"the {what} law has no coefficient {unknown[0]} to hold: it has {', '.join(names)}"
+        )
     for name, value in held.items():
         if not (math.isfinite(value) and (value > 0 or name == "c0")):
-            raise ConfigError(f"the {what} law's {name} cannot be held at {value}: it must be a positive number")
+            raise ConfigError(
+                f"the {what} law's {name} cannot be held at {value}: it must be a positive number"
+            )
     free = len(names) - len(held)
     if not free:
         raise ConfigError(f"all coefficients of the {what} law are held: leave some to fit")
@@ -273,15 +339,24 @@ def _problem(points: Sequence[Point], names: tuple[str, ...], held: Mapping[str,
             "add runs, or hold coefficients"
         )
     for point in points:
-        if not all(math.isfinite(value) and value > 0 for value in asdict(point).values() if value is not None):
+        if not all(
+            math.isfinite(value) and value > 0
+            for value in asdict(point).values()
+            if value is not None
+        ):
             raise ConfigError(f"{point} must have positive, finite numbers")
-    columns = [("parameters", {"A", "alpha"}), ("tokens", {"B", "beta"})] + ([("teacher_loss", {"c0", "c1"})] if "c0" in names else [])
+    columns = [("parameters", {"A", "alpha"}), ("tokens", {"B", "beta"})] + (
+        [("teacher_loss", {"c0", "c1"})] if "c0" in names else []
+    )
     for column, needs in columns:
         if len({getattr(point, column) for point in points}) < 2 and not needs <= set(held):
             raise ConfigError(
                 f"all runs have the same {column}: the {what} law needs runs that differ in it, or hold {', '.join(sorted(needs))}"
             )
-    n, d, log_loss = (np.log([getattr(point, name) for point in points]) for name in ("parameters", "tokens", "loss"))
+    n, d, log_loss = (
+        np.log([getattr(point, name) for point in points])
+        for name in ("parameters", "tokens", "loss")
+    )
     t = np.log([point.teacher_loss or math.nan for point in points]) if "c0" in names else None
     return Problem(n, d, log_loss, np.ones(len(points)), HUBER_DELTA, dict(held), t)
 
@@ -289,7 +364,16 @@ def _problem(points: Sequence[Point], names: tuple[str, ...], held: Mapping[str,
 def _on(problem: Problem, law: SupervisedLaw) -> Problem:
     """The same points, seen from a supervised law."""
     plain, _ = log_supervised(_phi(law, SUPERVISED_NAMES), problem.n, problem.d)
-    return Problem(problem.n, problem.d, problem.log_loss, problem.weight, problem.delta, problem.held, problem.t, plain)
+    return Problem(
+        problem.n,
+        problem.d,
+        problem.log_loss,
+        problem.weight,
+        problem.delta,
+        problem.held,
+        problem.t,
+        plain,
+    )
 
 
 def _resampled(problem: Problem, rng: np.random.Generator) -> Problem:
@@ -298,26 +382,42 @@ def _resampled(problem: Problem, rng: np.random.Generator) -> Problem:
     while np.count_nonzero(drawn) < min(len(problem.free) + 1, count):
         drawn = np.bincount(rng.integers(0, count, count), minlength=count).astype(float)
     kept = drawn > 0
-    parts = [None if each is None else each[kept] for each in (problem.t, problem.log_supervised_loss)]
-    return Problem(problem.n[kept], problem.d[kept], problem.log_loss[kept], drawn[kept], problem.delta, problem.held, *parts)
+    parts = [
+        None if each is None else each[kept] for each in (problem.t, problem.log_supervised_loss)
+    ]
+    return Problem(
+        problem.n[kept],
+        problem.d[kept],
+        problem.log_loss[kept],
+        drawn[kept],
+        problem.delta,
+        problem.held,
+        *parts,
+    )
 
 
 def _minima(problem: Problem, grid: Iterable[Array]) -> list[Array]:
     """The best minimum that the best starting points lead to, and others that are nearly as low."""
     low, high = problem.bounds()
     starts = list(grid)
-    scored = sorted((problem.huber(np.clip(y, low, high))[0], number) for number, y in enumerate(starts))
+    scored = sorted(
+        (problem.huber(np.clip(y, low, high))[0], number) for number, y in enumerate(starts)
+    )
     found = search(problem, [starts[number] for _, number in scored[:_REFINED]])
     kept: list[Array] = []
     for value, y in found:
-        if value <= (1 + _RIVAL) * found[0][0] and all(np.abs(y - other).max() > 0.1 for other in kept):
+        if value <= (1 + _RIVAL) * found[0][0] and all(
+            np.abs(y - other).max() > 0.1 for other in kept
+        ):
             kept.append(y)
     return kept[:_RESAMPLED]
 
 
 def _refit(problem: Problem, part: Problem, minima: list[Array]) -> Array:
     """The best coordinates of resampled points, searched from the minima of all points."""
-    return search(part, [part.coordinates(problem.coefficients(y)[0]) for y in minima], squares=12, rounds=1)[0][1]
+    return search(
+        part, [part.coordinates(problem.coefficients(y)[0]) for y in minima], squares=12, rounds=1
+    )[0][1]
 
 
 def _intervals(

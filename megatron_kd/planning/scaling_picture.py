@@ -30,27 +30,59 @@ def draw(
     except ImportError:
         raise ConfigError("--picture needs matplotlib: pip install 'megatron-kd[report]'") from None
     parameters, tokens, teacher = (
-        _or_middle(supervised, distilled, name, query[name]) for name in ("parameters", "tokens", "teacher_loss")
+        _or_middle(supervised, distilled, name, query[name])
+        for name in ("parameters", "tokens", "teacher_loss")
     )
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     missed, over_tokens, over_teacher = figure.subplots(1, 3)
     for fit, colour, label in ((supervised, BLUE, "alone"), (distilled, ORANGE, "distilled")):
         if isinstance(fit, Fit):
-            missed.scatter([point.loss for point in fit.points], 100 * fit.residuals, s=14, color=colour, alpha=0.7, label=label)
+            missed.scatter(
+                [point.loss for point in fit.points],
+                100 * fit.residuals,
+                s=14,
+                color=colour,
+                alpha=0.7,
+                label=label,
+            )
     missed.axhline(0, color="black", linewidth=0.8)
-    missed.set(title="predicted - measured, percent of the loss", xlabel="measured loss, nats per token")
+    missed.set(
+        title="predicted - measured, percent of the loss", xlabel="measured loss, nats per token"
+    )
     grid = np.geomspace(tokens / 30, tokens * 30, 60)
     _band(over_tokens, grid, supervised, lambda law: law.loss(parameters, grid), BLUE, "alone")
     if distilled is not None:
-        _band(over_tokens, grid, distilled, lambda law: law.loss(parameters, grid, teacher), ORANGE, f"teacher at {teacher:.3f}")
+        _band(
+            over_tokens,
+            grid,
+            distilled,
+            lambda law: law.loss(parameters, grid, teacher),
+            ORANGE,
+            f"teacher at {teacher:.3f}",
+        )
         own = float(_law(supervised).loss(parameters, tokens))
         losses = np.linspace(max(0.6 * own, 0.98 * _law(supervised).E), 1.25 * own, 80)
-        _band(over_teacher, losses, distilled, lambda law: law.loss(parameters, tokens, losses), ORANGE, "distilled")
+        _band(
+            over_teacher,
+            losses,
+            distilled,
+            lambda law: law.loss(parameters, tokens, losses),
+            ORANGE,
+            "distilled",
+        )
         over_teacher.axhline(own, color=BLUE, linewidth=1.2, label="alone")
-        over_teacher.plot(losses, losses, color="grey", linewidth=0.8, linestyle=":", label="the teacher itself")
-        over_teacher.set_ylim(0.95 * _law(distilled).loss(parameters, tokens, losses).min(), 1.1 * own)
-    over_tokens.set(title=f"{parameters:.3g} parameters", xlabel="tokens", ylabel="nats per token", xscale="log")
-    over_teacher.set(title=f"{parameters:.3g} parameters, {tokens:.3g} tokens", xlabel="the teacher's loss")
+        over_teacher.plot(
+            losses, losses, color="grey", linewidth=0.8, linestyle=":", label="the teacher itself"
+        )
+        over_teacher.set_ylim(
+            0.95 * _law(distilled).loss(parameters, tokens, losses).min(), 1.1 * own
+        )
+    over_tokens.set(
+        title=f"{parameters:.3g} parameters", xlabel="tokens", ylabel="nats per token", xscale="log"
+    )
+    over_teacher.set(
+        title=f"{parameters:.3g} parameters, {tokens:.3g} tokens", xlabel="the teacher's loss"
+    )
     for axes in (missed, over_tokens, over_teacher):
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
@@ -70,12 +102,20 @@ def _or_middle(supervised: Any, distilled: Any, name: str, given: float | None) 
     """What was asked for, or the geometric middle of the points, or a middle of the published runs."""
     if given is not None:
         return given
-    points = [point for fit in (supervised, distilled) if isinstance(fit, Fit) for point in fit.points]
+    points = [
+        point for fit in (supervised, distilled) if isinstance(fit, Fit) for point in fit.points
+    ]
     values = [value for value in (getattr(point, name) for point in points) if value is not None]
-    return float(np.exp(np.mean(np.log(values)))) if values else {"parameters": 1e9, "tokens": 1e11, "teacher_loss": 2.2}[name]
+    return (
+        float(np.exp(np.mean(np.log(values))))
+        if values
+        else {"parameters": 1e9, "tokens": 1e11, "teacher_loss": 2.2}[name]
+    )
 
 
-def _band(axes: Any, x: Array, fit: Any, function: Callable[[Any], Array], colour: str, label: str) -> None:
+def _band(
+    axes: Any, x: Array, fit: Any, function: Callable[[Any], Array], colour: str, label: str
+) -> None:
     axes.plot(x, function(_law(fit)), color=colour, linewidth=1.6, label=label)
     if isinstance(fit, Fit):
         low, high = np.quantile([function(law) for law in fit.draws], fit.quantiles, axis=0)

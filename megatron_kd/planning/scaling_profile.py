@@ -13,7 +13,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_kd.planning.scaling_forms import BOX, Array, Problem, from_coordinates, search, to_coordinates
+from megatron_kd.planning.scaling_forms import (
+    BOX,
+    Array,
+    Problem,
+    from_coordinates,
+    search,
+    to_coordinates,
+)
 
 _STEPS, _HALVINGS = 7, 3
 
@@ -27,22 +34,31 @@ def allowance(problem: Problem, y: Array, level: float) -> float:
     sigma = 1.4826 * float(np.median(np.abs(residual))) * math.sqrt(len(residual) / freedom)
     sigma = max(sigma, 1e-9)
     curvature = math.erf(problem.delta / (sigma * math.sqrt(2))) / problem.delta
-    slope = float(np.mean(np.clip(residual / problem.delta, -1.0, 1.0) ** 2)) * len(residual) / freedom
+    slope = (
+        float(np.mean(np.clip(residual / problem.delta, -1.0, 1.0) ** 2)) * len(residual) / freedom
+    )
     return float(stdtrit(freedom, (1 + level) / 2)) ** 2 * min(slope, 1.0) / (2 * curvature)
 
 
-def widen(problem: Problem, y: Array, name: str, ends: tuple[float, float], level: float) -> tuple[float, float]:
+def widen(
+    problem: Problem, y: Array, name: str, ends: tuple[float, float], level: float
+) -> tuple[float, float]:
     """The interval `ends` of a free coefficient, each end moved outwards for as long as the fit allows it."""
     phi, lowest = problem.coefficients(y)[0], problem.huber(y)[0]
     allowed = lowest + allowance(problem, y, level)
     at = float(phi[problem.names.index(name)])
     low, high = (to_coordinates(name, end) for end in ends)
     step = max(high - low, 1e-3 * max(abs(at), 1.0)) / 2
-    reached = [_reach(problem, phi, name, end, sign * step, allowed) for sign, end in ((-1, min(low, at)), (1, max(high, at)))]
+    reached = [
+        _reach(problem, phi, name, end, sign * step, allowed)
+        for sign, end in ((-1, min(low, at)), (1, max(high, at)))
+    ]
     return float(from_coordinates(name, reached[0])), float(from_coordinates(name, reached[1]))
 
 
-def _reach(problem: Problem, phi: Array, name: str, end: float, step: float, allowed: float) -> float:
+def _reach(
+    problem: Problem, phi: Array, name: str, end: float, step: float, allowed: float
+) -> float:
     """The farthest of some values from `end` on, in steps that double, at which the others still fit; `end` itself if none does."""
     state = phi
 
@@ -54,7 +70,13 @@ def _reach(problem: Problem, phi: Array, name: str, end: float, step: float, all
             state = held.coefficients(found)[0]
         return cost <= allowed
 
-    low, high = BOX[name] if name in ("E", "gamma", "f1", "d1", "c0") else (-60.0, 400.0) if name in ("A", "B", "c1") else (0.0, 30.0)
+    low, high = (
+        BOX[name]
+        if name in ("E", "gamma", "f1", "d1", "c0")
+        else (-60.0, 400.0)
+        if name in ("A", "B", "c1")
+        else (0.0, 30.0)
+    )
     known, beyond = end, None
     if not fits(end):
         return end

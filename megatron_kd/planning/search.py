@@ -15,7 +15,14 @@ from pydantic import ValidationError
 from megatron_kd.config import ConfigError, ParallelSection, RunConfig
 from megatron_kd.config.sections import TeacherParallelSection
 from megatron_kd.planning.hardware import GIB, Cluster
-from megatron_kd.planning.memory import Job, RankMemory, fullest, run_memory, teacher_alone, without_teacher
+from megatron_kd.planning.memory import (
+    Job,
+    RankMemory,
+    fullest,
+    run_memory,
+    teacher_alone,
+    without_teacher,
+)
 from megatron_kd.planning.step_time import Rates, StepTime, step_time, student_time, teacher_time
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -56,7 +63,11 @@ class Plan:
                 "teacher.parallel.pipeline": config.teacher.parallel.pipeline,
                 "teacher.micro_batch_size": config.teacher.micro_batch_size,
             }
-        return [word for key, value in values.items() for word in (f"--{key}", "null" if value is None else str(value).lower())]
+        return [
+            word
+            for key, value in values.items()
+            for word in (f"--{key}", "null" if value is None else str(value).lower())
+        ]
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,9 @@ def search(job: Job, cluster: Cluster, rates: Rates, *, keep: int = 40) -> Found
             f"no layout of {cluster.ranks} ranks divides this model and batch.global_batch_size = "
             f"{job.config.batch.global_batch_size}: change the number of ranks or the batch"
         )
-    teachers = sorted(_teachers(job, cluster, rates), key=lambda each: each.seconds) if job.lives else []
+    teachers = (
+        sorted(_teachers(job, cluster, rates), key=lambda each: each.seconds) if job.lives else []
+    )
     plans: list[tuple[float, Job]] = []
     least: tuple[float, Job] | None = None
     for option in options:
@@ -103,7 +116,9 @@ def search(job: Job, cluster: Cluster, rates: Rates, *, keep: int = 40) -> Found
         if fitting:
             # The first of equals: the teacher in the student's layout, which needs no exchange.
             best_choice = min(fitting, key=lambda each: each.seconds)
-            seconds = sum(student_time(option, cluster, rates.student).values()) + best_choice.seconds
+            seconds = (
+                sum(student_time(option, cluster, rates.student).values()) + best_choice.seconds
+            )
             plans.append((seconds, _complete(option, job, best_choice.teacher)))
     if not plans:
         _nothing_fits(least, cluster)
@@ -114,12 +129,18 @@ def search(job: Job, cluster: Cluster, rates: Rates, *, keep: int = 40) -> Found
         if len(best) == keep:
             break
     assert least is not None
-    return Found(sorted(best, key=lambda plan: plan.time.seconds), len(options) * max(1, len(teachers)), evaluate(least[1], cluster, rates))
+    return Found(
+        sorted(best, key=lambda plan: plan.time.seconds),
+        len(options) * max(1, len(teachers)),
+        evaluate(least[1], cluster, rates),
+    )
 
 
 def _nothing_fits(least: tuple[float, Job] | None, cluster: Cluster) -> None:
     if least is None:
-        raise ConfigError("no layout of the teacher divides it and batch.global_batch_size: change the number of ranks or the batch")
+        raise ConfigError(
+            "no layout of the teacher divides it and batch.global_batch_size: change the number of ranks or the batch"
+        )
     config = least[1].config
     layout = f"tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline}"
     layout += ", model.recompute = full" if config.model.recompute == "full" else ""
@@ -137,9 +158,18 @@ def _students(job: Job, cluster: Cluster) -> Iterator[Job]:
         if ranks % (tensor * pipeline) or config.model.num_layers % pipeline:
             continue
         data = ranks // (tensor * pipeline)
-        virtuals = [each for each in _divisors(config.model.num_layers // pipeline) if each == 1 or pipeline > 1]
-        sequence, sharded = ([False, True] if tensor > 1 else [False]), ([False, True] if data > 1 else [False])
-        for virtual, split, size, recompute, distributed in product(virtuals, sequence, MICRO_BATCHES, ("none", "full"), sharded):
+        virtuals = [
+            each
+            for each in _divisors(config.model.num_layers // pipeline)
+            if each == 1 or pipeline > 1
+        ]
+        sequence, sharded = (
+            ([False, True] if tensor > 1 else [False]),
+            ([False, True] if data > 1 else [False]),
+        )
+        for virtual, split, size, recompute, distributed in product(
+            virtuals, sequence, MICRO_BATCHES, ("none", "full"), sharded
+        ):
             parallel = {
                 "tensor": tensor,
                 "pipeline": pipeline,
@@ -153,9 +183,13 @@ def _students(job: Job, cluster: Cluster) -> Iterator[Job]:
                 yield replace(job, config=found, teacher=None)
 
 
-def _checked(config: RunConfig, parallel: Mapping[str, object], size: int, recompute: str, distributed: bool) -> RunConfig | None:
+def _checked(
+    config: RunConfig, parallel: Mapping[str, object], size: int, recompute: str, distributed: bool
+) -> RunConfig | None:
     """The run file with this layout; None where its own checks refuse it."""
-    own = config.teacher.model_copy(update={"parallel": TeacherParallelSection(), "micro_batch_size": None})
+    own = config.teacher.model_copy(
+        update={"parallel": TeacherParallelSection(), "micro_batch_size": None}
+    )
     sections = {name: getattr(config, name) for name in RunConfig.model_fields}
     sections |= {
         "teacher": own,
@@ -164,7 +198,9 @@ def _checked(config: RunConfig, parallel: Mapping[str, object], size: int, recom
         "batch": config.batch.model_copy(update={"micro_batch_size": size}),
     }
     try:
-        return RunConfig.model_validate({**sections, "parallel": ParallelSection.model_validate(parallel)})
+        return RunConfig.model_validate(
+            {**sections, "parallel": ParallelSection.model_validate(parallel)}
+        )
     except ValidationError:
         return None
 
@@ -200,7 +236,9 @@ def _teachers(job: Job, cluster: Cluster, rates: Rates) -> Iterator[_Teacher]:
     assert job.teacher is not None
     base = _checked(job.config, {}, 1, "none", False)
     for tensor, pipeline, size in product(
-        _divisors(min(cluster.gpus_per_node, cluster.ranks)), _divisors(min(16, cluster.ranks)), MICRO_BATCHES
+        _divisors(min(cluster.gpus_per_node, cluster.ranks)),
+        _divisors(min(16, cluster.ranks)),
+        MICRO_BATCHES,
     ):
         if base is None or cluster.ranks % (tensor * pipeline):
             continue
@@ -211,12 +249,17 @@ def _teachers(job: Job, cluster: Cluster, rates: Rates) -> Iterator[_Teacher]:
         except ConfigError:
             continue
         weights, moment = teacher_alone(found, cluster.ranks)
-        yield _Teacher(tensor, pipeline, size, teacher_time(found, cluster, rates.teacher), weights, moment)
+        yield _Teacher(
+            tensor, pipeline, size, teacher_time(found, cluster, rates.teacher), weights, moment
+        )
 
 
 def _with_teacher(config: RunConfig, tensor: int, pipeline: int, size: int) -> RunConfig:
     section = config.teacher.model_copy(
-        update={"parallel": TeacherParallelSection(tensor=tensor, pipeline=pipeline), "micro_batch_size": size}
+        update={
+            "parallel": TeacherParallelSection(tensor=tensor, pipeline=pipeline),
+            "micro_batch_size": size,
+        }
     )
     return config.model_copy(update={"teacher": section})
 
@@ -230,10 +273,14 @@ class _Choice:
     teacher: _Teacher | None
 
 
-def _choices(option: Job, job: Job, teachers: list[_Teacher], cluster: Cluster, rates: Rates) -> Iterator[_Choice]:
+def _choices(
+    option: Job, job: Job, teachers: list[_Teacher], cluster: Cluster, rates: Rates
+) -> Iterator[_Choice]:
     """The student with no live teacher; or with the teacher in its layout, and in each layout of the teacher's own."""
     if not job.lives:
-        yield _Choice(cluster.framework + max(map(sum, without_teacher(option, cluster.ranks))), 0.0, None)
+        yield _Choice(
+            cluster.framework + max(map(sum, without_teacher(option, cluster.ranks))), 0.0, None
+        )
         return
     assert job.teacher is not None
     if option.config.teacher_problem(job.teacher, cluster.ranks) is None:
@@ -242,7 +289,9 @@ def _choices(option: Job, job: Job, teachers: list[_Teacher], cluster: Cluster, 
         yield _Choice(need, teacher_time(both, cluster, rates.teacher), None)
     stages = without_teacher(option, cluster.ranks) if teachers else []
     for each in teachers:
-        need = cluster.framework + max(states + each.weights + max(moment, each.moment) for states, moment in stages)
+        need = cluster.framework + max(
+            states + each.weights + max(moment, each.moment) for states, moment in stages
+        )
         yield _Choice(need, each.seconds, each)
 
 

@@ -55,9 +55,17 @@ class Shape:
         # In bf16 a norm that is not fused keeps its input and its scaled input in fp32.
         norms = (4 if cuda else 6 if self.element == 4 else 10) * self.hidden / self.sequence_split
         projection = self.queries + 2 * self.keys
-        attention = 2 * self.queries + self.keys + projection if cuda or not self.grouped else 4 * self.queries
+        attention = (
+            2 * self.queries + self.keys + projection
+            if cuda or not self.grouped
+            else 4 * self.queries
+        )
         if self.qk_norm:
-            attention += self.queries if cuda else 2 * self.queries + self.keys + (projection if self.grouped else 0)
+            attention += (
+                self.queries
+                if cuda
+                else 2 * self.queries + self.keys + (projection if self.grouped else 0)
+            )
         mlp = (3 if cuda else 5) * self.ffn
         numbers = self.tokens * (norms + attention + mlp) + 4 * self.sequence_length * self.head_dim
         if self.within_documents:  # the mask as it is added to the scores

@@ -31,7 +31,11 @@ STEP_PARTS = ("student", "tensor", "pipeline", "bubble", "data", "optimizer", "t
 # Passes over fp32 logits: the loss with its gradient and the health figures; more of them with a target; choosing a target. CPU: measured
 # on the operators alone (512 tokens x 8192 ids, top 64, one thread: a pass 1.29 ns a logit, choosing 7.4, the target's part of the loss
 # 3.3). GPU: counted in the kernels, not measured.
-LOSS_PASSES, TARGET_PASSES, SELECTION_PASSES = {"cuda": 6, "cpu": 3}, {"cuda": 2, "cpu": 2.6}, {"cuda": 4, "cpu": 5.7}
+LOSS_PASSES, TARGET_PASSES, SELECTION_PASSES = (
+    {"cuda": 6, "cpu": 3},
+    {"cuda": 2, "cpu": 2.6},
+    {"cuda": 4, "cpu": 5.7},
+)
 # Bytes a parameter: Adam reads and writes gradient, weight and two moments; each microbatch adds its gradient to an fp32 sum.
 ADAM_BYTES, ACCUMULATE_BYTES = 40, 12
 
@@ -83,7 +87,9 @@ def step_time(job: Job, cluster: Cluster, rates: Rates) -> StepTime:
     return StepTime(parts, tokens, flops, cluster.ranks)
 
 
-def _layers_and_head(model: ModelSection, vocab_size: int, sequence_length: int) -> tuple[float, float]:
+def _layers_and_head(
+    model: ModelSection, vocab_size: int, sequence_length: int
+) -> tuple[float, float]:
     """Forward FLOPs of one token, in all layers and in the head."""
     head = 2.0 * model.hidden_size * vocab_size
     return flops_per_token(model, vocab_size, sequence_length, forward_only=True) - head, head
@@ -99,16 +105,36 @@ def student_time(job: Job, cluster: Cluster, rate: float) -> dict[str, float]:
     stages = range(parallel.pipeline)
     last = parallel.pipeline - 1
     layer_work = shape.tokens * layers / parallel.pipeline / shape.tensor / rate
-    head_work = shape.tokens * head / shape.tensor / rate * (4 if config.distill.head_schedule == "recompute" else 3)
-    passes = LOSS_PASSES[job.device] + (TARGET_PASSES[job.device] if config.teacher.source != "none" else 0)
+    head_work = (
+        shape.tokens
+        * head
+        / shape.tensor
+        / rate
+        * (4 if config.distill.head_schedule == "recompute" else 3)
+    )
+    passes = LOSS_PASSES[job.device] + (
+        TARGET_PASSES[job.device] if config.teacher.source != "none" else 0
+    )
     rows = passes * 4 * shape.tokens * job.vocab_size / shape.tensor / cluster.row_bandwidth
-    work = [layer_work * (4 if recompute else 3) + (stage == last) * (head_work + rows) for stage in stages]
-    tensor = [_tensor_time(job, cluster, shape, config.model.num_layers // parallel.pipeline, layer_work, recompute)] * len(work)
-    message = shape.layer_input / cluster.bandwidth(parallel.pipeline, shape.tensor * data) + cluster.latency
+    work = [
+        layer_work * (4 if recompute else 3) + (stage == last) * (head_work + rows)
+        for stage in stages
+    ]
+    tensor = [
+        _tensor_time(
+            job, cluster, shape, config.model.num_layers // parallel.pipeline, layer_work, recompute
+        )
+    ] * len(work)
+    message = (
+        shape.layer_input / cluster.bandwidth(parallel.pipeline, shape.tensor * data)
+        + cluster.latency
+    )
     messages = 2 * message if parallel.pipeline > 1 else 0.0
     if parallel.virtual_pipeline > 1:
         messages = (
-            max(0.0, parallel.virtual_pipeline * messages - work[0]) if job.device == "cuda" else parallel.virtual_pipeline * messages
+            max(0.0, parallel.virtual_pipeline * messages - work[0])
+            if job.device == "cuda"
+            else parallel.virtual_pipeline * messages
         )
     whole = [own + sums + messages for own, sums in zip(work, tensor, strict=True)]
     pipeline = microbatches * max(whole) + (sum(whole) - max(whole)) / parallel.virtual_pipeline
@@ -122,11 +148,20 @@ def student_time(job: Job, cluster: Cluster, rate: float) -> dict[str, float]:
     return parts | _update_time(job, cluster, data, max(whole))
 
 
-def _tensor_time(job: Job, cluster: Cluster, shape: Shape, layers: int, layer_work: float, recompute: bool) -> float:
+def _tensor_time(
+    job: Job, cluster: Cluster, shape: Shape, layers: int, layer_work: float, recompute: bool
+) -> float:
     """Waiting for sums over the tensor group in one microbatch of one stage."""
     if shape.tensor == 1:
         return 0.0
-    one = _ring(2 * shape.element * shape.tokens * shape.hidden, shape.tensor, cluster.bandwidth(shape.tensor, 1)) + cluster.latency
+    one = (
+        _ring(
+            2 * shape.element * shape.tokens * shape.hidden,
+            shape.tensor,
+            cluster.bandwidth(shape.tensor, 1),
+        )
+        + cluster.latency
+    )
     forward = (4 if recompute else 2) * layers * one
     backward = 2 * layers * one
     return forward + (max(0.0, backward - layer_work) if job.device == "cuda" else backward)
@@ -137,7 +172,13 @@ def _update_time(job: Job, cluster: Cluster, data: int, microbatch: float) -> di
     config, shape = job.config, job.student
     parallel, microbatches = config.parallel, config.num_microbatches(cluster.ranks)
     parameters = max(
-        rank_parameters(config.model, job.vocab_size, tensor=parallel.tensor, pipeline=parallel.pipeline, stage=stage)
+        rank_parameters(
+            config.model,
+            job.vocab_size,
+            tensor=parallel.tensor,
+            pipeline=parallel.pipeline,
+            stage=stage,
+        )
         for stage in range(parallel.pipeline)
     )
     shards = data if config.optimizer.distributed else 1
@@ -147,8 +188,13 @@ def _update_time(job: Job, cluster: Cluster, data: int, microbatch: float) -> di
         return parts
     bandwidth = cluster.bandwidth(data, shape.tensor)
     scatter = _ring(4 * parameters, data, bandwidth) + cluster.latency
-    gather = _ring((shape.element if config.optimizer.distributed else 4) * parameters, data, bandwidth) + cluster.latency
-    if job.device == "cpu":  # gloo's reduce-scatter is an all-reduce, and nothing overlaps on the cores that compute
+    gather = (
+        _ring((shape.element if config.optimizer.distributed else 4) * parameters, data, bandwidth)
+        + cluster.latency
+    )
+    if (
+        job.device == "cpu"
+    ):  # gloo's reduce-scatter is an all-reduce, and nothing overlaps on the cores that compute
         return parts | {"data": 2 * scatter + (gather if config.optimizer.distributed else 0.0)}
     if not config.optimizer.distributed:
         scatter, gather = scatter + gather, 0.0
@@ -174,7 +220,14 @@ def teacher_time(job: Job, cluster: Cluster, rate: float, *, bare: bool = False)
     layers, head = _layers_and_head(job.teacher, job.vocab_size, length)
     work = shape.tokens * layers / pipeline / tensor / rate
     if tensor > 1:
-        one = _ring(2 * shape.element * shape.tokens * shape.hidden, tensor, cluster.bandwidth(tensor, 1)) + cluster.latency
+        one = (
+            _ring(
+                2 * shape.element * shape.tokens * shape.hidden,
+                tensor,
+                cluster.bandwidth(tensor, 1),
+            )
+            + cluster.latency
+        )
         work += 2 * job.teacher.num_layers / pipeline * one
     if pipeline > 1:
         work += shape.layer_input / cluster.bandwidth(pipeline, tensor * data) + cluster.latency
@@ -190,7 +243,12 @@ def _exchange(job: Job, cluster: Cluster) -> float:
     bandwidth = cluster.intra if cluster.nodes == 1 else cluster.inter
     samples = batch.global_batch_size * tensor * pipeline / cluster.ranks
     there = 4 * (batch.sequence_length + 4) * samples
-    targets = batch.global_batch_size / job.config.data_parallel_size(cluster.ranks) * batch.sequence_length * (8 * job.slots + 8)
+    targets = (
+        batch.global_batch_size
+        / job.config.data_parallel_size(cluster.ranks)
+        * batch.sequence_length
+        * (8 * job.slots + 8)
+    )
     back = targets / job.student.tensor
     together = _ring(targets, job.student.tensor, cluster.bandwidth(job.student.tensor, 1))
     return (there + back) / bandwidth + together + 3 * cluster.latency

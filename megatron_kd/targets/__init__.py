@@ -4,4 +4,11 @@ from megatron_kd.targets.sample import SampleSelection
 from megatron_kd.targets.select import Selection, TopSelection, linear_targets, select_targets
 from megatron_kd.targets.sparse import SparseTarget
 
-__all__ = ["SampleSelection", "Selection", "SparseTarget", "TopSelection", "linear_targets", "select_targets"]
+__all__ = [
+    "SampleSelection",
+    "Selection",
+    "SparseTarget",
+    "TopSelection",
+    "linear_targets",
+    "select_targets",
+]

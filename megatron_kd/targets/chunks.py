@@ -12,7 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_kd.parallel.collectives import Group, Pending, group_size, start_all_gather, start_all_reduce_sum, start_reduce_scatter_sum
+from megatron_kd.parallel.collectives import (
+    Group,
+    Pending,
+    group_size,
+    start_all_gather,
+    start_all_reduce_sum,
+    start_reduce_scatter_sum,
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,14 @@ class HiddenChunks:
     worked on, the next one is being gathered and the gradient of the last one summed.
     """
 
-    def __init__(self, rows: Tensor, chunks: TokenChunks, group: Group, *, gradient: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        chunks: TokenChunks,
+        group: Group,
+        *,
+        gradient: torch.dtype | None = None,
+    ) -> None:
         self._rows, self._chunks, self._group = rows, chunks, group
         self._gathers = chunks.slices > 1
         self._gradient = None if gradient is None else rows.new_empty(rows.shape, dtype=gradient)
@@ -67,7 +81,11 @@ class HiddenChunks:
             yield part, x.flatten(0, 1) if self._gathers else x
 
     def _start(self, part: slice) -> Pending:
-        return start_all_gather(self._rows[part], self._group) if self._gathers else Pending(self._rows[part])
+        return (
+            start_all_gather(self._rows[part], self._group)
+            if self._gathers
+            else Pending(self._rows[part])
+        )
 
     def give_back(self, part: slice, gradient: Tensor) -> None:
         """This rank's contribution [C, H] to the gradient of a chunk's hidden states; starts its sum over the ranks."""

@@ -53,7 +53,9 @@ class OutputWeight:
         slab = copy(self)
         slab.rows = self.rows[part]
         count = part.stop - part.start
-        slab.shard = replace(self.shard, start=self.shard.start + part.start, valid=count, rows=count)
+        slab.shard = replace(
+            self.shard, start=self.shard.start + part.start, valid=count, rows=count
+        )
         return slab
 
     def new_buffer(self, tokens: int) -> Tensor:
@@ -76,7 +78,9 @@ class OutputWeight:
             return torch.mm(logit_gradient.to(self.rows.dtype), self.rows, out_dtype=self.dtype)
         return logit_gradient @ self.rows
 
-    def add_weight_gradient_(self, gradient: Tensor, logit_gradient: Tensor, hidden: Tensor, *, first: bool = False) -> None:
+    def add_weight_gradient_(
+        self, gradient: Tensor, logit_gradient: Tensor, hidden: Tensor, *, first: bool = False
+    ) -> None:
         """gradient [V/tp, H] (fp32, fp64) += logit_gradient^T hidden, on the valid rows; `first` overwrites what is there."""
         valid = gradient[: self.shard.valid]
         beta = 0.0 if first else 1.0
@@ -90,7 +94,9 @@ class OutputWeight:
 Chunks = Iterator[tuple[slice, ChunkRows]]
 
 
-def linear_logits(states: Tensor, weight: Tensor, shard: VocabShard, chunks: TokenChunks, group: Group) -> Chunks:
+def linear_logits(
+    states: Tensor, weight: Tensor, shard: VocabShard, chunks: TokenChunks, group: Group
+) -> Chunks:
     """Each chunk and its logits, always in the same buffer. states: [n, H] as in `HiddenChunks`. No gradient."""
     head = OutputWeight(weight, shard)
     buffer = head.new_buffer(chunks.largest)
@@ -100,8 +106,13 @@ def linear_logits(states: Tensor, weight: Tensor, shard: VocabShard, chunks: Tok
 
 def given_logits(logits: Tensor, shard: VocabShard, chunks: TokenChunks) -> Chunks:
     """Each chunk of logits [N, V/tp] that exist already, copied in fp32 (fp64 stays), always into the same buffer."""
-    buffer = logits.new_empty((chunks.largest, buffer_width(shard.valid)), dtype=compute_dtype(logits.dtype))
+    buffer = logits.new_empty(
+        (chunks.largest, buffer_width(shard.valid)), dtype=compute_dtype(logits.dtype)
+    )
     for part in chunks:
         chunk = buffer[: part.stop - part.start]
         chunk[:, : shard.valid] = logits[part, : shard.valid]
-        yield part, chunk_rows(chunk.clamp_(min=PUNCHED), shard.valid)  # masked-out ids come as -inf
+        yield (
+            part,
+            chunk_rows(chunk.clamp_(min=PUNCHED), shard.valid),
+        )  # masked-out ids come as -inf

@@ -9,13 +9,19 @@ import torch
 from megatron_kd.targets.select import TopSelection
 from megatron_kd.targets.sparse import SparseTarget, likeliest_first
 
-_TEXT = re.compile(r"TopSelection\(top_k=(\d+), top_p=([\d.e-]+), min_k=(\d+), temperature=([\d.e-]+)\)")
+_TEXT = re.compile(
+    r"TopSelection\(top_k=(\d+), top_p=([\d.e-]+), min_k=(\d+), temperature=([\d.e-]+)\)"
+)
 
 
 def parse_top_selection(text: str) -> TopSelection | None:
     """The selection whose text this is; None for any other."""
     found = _TEXT.fullmatch(text)
-    return TopSelection(int(found[1]), float(found[2]), int(found[3]), float(found[4])) if found else None
+    return (
+        TopSelection(int(found[1]), float(found[2]), int(found[3]), float(found[4]))
+        if found
+        else None
+    )
 
 
 def is_part(wanted: TopSelection, stored: TopSelection) -> bool:
@@ -49,5 +55,8 @@ def narrow(target: SparseTarget, wanted: TopSelection) -> SparseTarget:
         dropped = torch.where(keep, -torch.inf, log_q).logsumexp(-1)
         log_tail = torch.logaddexp(dropped, target.log_tail)
     return SparseTarget(
-        torch.where(keep, ids, -1)[..., :slots], torch.where(keep, log_q, -torch.inf)[..., :slots], log_tail, target.entropy
+        torch.where(keep, ids, -1)[..., :slots],
+        torch.where(keep, log_q, -torch.inf)[..., :slots],
+        log_tail,
+        target.entropy,
     )

@@ -84,7 +84,9 @@ def row_logsumexp(rows: ChunkRows, *, temperature: float, group: Group) -> Tenso
     return (mass.log() + largest / temperature).logsumexp(0)
 
 
-def _merge(parts: Tensor, temperature: float | Tensor, *, rest_sum: bool, entropy: bool) -> RowStatistics:
+def _merge(
+    parts: Tensor, temperature: float | Tensor, *, rest_sum: bool, entropy: bool
+) -> RowStatistics:
     """Packed [T, C, 6 + K] of all ranks -> the global statistics, in rank order, the same bits on every rank."""
     local_shift, mass, mass_t, total, weighted = parts[..., :5].unbind(-1)
     support, label = parts[..., 6:].amax(0), parts[..., 5].amax(0)
@@ -93,7 +95,10 @@ def _merge(parts: Tensor, temperature: float | Tensor, *, rest_sum: bool, entrop
     rest_shift = torch.where(here, local_shift, -torch.inf).amax(0)
     shift = torch.maximum(rest_shift, support.amax(1)) if support.shape[1] else rest_shift
     below = torch.where(here, local_shift - rest_shift, -torch.inf)
-    rest_mass, rest_mass_t = (mass * below.exp()).sum(0), (mass_t * (below / temperature).exp()).sum(0)
+    rest_mass, rest_mass_t = (
+        (mass * below.exp()).sum(0),
+        (mass_t * (below / temperature).exp()).sum(0),
+    )
     rest = rest_mass.log() + (rest_shift - shift)
     tempered = is_tempered(temperature)
     rest_t = rest if not tempered else rest_mass_t.log() + (rest_shift - shift) / temperature
@@ -105,7 +110,9 @@ def _merge(parts: Tensor, temperature: float | Tensor, *, rest_sum: bool, entrop
         label=label - shift,
         logsumexp=logsumexp,
         rest_logsumexp=rest,
-        logsumexp_t=torch.logaddexp((relative / over_entries(temperature)).logsumexp(1), rest_t) if tempered else logsumexp,
+        logsumexp_t=torch.logaddexp((relative / over_entries(temperature)).logsumexp(1), rest_t)
+        if tempered
+        else logsumexp,
         rest_logsumexp_t=rest_t,
         rest_shift=torch.where(here.any(0), rest_shift, 0.0),
         rest_mass=rest_mass.clamp(min=1.0),

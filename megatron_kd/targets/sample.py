@@ -45,29 +45,51 @@ class SampleSelection:
 
     def __repr__(self) -> str:
         """Without `values` and `power` at their defaults: a cache is told from another by this text."""
-        shown = [f for f in fields(self) if f.name not in ("values", "power") or getattr(self, f.name) != f.default]
+        shown = [
+            f
+            for f in fields(self)
+            if f.name not in ("values", "power") or getattr(self, f.name) != f.default
+        ]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def check(self, vocab_size: int) -> None:
         """Any vocabulary can be drawn from."""
 
-    def __call__(self, rows: ChunkRows, keys: Tensor, shard: VocabShard, group: Group) -> SparseTarget:
+    def __call__(
+        self, rows: ChunkRows, keys: Tensor, shard: VocabShard, group: Group
+    ) -> SparseTarget:
         """One chunk. Collectives: an all-gather of [C, 6], and under tensor parallelism two more of [C] and [C, num_draws]; one of
         [C, num_draws + 6] where values are not the plain counts."""
         nowhere = torch.full_like(keys, -1)
-        whole = row_statistics(rows, nowhere.new_empty((len(keys), 0)), nowhere, vocab_start=shard.start, group=group, entropy=True)
+        whole = row_statistics(
+            rows,
+            nowhere.new_empty((len(keys), 0)),
+            nowhere,
+            vocab_start=shard.start,
+            group=group,
+            entropy=True,
+        )
         at = uniform(self.seed, keys, self.num_draws)
         ids = _invert(rows, at, whole.shift, self.temperature / self.power, shard, group)
         indices, count = _count(ids)
         logprobs = (count / self.num_draws).log()
         if self.values == "probabilities" or self.power != 1.0:
-            known = target_of(rows, indices, shard, group, temperature=self.temperature).logprobs / self.temperature
-            weighed = known if self.values == "probabilities" else logprobs + (1.0 - self.power) * known
+            known = (
+                target_of(rows, indices, shard, group, temperature=self.temperature).logprobs
+                / self.temperature
+            )
+            weighed = (
+                known if self.values == "probabilities" else logprobs + (1.0 - self.power) * known
+            )
             logprobs = torch.where(indices >= 0, weighed, -torch.inf).log_softmax(1)
-        return SparseTarget(indices, logprobs.float(), None, whole.entropy, self.temperature, sampled=True)
+        return SparseTarget(
+            indices, logprobs.float(), None, whole.entropy, self.temperature, sampled=True
+        )
 
 
-def _invert(rows: ChunkRows, at: Tensor, shift: Tensor, temperature: float, shard: VocabShard, group: Group) -> Tensor:
+def _invert(
+    rows: ChunkRows, at: Tensor, shift: Tensor, temperature: float, shard: VocabShard, group: Group
+) -> Tensor:
     """Global ids [C, D] where the cumulative mass in id order passes `at` [C, D] in (0, 1): a tile by its mass, then an entry.
 
     Masses are added in fp64, so that where the vocabulary is cut moves a draw once in about 1e15.
@@ -76,7 +98,9 @@ def _invert(rows: ChunkRows, at: Tensor, shift: Tensor, temperature: float, shar
     totals = all_gather(cumulative[:, -1], group)
     before = totals[: group_rank(group)].sum(0)
     wanted = at * totals.sum(0).unsqueeze(1) - before.unsqueeze(1)
-    tile = torch.searchsorted(cumulative, wanted, right=True).clamp(max=max((shard.valid - 1) // rows.tile, 0))
+    tile = torch.searchsorted(cumulative, wanted, right=True).clamp(
+        max=max((shard.valid - 1) // rows.tile, 0)
+    )
     inside = wanted - torch.where(tile > 0, cumulative.gather(1, (tile - 1).clamp(min=0)), 0.0)
     exp = (rows.tiles(tile) - shift.view(-1, 1, 1)).div_(temperature).exp_().double()
     passed = (exp.cumsum(2) <= inside.unsqueeze(2)).sum(2)
@@ -84,7 +108,11 @@ def _invert(rows: ChunkRows, at: Tensor, shift: Tensor, temperature: float, shar
     here = (wanted >= 0) & (wanted < cumulative[:, -1:])
     if group_rank(group) == len(totals) - 1:  # rounding at the very end belongs to the last shard
         here |= wanted >= cumulative[:, -1:]
-    return all_gather(torch.where(here & (shard.valid > 0), column + shard.start, -1), group).amax(0).clamp(min=0)
+    return (
+        all_gather(torch.where(here & (shard.valid > 0), column + shard.start, -1), group)
+        .amax(0)
+        .clamp(min=0)
+    )
 
 
 def _count(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +131,10 @@ def uniform(seed: int, keys: Tensor, draws: int) -> Tensor:
     A counter-based generator: the finaliser of splitmix64 (Steele, Lea and Flood 2014), once for the key and once for the draw.
     """
     number = torch.arange(1, draws + 1, device=keys.device)
-    hashed = _mix(_mix(keys + _mix(torch.tensor(seed, device=keys.device))).unsqueeze(1) + number * _signed(0x9E3779B97F4A7C15))
+    hashed = _mix(
+        _mix(keys + _mix(torch.tensor(seed, device=keys.device))).unsqueeze(1)
+        + number * _signed(0x9E3779B97F4A7C15)
+    )
     return (_shift(hashed, 11).double() + 0.5) * 2.0**-53
 
 

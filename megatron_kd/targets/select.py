@@ -24,7 +24,9 @@ class Selection(Protocol):
     def check(self, vocab_size: int) -> None:
         """ValueError where a vocabulary of this size cannot serve; called on every rank before any collective."""
 
-    def __call__(self, rows: ChunkRows, keys: Tensor, shard: VocabShard, group: Group) -> SparseTarget:
+    def __call__(
+        self, rows: ChunkRows, keys: Tensor, shard: VocabShard, group: Group
+    ) -> SparseTarget:
         """The target of one chunk of C tokens, the same on every rank. keys: int64 [C], what a random choice may depend on."""
 
 
@@ -43,7 +45,9 @@ class TopSelection:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_k <= self.top_k:
-            raise ValueError(f"need 1 <= min_k <= top_k, not min_k={self.min_k}, top_k={self.top_k}")
+            raise ValueError(
+                f"need 1 <= min_k <= top_k, not min_k={self.min_k}, top_k={self.top_k}"
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
         if not self.temperature > 0.0:
@@ -54,7 +58,9 @@ class TopSelection:
         if self.top_k > vocab_size:
             raise ValueError(f"top_k ({self.top_k}) is past the vocabulary ({vocab_size} ids)")
 
-    def __call__(self, rows: ChunkRows, keys: Tensor, shard: VocabShard, group: Group) -> SparseTarget:
+    def __call__(
+        self, rows: ChunkRows, keys: Tensor, shard: VocabShard, group: Group
+    ) -> SparseTarget:
         """One chunk. Collectives: all-gathers of [C, 2K] and [C, K + 6], and of [2, C] where top_p < 1."""
         values, indices = _top(rows, self.top_k, shard, group, self.temperature)
         if self.top_p < 1.0:
@@ -69,19 +75,33 @@ class TopSelection:
         return replace(found, indices=ids, logprobs=logprobs)
 
 
-def target_of(rows: ChunkRows, indices: Tensor, shard: VocabShard, group: Group, *, temperature: float) -> SparseTarget:
+def target_of(
+    rows: ChunkRows, indices: Tensor, shard: VocabShard, group: Group, *, temperature: float
+) -> SparseTarget:
     """The target that keeps `indices` [C, K], which are lifted out of `rows`. One all-gather of [C, K + 6]."""
     nowhere = torch.full_like(indices[:, 0], -1)
-    split = row_statistics(rows, indices, nowhere, vocab_start=shard.start, temperature=temperature, group=group, entropy=True)
+    split = row_statistics(
+        rows,
+        indices,
+        nowhere,
+        vocab_start=shard.start,
+        temperature=temperature,
+        group=group,
+        entropy=True,
+    )
     logprobs = split.support - split.logsumexp.unsqueeze(1)
     log_tail = split.rest_logsumexp_t - split.logsumexp_t
     return SparseTarget(indices.to(torch.int32), logprobs, log_tail, split.entropy, temperature)
 
 
-def _top(rows: ChunkRows, top_k: int, shard: VocabShard, group: Group, temperature: float) -> tuple[Tensor, Tensor]:
+def _top(
+    rows: ChunkRows, top_k: int, shard: VocabShard, group: Group, temperature: float
+) -> tuple[Tensor, Tensor]:
     """Values and global ids [C, top_k] of each row's largest logits, by (logit falling, id rising). One all-gather."""
     count = min(top_k, shard.valid)
-    values, columns = rows.top(count, temperature)  # the temperature of the statistics that will be asked for next
+    values, columns = rows.top(
+        count, temperature
+    )  # the temperature of the statistics that will be asked for next
     ids = columns + shard.start
     if group_size(group) == 1:
         return values, ids
@@ -123,12 +143,21 @@ def select_targets(
     Collectives: a few small all-gathers per chunk of C tokens, see the selection.
     """
     logits = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
-    shard = vocab_shard(logits.shape[-1], rank=group_rank(tp_group), size=group_size(tp_group), vocab_size=vocab_size)
+    shard = vocab_shard(
+        logits.shape[-1],
+        rank=group_rank(tp_group),
+        size=group_size(tp_group),
+        vocab_size=vocab_size,
+    )
     selection.check(shard.vocab_size)
     shape = teacher_logits.shape[:-1]
     _check_keys(row_keys, shape)
-    chunks = TokenChunks(logits.shape[0], 1, chunk_size(None, shard.share, logits.shape[0], on_cuda=logits.is_cuda))
-    return _select(given_logits(logits, shard, chunks), chunks, shape, row_keys, selection, shard, tp_group)
+    chunks = TokenChunks(
+        logits.shape[0], 1, chunk_size(None, shard.share, logits.shape[0], on_cuda=logits.is_cuda)
+    )
+    return _select(
+        given_logits(logits, shard, chunks), chunks, shape, row_keys, selection, shard, tp_group
+    )
 
 
 def linear_targets(
@@ -158,12 +187,20 @@ def linear_targets(
     Collectives: per chunk small all-gathers, see the selection, and one of hidden under sequence_parallel.
     """
     if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must end in the same width")
-    shard = vocab_shard(weight.shape[0], rank=group_rank(tp_group), size=group_size(tp_group), vocab_size=vocab_size)
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must end in the same width"
+        )
+    shard = vocab_shard(
+        weight.shape[0], rank=group_rank(tp_group), size=group_size(tp_group), vocab_size=vocab_size
+    )
     selection.check(shard.vocab_size)
     slices = group_size(tp_group) if sequence_parallel else 1
     shape = torch.Size((hidden.shape[0] * slices, *hidden.shape[1:-1]))
-    chunks = TokenChunks(shape.numel(), slices, chunk_size(chunk_tokens, shard.share, shape.numel(), on_cuda=hidden.is_cuda))
+    chunks = TokenChunks(
+        shape.numel(),
+        slices,
+        chunk_size(chunk_tokens, shard.share, shape.numel(), on_cuda=hidden.is_cuda),
+    )
     _check_keys(row_keys, shape)
     rows = linear_logits(hidden.reshape(-1, hidden.shape[-1]), weight, shard, chunks, tp_group)
     return _select(rows, chunks, shape, row_keys, selection, shard, tp_group)
@@ -171,7 +208,9 @@ def linear_targets(
 
 def _check_keys(row_keys: Tensor | None, shape: torch.Size) -> None:
     if row_keys is not None and (row_keys.shape != shape or row_keys.dtype != torch.int64):
-        raise ValueError(f"row_keys must be int64 {tuple(shape)}, one for each token, not {row_keys.dtype} {tuple(row_keys.shape)}")
+        raise ValueError(
+            f"row_keys must be int64 {tuple(shape)}, one for each token, not {row_keys.dtype} {tuple(row_keys.shape)}"
+        )
 
 
 @torch.no_grad()

@@ -34,7 +34,9 @@ class SparseTarget:
     def map(self, function: Callable[[Tensor], Tensor]) -> SparseTarget:
         """The same target with `function` applied to every tensor."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: function(t) for name, t in named.items() if isinstance(t, Tensor)})  # type: ignore[arg-type]
+        return replace(
+            self, **{name: function(t) for name, t in named.items() if isinstance(t, Tensor)}
+        )  # type: ignore[arg-type]
 
     def tensors(self) -> list[Tensor]:
         """Those of the tensors that there are, in order."""
@@ -67,9 +69,15 @@ def give_rest_to_label(target: SparseTarget, labels: Tensor) -> SparseTarget:
     grows. ValueError for draws, which know of no mass outside.
     """
     if target.sampled:
-        raise ValueError("random draws do not say what mass is outside them: nothing can be given to the label")
+        raise ValueError(
+            "random draws do not say what mass is outside them: nothing can be given to the label"
+        )
     log_q, log_tail = kept_distribution(
-        replace(target, log_tail=target.log_tail if target.temperature == 1.0 else None, temperature=1.0), temperature=1.0, tail="bucket"
+        replace(
+            target, log_tail=target.log_tail if target.temperature == 1.0 else None, temperature=1.0
+        ),
+        temperature=1.0,
+        tail="bucket",
     )
     labels = labels.to(target.indices.dtype)
     here = (target.indices == labels.unsqueeze(-1)) & (labels >= 0).unsqueeze(-1)
@@ -77,7 +85,9 @@ def give_rest_to_label(target: SparseTarget, labels: Tensor) -> SparseTarget:
     alone = (labels >= 0) & ~here.any(-1) & (log_tail > -torch.inf)
     more = torch.where(alone, log_tail, -torch.inf).unsqueeze(-1)
     ids = torch.where(alone, labels, -1).unsqueeze(-1)
-    return SparseTarget(torch.cat([target.indices, ids], -1), torch.cat([kept, more], -1), None, target.entropy)
+    return SparseTarget(
+        torch.cat([target.indices, ids], -1), torch.cat([kept, more], -1), None, target.entropy
+    )
 
 
 def check_target(target: SparseTarget, shape: torch.Size, *, vocab_size: int) -> None:
@@ -94,9 +104,16 @@ def check_target(target: SparseTarget, shape: torch.Size, *, vocab_size: int) ->
     for name in ("log_tail", "entropy"):
         tensor = getattr(target, name)
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"target.{name} must have the labels' shape {tuple(shape)}, not {tuple(tensor.shape)}")
-    if target.indices.dtype not in (torch.int32, torch.int64) or not target.logprobs.dtype.is_floating_point:
-        raise ValueError(f"target.indices must be int32 and target.logprobs fp32, not {target.indices.dtype} and {target.logprobs.dtype}")
+            raise ValueError(
+                f"target.{name} must have the labels' shape {tuple(shape)}, not {tuple(tensor.shape)}"
+            )
+    if (
+        target.indices.dtype not in (torch.int32, torch.int64)
+        or not target.logprobs.dtype.is_floating_point
+    ):
+        raise ValueError(
+            f"target.indices must be int32 and target.logprobs fp32, not {target.indices.dtype} and {target.logprobs.dtype}"
+        )
     if target.indices.is_cpu and target.indices.numel():
         _check_values(target, vocab_size)
 
@@ -109,26 +126,45 @@ def _check_values(target: SparseTarget, vocab_size: int) -> None:
         )
     ordered = ids.sort(dim=-1).values
     if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
-        raise ValueError("target.indices names an id twice in one row: each kept entry must be a different id")
+        raise ValueError(
+            "target.indices names an id twice in one row: each kept entry must be a different id"
+        )
     if not bool(((ids >= 0) & (target.logprobs > -torch.inf)).any(dim=-1).all()):
-        raise ValueError("a row of target has no kept entry: every token needs at least one id with a finite log-probability")
+        raise ValueError(
+            "a row of target has no kept entry: every token needs at least one id with a finite log-probability"
+        )
 
 
 def check_temperature(target: SparseTarget, *, temperature: float | Tensor, tail: str) -> None:
     """ValueError unless `target` says what `tail` needs at the teacher's temperature in the loss; a tensor: each token's own."""
     if isinstance(temperature, Tensor):
         if tail != "renormalize" or target.sampled:
-            what = "random draws are" if target.sampled else f"tail={tail!r} needs the teacher's mass outside the kept ids, which is"
-            raise ValueError(f'{what} of one temperature for all tokens: keep the likeliest ids and use tail="renormalize"')
+            what = (
+                "random draws are"
+                if target.sampled
+                else f"tail={tail!r} needs the teacher's mass outside the kept ids, which is"
+            )
+            raise ValueError(
+                f'{what} of one temperature for all tokens: keep the likeliest ids and use tail="renormalize"'
+            )
         return
     if (tail != "renormalize" or target.sampled) and target.temperature != temperature:
         what = "was sampled" if target.sampled else f"knows its tail, which tail={tail!r} needs,"
-        raise ValueError(f"the target {what} at temperature {target.temperature}, not at {temperature}: make it at the loss temperature")
-    if tail != "renormalize" and not target.sampled and target.log_tail is None and temperature != 1.0:
+        raise ValueError(
+            f"the target {what} at temperature {target.temperature}, not at {temperature}: make it at the loss temperature"
+        )
+    if (
+        tail != "renormalize"
+        and not target.sampled
+        and target.log_tail is None
+        and temperature != 1.0
+    ):
         raise ValueError(f"tail={tail!r} at temperature {temperature} needs target.log_tail")
 
 
-def kept_distribution(target: SparseTarget, *, temperature: float | Tensor, tail: str) -> tuple[Tensor, Tensor]:
+def kept_distribution(
+    target: SparseTarget, *, temperature: float | Tensor, tail: str
+) -> tuple[Tensor, Tensor]:
     """The teacher's kept entries and tail at its temperature in the loss: (log_q [..., K], log_tail [...]), natural log.
 
     With the tail they sum to 1 (tail "drop", "bucket", "uniform") or alone ("renormalize", where the tail is -inf).

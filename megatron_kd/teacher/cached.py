@@ -29,7 +29,12 @@ class CachedTeacher:
     """
 
     def __init__(
-        self, reader: CacheReader, *, decodes: bool, fallback: TeacherSource | None = None, part: TopSelection | None = None
+        self,
+        reader: CacheReader,
+        *,
+        decodes: bool,
+        fallback: TeacherSource | None = None,
+        part: TopSelection | None = None,
     ) -> None:
         self.reader, self.fallback, self.part = reader, fallback, part
         self._decodes = decodes or fallback is not None
@@ -64,8 +69,14 @@ class CachedTeacher:
         """See TeacherSource. Collective only where the fallback is, and that only for what the cache does not hold."""
         found: list[Target | None] = [microbatch.target for microbatch in microbatches]
         absent = [place for place, target in enumerate(found) if target is None]
-        if self.fallback is not None:  # asked by every rank, also for nothing: it may have to be asked by all together
-            for place, target in zip(absent, self.fallback.targets([microbatches[place] for place in absent]), strict=True):
+        if (
+            self.fallback is not None
+        ):  # asked by every rank, also for nothing: it may have to be asked by all together
+            for place, target in zip(
+                absent,
+                self.fallback.targets([microbatches[place] for place in absent]),
+                strict=True,
+            ):
                 found[place] = target
         return found
 
@@ -77,7 +88,11 @@ def check_coverage(reader: CacheReader, dataset: TokenDataset, first: int) -> No
     missing = reader.missing(keys)
     if missing:
         sample = first + missing[0]
-        reason = "it was made from other data" if len(missing) == len(keys) else "it was made from a part of the data"
+        reason = (
+            "it was made from other data"
+            if len(missing) == len(keys)
+            else "it was made from a part of the data"
+        )
         raise ConfigError(
             f"teacher.cache: {reader.storage.name} lacks {len(missing)} of the next {len(keys)} samples (the first is "
             f'{dataset.describe(sample)}): {reason}; complete it with tools/cache_teacher.py, or set teacher.on_miss = "online"'

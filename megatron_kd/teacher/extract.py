@@ -13,7 +13,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_kd.cache import CacheIdentity, CacheInUse, CacheReader, CacheWriter, MissingTarget, WrongCache
+from megatron_kd.cache import (
+    CacheIdentity,
+    CacheInUse,
+    CacheReader,
+    CacheWriter,
+    MissingTarget,
+    WrongCache,
+)
 from megatron_kd.cache.writer import WriterLock
 from megatron_kd.data.batches import Microbatch
 from megatron_kd.data.dataset import Part
@@ -45,12 +52,17 @@ class ShardPlan:
     def samples(self, shard: int) -> list[torch.Tensor]:
         """Tokens int64 [S] of the samples of a shard, as `TokenDataset` names them."""
         start = shard * self.shard_samples
-        return [self.sample(number) for number in range(start, min(start + self.shard_samples, self.num_samples))]
+        return [
+            self.sample(number)
+            for number in range(start, min(start + self.shard_samples, self.num_samples))
+        ]
 
     def ends(self, shard: int) -> tuple[bytes, bytes]:
         """Names of the first and the last sample of a shard."""
         start = shard * self.shard_samples
-        return sample_key(self.sample(start)), sample_key(self.sample(min(start + self.shard_samples, self.num_samples) - 1))
+        return sample_key(self.sample(start)), sample_key(
+            self.sample(min(start + self.shard_samples, self.num_samples) - 1)
+        )
 
     def sample(self, number: int) -> torch.Tensor:
         """Tokens int64 [S] of a sample."""
@@ -138,7 +150,9 @@ def extract(
     """
     for shard in shards:
         samples = plan.samples(shard)
-        batches = list(microbatches(samples, micro_batch_size, device, identity.document_attention == "within"))
+        batches = list(
+            microbatches(samples, micro_batch_size, device, identity.document_attention == "within")
+        )
         writer = CacheWriter(directory, identity, worker=worker, shard=shard) if writes else None
         try:
             for start in range(0, len(batches), num_microbatches):

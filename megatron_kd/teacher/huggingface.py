@@ -72,7 +72,9 @@ class HuggingFaceTeacher:
         self.model: Any = model.requires_grad_(False).eval()
         self.head = self._take_head(rows)
         self.make_target: MakeTarget = (
-            KeepHidden() if selection is None else SelectTargets(selection, groups, vocab_size, sequence_parallel, chunk_tokens)
+            KeepHidden()
+            if selection is None
+            else SelectTargets(selection, groups, vocab_size, sequence_parallel, chunk_tokens)
         )
 
     @torch.no_grad()
@@ -86,7 +88,9 @@ class HuggingFaceTeacher:
             mine = self._hidden(group[min(place, len(group) - 1)].tokens)
             everyone = all_gather(mine, self._replica)
             for hidden, microbatch in zip(everyone, group, strict=False):
-                found.append(self._target(hidden, microbatch) if self.groups.is_last_stage else None)
+                found.append(
+                    self._target(hidden, microbatch) if self.groups.is_last_stage else None
+                )
         return found
 
     def _hidden(self, tokens: Tensor) -> Tensor:
@@ -112,15 +116,25 @@ class HuggingFaceTeacher:
         assert weight is not None
         start = rows * self.groups.tensor_rank
         with _whole(weight):
-            mine = torch.zeros(rows, weight.shape[1], dtype=DTYPES[self.precision], device=self.groups.platform.device)
+            mine = torch.zeros(
+                rows,
+                weight.shape[1],
+                dtype=DTYPES[self.precision],
+                device=self.groups.platform.device,
+            )
             held = max(0, min(rows, self.vocab_size - start))
             mine[:held] = weight[start : start + held].to(mine)
-        tokens = torch.randint(self.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0)).to(mine.device)
+        tokens = torch.randint(
+            self.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0)
+        ).to(mine.device)
         wanted = self.model(input_ids=tokens, use_cache=False).logits[0].float()
         self.model.set_output_embeddings(_HandOn())
         logits = self._hidden(tokens)[:, 0].float() @ mine[:held].float().T
         wanted = wanted[:, start : start + held]
-        difference, scale = float((logits - wanted).abs().max()) if held else 0.0, float(wanted.abs().max()) if held else 0.0
+        difference, scale = (
+            float((logits - wanted).abs().max()) if held else 0.0,
+            float(wanted.abs().max()) if held else 0.0,
+        )
         if not difference <= _ROUNDING[self.precision] * max(1.0, scale):
             problem = (
                 f"{_WHAT}: the teacher's logits are not its final hidden states times its head (a soft cap, scaled logits or the like; "
@@ -164,12 +178,18 @@ def _spread(folder: Path, dtype: torch.dtype, groups: Groups, offload: bool) -> 
             "stage": 3,
             # Norms stay whole: gathering them costs more messages than they are worth.
             "stage3_param_persistence_threshold": 20_000,
-            **({"offload_param": {"device": "cpu", "pin_memory": groups.platform.is_cuda}} if offload else {}),
+            **(
+                {"offload_param": {"device": "cpu", "pin_memory": groups.platform.is_cuda}}
+                if offload
+                else {}
+            ),
         },
     }
     # On a CPU its faster messages between processes of one machine would first be compiled, for minutes, on every machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=groups.platform.backend, dist_init_required=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend=groups.platform.backend, dist_init_required=False, verbose=False
+    )
     # transformers spreads weights while it reads them for as long as this object lives.
     spreading = HfDeepSpeedConfig(settings)
     model = load_causal_lm(folder, dtype, what=_WHAT)

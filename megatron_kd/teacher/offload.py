@@ -23,13 +23,20 @@ class Offloaded:
         self._put_home()
 
     def _copy_home(self, data: torch.Tensor) -> torch.Tensor:
-        return torch.empty(data.shape, dtype=data.dtype, pin_memory=self.device.type == "cuda").copy_(data)
+        return torch.empty(
+            data.shape, dtype=data.dtype, pin_memory=self.device.type == "cuda"
+        ).copy_(data)
 
     def __enter__(self) -> None:
         for weight, home in self._home:
             weight.data = home.to(self.device, non_blocking=True, copy=True)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._put_home()
 
     def _put_home(self) -> None:

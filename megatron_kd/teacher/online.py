@@ -92,13 +92,22 @@ class OnlineTeacher:
         within_documents: bool = False,
         layers: Collection[int] = (),
     ) -> None:
-        self.groups, self.sequence_length, self.within_documents = groups, sequence_length, within_documents
+        self.groups, self.sequence_length, self.within_documents = (
+            groups,
+            sequence_length,
+            within_documents,
+        )
         # The forward-only pass needs no interleaving; the same groups serve one chunk per stage.
         plain = parallel.model_copy(update={"virtual_pipeline": 1})
         self.config = transformer_config(model, plain, groups.platform, precision=precision)
         self.resident: Callable[[], AbstractContextManager[None]] = nullcontext
         self.models: list[GPTModel] = build_chunks(
-            model, self.config, groups, vocab_size=vocab_size, sequence_length=sequence_length, within_documents=within_documents
+            model,
+            self.config,
+            groups,
+            vocab_size=vocab_size,
+            sequence_length=sequence_length,
+            within_documents=within_documents,
         )
         for chunk in self.models:
             chunk.requires_grad_(False)
@@ -106,7 +115,11 @@ class OnlineTeacher:
         self.layer_outputs = LayerOutputs(self.models, layers)
         self._kept: list[dict[int, Tensor]] = []
         self.make_target: MakeTarget = (
-            KeepHidden() if selection is None else SelectTargets(selection, groups, vocab_size, self.config.sequence_parallel, chunk_tokens)
+            KeepHidden()
+            if selection is None
+            else SelectTargets(
+                selection, groups, vocab_size, self.config.sequence_parallel, chunk_tokens
+            )
         )
 
     @torch.no_grad()
@@ -141,16 +154,30 @@ class OnlineTeacher:
         return kept
 
     def _communicator(self) -> P2PCommunicator | None:
-        return P2PCommunicator(pp_group=self.groups.collection.pp, config=self.config) if self.groups.pipeline_size > 1 else None
+        return (
+            P2PCommunicator(pp_group=self.groups.collection.pp, config=self.config)
+            if self.groups.pipeline_size > 1
+            else None
+        )
 
-    def _forward_step(self, microbatches: Iterator[Microbatch], chunk: GPTModel) -> tuple[Tensor, Any]:
+    def _forward_step(
+        self, microbatches: Iterator[Microbatch], chunk: GPTModel
+    ) -> tuple[Tensor, Any]:
         microbatch = next(microbatches)
         with self.layer_outputs.watching() as seen:
-            hidden = chunk(input_ids=microbatch.tokens, position_ids=microbatch.position_ids, attention_mask=microbatch.attention_mask())
+            hidden = chunk(
+                input_ids=microbatch.tokens,
+                position_ids=microbatch.position_ids,
+                attention_mask=microbatch.attention_mask(),
+            )
         # Tensors of their own: the schedule may empty the one that it has sent on.
         self._kept.append({layer: output.detach() for layer, output in seen.items()})
         return hidden, partial(self._target, chunk=chunk, microbatch=microbatch)
 
-    def _target(self, hidden: Tensor, *, chunk: GPTModel, microbatch: Microbatch, non_loss_data: bool = True) -> Target:
+    def _target(
+        self, hidden: Tensor, *, chunk: GPTModel, microbatch: Microbatch, non_loss_data: bool = True
+    ) -> Target:
         """The last stage's hidden states [S, B, H] become a target."""
-        return self.make_target(hidden, output_weight(chunk), row_keys(microbatch.sample_keys, self.sequence_length))
+        return self.make_target(
+            hidden, output_weight(chunk), row_keys(microbatch.sample_keys, self.sequence_length)
+        )

@@ -53,7 +53,9 @@ class OwnLayoutTeacher:
         even: every replica of the student always asks for as many samples; else they tell each other how many, one all-gather more.
     """
 
-    def __init__(self, teacher: OnlineTeacher, student: Groups, *, micro_batch_size: int, even: bool = True) -> None:
+    def __init__(
+        self, teacher: OnlineTeacher, student: Groups, *, micro_batch_size: int, even: bool = True
+    ) -> None:
         self.teacher, self.student, self.own = teacher, student, teacher.groups
         self.micro_batch_size, self.even = micro_batch_size, even
         self.sequence_length = teacher.sequence_length
@@ -83,20 +85,38 @@ class OwnLayoutTeacher:
         count = sum(len(each.tokens) for each in microbatches)
         if self.even or self.student.world_size == 1:
             return Split((count,) * self.student.data_size, self.own.data_size)
-        counts = all_gather(torch.tensor([count], device=self.student.platform.device), dist.group.WORLD).flatten().tolist()
-        return Split(tuple(counts[self.student.rank_of(data, 0, 0)] for data in range(self.student.data_size)), self.own.data_size)
+        counts = (
+            all_gather(torch.tensor([count], device=self.student.platform.device), dist.group.WORLD)
+            .flatten()
+            .tolist()
+        )
+        return Split(
+            tuple(
+                counts[self.student.rank_of(data, 0, 0)] for data in range(self.student.data_size)
+            ),
+            self.own.data_size,
+        )
 
     def _fetch(self, split: Split, microbatches: Sequence[Microbatch]) -> Tensor:
         """[N, S + 4] int32, the samples that this replica of the teacher works on: tokens and names."""
         student, own = self.student, self.own
         width = self.sequence_length + KEY_WORDS
-        mine = [torch.cat([each.named.int(), each.sample_keys.view(torch.int32)], 1) for each in microbatches]
-        rows = torch.cat(mine) if mine else torch.zeros(0, width, dtype=torch.int32, device=student.platform.device)
+        mine = [
+            torch.cat([each.named.int(), each.sample_keys.view(torch.int32)], 1)
+            for each in microbatches
+        ]
+        rows = (
+            torch.cat(mine)
+            if mine
+            else torch.zeros(0, width, dtype=torch.int32, device=student.platform.device)
+        )
         first = split.owned(student.data_rank).start
         sends, sizes = {}, {}
         for part in split.ranges():
             for receiver in own.replica(part.worker):
-                sender = student.nearest(part.owner, receiver)  # any rank of the replica has its samples, also the receiver itself
+                sender = student.nearest(
+                    part.owner, receiver
+                )  # any rank of the replica has its samples, also the receiver itself
                 if sender == student.rank:
                     sends[receiver] = rows[part.start - first : part.stop - first]
                 if receiver == student.rank:
@@ -104,7 +124,9 @@ class OwnLayoutTeacher:
         self.student.watch.at("waiting for samples of other ranks")
         received = exchange(sends, sizes, like=rows)
         # A replica of the student sends from one rank, and they come in the order of the samples.
-        return torch.cat([received[sender] for sender in sizes]).view(-1, width) if sizes else rows[:0]
+        return (
+            torch.cat([received[sender] for sender in sizes]).view(-1, width) if sizes else rows[:0]
+        )
 
     def _microbatches(self, rows: Tensor) -> list[Microbatch]:
         """The teacher's own microbatches; a last one that is not full is filled up with its last sample."""
@@ -113,19 +135,35 @@ class OwnLayoutTeacher:
         found = []
         for part in full.split(self.micro_batch_size) if len(full) else ():
             named = part[:, : self.sequence_length].long()
-            keys = part[:, self.sequence_length :].clone(memory_format=torch.contiguous_format).view(torch.int64)
+            keys = (
+                part[:, self.sequence_length :]
+                .clone(memory_format=torch.contiguous_format)
+                .view(torch.int64)
+            )
             ids = torch.full((len(named),), -1, device=named.device)
             within = self.teacher.within_documents
             found.append(
-                Microbatch.of(named, named.new_full(named.shape, -100), named.float() * 0, ids, within_documents=within, keys=keys)
+                Microbatch.of(
+                    named,
+                    named.new_full(named.shape, -100),
+                    named.float() * 0,
+                    ids,
+                    within_documents=within,
+                    keys=keys,
+                )
             )
         return found
 
-    def _deliver(self, split: Split, packed: Tensor, form: Form, microbatches: Sequence[Microbatch]) -> list[Target | None]:
+    def _deliver(
+        self, split: Split, packed: Tensor, form: Form, microbatches: Sequence[Microbatch]
+    ) -> list[Target | None]:
         """Targets to the last stage of the replicas whose samples they are. packed: [N, S * W + 4], of this teacher's replica."""
         student, own = self.student, self.own
         first = split.worked(own.data_rank).start
-        bounds = [rank * self.sequence_length // student.tensor_size for rank in range(student.tensor_size + 1)]
+        bounds = [
+            rank * self.sequence_length // student.tensor_size
+            for rank in range(student.tensor_size + 1)
+        ]
         sends, sizes = {}, {}
         for part in split.ranges():
             # A tensor-parallel group gets each target once, a slice of the positions on each rank, and puts it together itself.
@@ -142,7 +180,9 @@ class OwnLayoutTeacher:
         received = exchange(sends, sizes, like=packed)
         if not student.is_last_stage or not microbatches:
             return [None] * len(microbatches)
-        rows = torch.cat([received[sender] for sender in sizes]).view(split.counts[student.data_rank], -1)
+        rows = torch.cat([received[sender] for sender in sizes]).view(
+            split.counts[student.data_rank], -1
+        )
         _check_names(rows[:, -KEY_WORDS:], microbatches)
         return _unpack(_whole(rows[:, :-KEY_WORDS], bounds, student, form), form, microbatches)
 
@@ -153,7 +193,13 @@ def _agree(found: Sequence[Target | None], groups: Groups) -> Form:
     for target in found:
         if isinstance(target, SparseTarget):
             tail, entropy = target.log_tail is not None, target.entropy is not None
-            known = [target.indices.shape[-1], float(tail), float(entropy), float(target.sampled), target.temperature]
+            known = [
+                target.indices.shape[-1],
+                float(tail),
+                float(entropy),
+                float(target.sampled),
+                target.temperature,
+            ]
     told = torch.tensor(known, dtype=torch.float64, device=groups.platform.device)
     if groups.world_size > 1:
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
@@ -169,7 +215,11 @@ def _pack(found: Sequence[Target | None], rows: Tensor, form: Form, sequence_len
     parts = []
     for target in made:
         columns = [target.indices.int(), target.logprobs.float().view(torch.int32)]
-        columns += [each.float().unsqueeze(-1).view(torch.int32) for each in (target.log_tail, target.entropy) if each is not None]
+        columns += [
+            each.float().unsqueeze(-1).view(torch.int32)
+            for each in (target.log_tail, target.entropy)
+            if each is not None
+        ]
         parts.append(torch.cat(columns, -1).transpose(0, 1))
     numbers = torch.cat(parts)[: len(rows)].reshape(len(rows), sequence_length * form.width)
     return torch.cat([numbers, rows[:, sequence_length:]], 1)
@@ -212,4 +262,6 @@ def _check_names(names: Tensor, microbatches: Sequence[Microbatch]) -> None:
     if same.is_cuda:
         torch._assert_async(same)
     elif not same:
-        raise RuntimeError("the teacher's targets came back for other samples than the student asked for")
+        raise RuntimeError(
+            "the teacher's targets came back for other samples than the student asked for"
+        )

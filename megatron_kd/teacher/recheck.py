@@ -30,11 +30,21 @@ class Recheck:
     @property
     def wrong(self) -> dict[int, float]:
         """Those past TOLERANCE."""
-        return {sample: distance for sample, distance in self.distances.items() if not distance <= TOLERANCE}
+        return {
+            sample: distance
+            for sample, distance in self.distances.items()
+            if not distance <= TOLERANCE
+        }
 
 
 def recheck(
-    teacher: TeacherSource, reader: CacheReader, plan: ShardPlan, *, samples: int, seed: int, device: torch.device
+    teacher: TeacherSource,
+    reader: CacheReader,
+    plan: ShardPlan,
+    *,
+    samples: int,
+    seed: int,
+    device: torch.device,
 ) -> Recheck | None:
     """Compare `samples` random ones of the plan's. Collective over the teacher's model-parallel ranks; None off its last stage."""
     generator = torch.Generator().manual_seed(seed)
@@ -44,21 +54,27 @@ def recheck(
     within = reader.identity.document_attention == "within"
     held = {number: tokens for number, tokens in rows.items() if number not in missing}
     answers = {
-        number: teacher.targets([batch])[0] for number, tokens in held.items() for _, batch in microbatches([tokens], 1, device, within)
+        number: teacher.targets([batch])[0]
+        for number, tokens in held.items()
+        for _, batch in microbatches([tokens], 1, device, within)
     }
     distances = {}
     for number, answer in answers.items():
         if answer is None:
             return None
         assert isinstance(answer, SparseTarget)
-        distances[number] = float(total_variation(reader.get(held[number]), answer.map(lambda t: t[:, 0].cpu())).mean())
+        distances[number] = float(
+            total_variation(reader.get(held[number]), answer.map(lambda t: t[:, 0].cpu())).mean()
+        )
     return Recheck(distances, missing)
 
 
 def total_variation(first: SparseTarget, second: SparseTarget) -> Tensor:
     """Between kept distributions [S, K] and [S, L], each rescaled to 1: [S], half the sum of absolute differences."""
     ids = torch.cat((first.indices, second.indices), 1).long()
-    shares = torch.cat((first.logprobs.double().softmax(1), -second.logprobs.double().softmax(1)), 1)
+    shares = torch.cat(
+        (first.logprobs.double().softmax(1), -second.logprobs.double().softmax(1)), 1
+    )
     order = ids.argsort(dim=1, stable=True)
     ids, shares = ids.gather(1, order), shares.gather(1, order)
     # An id stands once or twice in a row, side by side: two of one id count by their difference.

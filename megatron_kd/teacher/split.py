@@ -48,4 +48,6 @@ class Split:
         workers = [worker * self.total // self.workers for worker in range(self.workers + 1)]
         # Between neighbouring bounds of either kind; a replica without samples begins where the next one does.
         for start, stop in pairwise(sorted({*owners, *workers})):
-            yield Range(bisect_right(owners, start) - 1, bisect_right(workers, start) - 1, start, stop)
+            yield Range(
+                bisect_right(owners, start) - 1, bisect_right(workers, start) - 1, start, stop
+            )

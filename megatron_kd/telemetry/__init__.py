@@ -6,7 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_kd.telemetry.flops import flops_per_token, measure_peak_tflops, parameter_count, peak_tflops
+    from megatron_kd.telemetry.flops import (
+        flops_per_token,
+        measure_peak_tflops,
+        parameter_count,
+        peak_tflops,
+    )
     from megatron_kd.telemetry.metrics import METRICS, Metric, reduce_reports
     from megatron_kd.telemetry.progress import Progress
     from megatron_kd.telemetry.throughput import Lap, Stopwatch

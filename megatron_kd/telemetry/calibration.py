@@ -25,7 +25,9 @@ def calibration_sums(confidence: Tensor, hit: Tensor, weight: Tensor) -> Tensor:
     at = (confidence.double() * FINE).ceil().long().clamp(1, FINE) - 1
     weight = weight.double()
     values = torch.stack([weight, weight * confidence.double(), weight * hit.double()])
-    return torch.zeros(3, FINE, dtype=torch.float64, device=confidence.device).index_add_(1, at, values)
+    return torch.zeros(3, FINE, dtype=torch.float64, device=confidence.device).index_add_(
+        1, at, values
+    )
 
 
 def expected_calibration_error(sums: Tensor) -> float:
@@ -36,10 +38,16 @@ def expected_calibration_error(sums: Tensor) -> float:
 
 def adaptive_calibration_error(sums: Tensor) -> float:
     """Of 15 bins with equally many tokens, from `calibration_sums`, in [0, 1]."""
-    from_zero = torch.cat([torch.zeros(3, 1, dtype=sums.dtype, device=sums.device), sums.cumsum(1)], dim=1).contiguous()
+    from_zero = torch.cat(
+        [torch.zeros(3, 1, dtype=sums.dtype, device=sums.device), sums.cumsum(1)], dim=1
+    ).contiguous()
     tokens = from_zero[0].contiguous()
     cuts = torch.linspace(0, 1, BINS + 1, dtype=sums.dtype, device=sums.device) * tokens[-1]
     right = torch.searchsorted(tokens, cuts).clamp(1, FINE)
-    share = ((cuts - tokens[right - 1]) / (tokens[right] - tokens[right - 1]).clamp(min=1e-300)).clamp(0.0, 1.0)
-    confidence, hits = (from_zero[1:, right - 1] + share * (from_zero[1:, right] - from_zero[1:, right - 1])).diff(dim=1)
+    share = (
+        (cuts - tokens[right - 1]) / (tokens[right] - tokens[right - 1]).clamp(min=1e-300)
+    ).clamp(0.0, 1.0)
+    confidence, hits = (
+        from_zero[1:, right - 1] + share * (from_zero[1:, right] - from_zero[1:, right - 1])
+    ).diff(dim=1)
     return float((hits - confidence).abs().sum() / tokens[-1])

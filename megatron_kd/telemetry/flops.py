@@ -18,7 +18,9 @@ if TYPE_CHECKING:  # counting needs no torch, and tools that only count start in
     import torch
 
 
-def flops_per_token(model: ModelSection, vocab_size: int, sequence_length: int, *, forward_only: bool = False) -> float:
+def flops_per_token(
+    model: ModelSection, vocab_size: int, sequence_length: int, *, forward_only: bool = False
+) -> float:
     """Model FLOPs of one token, over all devices together.
 
     One multiply-add is 2 FLOPs. Training is 3 forward passes: the backward pass of a matrix product is two products.

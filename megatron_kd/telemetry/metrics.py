@@ -34,21 +34,45 @@ METRICS: tuple[Metric, ...] = (
     Metric("total_loss", "mean", "what the step minimises, nats per token"),
     Metric("ce_loss", "mean", "next-token cross-entropy, nats per token"),
     Metric("kd_loss", "mean", "distillation loss, nats per token"),
-    Metric("routed_share", "mean", "tokens that distill.routing or distill.adaptive.keep leave to their labels, in [0, 1]"),
+    Metric(
+        "routed_share",
+        "mean",
+        "tokens that distill.routing or distill.adaptive.keep leave to their labels, in [0, 1]",
+    ),
     Metric("teacher_temperature", "mean", "temperature of the teacher under distill.adaptive"),
-    Metric("hidden_loss", "mean", "what distill.hidden_states adds to total_loss: the sum over its entries of weight * loss"),
+    Metric(
+        "hidden_loss",
+        "mean",
+        "what distill.hidden_states adds to total_loss: the sum over its entries of weight * loss",
+    ),
     Metric("teacher_mass", "mean", "teacher probability of the kept entries, in [0, 1]"),
     Metric("teacher_entropy", "mean", "entropy of the teacher over the full vocabulary, nats"),
     Metric("student_entropy", "mean", "entropy of the student over the full vocabulary, nats"),
-    Metric("top1_agreement", "mean", "share of tokens where teacher and student rank the same id first, in [0, 1]"),
-    Metric("kl", "mean", "sum_k p_T(k) * (log p_T(k) - log p_S(k)) at temperature 1, kept entries + one tail bucket, nats"),
-    Metric("tokens", "sum", "unmasked tokens of the step; taken from the count of total_loss, never reported"),
+    Metric(
+        "top1_agreement",
+        "mean",
+        "share of tokens where teacher and student rank the same id first, in [0, 1]",
+    ),
+    Metric(
+        "kl",
+        "mean",
+        "sum_k p_T(k) * (log p_T(k) - log p_S(k)) at temperature 1, kept entries + one tail bucket, nats",
+    ),
+    Metric(
+        "tokens",
+        "sum",
+        "unmasked tokens of the step; taken from the count of total_loss, never reported",
+    ),
 )
 _REPORTED = frozenset(metric.name for metric in METRICS if metric.name != "tokens")
 
 
 def reduce_reports(
-    reports: Sequence[Report], *, contribute: bool, group: ProcessGroup | None, device: torch.device | str
+    reports: Sequence[Report],
+    *,
+    contribute: bool,
+    group: ProcessGroup | None,
+    device: torch.device | str,
 ) -> dict[str, float | None]:
     """Reduce the reports of one step over microbatches and ranks.
 
@@ -74,7 +98,10 @@ def reduce_reports(
         torch.distributed.all_reduce(packed, op=torch.distributed.ReduceOp.SUM, group=group)
     *rows, (num_problems, _) = packed.tolist()
     if num_problems:
-        raise ValueError(problem or f"{int(num_problems)} other rank(s) made a report that cannot be reduced; their message says why")
+        raise ValueError(
+            problem
+            or f"{int(num_problems)} other rank(s) made a report that cannot be reduced; their message says why"
+        )
     return {metric.name: _finish(metric, *row) for metric, row in zip(METRICS, rows, strict=True)}
 
 
@@ -92,7 +119,9 @@ def _pack(reports: Sequence[Report], device: torch.device | str) -> Tensor:
     """fp64 [len(METRICS) + 1, 2]: (sum, count) of each metric over the microbatches; the last row is free for a flag."""
     packed = torch.zeros(len(METRICS) + 1, 2, dtype=torch.float64, device=device)
     for row, metric in enumerate(METRICS):
-        parts = [report[metric.name].detach().to(packed) for report in reports if metric.name in report]
+        parts = [
+            report[metric.name].detach().to(packed) for report in reports if metric.name in report
+        ]
         if parts:
             packed[row] = torch.stack(parts).sum(dim=0)
         if metric.reduction == "sum":

@@ -52,9 +52,22 @@ class Progress:
         self._printed_at = 0.0
         self._bar = None
         if self._mode == "bar":
-            self._bar = tqdm(total=steps, initial=start_step, file=self._stream, bar_format="{bar:24}| {desc}", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=steps,
+                initial=start_step,
+                file=self._stream,
+                bar_format="{bar:24}| {desc}",
+                dynamic_ncols=True,
+            )
 
-    def update(self, step: int, *, loss: float | None = None, kd: float | None = None, tokens_per_second: float | None = None) -> None:
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float | None = None,
+        kd: float | None = None,
+        tokens_per_second: float | None = None,
+    ) -> None:
         """Show that `step` updates are done. loss and kd: nats per token; without a loss, or a rate, the last one stays."""
         if self._mode == "off":
             return

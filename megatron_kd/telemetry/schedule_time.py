@@ -28,7 +28,9 @@ class Work:
     @property
     def alone(self) -> float:
         """Time of the whole pipeline from first to last, with its bubbles."""
-        return (self.microbatches + (self.pipeline - 1) / self.virtual) * (self.forward + self.backward)
+        return (self.microbatches + (self.pipeline - 1) / self.virtual) * (
+            self.forward + self.backward
+        )
 
     def stage(self, rank: int) -> int:
         """The pipeline stage of a rank."""
@@ -39,7 +41,10 @@ class Work:
         per_stage = self.world_size // self.pipeline
         firsts = range(0, per_stage, self.tensor)
         return [
-            [list(range(stage * per_stage + first, stage * per_stage + first + self.tensor)) for stage in range(self.pipeline)]
+            [
+                list(range(stage * per_stage + first, stage * per_stage + first + self.tensor))
+                for stage in range(self.pipeline)
+            ]
             for first in firsts
         ]
 
@@ -64,11 +69,19 @@ def step_time(student: Work, teacher: Work, placement: Placement, *, same_layout
     # Nobody waits for all: the teacher's last stages are still at work while the student's first ones begin.
     fill = (student.pipeline - 1) * max(teacher.forward, student.forward / student.virtual)
     drain = (student.pipeline - 1) * student.backward / student.virtual
-    return teacher.microbatches * teacher.forward + fill + student.microbatches * (student.forward + student.backward) + drain
+    return (
+        teacher.microbatches * teacher.forward
+        + fill
+        + student.microbatches * (student.forward + student.backward)
+        + drain
+    )
 
 
 def _ahead(student: Work, teacher: Work, reverse: bool) -> float:
-    idle = [student.alone - student.stage(rank) * student.backward / student.virtual for rank in range(student.world_size)]
+    idle = [
+        student.alone - student.stage(rank) * student.backward / student.virtual
+        for rank in range(student.world_size)
+    ]
     last = 0.0
     for stages in teacher.replicas():
         arrives = [0.0] * teacher.microbatches
@@ -80,9 +93,18 @@ def _ahead(student: Work, teacher: Work, reverse: bool) -> float:
     return max(last, student.alone)
 
 
-def best_placement(student: Work, teacher: Work, *, same_layout: bool, can_reverse: bool, gain: float) -> Placement:
+def best_placement(
+    student: Work, teacher: Work, *, same_layout: bool, can_reverse: bool, gain: float
+) -> Placement:
     """The placement of the shortest step; `before`, the plain one, unless another saves at least the share `gain` of it."""
     plain = step_time(student, teacher, Placement(), same_layout=same_layout)
-    others = [Placement(ahead=True, reverse=reverse) for reverse in ((False, True) if can_reverse and teacher.pipeline > 1 else (False,))]
+    others = [
+        Placement(ahead=True, reverse=reverse)
+        for reverse in ((False, True) if can_reverse and teacher.pipeline > 1 else (False,))
+    ]
     best = min(others, key=lambda each: step_time(student, teacher, each, same_layout=same_layout))
-    return best if step_time(student, teacher, best, same_layout=same_layout) < (1 - gain) * plain else Placement()
+    return (
+        best
+        if step_time(student, teacher, best, same_layout=same_layout) < (1 - gain) * plain
+        else Placement()
+    )

@@ -42,7 +42,9 @@ class Stopwatch:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if num_devices < 1 or (peak_tflops is not None and peak_tflops <= 0):
-            raise ValueError(f"num_devices ({num_devices}) and peak_tflops ({peak_tflops}) must be positive")
+            raise ValueError(
+                f"num_devices ({num_devices}) and peak_tflops ({peak_tflops}) must be positive"
+            )
         self._flops_per_token = flops_per_token
         self._num_devices = num_devices
         self._peak_tflops = peak_tflops

@@ -47,7 +47,12 @@ class RunWriter:
     def __enter__(self) -> RunWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def begin(self, *, step: int, steps: int) -> None:
@@ -68,7 +73,9 @@ class RunWriter:
             # Imported here: it takes a second, and ranks other than 0 never need it.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(self._directory / "tensorboard"), purge_step=step + 1 if step else 0)
+            self._events = SummaryWriter(
+                str(self._directory / "tensorboard"), purge_step=step + 1 if step else 0
+            )
         self.status("running", step=step)
 
     def row(self, row: Mapping[str, Any]) -> None:
@@ -88,7 +95,11 @@ class RunWriter:
         if self._events is not None:
             prefix = f"validation/{clean['split']}" if "split" in clean else "train"
             for name, value in clean.items():
-                if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
+                if (
+                    name != "step"
+                    and isinstance(value, (int, float))
+                    and not isinstance(value, bool)
+                ):
                     self._events.add_scalar(f"{prefix}/{name}", value, clean["step"])
             self._events.flush()
 
@@ -110,7 +121,10 @@ class RunWriter:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._rows.fileno(), size)
             if not told:
-                print(f"megatron_kd: warning: {self._directory / 'metrics.jsonl'}: {error.strerror}: its rows wait", file=sys.stderr)
+                print(
+                    f"megatron_kd: warning: {self._directory / 'metrics.jsonl'}: {error.strerror}: its rows wait",
+                    file=sys.stderr,
+                )
 
     def status(self, state: State, *, step: int, message: str = "") -> None:
         """Replace status.json: state, step, steps (null before `begin`), time (ISO 8601, UTC) and message."""
@@ -119,8 +133,16 @@ class RunWriter:
         if not self._enabled:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        content = {"state": state, "step": step, "steps": self._steps, "time": now, "message": message}
-        write_atomically(self._directory / "status.json", (json.dumps(content, indent=2) + "\n").encode())
+        content = {
+            "state": state,
+            "step": step,
+            "steps": self._steps,
+            "time": now,
+            "message": message,
+        }
+        write_atomically(
+            self._directory / "status.json", (json.dumps(content, indent=2) + "\n").encode()
+        )
 
     def write_config(self, text: str) -> None:
         """Replace config.toml, the complete configuration of the run."""
@@ -167,7 +189,9 @@ def _keep_rows_until(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break
-            raise ValueError(f"{path} line {number} is not a row with a step; repair the file or move it away, then resume") from None
+            raise ValueError(
+                f"{path} line {number} is not a row with a step; repair the file or move it away, then resume"
+            ) from None
         if keep:
             kept.append(line.decode() + "\n")
     write_atomically(path, "".join(kept).encode())

@@ -63,16 +63,26 @@ class Run:
     @property
     def alpha(self) -> float:
         """Weight of the distillation loss in the coming step; 0 without a teacher."""
-        return alpha_at(self.progress.step, self.config.train.steps, self.config.distill) if self.config.teacher.source != "none" else 0.0
+        return (
+            alpha_at(self.progress.step, self.config.train.steps, self.config.distill)
+            if self.config.teacher.source != "none"
+            else 0.0
+        )
 
     @property
     def learning_rate(self) -> float:
         """Learning rate of the coming step."""
         return learning_rate_at(self.progress.step, self.config.train.steps, self.config.optimizer)
 
-    def objective_now(self, microbatches: Sequence[Microbatch], targets: Sequence[Target | None]) -> Objective:
+    def objective_now(
+        self, microbatches: Sequence[Microbatch], targets: Sequence[Target | None]
+    ) -> Objective:
         """The objective of the coming step. Collective over the data-parallel group where routing is by the batch."""
-        return replace(self.objective, spec=replace(self.objective.spec, alpha=self.alpha), cut=self.cut(microbatches, targets))
+        return replace(
+            self.objective,
+            spec=replace(self.objective.spec, alpha=self.alpha),
+            cut=self.cut(microbatches, targets),
+        )
 
     def save(self) -> None:
         """Write a checkpoint of the present step, and show what was captured up to it; see Saver. Collective over the world."""
@@ -102,9 +112,16 @@ def build_run(config: RunConfig, *, rendezvous: str | None = None) -> Run:
     _, world_size, local_rank = world_from_environment()
     inputs = check_inputs(config, world_size=world_size)
     _check_dense(config, inputs)
-    platform = start_platform(config.train.device, local_rank, deterministic=config.train.deterministic)
+    platform = start_platform(
+        config.train.device, local_rank, deterministic=config.train.deterministic
+    )
     compile_rows(config.train.compile_head)
-    groups = start_groups(platform, config.parallel, timeout_seconds=config.train.timeout_seconds, rendezvous=rendezvous)
+    groups = start_groups(
+        platform,
+        config.parallel,
+        timeout_seconds=config.train.timeout_seconds,
+        rendezvous=rendezvous,
+    )
     inputs = with_settings(config, choose_checkpoint(config, inputs))
     student = Student(config, groups, vocab_size=inputs.vocab_size, projections=inputs.projections)
     if inputs.initial is not None:
@@ -114,19 +131,26 @@ def build_run(config: RunConfig, *, rendezvous: str | None = None) -> Run:
     if inputs.resume is not None:
         folder, info = inputs.resume
         load_training_state(folder, student.models, optimizer, what="run.directory")
-        progress = RunProgress(info.step, info.consumed_samples, info.consumed_tokens, info.nonfinite_steps)
+        progress = RunProgress(
+            info.step, info.consumed_samples, info.consumed_tokens, info.nonfinite_steps
+        )
     objective = _objective(config, inputs, groups)
     teacher = build_teacher(config, inputs, groups)
     hidden_states = build_hidden_states(config, student, teacher, groups)
     source = partial(batch_source, config, inputs, groups)
     samples = config.train.steps * config.batch.global_batch_size
     train_data = source(
-        "data.train", config.data.train, samples, weights=config.data.train_weights, attach=attach_of(teacher, held_out=False)
+        "data.train",
+        config.data.train,
+        samples,
+        weights=config.data.train_weights,
+        attach=attach_of(teacher, held_out=False),
     )
     wanted = config.train.evaluate_batches * config.batch.global_batch_size
     known = attach_of(teacher, held_out=True)
     valid_data = {
-        name: source(f"data.valid.{name}", [prefix], wanted, repeat=False, attach=known) for name, prefix in config.data.valid.items()
+        name: source(f"data.valid.{name}", [prefix], wanted, repeat=False, attach=known)
+        for name, prefix in config.data.valid.items()
     }
     if isinstance(teacher, CachedTeacher) and teacher.fallback is None:
         check_coverage(teacher.reader, train_data.dataset, progress.consumed_samples)
@@ -135,16 +159,34 @@ def build_run(config: RunConfig, *, rendezvous: str | None = None) -> Run:
     if isinstance(teacher, AheadTeacher):
         student.on_drained.append(partial(_look_ahead, config, teacher, train_data, progress))
     capture = build_capture(config, inputs, groups, step=progress.step)
-    saver = Saver(checkpoints_folder(config), config.checkpoint, device=platform.device, watch=groups.watch)
+    saver = Saver(
+        checkpoints_folder(config), config.checkpoint, device=platform.device, watch=groups.watch
+    )
     student_side = (config, inputs, groups, student, optimizer)
     cut = cut_of(config.distill, groups)
-    return Run(*student_side, teacher, objective, train_data, valid_data, progress, capture, hidden_states, times, saver, cut)
+    return Run(
+        *student_side,
+        teacher,
+        objective,
+        train_data,
+        valid_data,
+        progress,
+        capture,
+        hidden_states,
+        times,
+        saver,
+        cut,
+    )
 
 
-def _look_ahead(config: RunConfig, teacher: AheadTeacher, train_data: BatchSource, progress: RunProgress) -> None:
+def _look_ahead(
+    config: RunConfig, teacher: AheadTeacher, train_data: BatchSource, progress: RunProgress
+) -> None:
     """The teacher's work of the next step; the last step has none."""
     if progress.step + 1 < config.train.steps:
-        teacher.look_ahead(train_data.microbatches(progress.consumed_samples + config.batch.global_batch_size))
+        teacher.look_ahead(
+            train_data.microbatches(progress.consumed_samples + config.batch.global_batch_size)
+        )
 
 
 def _objective(config: RunConfig, inputs: Inputs, groups: Groups) -> Objective:
@@ -160,9 +202,18 @@ def _objective(config: RunConfig, inputs: Inputs, groups: Groups) -> Objective:
             teacher_only=distill.temperature_on == "teacher",
         ),
         HeadOptions(
-            inputs.vocab_size, groups.tp, config.parallel.sequence_parallel, distill.head_schedule, distill.chunk_tokens, health=True
+            inputs.vocab_size,
+            groups.tp,
+            config.parallel.sequence_parallel,
+            distill.head_schedule,
+            distill.chunk_tokens,
+            health=True,
         ),
-        head_loss=DivergenceHead(Divergence(distill.divergence, distill.js_beta, distill.skew, distill.ab_alpha, distill.ab_beta)),
+        head_loss=DivergenceHead(
+            Divergence(
+                distill.divergence, distill.js_beta, distill.skew, distill.ab_alpha, distill.ab_beta
+            )
+        ),
         rules=rules_of(distill, inputs.vocab_size),
         prepare=give_rest_to_label if distill.tail == "label" else None,
     )
@@ -174,7 +225,8 @@ def _check_dense(config: RunConfig, inputs: Inputs) -> None:
         return
     theirs, tensor = inputs.teacher[1].model_section().vocab_size_multiple, config.parallel.tensor
     own_rows, their_rows = (
-        padded_vocab_size(inputs.vocab_size, multiple) // tensor for multiple in (config.model.vocab_size_multiple, theirs)
+        padded_vocab_size(inputs.vocab_size, multiple) // tensor
+        for multiple in (config.model.vocab_size_multiple, theirs)
     )
     if not same_vocabulary_ranges(own_rows, their_rows, inputs.vocab_size):
         raise ConfigError(
@@ -223,7 +275,9 @@ def batch_source(
     attach: Attach | None = None,
 ) -> BatchSource:
     """Microbatches of one data set for this rank. Collective over the world."""
-    dataset = token_dataset(config, inputs, name, prefixes, num_samples, weights=weights, repeat=repeat)
+    dataset = token_dataset(
+        config, inputs, name, prefixes, num_samples, weights=weights, repeat=repeat
+    )
     return BatchSource(
         dataset,
         global_batch_size=config.batch.global_batch_size,

@@ -80,7 +80,9 @@ class LiveCapture:
     Its own product with the output weight, in chunks: a forward pass of the head more for each captured microbatch.
     """
 
-    def __init__(self, groups: Groups, steps: range, select: SelectTargets, writer: BackgroundWriter | None) -> None:
+    def __init__(
+        self, groups: Groups, steps: range, select: SelectTargets, writer: BackgroundWriter | None
+    ) -> None:
         self._groups, self._steps, self._select, self._writer = groups, steps, select, writer
         self._captured = False
 
@@ -155,11 +157,26 @@ def build_capture(config: RunConfig, inputs: Inputs, groups: Groups, *, step: in
 
     def begin() -> StagedWriter:
         remember_run(directory, run)
-        return _begin(directory, identity, groups, shard_steps, step, shard_tokens * config.target_bytes_per_token)
+        return _begin(
+            directory,
+            identity,
+            groups,
+            shard_steps,
+            step,
+            shard_tokens * config.target_bytes_per_token,
+        )
 
     writer = _each_writer(begin, groups)
-    select = SelectTargets(selection, groups, inputs.vocab_size, config.parallel.sequence_parallel, config.distill.chunk_tokens)
-    background = None if writer is None else BackgroundWriter(writer, max_bytes=section.queue_mib << 20)
+    select = SelectTargets(
+        selection,
+        groups,
+        inputs.vocab_size,
+        config.parallel.sequence_parallel,
+        config.distill.chunk_tokens,
+    )
+    background = (
+        None if writer is None else BackgroundWriter(writer, max_bytes=section.queue_mib << 20)
+    )
     return LiveCapture(groups, steps, select, background)
 
 
@@ -178,7 +195,14 @@ def _each_writer(begin: Callable[[], StagedWriter], groups: Groups) -> StagedWri
     return writer
 
 
-def _begin(directory: Path, identity: CacheIdentity, groups: Groups, shard_steps: int, step: int, shard_bytes: int) -> StagedWriter:
+def _begin(
+    directory: Path,
+    identity: CacheIdentity,
+    groups: Groups,
+    shard_steps: int,
+    step: int,
+    shard_bytes: int,
+) -> StagedWriter:
     """The writer of this replica; the first one's lock guards the settling of what a killed job has left."""
     write_identity(directory, identity)
     writer = StagedWriter(directory, identity, worker=groups.data_rank, shard_steps=shard_steps)

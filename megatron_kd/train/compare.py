@@ -31,15 +31,23 @@ class Comparison:
         return self.difference <= LIMIT * max(1.0, self.scale)
 
 
-def random_tokens(info: CheckpointInfo, *, seed: int, sequences: int = 2, length: int = 64) -> Tensor:
+def random_tokens(
+    info: CheckpointInfo, *, seed: int, sequences: int = 2, length: int = 64
+) -> Tensor:
     """int64 [sequences, length], no longer than the model's sliding window."""
     length = min(length, info.model_section().sliding_window or length)
-    return torch.randint(info.vocab_size, (sequences, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        info.vocab_size, (sequences, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
-def our_logits(folder: Path, info: CheckpointInfo, groups: Groups, parallel: ParallelSection, tokens: Tensor) -> Tensor | None:
+def our_logits(
+    folder: Path, info: CheckpointInfo, groups: Groups, parallel: ParallelSection, tokens: Tensor
+) -> Tensor | None:
     """fp32 [B, S, V] of the checkpoint, computed in fp32, on the CPU; None off the last stage. Collective over the world."""
-    model = FrozenModel(folder, info, groups, parallel, precision="fp32", sequence_length=tokens.shape[1])
+    model = FrozenModel(
+        folder, info, groups, parallel, precision="fp32", sequence_length=tokens.shape[1]
+    )
     hidden = model.hidden(tokens.to(groups.platform.device))
     return None if hidden is None else model.logits(hidden).transpose(0, 1).cpu()
 
@@ -55,4 +63,6 @@ def huggingface_logits(folder: Path, tokens: Tensor) -> Tensor:
 def compare(ours: Tensor, theirs: Tensor) -> Comparison:
     """Logits [B, S, V] beside [B, S, V'], V' >= V."""
     theirs = theirs[..., : ours.shape[-1]]
-    return Comparison(float((ours - theirs).abs().max()), float(theirs.abs().max()), ours.shape[0] * ours.shape[1])
+    return Comparison(
+        float((ours - theirs).abs().max()), float(theirs.abs().max()), ours.shape[0] * ours.shape[1]
+    )

@@ -28,7 +28,11 @@ def evaluate(run: Run) -> dict[str, dict[str, float | None]]:
             targets = run.teacher.targets(microbatches)
             through = run.hidden_states.through(microbatches)
             pairs = list(zip(microbatches, targets, strict=True))
-            reports += run.student.run_schedule(partial(forward_step, objective=objective, through=through), pairs, forward_only=True)
+            reports += run.student.run_schedule(
+                partial(forward_step, objective=objective, through=through),
+                pairs,
+                forward_only=True,
+            )
         found[split] = reduce_step(run, reports)
     run.student.train(True)
     return found

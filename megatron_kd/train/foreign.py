@@ -27,10 +27,14 @@ def check_huggingface_teacher(config: RunConfig, *, vocab_size: int, digest: str
             "(tools/convert_checkpoint.py)"
         )
     if not folder.is_dir():
-        raise ConfigError(f"{_WHAT}: {folder} is not a folder (a Hugging Face teacher is read from a local folder; nothing is downloaded)")
+        raise ConfigError(
+            f"{_WHAT}: {folder} is not a folder (a Hugging Face teacher is read from a local folder; nothing is downloaded)"
+        )
     content = read_json(folder / "config.json", what=_WHAT)
     if not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"{_WHAT}: {folder} holds no .safetensors file (pickled weights are never opened)")
+        raise ConfigError(
+            f"{_WHAT}: {folder} holds no .safetensors file (pickled weights are never opened)"
+        )
     rows = content.get("vocab_size")
     if not isinstance(rows, int):
         raise ConfigError(f"{_WHAT}: {folder / 'config.json'} does not say vocab_size")
@@ -40,9 +44,13 @@ def check_huggingface_teacher(config: RunConfig, *, vocab_size: int, digest: str
             "the same, or use the same vocabulary"
         )
     if rows < vocab_size:
-        raise ConfigError(f"{_WHAT}: {folder} has a vocabulary of {rows} ids, this run has {vocab_size}: use the same tokenizer")
+        raise ConfigError(
+            f"{_WHAT}: {folder} has a vocabulary of {rows} ids, this run has {vocab_size}: use the same tokenizer"
+        )
     if importlib.util.find_spec("transformers") is None:
-        raise ConfigError("teacher.source = \"huggingface\" needs transformers: pip install 'megatron-kd[huggingface]'")
+        raise ConfigError(
+            "teacher.source = \"huggingface\" needs transformers: pip install 'megatron-kd[huggingface]'"
+        )
     use_zero3(config.teacher.shard_parameters, 1)
     if digest is not None:
         _check_tokenizer(config.teacher.tokenizer or _tokenizer_in(folder), digest)

@@ -44,7 +44,9 @@ class Sampling:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens ({self.max_new_tokens}) must be at least 1")
         if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature ({self.temperature}) must be >= 0 and finite (0: the likeliest id)")
+            raise ConfigError(
+                f"temperature ({self.temperature}) must be >= 0 and finite (0: the likeliest id)"
+            )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p ({self.top_p}) must be in (0, 1]")
         if "" in self.stop:
@@ -62,16 +64,32 @@ class Continuation:
 
 
 def generate(
-    model: FrozenModel, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, *, end_of_document: int | None, batch_size: int
+    model: FrozenModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    end_of_document: int | None,
+    batch_size: int,
 ) -> list[Continuation]:
     """Continue each prompt; an empty one starts a document. Collective over the world, which must be one replica of the model."""
     # A document starts where another ended.
-    found = [Continuation(tokenizer.encode(prompt) or ([] if end_of_document is None else [end_of_document])) for prompt in prompts]
+    found = [
+        Continuation(
+            tokenizer.encode(prompt) or ([] if end_of_document is None else [end_of_document])
+        )
+        for prompt in prompts
+    ]
     return _continue_all(model, tokenizer, found, sampling, end_of_document, batch_size)
 
 
 def generate_ids(
-    model: FrozenModel, prompts: Sequence[Sequence[int]], sampling: Sampling, *, end_of_document: int | None, batch_size: int
+    model: FrozenModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    end_of_document: int | None,
+    batch_size: int,
 ) -> list[Continuation]:
     """`generate` for a model without a tokenizer: prompts are ids, and every `text` stays empty. Give a prompt as often as samples of it
     are wanted: each place has draws of its own. ConfigError for an empty prompt, an id outside the vocabulary, and stop strings.
@@ -80,8 +98,17 @@ def generate_ids(
         raise ConfigError("stop strings need a tokenizer, which ids do not have: leave them out")
     for place, prompt in enumerate(prompts):
         if not prompt or min(prompt) < 0 or max(prompt) >= model.vocab_size:
-            raise ConfigError(f"prompt {place} must have at least one id, all in [0, {model.vocab_size}), the model's vocabulary")
-    return _continue_all(model, None, [Continuation(list(prompt)) for prompt in prompts], sampling, end_of_document, batch_size)
+            raise ConfigError(
+                f"prompt {place} must have at least one id, all in [0, {model.vocab_size}), the model's vocabulary"
+            )
+    return _continue_all(
+        model,
+        None,
+        [Continuation(list(prompt)) for prompt in prompts],
+        sampling,
+        end_of_document,
+        batch_size,
+    )
 
 
 def _continue_all(
@@ -92,16 +119,25 @@ def _continue_all(
     end_of_document: int | None,
     batch_size: int,
 ) -> list[Continuation]:
-    window = model.model.window_problem(max((len(each.prompt) for each in found), default=0) + sampling.max_new_tokens)
+    window = model.model.window_problem(
+        max((len(each.prompt) for each in found), default=0) + sampling.max_new_tokens
+    )
     if window is not None:
         raise ConfigError(f"prompt and continuation together {window}")
     for start in range(0, len(found), batch_size):
-        _continue(model, tokenizer, found[start : start + batch_size], start, sampling, end_of_document)
+        _continue(
+            model, tokenizer, found[start : start + batch_size], start, sampling, end_of_document
+        )
     return found
 
 
 def _continue(
-    model: FrozenModel, tokenizer: Tokenizer | None, batch: list[Continuation], first: int, sampling: Sampling, end_of_document: int | None
+    model: FrozenModel,
+    tokenizer: Tokenizer | None,
+    batch: list[Continuation],
+    first: int,
+    sampling: Sampling,
+    end_of_document: int | None,
 ) -> None:
     """One batch: the common length of the prompts at once, then id by id; where a prompt goes on, its own id is taken."""
     lengths = [len(each.prompt) for each in batch]
@@ -111,7 +147,11 @@ def _continue(
     tokens = torch.tensor([each.prompt[:position] for each in batch], device=device)
     hidden = model.hidden(tokens, 0, cache)
     while True:
-        chosen = _share(model, None if hidden is None else _choose(model.logits(hidden)[0], first, position, sampling), len(batch))
+        chosen = _share(
+            model,
+            None if hidden is None else _choose(model.logits(hidden)[0], first, position, sampling),
+            len(batch),
+        )
         for row, each in enumerate(batch):
             if position < lengths[row]:
                 chosen[row] = each.prompt[position]
@@ -124,7 +164,13 @@ def _continue(
         position += 1
 
 
-def _take(each: Continuation, token: int, tokenizer: Tokenizer | None, sampling: Sampling, end_of_document: int | None) -> None:
+def _take(
+    each: Continuation,
+    token: int,
+    tokenizer: Tokenizer | None,
+    sampling: Sampling,
+    end_of_document: int | None,
+) -> None:
     if token == end_of_document:
         each.finish = "end"
         return
@@ -142,10 +188,17 @@ def _choose(logits: Tensor, first: int, position: int, sampling: Sampling) -> Te
     """int64 [B], the next ids from logits [B, V]; the same on every tensor-parallel rank, whose logits are the same."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probabilities, ids = (logits.double() / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    probabilities, ids = (
+        (logits.double() / sampling.temperature)
+        .softmax(-1)
+        .sort(dim=-1, descending=True, stable=True)
+    )
     before = probabilities.cumsum(-1) - probabilities
     kept = probabilities.masked_fill(before >= sampling.top_p, 0.0)
-    draws = torch.tensor([_uniform(sampling.seed, first + row, position) for row in range(len(logits))], dtype=torch.float64)
+    draws = torch.tensor(
+        [_uniform(sampling.seed, first + row, position) for row in range(len(logits))],
+        dtype=torch.float64,
+    )
     reached = kept.cumsum(-1) > (draws.to(kept.device) * kept.sum(-1))[:, None]
     return ids.gather(1, reached.int().argmax(-1, keepdim=True))[:, 0]
 
@@ -162,6 +215,8 @@ def _share(model: FrozenModel, chosen: Tensor | None, count: int) -> list[int]:
         chosen = torch.empty(count, dtype=torch.int64, device=model.groups.platform.device)
     if model.groups.pipeline_size > 1:
         group = model.groups.collection.pp
-        dist.broadcast(chosen, src=dist.get_global_rank(group, model.groups.pipeline_size - 1), group=group)
+        dist.broadcast(
+            chosen, src=dist.get_global_rank(group, model.groups.pipeline_size - 1), group=group
+        )
     ids: list[int] = chosen.tolist()
     return ids

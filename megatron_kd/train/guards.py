@@ -58,7 +58,9 @@ class DataGuard:
 
     def look(self, step: int, times: Mapping[str, float | int]) -> str | None:
         """times: `RankTimes.spread`. A sentence at the tenth such row, else None."""
-        self._rows = self._rows + 1 if times["data_seconds"] > times["slowest_rank_seconds"] / 2 else 0
+        self._rows = (
+            self._rows + 1 if times["data_seconds"] > times["slowest_rank_seconds"] / 2 else 0
+        )
         if self._rows != STALLED_ROWS:
             return None
         return (

@@ -44,7 +44,11 @@ Through = Callable[[Any, Microbatch], Tensor]
 
 def forward(chunk: Any, microbatch: Microbatch) -> Tensor:
     """The chunk's forward pass, and nothing else."""
-    output: Tensor = chunk(input_ids=microbatch.tokens, position_ids=microbatch.position_ids, attention_mask=microbatch.attention_mask())
+    output: Tensor = chunk(
+        input_ids=microbatch.tokens,
+        position_ids=microbatch.position_ids,
+        attention_mask=microbatch.attention_mask(),
+    )
     return output
 
 
@@ -113,18 +117,29 @@ class TeacherLayers:
             return found
         config = self._teacher.config
         slices = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        shape = (len(kept), self._teacher.sequence_length // slices, microbatches[0].tokens.shape[0], config.hidden_size)
+        shape = (
+            len(kept),
+            self._teacher.sequence_length // slices,
+            microbatches[0].tokens.shape[0],
+            config.hidden_size,
+        )
         like = torch.empty(0, dtype=config.params_dtype, device=self._groups.platform.device)
         sends = {
             end: torch.stack([outputs[layer] for layer in layers for outputs in kept])
             for (start, end), layers in self._routes.items()
             if start == here != end
         }
-        incoming = {start: layers for (start, end), layers in self._routes.items() if start != here == end}
-        sizes = {start: len(layers) * torch.Size(shape).numel() for start, layers in incoming.items()}
+        incoming = {
+            start: layers for (start, end), layers in self._routes.items() if start != here == end
+        }
+        sizes = {
+            start: len(layers) * torch.Size(shape).numel() for start, layers in incoming.items()
+        }
         received = exchange(sends, sizes, like=like, group=self._groups.collection.pp)
         for start, layers in incoming.items():
-            for layer, states in zip(layers, received[start].view(len(layers), *shape), strict=True):
+            for layer, states in zip(
+                layers, received[start].view(len(layers), *shape), strict=True
+            ):
                 for outputs, state in zip(found, states, strict=True):
                     outputs[layer] = state
         return found
@@ -133,7 +148,9 @@ class TeacherLayers:
 class HiddenStatesLoss:
     """Adds weight * distance(student layer, teacher layer), summed over the tokens of the loss, for each pair."""
 
-    def __init__(self, pairs: Sequence[Pair], student: Student, teacher: OnlineTeacher, groups: Groups) -> None:
+    def __init__(
+        self, pairs: Sequence[Pair], student: Student, teacher: OnlineTeacher, groups: Groups
+    ) -> None:
         self.pairs, self._groups = pairs, groups
         self.student_outputs = LayerOutputs(student.models, {pair.student_layer for pair in pairs})
         self._teacher_layers = TeacherLayers(teacher, pairs, groups)
@@ -146,22 +163,38 @@ class HiddenStatesLoss:
         """See HiddenStates."""
         states = self._teacher_layers.fetch(microbatches)
         # Each virtual stage walks through the same microbatches by itself.
-        return partial(self._forward, {id(each): state for each, state in zip(microbatches, states, strict=True)})
+        return partial(
+            self._forward,
+            {id(each): state for each, state in zip(microbatches, states, strict=True)},
+        )
 
     def take_reports(self) -> list[dict[str, Tensor]]:
         """See HiddenStates."""
         reports, self._reports = self._reports, []
         return reports
 
-    def _forward(self, states: dict[int, dict[int, Tensor]], chunk: Any, microbatch: Microbatch) -> Tensor:
+    def _forward(
+        self, states: dict[int, dict[int, Tensor]], chunk: Any, microbatch: Microbatch
+    ) -> Tensor:
         with self.student_outputs.watching() as seen:
             output = forward(chunk, microbatch)
         if seen.keys() != self.student_outputs.on(chunk.module):
-            raise RuntimeError("a layer of distill.hidden_states ran without being seen: something replaces the forward pass of layers")
-        return self._add_losses(output, chunk.module, seen, states[id(microbatch)], microbatch) if seen else output
+            raise RuntimeError(
+                "a layer of distill.hidden_states ran without being seen: something replaces the forward pass of layers"
+            )
+        return (
+            self._add_losses(output, chunk.module, seen, states[id(microbatch)], microbatch)
+            if seen
+            else output
+        )
 
     def _add_losses(
-        self, output: Tensor, model: GPTModel, seen: dict[int, Tensor], states: dict[int, Tensor], microbatch: Microbatch
+        self,
+        output: Tensor,
+        model: GPTModel,
+        seen: dict[int, Tensor],
+        states: dict[int, Tensor],
+        microbatch: Microbatch,
     ) -> Tensor:
         """The chunk's output, with the gradients of its pairs in the graph where there is one."""
         training, mask = torch.is_grad_enabled(), self._mask(microbatch)
@@ -171,7 +204,9 @@ class HiddenStatesLoss:
         for pair in (pair for pair in self.pairs if pair.student_layer in seen):
             hidden = seen[pair.student_layer].detach().requires_grad_(training)
             projection = projections.get(pair.projection)
-            losses = pair.distance(hidden if projection is None else projection(hidden), states[pair.teacher_layer])
+            losses = pair.distance(
+                hidden if projection is None else projection(hidden), states[pair.teacher_layer]
+            )
             loss_sum = pair.weight * (losses * mask).sum()
             self._report(loss_sum, mask.sum() if pair.counts else mask.new_zeros(()))
             if training:
@@ -193,12 +228,21 @@ class HiddenStatesLoss:
     def _mask(self, microbatch: Microbatch) -> Tensor:
         """fp32 [S, B], of this rank's slice of the tokens."""
         mask = microbatch.loss_mask.t()
-        return mask.chunk(self._groups.tensor_size)[self._groups.tensor_rank] if self._sequence_parallel else mask
+        return (
+            mask.chunk(self._groups.tensor_size)[self._groups.tensor_rank]
+            if self._sequence_parallel
+            else mask
+        )
 
     def _report(self, loss_sum: Tensor, count: Tensor) -> None:
         if self._reporting:
             total = loss_sum.detach()
-            self._reports.append({"hidden_loss": torch.stack([total, count]), "total_loss": torch.stack([total, torch.zeros_like(total)])})
+            self._reports.append(
+                {
+                    "hidden_loss": torch.stack([total, count]),
+                    "total_loss": torch.stack([total, torch.zeros_like(total)]),
+                }
+            )
 
 
 def _add(sums: dict[Any, Tensor], name: Any, gradient: Tensor) -> None:
@@ -219,13 +263,19 @@ class _WithGradients(torch.autograd.Function):
         return (gradient, *known, *[None] * len(known))
 
 
-def build_hidden_states(config: RunConfig, student: Student, teacher: TeacherSource, groups: Groups) -> HiddenStates:
+def build_hidden_states(
+    config: RunConfig, student: Student, teacher: TeacherSource, groups: Groups
+) -> HiddenStates:
     """What distill.hidden_states asks for. Collective over the world where it asks for anything."""
     entries = config.distill.hidden_states
     if not entries:
         return NoHiddenStates()
     assert isinstance(teacher, OnlineTeacher)
-    pipeline, virtual, theirs = groups.pipeline_size, config.parallel.virtual_pipeline, teacher.config.num_layers
+    pipeline, virtual, theirs = (
+        groups.pipeline_size,
+        config.parallel.virtual_pipeline,
+        teacher.config.num_layers,
+    )
     pairs = [
         Pair(
             student_layer=entry.student_layer,
@@ -234,7 +284,9 @@ def build_hidden_states(config: RunConfig, student: Student, teacher: TeacherSou
             weight=entry.weight,
             stages=(
                 stage_of(entry.teacher_layer, theirs, pipeline=pipeline),
-                stage_of(entry.student_layer, config.model.num_layers, pipeline=pipeline, virtual=virtual),
+                stage_of(
+                    entry.student_layer, config.model.num_layers, pipeline=pipeline, virtual=virtual
+                ),
             ),
             counts=number == 0,
         )
@@ -245,7 +297,9 @@ def build_hidden_states(config: RunConfig, student: Student, teacher: TeacherSou
     return loss
 
 
-def _check_places(pairs: Sequence[Pair], student_outputs: LayerOutputs, teacher: OnlineTeacher, groups: Groups) -> None:
+def _check_places(
+    pairs: Sequence[Pair], student_outputs: LayerOutputs, teacher: OnlineTeacher, groups: Groups
+) -> None:
     """ConfigError on every rank where a layer is not on the stage that it is looked for on: [model.mcore] can place layers unevenly."""
     here = groups.pipeline_rank
     expected = (

@@ -41,7 +41,10 @@ class RunDescription:
 
         def describe() -> str:
             settings = {**_settings(config, inputs), **_initial(config, inputs, directory)}
-            return "".join(f"{key} = {json.dumps(value, sort_keys=True)}\n" for key, value in sorted(settings.items()))
+            return "".join(
+                f"{key} = {json.dumps(value, sort_keys=True)}\n"
+                for key, value in sorted(settings.items())
+            )
 
         return RunDescription(from_rank_zero(describe))
 
@@ -60,7 +63,9 @@ def remember_run(directory: Path, run: RunDescription) -> None:
         if there.get(key) != here.get(key)
     ]
     if wrong:
-        raise WrongCache(f"{directory} holds the targets of another training run ({'; '.join(wrong)}): choose another directory")
+        raise WrongCache(
+            f"{directory} holds the targets of another training run ({'; '.join(wrong)}): choose another directory"
+        )
 
 
 def _lines(text: str) -> dict[str, str]:
@@ -74,7 +79,9 @@ def _settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     if inputs.teacher is not None:
         found["teacher.checkpoint"] = checkpoint_digest(inputs.teacher[0])
     if config.teacher.source == "cached":
-        found["teacher.cache"] = json.loads(CacheReader(str(config.teacher.cache)).identity.to_json())
+        found["teacher.cache"] = json.loads(
+            CacheReader(str(config.teacher.cache)).identity.to_json()
+        )
     return found
 
 
@@ -86,4 +93,8 @@ def _initial(config: RunConfig, inputs: Inputs, directory: Path) -> dict[str, An
     if inputs.resume is not None and path.exists():
         noted = _lines(path.read_text(encoding="utf-8"))
         return {_INITIAL: json.loads(noted[_INITIAL])} if _INITIAL in noted else {}
-    return {_INITIAL: checkpoint_digest(inputs.initial or find_checkpoint(config.checkpoint.initialize_from, what=_INITIAL))}
+    return {
+        _INITIAL: checkpoint_digest(
+            inputs.initial or find_checkpoint(config.checkpoint.initialize_from, what=_INITIAL)
+        )
+    }

@@ -72,17 +72,23 @@ def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
         raise ConfigError(held)
     tokenizer = None
     if config.data.tokenizer:
-        tokenizer = load_tokenizer(config.data.tokenizer, end_of_document=config.data.end_of_document)[1]
+        tokenizer = load_tokenizer(
+            config.data.tokenizer, end_of_document=config.data.end_of_document
+        )[1]
     vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-        raise ConfigError(f"model.vocab_size ({vocab_size}) is smaller than the vocabulary of data.tokenizer ({tokenizer.vocab_size} ids)")
+        raise ConfigError(
+            f"model.vocab_size ({vocab_size}) is smaller than the vocabulary of data.tokenizer ({tokenizer.vocab_size} ids)"
+        )
     if (
         (config.teacher.source != "none" or config.capture.directory is not None)
         and config.distill.num_draws is None
         and not config.distill.dense
         and config.distill.top_k > vocab_size
     ):
-        raise ConfigError(f"distill.top_k ({config.distill.top_k}) must be at most the vocabulary size ({vocab_size})")
+        raise ConfigError(
+            f"distill.top_k ({config.distill.top_k}) must be at most the vocabulary size ({vocab_size})"
+        )
     digest = tokenizer.digest if tokenizer else None
     for prefix in (*config.data.train, *config.data.valid.values()):
         check_token_file(prefix, vocab_size=vocab_size, tokenizer_digest=digest)
@@ -97,13 +103,26 @@ def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
         huggingface = check_huggingface_teacher(config, vocab_size=vocab_size, digest=digest)
     elif config.teacher.source != "none" and config.teacher.checkpoint is not None:
         teacher = _check_teacher(config, config.teacher.checkpoint, vocab_size, digest, world_size)
-    projections = projections_of(config.distill.hidden_states, config.model, teacher[1].model_section()) if teacher is not None else ()
+    projections = (
+        projections_of(config.distill.hidden_states, config.model, teacher[1].model_section())
+        if teacher is not None
+        else ()
+    )
     resume = _checkpoint_to_resume(config, vocab_size, digest, projections)
     initial = None
     if resume is None and config.checkpoint.initialize_from is not None:
-        initial = find_checkpoint(config.checkpoint.initialize_from, what="checkpoint.initialize_from")
+        initial = find_checkpoint(
+            config.checkpoint.initialize_from, what="checkpoint.initialize_from"
+        )
         info = read_info(initial, what="checkpoint.initialize_from")
-        check_same_model(info, config.model, vocab_size=vocab_size, tokenizer=digest, folder=initial, what="checkpoint.initialize_from")
+        check_same_model(
+            info,
+            config.model,
+            vocab_size=vocab_size,
+            tokenizer=digest,
+            folder=initial,
+            what="checkpoint.initialize_from",
+        )
     return Inputs(vocab_size, tokenizer, teacher, resume, initial, huggingface, projections)
 
 
@@ -111,12 +130,16 @@ def _say(sentence: str) -> None:
     print(f"megatron_kd: {sentence}", file=sys.stderr, flush=True)
 
 
-def _check_teacher(config: RunConfig, path: Path, vocab_size: int, digest: str | None, world_size: int) -> tuple[Path, CheckpointInfo]:
+def _check_teacher(
+    config: RunConfig, path: Path, vocab_size: int, digest: str | None, world_size: int
+) -> tuple[Path, CheckpointInfo]:
     """The teacher's checkpoint; ConfigError where it does not fit this run."""
     folder = find_checkpoint(path, what="teacher.checkpoint")
     info = read_info(folder, what="teacher.checkpoint")
     model = info.model_section()
-    check_same_vocabulary(info, vocab_size=vocab_size, tokenizer=digest, folder=folder, what="teacher.checkpoint")
+    check_same_vocabulary(
+        info, vocab_size=vocab_size, tokenizer=digest, folder=folder, what="teacher.checkpoint"
+    )
     _check_teacher_layout(config, model, folder, world_size)
     window = model.window_problem(config.batch.sequence_length)
     if window is not None:
@@ -129,7 +152,9 @@ def _check_teacher(config: RunConfig, path: Path, vocab_size: int, digest: str |
     return folder, info
 
 
-def _check_teacher_layout(config: RunConfig, model: ModelSection, folder: Path, world_size: int) -> None:
+def _check_teacher_layout(
+    config: RunConfig, model: ModelSection, folder: Path, world_size: int
+) -> None:
     """ConfigError where the teacher cannot be cut as the run file says: by its own sizes, or by the student's."""
     if config.teacher.source == "cached" and config.teacher.on_miss != "online":
         return
@@ -147,7 +172,9 @@ def _check_packed(config: RunConfig, prefix: str) -> None:
             f"with --sequence-length {config.batch.sequence_length}"
         )
     if length is not None and config.data.document_attention != "within":
-        raise ConfigError(f'{prefix} holds several conversations in each sample: set data.document_attention = "within"')
+        raise ConfigError(
+            f'{prefix} holds several conversations in each sample: set data.document_attention = "within"'
+        )
 
 
 def _checkpoint_to_resume(
@@ -175,16 +202,31 @@ def _checkpoint_to_resume(
         if damage is not None:
             problems.append(f"run.directory: {damage}")
             continue
-        check_resume(config, folder, info, vocab_size=vocab_size, digest=digest, projections=projections)
+        check_resume(
+            config, folder, info, vocab_size=vocab_size, digest=digest, projections=projections
+        )
         return folder, info
     raise ConfigError("; ".join(problems))
 
 
 def check_resume(
-    config: RunConfig, folder: Path, info: CheckpointInfo, *, vocab_size: int, digest: str | None, projections: tuple[Projection, ...]
+    config: RunConfig,
+    folder: Path,
+    info: CheckpointInfo,
+    *,
+    vocab_size: int,
+    digest: str | None,
+    projections: tuple[Projection, ...],
 ) -> None:
     """ConfigError where the run cannot go on from this checkpoint."""
-    check_same_model(info, config.model, vocab_size=vocab_size, tokenizer=digest, folder=folder, what="run.directory")
+    check_same_model(
+        info,
+        config.model,
+        vocab_size=vocab_size,
+        tokenizer=digest,
+        folder=folder,
+        what="run.directory",
+    )
     if info.distributed_optimizer != config.optimizer.distributed:
         raise ConfigError(
             f"run.directory: {folder} was saved with optimizer.distributed = {str(info.distributed_optimizer).lower()}: "
@@ -199,5 +241,8 @@ def check_resume(
 
 def _layers(projections: Iterable[Iterable[int]]) -> str:
     """Pairs of layers in words."""
-    named = [f"layer {student} to the teacher's {teacher} (width {width})" for student, teacher, width in projections]
+    named = [
+        f"layer {student} to the teacher's {teacher} (width {width})"
+        for student, teacher, width in projections
+    ]
     return ", ".join(named) or "no layer"

@@ -12,7 +12,12 @@ from megatron_kd.config.lease import Lease
 from megatron_kd.models.config import DTYPES
 from megatron_kd.parallel.collectives import from_rank_zero, raise_together
 from megatron_kd.parallel.groups import seed_step
-from megatron_kd.telemetry.flops import flops_per_token, measure_peak_tflops, peak_tflops, projection_flops_per_token
+from megatron_kd.telemetry.flops import (
+    flops_per_token,
+    measure_peak_tflops,
+    peak_tflops,
+    projection_flops_per_token,
+)
 from megatron_kd.telemetry.progress import Progress
 from megatron_kd.telemetry.throughput import Stopwatch
 from megatron_kd.telemetry.writer import RunWriter, State
@@ -60,12 +65,18 @@ def _hold(run: Run) -> Lease | None:
     try:
         left = from_rank_zero(take)
     except OSError as error:
-        raise ConfigError(f"run.directory: {error.filename or run.config.run.directory}: {error.strerror}: it cannot be written") from error
+        raise ConfigError(
+            f"run.directory: {error.filename or run.config.run.directory}: {error.strerror}: it cannot be written"
+        ) from error
     if not held:
         return None
     run.saver.check = held[0].check
     if left is not None:
-        run.saver.log.warn("took over", run.progress.step, f"{run.config.run.directory} was held by {left}, which is gone: going on")
+        run.saver.log.warn(
+            "took over",
+            run.progress.step,
+            f"{run.config.run.directory} was held by {left}, which is gone: going on",
+        )
     settle(run.inputs, run.saver)
     return held[0]
 
@@ -73,22 +84,37 @@ def _hold(run: Run) -> Lease | None:
 def _train(run: Run, leaving: Leaving) -> Request:
     config, progress = run.config, run.progress
     first = run.groups.rank == 0
-    with RunWriter(config.run.directory, tensorboard=config.telemetry.tensorboard, enabled=first) as writer:
+    with RunWriter(
+        config.run.directory, tensorboard=config.telemetry.tensorboard, enabled=first
+    ) as writer:
         writer.write_config(dump_toml(config))
         writer.begin(step=progress.step, steps=config.train.steps)
         if run.inputs.passed_over:
             steps = ", ".join(str(step) for step, _ in run.inputs.passed_over)
-            writer.status("running", step=progress.step, message=f"damaged checkpoints were passed over: step {steps}")
-        bar = Progress(config.telemetry.progress, steps=config.train.steps, start_step=progress.step, enabled=first)
+            writer.status(
+                "running",
+                step=progress.step,
+                message=f"damaged checkpoints were passed over: step {steps}",
+            )
+        bar = Progress(
+            config.telemetry.progress,
+            steps=config.train.steps,
+            start_step=progress.step,
+            enabled=first,
+        )
         try:
             with run.groups.watch as watch:
-                watch.on_lost = lambda sentence: writer.status("failed", step=progress.step, message=sentence)
+                watch.on_lost = lambda sentence: writer.status(
+                    "failed", step=progress.step, message=sentence
+                )
                 try:
                     request = _loop(run, writer, bar, leaving)
                 except (NonFiniteError, LossSpikeError, CaptureError):
                     _finish_what_is_on_its_way(run)
                     raise
-            writer.status(_STATES[request], step=progress.step, message=leaving.reason if request else "")
+            writer.status(
+                _STATES[request], step=progress.step, message=leaving.reason if request else ""
+            )
             leaving.heeded()
             return request
         except BaseException as error:
@@ -111,21 +137,31 @@ def _finish_what_is_on_its_way(run: Run) -> None:
         run.saver.log.warn("failed", run.progress.step, str(error))
 
 
-_STATES: dict[Request, State] = {Request.GO_ON: "finished", Request.REQUEUE: "requeue", Request.STOP: "stopped"}
+_STATES: dict[Request, State] = {
+    Request.GO_ON: "finished",
+    Request.REQUEUE: "requeue",
+    Request.STOP: "stopped",
+}
 
 
 def _loop(run: Run, writer: RunWriter, bar: Progress, leaving: Leaving) -> Request:
     config, progress = run.config, run.progress
     watch = _stopwatch(run)
     saved = progress.step
-    spikes, samples = SpikeGuard(config.train.loss_spike, stops=config.train.on_loss_spike == "stop"), DataGuard()
+    spikes, samples = (
+        SpikeGuard(config.train.loss_spike, stops=config.train.on_loss_spike == "stop"),
+        DataGuard(),
+    )
     request = leaving.agreed(run.groups.platform.device)
     while progress.step < config.train.steps and not request:
         seed_step(config.train.seed, progress.step, run.groups)
         report = train_step(run)
         watch.add(config.batch.global_batch_size * config.batch.sequence_length)
         _stop_if_not_finite(run, report)
-        if progress.step % config.telemetry.log_interval == 0 or progress.step == config.train.steps:
+        if (
+            progress.step % config.telemetry.log_interval == 0
+            or progress.step == config.train.steps
+        ):
             late = samples.look(progress.step, _log(run, report, watch, writer, bar))
             if late is not None:
                 bar.message(f"warning: {late}")
@@ -140,7 +176,10 @@ def _loop(run: Run, writer: RunWriter, bar: Progress, leaving: Leaving) -> Reque
                 run.saver.finish(read_back=False)
             if _due(progress.step, config.train.evaluate_interval, config.train.steps):
                 _evaluate(run, writer, bar)
-            if _due(progress.step, config.checkpoint.interval, config.train.steps) and saved != progress.step:
+            if (
+                _due(progress.step, config.checkpoint.interval, config.train.steps)
+                and saved != progress.step
+            ):
                 saved = _save(run)
             else:
                 run.saver.poll()
@@ -161,7 +200,9 @@ def _due(step: int, interval: int, last: int) -> bool:
     return step == last or (interval > 0 and step % interval == 0)
 
 
-def _log(run: Run, report: StepReport, watch: Stopwatch, writer: RunWriter, bar: Progress) -> dict[str, float | int]:
+def _log(
+    run: Run, report: StepReport, watch: Stopwatch, writer: RunWriter, bar: Progress
+) -> dict[str, float | int]:
     """A row and a line; how long the ranks took."""
     lap, metrics, progress, times = watch.lap(), report.metrics, run.progress, run.times.spread()
     named = {name: value for name, value in metrics.items() if name != "tokens"}
@@ -182,17 +223,32 @@ def _log(run: Run, report: StepReport, watch: Stopwatch, writer: RunWriter, bar:
             **times,
         }
     )
-    bar.update(progress.step, loss=metrics["ce_loss"], kd=metrics["kd_loss"], tokens_per_second=lap.tokens_per_second)
+    bar.update(
+        progress.step,
+        loss=metrics["ce_loss"],
+        kd=metrics["kd_loss"],
+        tokens_per_second=lap.tokens_per_second,
+    )
     return times
 
 
 def _evaluate(run: Run, writer: RunWriter, bar: Progress) -> None:
     for split, metrics in evaluate(run).items():
-        named = {name: value for name, value in metrics.items() if name not in ("tokens", "total_loss")}
+        named = {
+            name: value for name, value in metrics.items() if name not in ("tokens", "total_loss")
+        }
         writer.row(
-            {"step": run.progress.step, "split": split, "tokens": run.progress.consumed_tokens, "loss_tokens": metrics["tokens"], **named}
+            {
+                "step": run.progress.step,
+                "split": split,
+                "tokens": run.progress.consumed_tokens,
+                "loss_tokens": metrics["tokens"],
+                **named,
+            }
         )
-        bar.message(f"step {run.progress.step}  validation {split}  loss {metrics['ce_loss'] or float('nan'):.4f}")
+        bar.message(
+            f"step {run.progress.step}  validation {split}  loss {metrics['ce_loss'] or float('nan'):.4f}"
+        )
 
 
 def _stop_if_not_finite(run: Run, report: StepReport) -> None:
@@ -211,12 +267,18 @@ def _stop_if_not_finite(run: Run, report: StepReport) -> None:
 def _stopwatch(run: Run) -> Stopwatch:
     config, device = run.config, run.groups.platform.device
     size = config.batch.sequence_length
-    flops = flops_per_token(config.model, run.inputs.vocab_size, size) + projection_flops_per_token(config.model, run.inputs.projections)
+    flops = flops_per_token(config.model, run.inputs.vocab_size, size) + projection_flops_per_token(
+        config.model, run.inputs.projections
+    )
     teacher = run.inputs.teacher_model
     if teacher is not None:
         flops += flops_per_token(teacher, run.inputs.vocab_size, size, forward_only=True)
     peak = config.telemetry.peak_tflops
     if peak is None:
         named = run.groups.platform.is_cuda
-        peak = peak_tflops(torch.cuda.get_device_name(device)) if named else measure_peak_tflops(DTYPES[config.train.precision])
+        peak = (
+            peak_tflops(torch.cuda.get_device_name(device))
+            if named
+            else measure_peak_tflops(DTYPES[config.train.precision])
+        )
     return Stopwatch(flops_per_token=flops, num_devices=run.groups.world_size, peak_tflops=peak)

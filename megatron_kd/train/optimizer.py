@@ -41,7 +41,10 @@ class Optimizer:
             overlap_param_gather=run.parallel.overlap_param_gather,
         )
         self.inner: Any = get_megatron_optimizer(
-            config, student.chunks, use_gloo_process_groups=False, pg_collection=student.groups.collection
+            config,
+            student.chunks,
+            use_gloo_process_groups=False,
+            pg_collection=student.groups.collection,
         )
 
     @property

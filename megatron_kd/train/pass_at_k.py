@@ -22,7 +22,9 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
         ValueError: a number outside its range.
     """
     if not 0 <= right <= samples or not 1 <= k <= samples:
-        raise ValueError(f"pass@{k} of {right} right samples among {samples}: needs 0 <= right <= samples and 1 <= k <= samples")
+        raise ValueError(
+            f"pass@{k} of {right} right samples among {samples}: needs 0 <= right <= samples and 1 <= k <= samples"
+        )
     choices = math.comb(samples, k)
     # Whole numbers up to the one division: nothing is lost where both are huge.
     return (choices - math.comb(samples - right, k)) / choices

@@ -17,7 +17,12 @@ from megatron_kd.data.indexed import tokens_per_byte
 from megatron_kd.losses import DenseTeacher, linear_divergence, linear_kd_cross_entropy
 from megatron_kd.parallel.collectives import all_gather
 from megatron_kd.targets import TopSelection, linear_targets
-from megatron_kd.telemetry.calibration import FINE, adaptive_calibration_error, calibration_sums, expected_calibration_error
+from megatron_kd.telemetry.calibration import (
+    FINE,
+    adaptive_calibration_error,
+    calibration_sums,
+    expected_calibration_error,
+)
 from megatron_kd.train.frozen import FrozenModel
 
 
@@ -53,9 +58,20 @@ class Perplexity:
         per_byte = tokens_per_byte(prefix)
         if per_byte is not None:
             found["bits_per_byte"] = self.cross_entropy / math.log(2) * per_byte
-        names = ("accuracy", "calibration_error", "adaptive_calibration_error", "teacher_kl", "teacher_agreement", "teacher_cross_entropy")
+        names = (
+            "accuracy",
+            "calibration_error",
+            "adaptive_calibration_error",
+            "teacher_kl",
+            "teacher_agreement",
+            "teacher_cross_entropy",
+        )
         values = {name: getattr(self, name) for name in names}
-        return found | {name: value for name, value in values.items() if value is not None} | {"tokens": self.tokens, "data": prefix}
+        return (
+            found
+            | {name: value for name, value in values.items() if value is not None}
+            | {"tokens": self.tokens, "data": prefix}
+        )
 
 
 def measure(
@@ -75,7 +91,15 @@ def measure(
     reduced once, at the end.
     """
     groups = model.groups
-    source = _batches(model, prefix, name, sequence_length, batch_size * groups.data_size, index_cache, max_sequences or 2**40)
+    source = _batches(
+        model,
+        prefix,
+        name,
+        sequence_length,
+        batch_size * groups.data_size,
+        index_cache,
+        max_sequences or 2**40,
+    )
     sums = torch.zeros(_TOTALS + 3 * FINE, dtype=torch.float64, device=groups.platform.device)
     head = _teacher_head(model, teacher)
     for index in range(source.num_batches):
@@ -91,7 +115,11 @@ def measure(
     dist.all_reduce(sums)
     loss, hits, kl, agreed, teacher_loss, tokens = sums[:_TOTALS].tolist()
     bins = sums[_TOTALS:].view(3, FINE).cpu()
-    taught_sums = (None, None, None) if teacher is None else (kl / tokens, agreed / tokens, teacher_loss / tokens)
+    taught_sums = (
+        (None, None, None)
+        if teacher is None
+        else (kl / tokens, agreed / tokens, teacher_loss / tokens)
+    )
     errors = expected_calibration_error(bins), adaptive_calibration_error(bins)
     return Perplexity(loss / tokens, int(tokens), hits / tokens, *errors, *taught_sums)
 
@@ -100,7 +128,9 @@ _TOTALS = 6  # loss, hits, KL, agreement, the teacher's loss, tokens
 
 
 @torch.no_grad()
-def _sums(model: FrozenModel, hidden: Tensor, teacher: DenseTeacher | None, microbatch: Microbatch) -> Tensor:
+def _sums(
+    model: FrozenModel, hidden: Tensor, teacher: DenseTeacher | None, microbatch: Microbatch
+) -> Tensor:
     """fp64 [_TOTALS + 3 FINE] of one microbatch, the same on every rank of the last stage's tensor group. hidden: [S, B, H]."""
     labels, mask = microbatch.labels.T.contiguous(), microbatch.loss_mask.T.contiguous()
     split: dict[str, Any] = {"vocab_size": model.vocab_size, "tp_group": model.groups.tp}
@@ -114,14 +144,30 @@ def _sums(model: FrozenModel, hidden: Tensor, teacher: DenseTeacher | None, micr
         # The head takes both sides in one type: the wider one.
         wide = torch.promote_types(hidden.dtype, teacher.hidden.dtype)
         dense = DenseTeacher(teacher.hidden.to(wide), teacher.weight.to(wide))
-        kl = linear_divergence(hidden.to(wide), model.weight().to(wide), labels, dense, divergence="forward_kl", alpha=1.0, **split).kd
-        theirs = linear_targets(teacher.hidden, teacher.weight, TopSelection(1), **split).indices[..., 0]
-        teacher_ce = linear_kd_cross_entropy(teacher.hidden, teacher.weight, labels, None, alpha=0.0, **split).ce
+        kl = linear_divergence(
+            hidden.to(wide),
+            model.weight().to(wide),
+            labels,
+            dense,
+            divergence="forward_kl",
+            alpha=1.0,
+            **split,
+        ).kd
+        theirs = linear_targets(teacher.hidden, teacher.weight, TopSelection(1), **split).indices[
+            ..., 0
+        ]
+        teacher_ce = linear_kd_cross_entropy(
+            teacher.hidden, teacher.weight, labels, None, alpha=0.0, **split
+        ).ce
         beside = [kl, (theirs == best).to(mask.dtype), teacher_ce]
     counted = mask.double() * (labels >= 0)
-    totals = torch.stack([(each.double() * counted).sum() for each in (ce, hit, *beside, torch.ones_like(mask))])
+    totals = torch.stack(
+        [(each.double() * counted).sum() for each in (ce, hit, *beside, torch.ones_like(mask))]
+    )
     confidence = top.logprobs[..., 0].exp()
-    return torch.cat([totals, calibration_sums(confidence.flatten(), hit.flatten(), counted.flatten()).flatten()])
+    return torch.cat(
+        [totals, calibration_sums(confidence.flatten(), hit.flatten(), counted.flatten()).flatten()]
+    )
 
 
 def _teacher_head(model: FrozenModel, teacher: FrozenModel | None) -> Tensor | None:
@@ -140,7 +186,13 @@ def _teacher_head(model: FrozenModel, teacher: FrozenModel | None) -> Tensor | N
 
 
 def _batches(
-    model: FrozenModel, prefix: str, name: str, sequence_length: int, global_batch: int, index_cache: Path, sequences: int
+    model: FrozenModel,
+    prefix: str,
+    name: str,
+    sequence_length: int,
+    global_batch: int,
+    index_cache: Path,
+    sequences: int,
 ) -> BatchSource:
     dataset = build_dataset(
         [prefix],

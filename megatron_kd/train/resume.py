@@ -12,7 +12,14 @@ import torch.distributed as dist
 from megatron_kd.checkpoint.manifest import STALE_SECONDS, one_sentence, wait_for_folder
 from megatron_kd.checkpoint.saver import Saver
 from megatron_kd.checkpoint.state import find_damage
-from megatron_kd.checkpoint.store import CheckpointInfo, complete_steps, has_digests, read_info, set_aside, step_folder
+from megatron_kd.checkpoint.store import (
+    CheckpointInfo,
+    complete_steps,
+    has_digests,
+    read_info,
+    set_aside,
+    step_folder,
+)
 from megatron_kd.config import ConfigError, RunConfig
 from megatron_kd.parallel.collectives import from_rank_zero, raise_together
 from megatron_kd.train.inputs import Inputs, check_resume, checkpoints_folder
@@ -36,7 +43,9 @@ def choose_checkpoint(config: RunConfig, inputs: Inputs) -> Inputs:
             continue
         _check_together(config, inputs, folder, info)
         if not has_digests(folder, info):
-            _warn(f"{folder} was written without digests by an earlier version: nothing is known about damage to its files")
+            _warn(
+                f"{folder} was written without digests by an earlier version: nothing is known about damage to its files"
+            )
         for bad, problem in damaged:
             _warn(f"the checkpoint of step {bad} is damaged and passed over: {problem}")
         if damaged:
@@ -45,7 +54,9 @@ def choose_checkpoint(config: RunConfig, inputs: Inputs) -> Inputs:
     if damaged:
         raise ConfigError(_none_left(damaged))
     if inputs.resume is not None:
-        raise ConfigError(f"run.directory: {inputs.resume[0]} is seen by some ranks only: is run.directory shared by all machines?")
+        raise ConfigError(
+            f"run.directory: {inputs.resume[0]} is seen by some ranks only: is run.directory shared by all machines?"
+        )
     return inputs
 
 
@@ -58,7 +69,10 @@ def _see_together(folder: Path) -> None:
     wait_for_folder(folder, STALE_SECONDS)
     here = folder.is_dir()
     raise_together(
-        None if here else f"run.directory: {folder} is seen by some ranks only: is run.directory shared by all machines?", ConfigError
+        None
+        if here
+        else f"run.directory: {folder} is seen by some ranks only: is run.directory shared by all machines?",
+        ConfigError,
     )
 
 
@@ -78,7 +92,14 @@ def _look(folder: Path) -> tuple[CheckpointInfo | None, list[str]]:
 def _check_together(config: RunConfig, inputs: Inputs, folder: Path, info: CheckpointInfo) -> None:
     problem = None
     try:
-        check_resume(config, folder, info, vocab_size=inputs.vocab_size, digest=inputs.digest, projections=inputs.projections)
+        check_resume(
+            config,
+            folder,
+            info,
+            vocab_size=inputs.vocab_size,
+            digest=inputs.digest,
+            projections=inputs.projections,
+        )
     except ConfigError as error:
         problem = str(error)
     raise_together(problem, ConfigError)
@@ -104,15 +125,27 @@ def settle(inputs: Inputs, saver: Saver) -> None:
     """Note changes; give damaged checkpoints names under which nothing finds them; remove old ones. Rank 0, holding the run."""
     saver.clean()
     if inputs.changed and inputs.resume is not None:
-        saver.log.warn("settings", inputs.resume[1].step, f"going on with other settings: {'; '.join(inputs.changed)}")
+        saver.log.warn(
+            "settings",
+            inputs.resume[1].step,
+            f"going on with other settings: {'; '.join(inputs.changed)}",
+        )
     for step, problem in inputs.passed_over:
         folder = step_folder(saver.checkpoints, step)
         try:
             aside = set_aside(folder)
         except OSError as error:
-            saver.log.warn("damaged", step, f"{folder} is damaged and cannot be renamed ({error.strerror}): {problem}")
+            saver.log.warn(
+                "damaged",
+                step,
+                f"{folder} is damaged and cannot be renamed ({error.strerror}): {problem}",
+            )
         else:
-            saver.log.warn("damaged", step, f"the damaged checkpoint of step {step} is now {aside}: remove it when you have looked at it")
+            saver.log.warn(
+                "damaged",
+                step,
+                f"the damaged checkpoint of step {step} is now {aside}: remove it when you have looked at it",
+            )
     if inputs.resume is not None and has_digests(*inputs.resume):
         # What a kill before the last rotation has left can go; after the damaged ones, which are not among those that stay.
         saver.verifier.add(inputs.resume[1].step, good=True)

@@ -60,7 +60,9 @@ def data_digest(prefix: str | Path) -> str:
 def cut_shards(lengths: NDArray[np.int64], shard_tokens: int) -> list[tuple[int, int]]:
     """Half-open ranges of documents, each of about `shard_tokens` tokens."""
     ends = np.cumsum(lengths)
-    marks = np.searchsorted(ends, np.arange(shard_tokens, int(ends[-1]), shard_tokens), side="left") + 1
+    marks = (
+        np.searchsorted(ends, np.arange(shard_tokens, int(ends[-1]), shard_tokens), side="left") + 1
+    )
     cuts = [0, *np.unique(marks).tolist(), len(lengths)]
     return [(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False) if stop > start]
 
@@ -70,9 +72,15 @@ def agree_on_scores(folder: Path, scoring: Scoring) -> None:
     path = folder / ABOUT
     if path.exists():
         there, here = read_json(path, what="scores"), asdict(scoring)
-        different = [f"{key} ({there.get(key)} there, {here[key]} here)" for key in here if there.get(key) != here[key]]
+        different = [
+            f"{key} ({there.get(key)} there, {here[key]} here)"
+            for key in here
+            if there.get(key) != here[key]
+        ]
         if different:
-            raise ConfigError(f"{folder} has scores with another {', '.join(different)}: choose another --scores, or delete this folder")
+            raise ConfigError(
+                f"{folder} has scores with another {', '.join(different)}: choose another --scores, or delete this folder"
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(asdict(scoring), indent=2) + "\n").encode())
@@ -93,8 +101,14 @@ def read_scores(folder: Path, shards: list[tuple[int, int]]) -> NDArray[np.float
             if sums.shape != (3, stop - start) or not np.isfinite(sums).all():
                 raise ValueError(f"{sums.shape} numbers where finite {(3, stop - start)} are due")
         except (OSError, ValueError, EOFError) as error:
-            raise ConfigError(f"{path} is damaged ({error}): delete it and run the same command again") from error
-        found.append(np.divide(sums[0] - sums[1], sums[2], out=np.full(stop - start, np.nan), where=sums[2] > 0))
+            raise ConfigError(
+                f"{path} is damaged ({error}): delete it and run the same command again"
+            ) from error
+        found.append(
+            np.divide(
+                sums[0] - sums[1], sums[2], out=np.full(stop - start, np.nan), where=sums[2] > 0
+            )
+        )
     return np.concatenate(found)
 
 
@@ -119,13 +133,21 @@ def score_shards(
     for finished, number in enumerate(mine, 1):
         start, stop = shards[number]
         sums = torch.zeros(3, stop - start, dtype=torch.float64, device=groups.platform.device)
-        for owners, inputs, labels in batches(tokens, index, start, stop, sequence_length, batch_size):
+        for owners, inputs, labels in batches(
+            tokens, index, start, stop, sequence_length, batch_size
+        ):
             device = sums.device
-            pairs = [log_probabilities(model, inputs.to(device), labels.to(device)) for model in models]
+            pairs = [
+                log_probabilities(model, inputs.to(device), labels.to(device)) for model in models
+            ]
             counted += int((labels >= 0).sum())
             values = [each for each in pairs if each is not None]
             if len(values) == 2:
-                sums.index_add_(1, owners.to(device), torch.stack([*values, (labels >= 0).sum(1).to(device, torch.float64)]))
+                sums.index_add_(
+                    1,
+                    owners.to(device),
+                    torch.stack([*values, (labels >= 0).sum(1).to(device, torch.float64)]),
+                )
         if groups.reports_loss:
             buffer = io.BytesIO()
             np.save(buffer, sums.cpu().numpy(), allow_pickle=False)
@@ -134,7 +156,12 @@ def score_shards(
 
 
 def batches(
-    tokens: NDArray[np.integer], index: TokenIndex, start: int, stop: int, sequence_length: int, batch_size: int
+    tokens: NDArray[np.integer],
+    index: TokenIndex,
+    start: int,
+    stop: int,
+    sequence_length: int,
+    batch_size: int,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Windows of documents [start, stop): document - start int64 [B], inputs and labels int64 [B, S], S of the batch's longest window.
 
@@ -164,6 +191,12 @@ def log_probabilities(model: FrozenModel, inputs: Tensor, labels: Tensor) -> Ten
     if hidden is None:
         return None
     found = linear_kd_cross_entropy(
-        hidden, model.weight(), labels.T.contiguous(), None, alpha=0.0, vocab_size=model.vocab_size, tp_group=model.groups.tp
+        hidden,
+        model.weight(),
+        labels.T.contiguous(),
+        None,
+        alpha=0.0,
+        vocab_size=model.vocab_size,
+        tp_group=model.groups.tp,
     )
     return -found.ce.double().sum(0)

@@ -37,7 +37,9 @@ def settings_of(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         return found
     if config.teacher.source == "cached":
         try:
-            found["teacher.cache"] = json.loads(identity_in(Storage(str(config.teacher.cache))).to_json())
+            found["teacher.cache"] = json.loads(
+                identity_in(Storage(str(config.teacher.cache))).to_json()
+            )
         except CacheError as error:
             raise ConfigError(f"teacher.cache: {error}") from error
     elif config.teacher.checkpoint is not None:
@@ -53,7 +55,11 @@ def student_settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     found |= _changed("model", config.model, leave={"recompute", "vocab_size"})
     found |= _changed("batch", config.batch, leave={"micro_batch_size"})
     found |= _changed("optimizer", config.optimizer, leave={"distributed"})
-    found |= {"train.steps": train.steps, "train.seed": train.seed, "train.precision": train.precision}
+    found |= {
+        "train.steps": train.steps,
+        "train.seed": train.seed,
+        "train.precision": train.precision,
+    }
     found |= _changed("data", config.data, leave={"tokenizer", "train", "valid", "index_cache"})
     found["data.train"] = [data_digest(prefix) for prefix in config.data.train]
     if config.teacher.source == "none":
@@ -65,7 +71,11 @@ def _changed(name: str, section: Section, *, leave: set[str]) -> dict[str, Any]:
     """Values of a section's keys that are not the default, all but `leave`, as in a run file."""
     fields, values = type(section).model_fields, section.model_dump(mode="json")
     defaults = {key: field.get_default(call_default_factory=True) for key, field in fields.items()}
-    return {f"{name}.{key}": values[key] for key in fields if key not in leave and getattr(section, key) != defaults[key]}
+    return {
+        f"{name}.{key}": values[key]
+        for key in fields
+        if key not in leave and getattr(section, key) != defaults[key]
+    }
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -90,7 +100,9 @@ def data_digest(prefix: str) -> str:
 def sampled_digest(folder: Path) -> str:
     """SHA-256 over names, sizes and 64 evenly spaced blocks of each of a folder's files: a teacher of 140 GB is not read whole for it."""
     total = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".nfs")):
+    for path in sorted(
+        path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".nfs")
+    ):
         total.update(f"{path.name} {path.stat().st_size}\n".encode())
         for block in _blocks(path, path.stat().st_size):
             total.update(block)

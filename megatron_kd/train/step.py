@@ -49,14 +49,23 @@ def train_step(run: Run) -> StepReport:
     run.student.zero_grad()
     run.optimizer.zero_grad()
     objective = run.objective_now(microbatches, targets)
-    step = partial(forward_step, objective=objective, observe=run.capture.observer(run.progress.step), through=through)
+    step = partial(
+        forward_step,
+        objective=objective,
+        observe=run.capture.observer(run.progress.step),
+        through=through,
+    )
     reports = run.student.run_schedule(step, list(zip(microbatches, targets, strict=True)))
     metrics = reduce_step(run, reports)
     watch.at("updating the weights")
     run.optimizer.set_learning_rate(learning_rate)
     updated, grad_norm = run.optimizer.step(allowed=math.isfinite(metrics["total_loss"] or 0.0))
     batch = run.config.batch
-    run.progress.advance(samples=batch.global_batch_size, tokens=batch.global_batch_size * batch.sequence_length, updated=updated)
+    run.progress.advance(
+        samples=batch.global_batch_size,
+        tokens=batch.global_batch_size * batch.sequence_length,
+        updated=updated,
+    )
     run.capture.end_step()
     return StepReport(metrics, grad_norm, learning_rate, alpha, updated)
 
@@ -72,13 +81,34 @@ def forward_step(
     """Forward of the next microbatch through one chunk, and what its output is worth: megatron-core's forward step."""
     microbatch, target = next(batches)
     output = through(chunk, microbatch)
-    return output, partial(_loss, chunk=chunk, microbatch=microbatch, target=target, objective=objective, observe=observe)
+    return output, partial(
+        _loss,
+        chunk=chunk,
+        microbatch=microbatch,
+        target=target,
+        objective=objective,
+        observe=observe,
+    )
 
 
-def _loss(hidden: Tensor, *, chunk: Any, microbatch: Microbatch, target: Target | None, objective: Objective, observe: Observe) -> Any:
+def _loss(
+    hidden: Tensor,
+    *,
+    chunk: Any,
+    microbatch: Microbatch,
+    target: Target | None,
+    objective: Objective,
+    observe: Observe,
+) -> Any:
     weight = output_weight(chunk.module)
     observe(hidden, weight, microbatch)
-    return objective(hidden, weight=weight, labels=microbatch.labels, loss_mask=microbatch.loss_mask, target=target)
+    return objective(
+        hidden,
+        weight=weight,
+        labels=microbatch.labels,
+        loss_mask=microbatch.loss_mask,
+        target=target,
+    )
 
 
 def reduce_step(run: Run, reports: list[dict[str, Tensor]]) -> dict[str, float | None]:

@@ -36,14 +36,22 @@ def selection_of(config: RunConfig) -> Selection:
     """How [distill] wants sparse targets to be chosen."""
     distill = config.distill
     if distill.num_draws is not None:
-        return SampleSelection(distill.num_draws, config.train.seed, distill.temperature, distill.draws, distill.draw_power)
+        return SampleSelection(
+            distill.num_draws,
+            config.train.seed,
+            distill.temperature,
+            distill.draws,
+            distill.draw_power,
+        )
     # Where nothing of a target depends on the temperature, one is as good as another: one cache then serves all of them.
     measured = distill.top_p < 1.0 or distill.loss_tail != "renormalize"
     temperature = distill.temperature if measured and distill.truncate == "tempered" else 1.0
     return TopSelection(distill.top_k, distill.top_p, distill.min_k, temperature)
 
 
-def online_teacher(config: RunConfig, inputs: Inputs, groups: Groups, *, layers: Collection[int] = ()) -> OnlineTeacher:
+def online_teacher(
+    config: RunConfig, inputs: Inputs, groups: Groups, *, layers: Collection[int] = ()
+) -> OnlineTeacher:
     """The teacher of teacher.checkpoint with its weights; layers: whose outputs it keeps. Collective over the world."""
     assert inputs.teacher is not None
     folder, info = inputs.teacher
@@ -71,7 +79,9 @@ def _check_device(config: RunConfig, groups: Groups) -> None:
     """ConfigError, on every rank, for what only a GPU can do."""
     cuda = groups.platform.is_cuda
     if config.teacher.offload and not cuda:
-        raise ConfigError("teacher.offload keeps the teacher in CPU memory, where this run on a CPU has it anyway: unset it")
+        raise ConfigError(
+            "teacher.offload keeps the teacher in CPU memory, where this run on a CPU has it anyway: unset it"
+        )
     if config.teacher.precision == "fp8":
         engine = importlib.util.find_spec("transformer_engine") is not None
         if not (cuda and engine and torch.cuda.get_device_capability() >= (8, 9)):
@@ -81,10 +91,17 @@ def _check_device(config: RunConfig, groups: Groups) -> None:
             )
 
 
-def _live_teacher(config: RunConfig, inputs: Inputs, groups: Groups, *, placement: Placement, even: bool) -> TeacherSource:
+def _live_teacher(
+    config: RunConfig, inputs: Inputs, groups: Groups, *, placement: Placement, even: bool
+) -> TeacherSource:
     """The teacher of teacher.checkpoint in the student's layout, or in its own where it needs one."""
     if not config.teacher.has_own_layout and not placement.reverse:
-        return online_teacher(config, inputs, groups, layers={pair.teacher_layer for pair in config.distill.hidden_states})
+        return online_teacher(
+            config,
+            inputs,
+            groups,
+            layers={pair.teacher_layer for pair in config.distill.hidden_states},
+        )
     tensor, pipeline, micro_batch_size = config.teacher_layout(groups.world_size)
     own = second_layout(
         groups,
@@ -95,20 +112,42 @@ def _live_teacher(config: RunConfig, inputs: Inputs, groups: Groups, *, placemen
     )
     sequence_parallel = config.parallel.sequence_parallel and not config.teacher.has_own_layout
     teacher_alone = config.model_copy(
-        update={"parallel": ParallelSection(tensor=tensor, pipeline=pipeline, sequence_parallel=sequence_parallel)}
+        update={
+            "parallel": ParallelSection(
+                tensor=tensor, pipeline=pipeline, sequence_parallel=sequence_parallel
+            )
+        }
     )
-    return OwnLayoutTeacher(online_teacher(teacher_alone, inputs, own), groups, micro_batch_size=micro_batch_size, even=even)
+    return OwnLayoutTeacher(
+        online_teacher(teacher_alone, inputs, own),
+        groups,
+        micro_batch_size=micro_batch_size,
+        even=even,
+    )
 
 
 def placement_of(config: RunConfig, inputs: Inputs, world_size: int) -> Placement:
     """When an online teacher runs, from teacher.overlap: the same on every rank."""
     model, own = inputs.teacher_model, config.teacher.has_own_layout
-    if config.teacher.overlap == "none" or config.distill.dense or config.distill.hidden_states or model is None:
+    if (
+        config.teacher.overlap == "none"
+        or config.distill.dense
+        or config.distill.hidden_states
+        or model is None
+    ):
         return Placement()
     tensor, pipeline, micro_batch_size = config.teacher_layout(world_size)
     length, parallel = config.batch.sequence_length, config.parallel
-    ours = flops_per_token(config.model, inputs.vocab_size, length, forward_only=True) * length * config.batch.micro_batch_size
-    theirs = flops_per_token(model, inputs.vocab_size, length, forward_only=True) * length * micro_batch_size
+    ours = (
+        flops_per_token(config.model, inputs.vocab_size, length, forward_only=True)
+        * length
+        * config.batch.micro_batch_size
+    )
+    theirs = (
+        flops_per_token(model, inputs.vocab_size, length, forward_only=True)
+        * length
+        * micro_batch_size
+    )
     forward = ours / (parallel.tensor * parallel.pipeline)
     recomputed = 3 if config.model.recompute == "full" else 2
     student = Work(
@@ -124,7 +163,9 @@ def placement_of(config: RunConfig, inputs: Inputs, world_size: int) -> Placemen
     teacher = Work(world_size, tensor, pipeline, count, theirs / (tensor * pipeline))
     # Where the model promised 5 and 9 % (two ranks on gloo, tools/benchmarks), -3 and 4 % were measured: a small promise is not taken.
     gain = -math.inf if config.teacher.overlap == "drain" else 0.1
-    return best_placement(student, teacher, same_layout=not own, can_reverse=can_reverse_stages(), gain=gain)
+    return best_placement(
+        student, teacher, same_layout=not own, can_reverse=can_reverse_stages(), gain=gain
+    )
 
 
 def huggingface_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> HuggingFaceTeacher:
@@ -136,7 +177,8 @@ def huggingface_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> Hu
         None if config.distill.dense else selection_of(config),
         precision=config.teacher.precision or config.train.precision,
         vocab_size=inputs.vocab_size,
-        rows=padded_vocab_size(inputs.vocab_size, config.model.vocab_size_multiple) // config.parallel.tensor,
+        rows=padded_vocab_size(inputs.vocab_size, config.model.vocab_size_multiple)
+        // config.parallel.tensor,
         sequence_parallel=config.parallel.sequence_parallel,
         chunk_tokens=config.distill.chunk_tokens,
         zero3=use_zero3(config.teacher.shard_parameters, groups.world_size),
@@ -168,7 +210,9 @@ def attach_of(teacher: TeacherSource, *, held_out: bool) -> Attach | None:
     return teacher.attach_known if held_out else teacher.attach
 
 
-def identity_of(config: RunConfig, inputs: Inputs, *, teacher: str, value_encoding: str) -> CacheIdentity:
+def identity_of(
+    config: RunConfig, inputs: Inputs, *, teacher: str, value_encoding: str
+) -> CacheIdentity:
     """What a cache for this run is."""
     return CacheIdentity(
         teacher=teacher,
@@ -190,11 +234,18 @@ def _open_cache(config: RunConfig, inputs: Inputs) -> tuple[CacheReader, TopSele
     try:
         reader = CacheReader(str(config.teacher.cache))
         own = reader.identity
-        wanted = identity_of(config, inputs, teacher=digest or own.teacher, value_encoding=own.value_encoding)
+        wanted = identity_of(
+            config, inputs, teacher=digest or own.teacher, value_encoding=own.value_encoding
+        )
         if digest is None:
             wanted = replace(wanted, teacher_step=own.teacher_step)
         selection, stored = selection_of(config), parse_top_selection(str(own.selection))
-        if isinstance(selection, TopSelection) and stored is not None and selection != stored and is_part(selection, stored):
+        if (
+            isinstance(selection, TopSelection)
+            and stored is not None
+            and selection != stored
+            and is_part(selection, stored)
+        ):
             part, wanted = selection, replace(wanted, selection=own.selection)
         own.check(wanted, reader.storage.name)
     except CacheError as error:
@@ -214,9 +265,13 @@ def _teacher_digest(inputs: Inputs) -> str | None:
     return from_rank_zero(lambda: checkpoint_digest(folder, names))
 
 
-def build_extraction(config: RunConfig, inputs: Inputs, groups: Groups, *, value_encoding: str) -> tuple[TeacherSource, CacheIdentity]:
+def build_extraction(
+    config: RunConfig, inputs: Inputs, groups: Groups, *, value_encoding: str
+) -> tuple[TeacherSource, CacheIdentity]:
     """The teacher of a run file, ready to be stored, and the identity of its cache. Collective over the world."""
     digest = _teacher_digest(inputs)
     assert digest is not None
     build = huggingface_teacher if inputs.huggingface is not None else online_teacher
-    return build(config, inputs, groups), identity_of(config, inputs, teacher=digest, value_encoding=value_encoding)
+    return build(config, inputs, groups), identity_of(
+        config, inputs, teacher=digest, value_encoding=value_encoding
+    )

@@ -34,7 +34,11 @@ CutOf = Callable[[Sequence[Microbatch], Sequence[Target | None]], Tensor | None]
 def rules_of(distill: DistillSection, vocab_size: int) -> tuple[TokenRule, ...]:
     """Temperatures first, then weights, then which tokens are distilled at all."""
     rules: list[TokenRule] = []
-    adaptive, temperature, squared = distill.adaptive, distill.temperature, distill.temperature_squared
+    adaptive, temperature, squared = (
+        distill.adaptive,
+        distill.temperature,
+        distill.temperature_squared,
+    )
     ends = (adaptive.minimum, adaptive.maximum)
     only = distill.temperature_on == "teacher"
     if adaptive.method == "normkd":

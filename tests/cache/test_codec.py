@@ -16,7 +16,9 @@ from megatron_kd.targets import SampleSelection, SparseTarget, TopSelection, sel
 from megatron_kd.targets.sparse import check_target
 from tests.losses.cases import fresh_seed, say
 
-ERROR = 2 * 0.053  # half the widest step, and the same again for the scaling; the step is wider by a second-order term
+ERROR = (
+    2 * 0.053
+)  # half the widest step, and the same again for the scaling; the step is wider by a second-order term
 
 
 @settings(max_examples=60, deadline=None)
@@ -24,7 +26,9 @@ ERROR = 2 * 0.053  # half the widest step, and the same again for the scaling; t
 def test_numbers_come_back(powers: list[int], seed: int) -> None:
     """And the bits are where FORMAT.md says."""
     generator = np.random.default_rng(seed)
-    numbers = np.array([generator.integers(1 << power, 2 << power) for power in powers], dtype=np.int64)
+    numbers = np.array(
+        [generator.integers(1 << power, 2 << power) for power in powers], dtype=np.int64
+    )
     classes, data = split(numbers)
     assert np.array_equal(join(classes, [data], np.array([len(numbers)])), numbers)
     expected, start = 0, 0
@@ -34,7 +38,8 @@ def test_numbers_come_back(powers: list[int], seed: int) -> None:
         width = max(power - 1, 0)
         expected |= (number & ((1 << width) - 1)) << start
         start += width
-    assert len(data) == (start + 7) // 8 and int.from_bytes(data, "little") == expected
+    assert len(data) == (start + 7) // 8
+    assert int.from_bytes(data, "little") == expected
 
 
 def teacher(seed: int, *, tokens: int, vocab_size: int, spread: float) -> torch.Tensor:
@@ -51,22 +56,30 @@ def used(target: SparseTarget) -> list[dict[int, float]]:
 
 
 @settings(max_examples=40, deadline=None)
-@example(tokens=2, vocab_size=70000, top_k=48, top_p=1.0, temperature=1.0, seed=33)  # two logits of one log-probability
+@example(
+    tokens=2, vocab_size=70000, top_k=48, top_p=1.0, temperature=1.0, seed=33
+)  # two logits of one log-probability
 @given(
     st.integers(1, 40), st.sampled_from([1, 7, 2000, 70000]), st.integers(1, 70), st.floats(0.05, 1.0), st.sampled_from([1.0, 2.0]),
     st.integers(0, 2**31),
 )  # fmt: skip
-def test_top_targets(tokens: int, vocab_size: int, top_k: int, top_p: float, temperature: float, seed: int) -> None:
+def test_top_targets(
+    tokens: int, vocab_size: int, top_k: int, top_p: float, temperature: float, seed: int
+) -> None:
     logits = teacher(seed, tokens=tokens, vocab_size=vocab_size, spread=3.0)
-    target = select_targets(logits, TopSelection(min(top_k, vocab_size), top_p=top_p, temperature=temperature))
+    target = select_targets(
+        logits, TopSelection(min(top_k, vocab_size), top_p=top_p, temperature=temperature)
+    )
     exact = decode(encode(target, value_encoding="fp32"))
     for ours, theirs in zip(exact.tensors(), target.tensors(), strict=True):
-        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
     assert (exact.temperature, exact.sampled) == (temperature, False)
 
     found = decode(encode(target))
     check_target(found, target.indices.shape[:1], vocab_size=vocab_size)
-    assert found.temperature == temperature and found.indices.shape == target.indices.shape
+    assert found.temperature == temperature
+    assert found.indices.shape == target.indices.shape
     assert torch.equal(found.log_tail, target.log_tail)
     assert (found.entropy - target.entropy).abs().max() <= 0.5 / 2048 + 1e-6
     for ours, theirs in zip(used(found), used(target), strict=True):
@@ -80,7 +93,13 @@ def test_the_loss_of_quantization() -> None:
     """Mean KL between the kept distributions, exact against read back: 7e-5 where probabilities are large, less where they are not."""
     seed = fresh_seed()
     for top_k, top_p, spread in ((50, 0.95, 2.5), (256, 1.0, 1.0), (8, 1.0, 4.0), (1000, 1.0, 0.0)):
-        check_loss(seed, select_targets(teacher(seed, tokens=200, vocab_size=20000, spread=spread), TopSelection(top_k, top_p=top_p)))
+        check_loss(
+            seed,
+            select_targets(
+                teacher(seed, tokens=200, vocab_size=20000, spread=spread),
+                TopSelection(top_k, top_p=top_p),
+            ),
+        )
 
 
 def check_loss(seed: int, target: SparseTarget) -> None:
@@ -95,28 +114,56 @@ def check_loss(seed: int, target: SparseTarget) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 30), st.integers(1, 80), st.sampled_from([1, 50, 30000]), st.sampled_from([1.0, 2.0]), st.integers(0, 2**31))
-def test_draws_are_exact(tokens: int, draws: int, vocab_size: int, temperature: float, seed: int) -> None:
+@given(
+    st.integers(1, 30),
+    st.integers(1, 80),
+    st.sampled_from([1, 50, 30000]),
+    st.sampled_from([1.0, 2.0]),
+    st.integers(0, 2**31),
+)
+def test_draws_are_exact(
+    tokens: int, draws: int, vocab_size: int, temperature: float, seed: int
+) -> None:
     logits = teacher(seed, tokens=tokens, vocab_size=vocab_size, spread=3.0)
     target = select_targets(logits, SampleSelection(draws, seed, temperature))
     for encoding in ("quantized", "fp32"):
         found = decode(encode(target, value_encoding=encoding, num_draws=draws))
-        assert found.sampled and found.temperature == temperature and found.log_tail is None
-        assert torch.equal(found.indices, target.indices) and torch.equal(found.logprobs, target.logprobs)
+        assert found.sampled
+        assert found.temperature == temperature
+        assert found.log_tail is None
+        assert torch.equal(found.indices, target.indices)
+        assert torch.equal(found.logprobs, target.logprobs)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 20), st.sampled_from(["draws", "quantized", "fp32"]), st.integers(0, 2**31))
-def test_many_records_at_once_are_each_of_them(count: int, tokens: int, kind: str, seed: int) -> None:
+@given(
+    st.integers(1, 6),
+    st.integers(1, 20),
+    st.sampled_from(["draws", "quantized", "fp32"]),
+    st.integers(0, 2**31),
+)
+def test_many_records_at_once_are_each_of_them(
+    count: int, tokens: int, kind: str, seed: int
+) -> None:
     """Records that differ in slots, entries, steps and draws."""
     generator = np.random.default_rng(seed)
     made, data = [], []
     for number in range(count):
-        logits = teacher(seed + number, tokens=tokens, vocab_size=3000, spread=float(generator.uniform(0.1, 4)))
+        logits = teacher(
+            seed + number, tokens=tokens, vocab_size=3000, spread=float(generator.uniform(0.1, 4))
+        )
         size = int(generator.integers(1, 40))
-        selection = SampleSelection(size, seed) if kind == "draws" else TopSelection(size, top_p=float(generator.uniform(0.3, 1)))
+        selection = (
+            SampleSelection(size, seed)
+            if kind == "draws"
+            else TopSelection(size, top_p=float(generator.uniform(0.3, 1)))
+        )
         made.append(select_targets(logits, selection))
-        data.append(encode(made[-1], value_encoding="fp32" if kind == "fp32" else "quantized", num_draws=size))
+        data.append(
+            encode(
+                made[-1], value_encoding="fp32" if kind == "fp32" else "quantized", num_draws=size
+            )
+        )
     found = decode_many(data)
     slots = max(target.indices.shape[1] for target in made)
     assert found.indices.shape == (count, tokens, slots)
@@ -124,19 +171,25 @@ def test_many_records_at_once_are_each_of_them(count: int, tokens: int, kind: st
         alone = decode(one)
         mine = found.map(lambda tensor, number=number: tensor[number])
         width = alone.indices.shape[1]
-        assert (mine.indices[:, width:] == -1).all() and (mine.logprobs[:, width:] == -torch.inf).all()
-        assert torch.equal(mine.indices[:, :width], alone.indices) and torch.equal(mine.logprobs[:, :width], alone.logprobs)
+        assert (mine.indices[:, width:] == -1).all()
+        assert (mine.logprobs[:, width:] == -torch.inf).all()
+        assert torch.equal(mine.indices[:, :width], alone.indices)
+        assert torch.equal(mine.logprobs[:, :width], alone.logprobs)
         for name in ("log_tail", "entropy"):
             ours, theirs = getattr(mine, name), getattr(alone, name)
             assert (ours is None and theirs is None) or torch.equal(ours, theirs)
-    other = encode(select_targets(teacher(seed, tokens=tokens + 1, vocab_size=50, spread=1.0), TopSelection(3)))
+    other = encode(
+        select_targets(teacher(seed, tokens=tokens + 1, vocab_size=50, spread=1.0), TopSelection(3))
+    )
     with pytest.raises(BadRecord, match="records of different kinds"):
         decode_many([*data, other])
 
 
 def test_what_cannot_be_stored_is_refused() -> None:
     def target(ids: list[list[int]], values: list[list[float]], **more: object) -> SparseTarget:
-        return SparseTarget(torch.tensor(ids, dtype=torch.int32), torch.tensor(values).log(), **more)
+        return SparseTarget(
+            torch.tensor(ids, dtype=torch.int32), torch.tensor(values).log(), **more
+        )
 
     for bad, says in (
         (target([[-1, -1]], [[0.5, 0.5]]), "has no kept entry"),
@@ -149,17 +202,24 @@ def test_what_cannot_be_stored_is_refused() -> None:
             continue
         with pytest.raises(ValueError, match=says):
             encode(bad)
-    with pytest.raises(ValueError, match="value_encoding must be one of quantized, fp32, not 'int4'"):
+    with pytest.raises(
+        ValueError, match="value_encoding must be one of quantized, fp32, not 'int4'"
+    ):
         encode(target([[1]], [[1.0]]), value_encoding="int4")
 
 
 def test_a_target_without_tail_or_entropy() -> None:
-    target = SparseTarget(torch.tensor([[5, 2], [9, -1]], dtype=torch.int32), torch.tensor([[0.5, 0.25], [0.125, 0.0]]).log())
+    target = SparseTarget(
+        torch.tensor([[5, 2], [9, -1]], dtype=torch.int32),
+        torch.tensor([[0.5, 0.25], [0.125, 0.0]]).log(),
+    )
     for encoding in ("quantized", "fp32"):
         found = decode(encode(target, value_encoding=encoding))
-        assert found.log_tail is None and found.entropy is None
+        assert found.log_tail is None
+        assert found.entropy is None
         for ours, theirs in zip(used(found), used(target), strict=True):
-            assert ours.keys() == theirs.keys() and max(abs(ours[i] - theirs[i]) for i in ours) < ERROR
+            assert ours.keys() == theirs.keys()
+            assert max(abs(ours[i] - theirs[i]) for i in ours) < ERROR
         assert torch.allclose(found.logprobs.exp().sum(1), torch.tensor([0.75, 0.125]), atol=1e-6)
 
 
@@ -167,8 +227,13 @@ def test_a_target_without_tail_or_entropy() -> None:
 @given(st.data())
 def test_other_bytes_are_bad_records_or_targets(data: st.DataObject) -> None:
     """Without the checksum that guards it, a changed record gives BadRecord or some target, never another error."""
-    target = select_targets(teacher(data.draw(st.integers(0, 9)), tokens=5, vocab_size=500, spread=2.0), TopSelection(9, top_p=0.9))
-    good = bytearray(encode(target, value_encoding=data.draw(st.sampled_from(["quantized", "fp32"]))))
+    target = select_targets(
+        teacher(data.draw(st.integers(0, 9)), tokens=5, vocab_size=500, spread=2.0),
+        TopSelection(9, top_p=0.9),
+    )
+    good = bytearray(
+        encode(target, value_encoding=data.draw(st.sampled_from(["quantized", "fp32"])))
+    )
     kind = data.draw(st.sampled_from(["flip", "cut", "grow", "noise"]))
     if kind == "flip":
         good[data.draw(st.integers(0, len(good) - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -182,4 +247,5 @@ def test_other_bytes_are_bad_records_or_targets(data: st.DataObject) -> None:
         found = decode(bytes(good))
     except BadRecord:
         return
-    assert kind in ("flip", "noise") and found.indices.dim() == 2
+    assert kind in ("flip", "noise")
+    assert found.indices.dim() == 2

@@ -13,9 +13,21 @@ from torch import Tensor
 
 from megatron_kd.cache import CacheIdentity, CacheInUse, CacheReader, CacheWriter, WrongCache
 from megatron_kd.data.batches import Microbatch
-from megatron_kd.targets import SampleSelection, Selection, SparseTarget, TopSelection, select_targets
+from megatron_kd.targets import (
+    SampleSelection,
+    Selection,
+    SparseTarget,
+    TopSelection,
+    select_targets,
+)
 from megatron_kd.targets.keys import row_keys
-from megatron_kd.teacher.extract import ShardPlan, extract, finished_shards, microbatches, sole_writer
+from megatron_kd.teacher.extract import (
+    ShardPlan,
+    extract,
+    finished_shards,
+    microbatches,
+    sole_writer,
+)
 from megatron_kd.teacher.recheck import TOLERANCE, recheck, total_variation
 from tests.losses.cases import fresh_seed, say
 
@@ -51,13 +63,17 @@ class Teacher:
         return [target(batch) for batch in microbatches]
 
 
-def plan_of(seed: int, *, samples: int = 50, shard_samples: int = 8, first: int | None = None) -> ShardPlan:
+def plan_of(
+    seed: int, *, samples: int = 50, shard_samples: int = 8, first: int | None = None
+) -> ShardPlan:
     tokens = torch.randint(0, V, (samples, S), generator=torch.Generator().manual_seed(seed))
     cut = samples // 3
     return ShardPlan([Part(tokens[:cut]), Part(tokens[cut:])], shard_samples, first)  # type: ignore[list-item]
 
 
-def store(directory: Path, teacher: Teacher, plan: ShardPlan, shards: Sequence[int]) -> CacheIdentity:
+def store(
+    directory: Path, teacher: Teacher, plan: ShardPlan, shards: Sequence[int]
+) -> CacheIdentity:
     identity = CacheIdentity("ab", None, V, S, teacher.selection)
     extract(
         teacher, plan, shards, directory, identity, writes=True, worker=0, micro_batch_size=3, num_microbatches=2,
@@ -78,8 +94,15 @@ def test_finished_shards_are_those_of_the_same_samples(tmp_path: Path) -> None:
     assert finished_shards(tmp_path / "none", plan, identity) == set()
     with pytest.raises(WrongCache, match="vocab_size: the cache has 300, expected 301"):
         finished_shards(tmp_path, plan, replace(identity, vocab_size=301))
-    for other in (plan_of(seed, shard_samples=7), plan_of(seed, shard_samples=16), plan_of(seed + 1)):
-        with pytest.raises(WrongCache, match=r"shard-0000000\d.arrow begins with the sample .*another --shard-samples"):
+    for other in (
+        plan_of(seed, shard_samples=7),
+        plan_of(seed, shard_samples=16),
+        plan_of(seed + 1),
+    ):
+        with pytest.raises(
+            WrongCache,
+            match=r"shard-0000000\d.arrow begins with the sample .*another --shard-samples",
+        ):
             finished_shards(tmp_path, other, identity)
     # More data behind the same: only what was the incomplete end is written again.
     short = plan_of(seed, first=20)
@@ -89,13 +112,18 @@ def test_finished_shards_are_those_of_the_same_samples(tmp_path: Path) -> None:
     store(tmp_path / "grown", teacher, plan, range(2, plan.num_shards))
     store(tmp_path / "whole", teacher, plan, range(plan.num_shards))
     for path in (tmp_path / "whole").glob("shard-*"):
-        assert path.read_bytes() == (tmp_path / "grown" / path.name).read_bytes(), say(seed, path.name)
+        assert path.read_bytes() == (tmp_path / "grown" / path.name).read_bytes(), say(
+            seed, path.name
+        )
 
 
 @pytest.mark.fault(15)
 def test_one_job_at_a_time(tmp_path: Path) -> None:
     with sole_writer(tmp_path, 3, writes=True):
-        with pytest.raises(CacheInUse, match=f"is being written by process {os.getpid()} of "), sole_writer(tmp_path, 3, writes=True):
+        with (
+            pytest.raises(CacheInUse, match=f"is being written by process {os.getpid()} of "),
+            sole_writer(tmp_path, 3, writes=True),
+        ):
             pass
         with sole_writer(tmp_path, 4, writes=True), sole_writer(tmp_path, 3, writes=False):
             pass
@@ -110,7 +138,9 @@ def test_recheck_finds_what_the_teacher_does_not_say(selection: Selection, tmp_p
     identity = store(tmp_path, teacher, plan, range(3))
 
     def check(asked: Teacher) -> tuple[int, int, int]:
-        found = recheck(asked, CacheReader(tmp_path), plan, samples=50, seed=seed, device=torch.device("cpu"))
+        found = recheck(
+            asked, CacheReader(tmp_path), plan, samples=50, seed=seed, device=torch.device("cpu")
+        )
         assert found is not None
         return len(found.distances), len(found.wrong), len(found.missing)
 
@@ -121,8 +151,12 @@ def test_recheck_finds_what_the_teacher_does_not_say(selection: Selection, tmp_p
     with CacheWriter(tmp_path, identity, shard=1) as writer:
         for number in range(8, 16):
             (target,) = teacher.targets([_batch(plan.sample(number))])
-            writer.add(plan.sample(number), (other if number == 9 else target).map(lambda t: t[:, 0]))
-    found = recheck(teacher, CacheReader(tmp_path), plan, samples=50, seed=seed, device=torch.device("cpu"))
+            writer.add(
+                plan.sample(number), (other if number == 9 else target).map(lambda t: t[:, 0])
+            )
+    found = recheck(
+        teacher, CacheReader(tmp_path), plan, samples=50, seed=seed, device=torch.device("cpu")
+    )
     assert found is not None and list(found.wrong) == [9], say(seed)
 
 

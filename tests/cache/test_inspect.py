@@ -30,7 +30,11 @@ def write(directory: Path, made: list[Sample], shards: int) -> None:
 
 def tool(*arguments: object) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "tools/inspect_cache.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "tools/inspect_cache.py", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -40,37 +44,54 @@ def test_statistics(tmp_path: Path) -> None:
     write(tmp_path / "cache", made, 2)
     found = statistics(CacheReader(tmp_path / "cache"))
     kept = [(target.indices >= 0).sum(1) for _, target in made]
-    assert (found.samples, found.tokens) == (30, 30 * S) and sum(found.kept) == found.tokens
-    assert found.entries == sum(int(k.sum()) for k in kept) == sum(n * count for n, count in enumerate(found.kept))
+    assert (found.samples, found.tokens) == (30, 30 * S)
+    assert sum(found.kept) == found.tokens
+    assert (
+        found.entries
+        == sum(int(k.sum()) for k in kept)
+        == sum(n * count for n, count in enumerate(found.kept))
+    )
     assert found.mass == pytest.approx(sum(float(t.logprobs.double().exp().sum()) for _, t in made))
-    assert found.entropy == pytest.approx(sum(float(t.entropy.double().sum()) for _, t in made if t.entropy is not None))
+    assert found.entropy == pytest.approx(
+        sum(float(t.entropy.double().sum()) for _, t in made if t.entropy is not None)
+    )
     code, output = tool("stats", tmp_path / "cache", "--json", "--picture", tmp_path / "kept.png")
-    assert code == 0 and json.loads(output)["bytes_per_token"] == pytest.approx(found.bytes / found.tokens), output
+    assert code == 0 and json.loads(output)["bytes_per_token"] == pytest.approx(
+        found.bytes / found.tokens
+    ), output
     assert (tmp_path / "kept.png").stat().st_size > 1000
     code, output = tool("stats", tmp_path / "cache", "--samples", "3")
-    assert code == 0 and f"{3 * S}" in output and "####" in output
+    assert code == 0
+    assert f"{3 * S}" in output
+    assert "####" in output
 
 
 def test_verify_and_repair(tmp_path: Path) -> None:
     made = samples(fresh_seed(), 30)
     cache = tmp_path / "cache"
     write(cache, made, 3)
-    assert verify(cache) == ({}, []) and tool("verify", cache)[0] == 0
+    assert verify(cache) == ({}, [])
+    assert tool("verify", cache)[0] == 0
     path = cache / "shard-00000001.arrow"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     (cache / ".shard-00000005.arrow.partial-77").write_bytes(b"x")
     problems, strays = verify(cache)
-    assert list(problems) == ["shard-00000001"] and strays == [".shard-00000005.arrow.partial-77"]
-    assert f"{path}: SHA-256" in problems["shard-00000001"] and "expected" in problems["shard-00000001"]
+    assert list(problems) == ["shard-00000001"]
+    assert strays == [".shard-00000005.arrow.partial-77"]
+    assert f"{path}: SHA-256" in problems["shard-00000001"]
+    assert "expected" in problems["shard-00000001"]
     code, output = tool("verify", cache)
-    assert code == 1 and "1 bad shards" in output
+    assert code == 1
+    assert "1 bad shards" in output
     code, output = tool("repair", cache)
     assert code == 0 and "1 shards to write again" in output, output
-    assert verify(cache) == ({}, []) and holds(cache, made[:10] + made[20:])
+    assert verify(cache) == ({}, [])
+    assert holds(cache, made[:10] + made[20:])
     (cache / "cache.json").write_text("{}")
-    assert tool("repair", cache)[0] == 1 and len(list(cache.glob("*.arrow"))) == 2
+    assert tool("repair", cache)[0] == 1
+    assert len(list(cache.glob("*.arrow"))) == 2
 
 
 def test_merge(tmp_path: Path) -> None:
@@ -78,7 +99,8 @@ def test_merge(tmp_path: Path) -> None:
     write(tmp_path / "first", made[:25], 2)
     write(tmp_path / "second", made[20:], 1)
     assert merge([tmp_path / "first", tmp_path / "second"], tmp_path / "all") == 3
-    assert holds(tmp_path / "all", made) and verify(tmp_path / "all") == ({}, [])
+    assert holds(tmp_path / "all", made)
+    assert verify(tmp_path / "all") == ({}, [])
     code, output = tool("merge", tmp_path / "first", "--output", tmp_path / "all")
     assert code == 0 and "0 shards added, 40 samples" in output, output
 
@@ -93,10 +115,14 @@ def test_merge(tmp_path: Path) -> None:
     ranges = {(0, 2), (3, 5)}
     assert merge([with_steps], tmp_path / "merged") == 2
     for directory in (with_steps, tmp_path / "merged"):
-        assert {(shard.info.step, shard.info.last_step) for shard in CacheReader(directory).shards} == ranges
+        assert {
+            (shard.info.step, shard.info.last_step) for shard in CacheReader(directory).shards
+        } == ranges
     assert "training steps       0 to 5" in tool("stats", with_steps)[1]
 
-    with CacheWriter(tmp_path / "other", CacheIdentity("ef" * 32, "cd" * 32, V, S, IDENTITY.selection, "fp32")) as writer:
+    with CacheWriter(
+        tmp_path / "other", CacheIdentity("ef" * 32, "cd" * 32, V, S, IDENTITY.selection, "fp32")
+    ) as writer:
         writer.add(*made[0])
     with pytest.raises(WrongCache, match="teacher: the cache has"):
         merge([tmp_path / "first", tmp_path / "other"], tmp_path / "none")

@@ -17,7 +17,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_kd.cache import CacheError, CacheIdentity, CacheInUse, CacheReader, CacheWriter, MissingTarget, WrongCache
+from megatron_kd.cache import (
+    CacheError,
+    CacheIdentity,
+    CacheInUse,
+    CacheReader,
+    CacheWriter,
+    MissingTarget,
+    WrongCache,
+)
 from megatron_kd.targets import SparseTarget, TopSelection, select_targets
 from megatron_kd.targets.keys import sample_key, sample_keys
 from tests.losses.cases import fresh_seed, say
@@ -31,7 +39,10 @@ Sample = tuple[Tensor, SparseTarget]
 def samples(seed: int, count: int) -> list[Sample]:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, V, (count, S), generator=generator)
-    return [(row, select_targets(3 * torch.randn(S, V, generator=generator), SELECTION)) for row in tokens]
+    return [
+        (row, select_targets(3 * torch.randn(S, V, generator=generator), SELECTION))
+        for row in tokens
+    ]
 
 
 def same(a: SparseTarget, b: SparseTarget) -> bool:
@@ -40,7 +51,9 @@ def same(a: SparseTarget, b: SparseTarget) -> bool:
 
 def holds(directory: Path, expected: list[Sample]) -> bool:
     reader = CacheReader(directory, expect=IDENTITY)
-    return len(reader) == len(expected) and all(same(reader.get(tokens), target) for tokens, target in expected)
+    return len(reader) == len(expected) and all(
+        same(reader.get(tokens), target) for tokens, target in expected
+    )
 
 
 @pytest.fixture
@@ -58,7 +71,10 @@ def test_any_number_of_writers_and_any_order(tmp_path: Path) -> None:
     seed = fresh_seed()
     made = samples(seed, 90)
     random.Random(seed).shuffle(made)
-    with CacheWriter(tmp_path, IDENTITY, worker=0, shard_samples=7) as first, CacheWriter(tmp_path, IDENTITY, worker=3) as second:
+    with (
+        CacheWriter(tmp_path, IDENTITY, worker=0, shard_samples=7) as first,
+        CacheWriter(tmp_path, IDENTITY, worker=3) as second,
+    ):
         for number, (tokens, target) in enumerate(made):
             (first if number % 3 else second).add(tokens, target)
             first.add(tokens, target)  # twice is once
@@ -69,23 +85,43 @@ def test_any_number_of_writers_and_any_order(tmp_path: Path) -> None:
     assert all(same(reader.get(tokens.int()), target) for tokens, target in made), say(seed)
     strange = samples(seed + 1, 1)[0][0]
     assert reader.missing([sample_key(made[5][0]), sample_key(strange)]) == [1]
-    with pytest.raises(MissingTarget, match=f"holds no target for the sample {sample_key(strange).hex()}"):
+    with pytest.raises(
+        MissingTarget, match=f"holds no target for the sample {sample_key(strange).hex()}"
+    ):
         reader.get(strange)
 
 
 def test_names_depend_on_the_ids_alone() -> None:
     tokens = torch.randint(0, V, (3, S))
     words = sample_keys(tokens)
-    assert words.shape == (3, 2) and words.dtype == torch.int64
-    assert [row.numpy().tobytes() for row in words] == [sample_key(row) for row in tokens] == [sample_key(row.int()) for row in tokens]
-    assert len({sample_key(row) for row in (tokens[0], tokens[0].flip(0), tokens[0][:-1], tokens[0] + 1)}) == 4
+    assert words.shape == (3, 2)
+    assert words.dtype == torch.int64
+    assert (
+        [row.numpy().tobytes() for row in words]
+        == [sample_key(row) for row in tokens]
+        == [sample_key(row.int()) for row in tokens]
+    )
+    assert (
+        len(
+            {
+                sample_key(row)
+                for row in (tokens[0], tokens[0].flip(0), tokens[0][:-1], tokens[0] + 1)
+            }
+        )
+        == 4
+    )
 
 
 @pytest.mark.fault(9)
-def test_another_identity_is_refused_with_every_difference(cache: tuple[Path, list[Sample]]) -> None:
+def test_another_identity_is_refused_with_every_difference(
+    cache: tuple[Path, list[Sample]],
+) -> None:
     directory, _ = cache
     other = CacheIdentity("ef" * 32, "cd" * 32, V, 2 * S, SELECTION, "fp32")
-    for attempt in (lambda: CacheReader(directory, expect=other), lambda: CacheWriter(directory, other)):
+    for attempt in (
+        lambda: CacheReader(directory, expect=other),
+        lambda: CacheWriter(directory, other),
+    ):
         with pytest.raises(WrongCache) as caught:
             attempt()
         for part in ("ab" * 32, "ef" * 32, f"sequence_length: the cache has {S}, expected {2 * S}"):
@@ -96,7 +132,10 @@ def test_another_identity_is_refused_with_every_difference(cache: tuple[Path, li
 
 @pytest.mark.fault(15)
 def test_two_writers_of_one_name(tmp_path: Path) -> None:
-    with CacheWriter(tmp_path, IDENTITY) as _, pytest.raises(CacheInUse, match=f"is being written by process {os.getpid()} of "):
+    with (
+        CacheWriter(tmp_path, IDENTITY) as _,
+        pytest.raises(CacheInUse, match=f"is being written by process {os.getpid()} of "),
+    ):
         CacheWriter(tmp_path, IDENTITY)
     CacheWriter(tmp_path, IDENTITY).close()
 
@@ -121,7 +160,12 @@ def test_samples_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"this cache holds samples of 16 tokens"):
             writer.add(tokens[:-1], target)
         with pytest.raises(ValueError, match=f"id {V} is past the vocabulary of {V} ids"):
-            writer.add(tokens, target.map(lambda t: torch.where(t == t.max(), V, t) if t.dtype == torch.int32 else t))
+            writer.add(
+                tokens,
+                target.map(
+                    lambda t: torch.where(t == t.max(), V, t) if t.dtype == torch.int32 else t
+                ),
+            )
     assert len(CacheReader(tmp_path)) == 0
 
 
@@ -137,7 +181,9 @@ def read_all(directory: Path, expected: list[Sample]) -> str | None:
 
 
 @pytest.mark.fault(5)
-def test_every_flipped_byte_is_named_or_harmless(cache: tuple[Path, list[Sample]], measured: Callable[[str], None]) -> None:
+def test_every_flipped_byte_is_named_or_harmless(
+    cache: tuple[Path, list[Sample]], measured: Callable[[str], None]
+) -> None:
     """Harmless: in Arrow's alignment padding and in unused parts of its own headers."""
     directory, made = cache
     seed = fresh_seed()
@@ -147,12 +193,17 @@ def test_every_flipped_byte_is_named_or_harmless(cache: tuple[Path, list[Sample]
         path = directory / name
         good = path.read_bytes()
         for place in generator.sample(range(len(good)), 60):
-            path.write_bytes(good[:place] + bytes([good[place] ^ generator.randrange(1, 256)]) + good[place + 1 :])
+            path.write_bytes(
+                good[:place]
+                + bytes([good[place] ^ generator.randrange(1, 256)])
+                + good[place + 1 :]
+            )
             problem = read_all(directory, made)
             caught += problem is not None
             assert problem is None or str(directory) in problem, say(seed, name, place, problem)
         path.write_bytes(good)
-    assert read_all(directory, made) is None and caught > 60
+    assert read_all(directory, made) is None
+    assert caught > 60
     measured(f"{caught} of 180 flipped bytes named, the rest harmless, 0 wrong numbers")
 
 
@@ -177,7 +228,14 @@ def test_truncation_at_any_length_is_named(cache: tuple[Path, list[Sample]]) -> 
     for name in ("shard-00000001.arrow", "shard-00000001.json", "cache.json"):
         path = directory / name
         good = path.read_bytes()
-        for length in (0, 1, 7, 8, len(good) - 2, *random.Random(seed).sample(range(len(good) - 1), 12)):
+        for length in (
+            0,
+            1,
+            7,
+            8,
+            len(good) - 2,
+            *random.Random(seed).sample(range(len(good) - 1), 12),
+        ):
             path.write_bytes(good[:length])
             problem = read_all(directory, made)
             assert problem is not None and name in problem, say(seed, name, length, problem)
@@ -197,14 +255,20 @@ def test_shards_swapped_renamed_deleted_duplicated(cache: tuple[Path, list[Sampl
     shutil.move(directory / "aside", second)
     assert read_all(directory, made) is None
 
-    shutil.copy(first, directory / "shard-00000009.arrow")  # without its description it was never finished
+    shutil.copy(
+        first, directory / "shard-00000009.arrow"
+    )  # without its description it was never finished
     assert read_all(directory, made) is None
     shutil.copy(directory / "shard-00000000.json", directory / "shard-00000009.json")
-    assert "it names 'shard-00000000.arrow', expected 'shard-00000009.arrow'" in str(read_all(directory, made))
+    assert "it names 'shard-00000000.arrow', expected 'shard-00000009.arrow'" in str(
+        read_all(directory, made)
+    )
     (directory / "shard-00000009.json").unlink()
 
     shutil.move(first, directory / "shard-00000007.arrow")
-    assert f"{first} is missing, but shard-00000000.json says it holds 20 records" in str(read_all(directory, made))
+    assert f"{first} is missing, but shard-00000000.json says it holds 20 records" in str(
+        read_all(directory, made)
+    )
     (directory / "shard-00000000.json").unlink()
     assert "holds no target for the sample" in str(read_all(directory, made))
 
@@ -218,13 +282,22 @@ def test_shards_of_one_size_swapped(tmp_path: Path) -> None:
         with CacheWriter(tmp_path, IDENTITY, step=step) as writer:
             writer.add(*sample)
         names.append(max(path for path in tmp_path.glob("*.arrow")))
-    assert names[0].stat().st_size == names[1].stat().st_size and read_all(tmp_path, [sample]) is None
-    for source, target in ((names[0], tmp_path / "aside"), (names[1], names[0]), (tmp_path / "aside", names[1])):
+    assert names[0].stat().st_size == names[1].stat().st_size
+    assert read_all(tmp_path, [sample]) is None
+    for source, target in (
+        (names[0], tmp_path / "aside"),
+        (names[1], names[0]),
+        (tmp_path / "aside", names[1]),
+    ):
         shutil.move(source, target)
-    assert f"{names[0]}: it was written as '{names[1].stem}', expected '{names[0].stem}'" in str(read_all(tmp_path, [sample]))
+    assert f"{names[0]}: it was written as '{names[1].stem}', expected '{names[0].stem}'" in str(
+        read_all(tmp_path, [sample])
+    )
 
 
-def test_a_shard_of_another_cache_is_refused(cache: tuple[Path, list[Sample]], tmp_path: Path) -> None:
+def test_a_shard_of_another_cache_is_refused(
+    cache: tuple[Path, list[Sample]], tmp_path: Path
+) -> None:
     directory, made = cache
     other = CacheIdentity("ef" * 32, "cd" * 32, V, S, SELECTION, "fp32")
     with CacheWriter(tmp_path / "other", other, shard=5) as writer:
@@ -232,7 +305,9 @@ def test_a_shard_of_another_cache_is_refused(cache: tuple[Path, list[Sample]], t
     for kind in ("arrow", "json"):
         shutil.copy(tmp_path / "other" / f"shard-00000005.{kind}", directory)
     problem = str(read_all(directory, made))
-    assert "shard-00000005.arrow: a shard of another cache" in problem and "ab" * 32 in problem and "ef" * 32 in problem
+    assert "shard-00000005.arrow: a shard of another cache" in problem
+    assert "ab" * 32 in problem
+    assert "ef" * 32 in problem
 
 
 def test_the_latest_training_step_is_read(tmp_path: Path) -> None:
@@ -241,7 +316,8 @@ def test_the_latest_training_step_is_read(tmp_path: Path) -> None:
         with CacheWriter(tmp_path, IDENTITY, step=step) as writer:
             writer.add(tokens, target)
     reader = CacheReader(tmp_path)
-    assert same(reader.get(tokens), late) and sorted(shard.info.step for shard in reader.shards) == [100, 200]
+    assert same(reader.get(tokens), late)
+    assert sorted(shard.info.step for shard in reader.shards) == [100, 200]
 
 
 KILLED = """
@@ -260,8 +336,11 @@ with CacheWriter(sys.argv[1], IDENTITY, shard_samples=3) as writer:
 def test_a_killed_writer_leaves_finished_shards_only(tmp_path: Path) -> None:
     seed = fresh_seed()
     for attempt in range(3):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path, str(seed + attempt)], stdout=subprocess.PIPE)
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, tmp_path, str(seed + attempt)], stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
         time.sleep(0.3 + random.random())
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -294,9 +373,12 @@ try:
 except OSError as error:
     print("stopped", error.errno)
 """
-    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=False
+    )
     assert done.stdout.startswith("stopped"), done.stderr
-    assert len(CacheReader(tmp_path)) == 50 and not list(tmp_path.glob(".*partial*"))
+    assert len(CacheReader(tmp_path)) == 50
+    assert not list(tmp_path.glob(".*partial*"))
 
 
 def test_a_remote_cache_reads_alike(cache: tuple[Path, list[Sample]]) -> None:
@@ -305,5 +387,6 @@ def test_a_remote_cache_reads_alike(cache: tuple[Path, list[Sample]]) -> None:
     remote = fsspec.filesystem("memory")
     remote.put(str(directory), "/store", recursive=True)
     reader = CacheReader("memory://store", expect=IDENTITY)
-    assert len(reader) == 150 and all(same(reader.get(tokens), target) for tokens, target in made[::7])
+    assert len(reader) == 150
+    assert all(same(reader.get(tokens), target) for tokens, target in made[::7])
     assert json.loads(remote.cat_file("/store/cache.json"))["identity"]["vocab_size"] == V

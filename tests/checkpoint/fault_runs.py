@@ -20,7 +20,14 @@ from typing import Any
 
 import torch
 
-from megatron_kd.checkpoint.manifest import COMMIT, MANIFEST, read_manifest, seal, verify, write_file
+from megatron_kd.checkpoint.manifest import (
+    COMMIT,
+    MANIFEST,
+    read_manifest,
+    seal,
+    verify,
+    write_file,
+)
 from megatron_kd.checkpoint.store import complete_steps, step_folder
 from megatron_kd.checkpoint.tensors import read_metadata
 from tests.helpers.tools import ROOT
@@ -49,7 +56,11 @@ def sound_steps(run: Path) -> list[int]:
 def state_of(run: Path, step: int) -> dict[str, str]:
     """Digests of the files with the state."""
     files = read_manifest(step_folder(run / "checkpoints", step))
-    return {name: record.sha256 for name, record in files.items() if name.endswith(".distcp") or name == "common.pt"}
+    return {
+        name: record.sha256
+        for name, record in files.items()
+        if name.endswith(".distcp") or name == "common.pt"
+    }
 
 
 def _die() -> None:
@@ -157,7 +168,9 @@ runpy.run_module("megatron_kd.pretrain", run_name="__main__")
 """
 
 
-def small_disk(run_file: Path, kibibytes: int, deceived: bool, directory: Path, *overrides: str) -> tuple[int, list[int]] | None:
+def small_disk(
+    run_file: Path, kibibytes: int, deceived: bool, directory: Path, *overrides: str
+) -> tuple[int, list[int]] | None:
     """The program with a file system of `kibibytes` at its run directory: exit code, complete steps. None where none can be mounted."""
     directory.mkdir(exist_ok=True)
     program = ["-c", DECEIVED] if deceived else ["-m", "megatron_kd.pretrain"]
@@ -165,13 +178,17 @@ def small_disk(run_file: Path, kibibytes: int, deceived: bool, directory: Path, 
     look = [sys.executable, str(ROOT / "tools/verify_checkpoint.py"), "--json", str(directory)]
     script = f"mount -t tmpfs -o size={kibibytes}k none {directory} || exit 77\n{shlex.join(words)}; echo $?; {shlex.join(look)}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], stdout=subprocess.PIPE, text=True, env=environment
+    )
     if done.returncode == 77 or not done.stdout:
         return None
     code, _, rest = done.stdout.partition("\n")
     states = json.loads(rest) if rest.strip() else []
     assert all(each["state"] == "good" for each in states), states
-    return int(code), sorted(int(Path(each["folder"]).name.removeprefix("step-")) for each in states)
+    return int(code), sorted(
+        int(Path(each["folder"]).name.removeprefix("step-")) for each in states
+    )
 
 
 def flip(path: Path) -> None:
@@ -184,8 +201,14 @@ def flip(path: Path) -> None:
 def held_by_another(run_file: Path, directory: Path) -> tuple[int, int, int]:
     """The program while another process holds its directory, and after that was killed: (his number, exit code, exit code)."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    other = subprocess.Popen([sys.executable, "-c", HOLD, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-    assert other.stdout is not None and other.stdout.readline() == b"held\n"
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"held\n"
     try:
         first = main(run_file)
     finally:

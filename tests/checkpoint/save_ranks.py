@@ -45,7 +45,11 @@ class Bench:
 
         from megatron_kd.train.build import build_run
 
-        self.run, self.folder, self.found = build_run(config, rendezvous=rendezvous), folder, dict[str, Any]()
+        self.run, self.folder, self.found = (
+            build_run(config, rendezvous=rendezvous),
+            folder,
+            dict[str, Any](),
+        )
         self.rank = dist.get_rank()
         self.train(2)
 
@@ -60,7 +64,12 @@ class Bench:
 
         changes = {"asynchronous": asynchronous, "timeout_seconds": timeout_seconds}
         section, groups = self.run.config.checkpoint.model_copy(update=changes), self.run.groups
-        return Saver(self.folder / name / "checkpoints", section, device=groups.platform.device, watch=groups.watch)
+        return Saver(
+            self.folder / name / "checkpoints",
+            section,
+            device=groups.platform.device,
+            watch=groups.watch,
+        )
 
     def save(self, to: Any) -> None:
         object.__setattr__(self.run, "saver", to)
@@ -104,7 +113,9 @@ class Bench:
             def write(writer: Any, say: Any) -> Any:
                 results = real(writer, say)
                 if self.rank:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(writer.folder / "part"))
+                    raise OSError(
+                        errno.ENOSPC, os.strerror(errno.ENOSPC), str(writer.folder / "part")
+                    )
                 return results
 
             return write
@@ -114,9 +125,17 @@ class Bench:
             found["full later"] = told(lambda: (self.save(later), later.finish()))
         never = threading.Event()
         with changed_write(
-            lambda real: lambda writer, say: (say("writing part"), never.wait(20) if self.rank else None, real(writer, say))[2]
+            lambda real: (
+                lambda writer, say: (
+                    say("writing part"),
+                    never.wait(20) if self.rank else None,
+                    real(writer, say),
+                )[2]
+            )
         ):
-            found["slow"] = told(lambda: self.save(self.saver("waiting", asynchronous=False, timeout_seconds=0.5)))
+            found["slow"] = told(
+                lambda: self.save(self.saver("waiting", asynchronous=False, timeout_seconds=0.5))
+            )
         never.set()
         later.check = lambda: (_ for _ in ()).throw(_lost())
         found["lost"] = told(lambda: self.save(later))

@@ -29,9 +29,14 @@ def hold(directory: Path) -> subprocess.Popen[str]:
     """Another process that holds the directory."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", HOLD, str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
     return process
 
 
@@ -53,7 +58,8 @@ def test_second_run_is_told_who_holds_it(tmp_path: Path) -> None:
     # Killed: nobody released it, and the next one says whom it follows.
     assert holder(tmp_path) is None
     lease = Lease(tmp_path)
-    assert lease.took_over is not None and lease.took_over.process == other.pid
+    assert lease.took_over is not None
+    assert lease.took_over.process == other.pid
     assert "is held by" in (holder(tmp_path) or ""), "this process's own lease, seen from outside"
     lease.release()
     lease.release()
@@ -69,11 +75,15 @@ def test_ended_and_not_yet_buried(tmp_path: Path) -> None:
     try:
         other.kill()
         deadline = time.monotonic() + 20
-        while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        while (
+            psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.02)
         assert holder(tmp_path) is None
         lease = Lease(tmp_path)
-        assert lease.took_over is not None and lease.took_over.process == other.pid
+        assert lease.took_over is not None
+        assert lease.took_over.process == other.pid
         lease.release()
     finally:
         end(other)
@@ -91,28 +101,39 @@ def elsewhere(directory: Path, age: float) -> Owner:
 @pytest.mark.fault(15)
 def test_other_machine_by_its_sign_of_life(tmp_path: Path) -> None:
     owner = elsewhere(tmp_path, 100.0)
-    with pytest.raises(ConfigError, match=r"process 4711 of somebody on another-host .*last sign of life 1\d\d s ago"):
+    with pytest.raises(
+        ConfigError,
+        match=r"process 4711 of somebody on another-host .*last sign of life 1\d\d s ago",
+    ):
         Lease(tmp_path, stale_seconds=600.0)
     elsewhere(tmp_path, 700.0)
     lease = Lease(tmp_path, stale_seconds=600.0, beat_seconds=0.05)
-    assert lease.took_over is not None and replace(lease.took_over, born=0) == replace(owner, born=0)
+    assert lease.took_over is not None
+    assert replace(lease.took_over, born=0) == replace(owner, born=0)
     os.utime(tmp_path / LEASE_FILE, (1, 1))
     deadline = time.monotonic() + 20
-    while (tmp_path / LEASE_FILE).stat().st_mtime < time.time() - 60 and time.monotonic() < deadline:
+    while (
+        tmp_path / LEASE_FILE
+    ).stat().st_mtime < time.time() - 60 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert (tmp_path / LEASE_FILE).stat().st_mtime > time.time() - 60, "no sign of life"
     lease.check()
     # Seen from outside: a new sign of life is waited for, not only a fresh one believed.
     elsewhere(tmp_path, 1.0)
     said: list[str] = []
-    assert holder(tmp_path, stale_seconds=3.0, say=said.append) is None and "waiting up to 2 s for a sign of life" in said[0]
+    assert holder(tmp_path, stale_seconds=3.0, say=said.append) is None
+    assert "waiting up to 2 s for a sign of life" in said[0]
     elsewhere(tmp_path, 1.0)
     beating = threading.Timer(0.7, os.utime, [tmp_path / LEASE_FILE])
     beating.start()
-    assert "process 4711 of somebody on another-host" in (holder(tmp_path, stale_seconds=30.0) or "")
+    assert "process 4711 of somebody on another-host" in (
+        holder(tmp_path, stale_seconds=30.0) or ""
+    )
     # A machine that slept for longer than the limit wakes up and finds another owner.
     elsewhere(tmp_path, 0.0)
-    with pytest.raises(LostLeaseError, match="taken over by process 4711 of somebody on another-host"):
+    with pytest.raises(
+        LostLeaseError, match="taken over by process 4711 of somebody on another-host"
+    ):
         lease.check()
     lease.release()
     assert "another-host" in (tmp_path / LEASE_FILE).read_text(), "the new owner's lease must stay"

@@ -26,7 +26,13 @@ from megatron_kd.checkpoint.manifest import (
     wait_for_sizes,
     write_file,
 )
-from megatron_kd.checkpoint.store import complete_steps, prune, remove_leftovers, set_aside, step_folder
+from megatron_kd.checkpoint.store import (
+    complete_steps,
+    prune,
+    remove_leftovers,
+    set_aside,
+    step_folder,
+)
 from tests.helpers.tools import run_tools
 from tests.losses.cases import fresh_seed
 
@@ -35,9 +41,24 @@ def make(folder: Path, files: int = 4, seed: int = 0) -> Path:
     """A sealed folder of random files."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
-    written = {f"__{i}_0.distcp": write_file(folder, f"__{i}_0.distcp", rng.bytes(3000 + 100 * i)) for i in range(files)}
-    state = json.dumps({"format": 2, "step": 0, "consumed_samples": 0, "consumed_tokens": 0, "nonfinite_steps": 0, "model": {}})
-    state = state[:-1] + ', "vocab_size": 9, "tokenizer": null, "precision": "fp32", "distributed_optimizer": null, "version": "0"}'
+    written = {
+        f"__{i}_0.distcp": write_file(folder, f"__{i}_0.distcp", rng.bytes(3000 + 100 * i))
+        for i in range(files)
+    }
+    state = json.dumps(
+        {
+            "format": 2,
+            "step": 0,
+            "consumed_samples": 0,
+            "consumed_tokens": 0,
+            "nonfinite_steps": 0,
+            "model": {},
+        }
+    )
+    state = (
+        state[:-1]
+        + ', "vocab_size": 9, "tokenizer": null, "precision": "fp32", "distributed_optimizer": null, "version": "0"}'
+    )
     written["state.json"] = write_file(folder, "state.json", state.encode())
     seal(folder, written)
     return folder
@@ -56,10 +77,14 @@ def test_any_byte_of_any_file(tmp_path: Path) -> None:
             path.write_bytes(changed)
             problems = verify(folder)
             # White space between the words of the mark may be any.
-            harmless = path.name == COMMIT and not problems and json.loads(changed) == json.loads(whole)
+            harmless = (
+                path.name == COMMIT and not problems and json.loads(changed) == json.loads(whole)
+            )
             assert problems or harmless, (seed, path.name, at)
             if path.name not in (MANIFEST, COMMIT):
-                assert len(problems) == 1 and str(path) in problems[0] and "expected" in problems[0], (seed, problems)
+                assert (
+                    len(problems) == 1 and str(path) in problems[0] and "expected" in problems[0]
+                ), (seed, problems)
         path.write_bytes(whole)
     assert verify(folder) == []
 
@@ -82,17 +107,29 @@ def _fifo(folder: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda f: (f / "__2_0.distcp").unlink(), "__2_0.distcp is missing"),
-    "cut": (lambda f: os.truncate(f / "__2_0.distcp", 99), "__2_0.distcp has 99 bytes, expected 3200"),
-    "empty": (lambda f: os.truncate(f / "__2_0.distcp", 0), "__2_0.distcp has 0 bytes, expected 3200"),
+    "cut": (
+        lambda f: os.truncate(f / "__2_0.distcp", 99),
+        "__2_0.distcp has 99 bytes, expected 3200",
+    ),
+    "empty": (
+        lambda f: os.truncate(f / "__2_0.distcp", 0),
+        "__2_0.distcp has 0 bytes, expected 3200",
+    ),
     "longer": (lambda f: os.truncate(f / "__2_0.distcp", 3201), "has 3201 bytes"),
     "swapped": (_swap, "bytes, expected"),
-    "duplicate": (lambda f: shutil.copy(f / "__2_0.distcp", f / "__9_0.distcp"), "__9_0.distcp is not a file of this checkpoint"),
+    "duplicate": (
+        lambda f: shutil.copy(f / "__2_0.distcp", f / "__9_0.distcp"),
+        "__9_0.distcp is not a file of this checkpoint",
+    ),
     "link": (_link, "__0_0.distcp is not a regular file"),
     "pipe": (_fifo, "__0_0.distcp is not a regular file"),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "manifest.json is missing"),
     "no mark": (lambda f: (f / COMMIT).unlink(), "commit.json is missing"),
     "empty mark": (lambda f: (f / COMMIT).write_bytes(b""), "is not a list of files and digests"),
-    "manifest of another": (lambda f: shutil.copy(make(f.parent / "b", seed=1) / MANIFEST, f / MANIFEST), "has SHA-256"),
+    "manifest of another": (
+        lambda f: shutil.copy(make(f.parent / "b", seed=1) / MANIFEST, f / MANIFEST),
+        "has SHA-256",
+    ),
 }
 
 
@@ -105,7 +142,9 @@ def test_damage_is_named(tmp_path: Path, name: str) -> None:
     assert any(words in problem for problem in verify(folder)), verify(folder)
 
 
-@pytest.mark.parametrize("name", ["../out", "/etc/passwd", "a/b", "..", "", "a\x00b", "a\nb", MANIFEST, "x" * 300])
+@pytest.mark.parametrize(
+    "name", ["../out", "/etc/passwd", "a/b", "..", "", "a\x00b", "a\nb", MANIFEST, "x" * 300]
+)
 @pytest.mark.fault(13)
 def test_names_stay_inside(tmp_path: Path, name: str) -> None:
     """Crafted manifests whose own digest is right."""
@@ -166,7 +205,8 @@ def test_view_that_lags_behind(tmp_path: Path) -> None:
     begin = time.monotonic()
     with pytest.raises(OSError, match="it has 0 bytes here, 3100 were written"):
         wait_for_sizes(folder, read_manifest(folder), patience=0.2)
-    assert "has 0 bytes" in verify(folder, patience=0.2)[0] and time.monotonic() - begin < 5
+    assert "has 0 bytes" in verify(folder, patience=0.2)[0]
+    assert time.monotonic() - begin < 5
 
 
 def test_stream_digests_what_is_written(tmp_path: Path) -> None:
@@ -186,16 +226,23 @@ def test_the_last_good_one_is_never_removed(tmp_path: Path) -> None:
             step_folder(tmp_path, step).mkdir(exist_ok=True)
 
     steps(1, 2, 3, 4)
-    assert prune(tmp_path, 1, good=()) == [] and complete_steps(tmp_path) == [1, 2, 3, 4]
-    assert prune(tmp_path, 1, good={2, 9}) == [1, 3] and complete_steps(tmp_path) == [2, 4]
-    assert prune(tmp_path, 1, good={2, 4}) == [2] and complete_steps(tmp_path) == [4]
+    assert prune(tmp_path, 1, good=()) == []
+    assert complete_steps(tmp_path) == [1, 2, 3, 4]
+    assert prune(tmp_path, 1, good={2, 9}) == [1, 3]
+    assert complete_steps(tmp_path) == [2, 4]
+    assert prune(tmp_path, 1, good={2, 4}) == [2]
+    assert complete_steps(tmp_path) == [4]
     steps(5, 6)
-    assert prune(tmp_path, 2, good={4, 6}) == [4] and complete_steps(tmp_path) == [5, 6]
+    assert prune(tmp_path, 2, good={4, 6}) == [4]
+    assert complete_steps(tmp_path) == [5, 6]
     set_aside(step_folder(tmp_path, 6))
     (tmp_path / ".incomplete-step-00000007").mkdir()
     (tmp_path / ".removed-step-00000001").mkdir()
     remove_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-step-00000006", "step-00000005"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "damaged-step-00000006",
+        "step-00000005",
+    ]
 
 
 @pytest.mark.fault(17, "S7")
@@ -211,11 +258,20 @@ def test_damaged_newest_keeps_the_last_good(tmp_path: Path) -> None:
         _wait(verifier)
         return complete_steps(tmp_path)
 
-    assert [add(1), add(2), add(3, damaged=True), add(4, damaged=True)] == [[1], [2], [2, 3], [2, 3, 4]]
-    assert verifier.good == {2} and set(verifier.bad) == {3, 4}
+    assert [add(1), add(2), add(3, damaged=True), add(4, damaged=True)] == [
+        [1],
+        [2],
+        [2, 3],
+        [2, 3, 4],
+    ]
+    assert verifier.good == {2}
+    assert set(verifier.bad) == {3, 4}
     assert add(5) == [5]
     rows = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert [(row["event"], row["step"]) for row in rows if row["event"] == "damaged"] == [("damaged", 3), ("damaged", 4)]
+    assert [(row["event"], row["step"]) for row in rows if row["event"] == "damaged"] == [
+        ("damaged", 3),
+        ("damaged", 4),
+    ]
     verifier.close()
 
 
@@ -234,7 +290,11 @@ def test_a_start_removes_what_a_kill_has_left(tmp_path: Path) -> None:
     _wait(verifier)
     verifier.close()
     rows = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert complete_steps(tmp_path) == [3] and [(row["event"], row["step"]) for row in rows] == [("removed", 1), ("removed", 2)]
+    assert complete_steps(tmp_path) == [3]
+    assert [(row["event"], row["step"]) for row in rows] == [
+        ("removed", 1),
+        ("removed", 2),
+    ]
 
 
 def test_tool_says_which_steps_are_good(tmp_path: Path) -> None:
@@ -244,7 +304,9 @@ def test_tool_says_which_steps_are_good(tmp_path: Path) -> None:
     os.truncate(run / "step-00000002/__0_0.distcp", 7)
     old = json.loads((run / "step-00000001/state.json").read_text())
     (tmp_path / "old/checkpoints/step-00000001").mkdir(parents=True)
-    (tmp_path / "old/checkpoints/step-00000001/state.json").write_text(json.dumps({**old, "format": 1}))
+    (tmp_path / "old/checkpoints/step-00000001/state.json").write_text(
+        json.dumps({**old, "format": 1})
+    )
     tool = "verify_checkpoint.py"
     # One byte of state.json, and nothing would be compared, if only state.json were asked.
     fooled = make(tmp_path / "fooled/checkpoints/step-00000001") / "state.json"
@@ -260,9 +322,23 @@ def test_tool_says_which_steps_are_good(tmp_path: Path) -> None:
         },
         cwd=tmp_path,
     )
-    assert [done[name].code for name in ("run", "json", "good", "nothing", "old", "fooled")] == [1, 1, 0, 2, 1, 1]
-    assert done["fooled"].out.startswith("damaged") and "state.json has SHA-256" in done["fooled"].out
+    assert [done[name].code for name in ("run", "json", "good", "nothing", "old", "fooled")] == [
+        1,
+        1,
+        0,
+        2,
+        1,
+        1,
+    ]
+    assert done["fooled"].out.startswith("damaged")
+    assert "state.json has SHA-256" in done["fooled"].out
     states = [(Path(each["folder"]).name, each["state"]) for each in json.loads(done["json"].out)]
-    assert states == [("step-00000003", "good"), ("step-00000002", "damaged"), ("step-00000001", "good")]
+    assert states == [
+        ("step-00000003", "good"),
+        ("step-00000002", "damaged"),
+        ("step-00000001", "good"),
+    ]
     assert "__0_0.distcp has 7 bytes, expected 3000" in done["run"].out
-    assert done["good"].out.startswith("good ") and "no checkpoint at" in done["nothing"].err and "without digests" in done["old"].out
+    assert done["good"].out.startswith("good ")
+    assert "no checkpoint at" in done["nothing"].err
+    assert "without digests" in done["old"].out

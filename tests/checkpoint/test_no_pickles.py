@@ -16,14 +16,22 @@ from megatron_kd.checkpoint.tensors import read_metadata
 from megatron_kd.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(path for folder in ("megatron_kd", "tools", "examples") for path in (ROOT / folder).rglob("*.py"))
+FILES = sorted(
+    path
+    for folder in ("megatron_kd", "tools", "examples")
+    for path in (ROOT / folder).rglob("*.py")
+)
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # The one unpickler, which knows only what a table of contents needs.
 ALLOWED = {("megatron_kd/checkpoint/tensors.py", "pickle.Unpickler")}
 
 
 def _name(node: ast.expr) -> str:
-    return f"{_name(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+    return (
+        f"{_name(node.value)}.{node.attr}"
+        if isinstance(node, ast.Attribute)
+        else getattr(node, "id", "")
+    )
 
 
 def unsafe(path: str, tree: ast.Module) -> list[str]:
@@ -32,30 +40,58 @@ def unsafe(path: str, tree: ast.Module) -> list[str]:
     for node in ast.walk(tree):
         where = f"{path}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Import):
-            found += [f"{where} {each.name} by another name" for each in node.names if each.asname and each.name in (*PICKLES, "torch")]
+            found += [
+                f"{where} {each.name} by another name"
+                for each in node.names
+                if each.asname and each.name in (*PICKLES, "torch")
+            ]
         elif isinstance(node, ast.ImportFrom):
-            hidden = node.module in PICKLES or (node.module or "").startswith("torch") and any(each.name == "load" for each in node.names)
+            hidden = (
+                node.module in PICKLES
+                or (node.module or "").startswith("torch")
+                and any(each.name == "load" for each in node.names)
+            )
             found += [f"{where} from {node.module}"] if hidden else []
         elif isinstance(node, ast.Attribute):
             name = _name(node)
-            if name.split(".")[0] in PICKLES and node.attr in ("load", "loads", "Unpickler") and (path, name) not in ALLOWED:
+            if (
+                name.split(".")[0] in PICKLES
+                and node.attr in ("load", "loads", "Unpickler")
+                and (path, name) not in ALLOWED
+            ):
                 found.append(f"{where} {name}")
             if node.attr in ("add_safe_globals", "safe_globals", "set_default_mmap_options"):
                 found.append(f"{where} {name}")
         elif isinstance(node, ast.Call):
-            values = {each.arg: each.value.value for each in node.keywords if isinstance(each.value, ast.Constant)}
-            if _name(node.func) in ("torch.load", "torch.jit.load") and values.get("weights_only") is not True:
+            values = {
+                each.arg: each.value.value
+                for each in node.keywords
+                if isinstance(each.value, ast.Constant)
+            }
+            if (
+                _name(node.func) in ("torch.load", "torch.jit.load")
+                and values.get("weights_only") is not True
+            ):
                 found.append(f"{where} {_name(node.func)} without weights_only=True")
-            if values.get("weights_only", True) is not True or values.get("allow_pickle", False) is not False:
+            if (
+                values.get("weights_only", True) is not True
+                or values.get("allow_pickle", False) is not False
+            ):
                 found.append(f"{where} {_name(node.func)}")
-            if any(each.arg in ("weights_only", "allow_pickle") and not isinstance(each.value, ast.Constant) for each in node.keywords):
+            if any(
+                each.arg in ("weights_only", "allow_pickle")
+                and not isinstance(each.value, ast.Constant)
+                for each in node.keywords
+            ):
                 found.append(f"{where} {_name(node.func)}: not a constant")
     return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_reads_pickles(path: Path) -> None:
-    assert unsafe(path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"))) == []
+    assert (
+        unsafe(path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"))) == []
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ def peak_bytes(call: Callable[[], object]) -> int:
     """Most bytes that `call` had allocated at one time, beyond what lived before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
     return most_bytes(_allocations(profiler.profiler.kineto_results.experimental_event_tree()))
 
 
@@ -47,7 +48,9 @@ def most_bytes(log: Iterable[tuple[int, int]]) -> int:
         if size < 0:
             live -= free(address) if address in held else 0
             continue
-        while (below := bisect_left(addresses, address + size)) and addresses[below - 1] + held[addresses[below - 1]] > address:
+        while (below := bisect_left(addresses, address + size)) and addresses[below - 1] + held[
+            addresses[below - 1]
+        ] > address:
             live -= free(addresses[below - 1])
         held[address] = size
         insort(addresses, address)

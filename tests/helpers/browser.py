@@ -21,22 +21,46 @@ _OPTIONS = (
 def missing() -> str:
     """What is not installed; "" where a browser is there."""
     names = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
-    return f"{' and '.join(names)} missing: apt-get install chromium chromium-driver" if names else ""
+    return (
+        f"{' and '.join(names)} missing: apt-get install chromium chromium-driver" if names else ""
+    )
 
 
 class Browser:
     """A session with a fresh profile; no name is resolved."""
 
-    def __init__(self, profile: Path, *, dark: bool = False, width: int = 1200, height: int = 900) -> None:
-        self._driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    def __init__(
+        self, profile: Path, *, dark: bool = False, width: int = 1200, height: int = 900
+    ) -> None:
+        self._driver = subprocess.Popen(
+            ["chromedriver", "--port=0"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         assert self._driver.stdout is not None
-        port = next(found[1] for line in self._driver.stdout if (found := re.search(r"started successfully on port (\d+)", line)))
+        port = next(
+            found[1]
+            for line in self._driver.stdout
+            if (found := re.search(r"started successfully on port (\d+)", line))
+        )
         self._base = f"http://127.0.0.1:{port}/session"
-        words = [f"--{word}" for word in _OPTIONS.split()] + [f"--user-data-dir={profile}", f"--window-size={width},{height}"]
-        words += ["--host-resolver-rules=MAP * ~NOTFOUND", *(["--blink-settings=preferredColorScheme=0"] if dark else [])]
-        capabilities = {"goog:chromeOptions": {"args": words}, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+        words = [f"--{word}" for word in _OPTIONS.split()] + [
+            f"--user-data-dir={profile}",
+            f"--window-size={width},{height}",
+        ]
+        words += [
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            *(["--blink-settings=preferredColorScheme=0"] if dark else []),
+        ]
+        capabilities = {
+            "goog:chromeOptions": {"args": words},
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
+        }
         try:
-            self._base += "/" + self._ask("", {"capabilities": {"alwaysMatch": capabilities}})["sessionId"]
+            self._base += (
+                "/" + self._ask("", {"capabilities": {"alwaysMatch": capabilities}})["sessionId"]
+            )
         except BaseException:
             self._driver.kill()
             raise
@@ -44,9 +68,16 @@ class Browser:
     def __enter__(self) -> Browser:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
-            with urllib.request.urlopen(urllib.request.Request(self._base, method="DELETE"), timeout=30):
+            with urllib.request.urlopen(
+                urllib.request.Request(self._base, method="DELETE"), timeout=30
+            ):
                 pass
         finally:
             self._driver.terminate()
@@ -56,7 +87,9 @@ class Browser:
 
     def _ask(self, path: str, content: dict[str, Any] | None) -> Any:
         data = None if content is None else json.dumps(content).encode()
-        request = urllib.request.Request(self._base + path, data=data, headers={"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self._base + path, data=data, headers={"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)["value"]
 
@@ -70,11 +103,17 @@ class Browser:
 
     def each(self, selector: str, expression: str) -> list[Any]:
         """What an expression of `e` is for each element."""
-        return list(self.run(f"return [...document.querySelectorAll({json.dumps(selector)})].map(e => {expression})"))
+        return list(
+            self.run(
+                f"return [...document.querySelectorAll({json.dumps(selector)})].map(e => {expression})"
+            )
+        )
 
     def click(self, selector: str, index: int = 0) -> None:
         """On the element, as a reader does."""
-        (name,) = (found := self._ask("/elements", {"using": "css selector", "value": selector})[index])
+        (name,) = (
+            found := self._ask("/elements", {"using": "css selector", "value": selector})[index]
+        )
         self._ask(f"/element/{found[name]}/click", {})
 
     def picture(self) -> bytes:
@@ -88,6 +127,13 @@ class Browser:
 
     def requests(self) -> list[str]:
         """Addresses that were asked for since the last call; not the browser's own pages, such as that of a new tab."""
-        events = [json.loads(entry["message"])["message"] for entry in self._ask("/se/log", {"type": "performance"})]
-        found = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        events = [
+            json.loads(entry["message"])["message"]
+            for entry in self._ask("/se/log", {"type": "performance"})
+        ]
+        found = [
+            event["params"]["request"]["url"]
+            for event in events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
         return [address for address in found if not address.startswith(("chrome", "data:"))]

@@ -44,46 +44,95 @@ FAULTS: dict[str, Fault] = {
         "shards and checkpoint files cut, emptied, flipped, swapped, missing, duplicated",
         "named with what was expected and found; never a wrong number",
     ),
-    "6": Fault("full disk, file size limit, folder that cannot be written", "one sentence, exit code 5, what was saved before intact"),
+    "6": Fault(
+        "full disk, file size limit, folder that cannot be written",
+        "one sentence, exit code 5, what was saved before intact",
+    ),
     "7": Fault(
         "rank killed, stopped, hung in a collective, slow",
         "every other ends within the time limit, naming rank and machine; the slowest is in every row",
     ),
-    "8": Fault("not-a-number in weights, gradients, the teacher, stored values", "stop or skip by policy; counted; no weight touched"),
-    "9": Fault("student, teacher, data and cache of different vocabularies, also of one size", "refused before step 0 with both digests"),
-    "10": Fault("another tensor, pipeline, data-parallel size or microbatch at resumption", "the same samples; loss within 1e-5"),
+    "8": Fault(
+        "not-a-number in weights, gradients, the teacher, stored values",
+        "stop or skip by policy; counted; no weight touched",
+    ),
+    "9": Fault(
+        "student, teacher, data and cache of different vocabularies, also of one size",
+        "refused before step 0 with both digests",
+    ),
+    "10": Fault(
+        "another tensor, pipeline, data-parallel size or microbatch at resumption",
+        "the same samples; loss within 1e-5",
+    ),
     "11": Fault(
-        "another K, temperature, sequence length, batch, data, seed at resumption", "refused, naming each; or recorded where allowed"
+        "another K, temperature, sequence length, batch, data, seed at resumption",
+        "refused, naming each; or recorded where allowed",
     ),
     "12": Fault("code in .metadata, common.pt, .npy, .bin weights, tokenizer files", "never run"),
-    "13": Fault("absolute names, .. and links in manifests and archives", "refused; nothing written outside"),
-    "14": Fault("shell characters and newlines in job names, paths, run files", "inert, or refused"),
-    "15": Fault("two writers of one cache, two runs in one directory", "the second is told who holds it; a dead holder is found out"),
-    "16": Fault("files that a shared disk shows late, empty or in part", "waited for by content, or named; never read as they are"),
-    "17": Fault("a save that fails, with room for one checkpoint only", "a verified checkpoint always remains"),
-    "18": Fault("a run that fails at the same step each time", "the launcher stops after a few attempts without progress"),
-    "19": Fault("clocks of ranks that differ, at the time limit", "all ranks leave after the same step"),
-    "20": Fault("a package missing that only a worker would miss", "one sentence at the start, no hang"),
+    "13": Fault(
+        "absolute names, .. and links in manifests and archives", "refused; nothing written outside"
+    ),
+    "14": Fault(
+        "shell characters and newlines in job names, paths, run files", "inert, or refused"
+    ),
+    "15": Fault(
+        "two writers of one cache, two runs in one directory",
+        "the second is told who holds it; a dead holder is found out",
+    ),
+    "16": Fault(
+        "files that a shared disk shows late, empty or in part",
+        "waited for by content, or named; never read as they are",
+    ),
+    "17": Fault(
+        "a save that fails, with room for one checkpoint only",
+        "a verified checkpoint always remains",
+    ),
+    "18": Fault(
+        "a run that fails at the same step each time",
+        "the launcher stops after a few attempts without progress",
+    ),
+    "19": Fault(
+        "clocks of ranks that differ, at the time limit", "all ranks leave after the same step"
+    ),
+    "20": Fault(
+        "a package missing that only a worker would miss", "one sentence at the start, no hang"
+    ),
 }
 
 SILENT: dict[str, Fault] = {
-    "S1": Fault("background saves that write the first state again and again (NeMo-RL 3312)", "each checkpoint holds its own step's state"),
+    "S1": Fault(
+        "background saves that write the first state again and again (NeMo-RL 3312)",
+        "each checkpoint holds its own step's state",
+    ),
     "S2": Fault(
         "a background save that changes what training goes on with, or is changed by it (Megatron-LM 1713, 1570)",
         "the files of a save in the foreground",
     ),
-    "S3": Fault("a stuck writer whose half files are published (Megatron-LM 2422)", "reported in time, never complete"),
-    "S4": Fault('"saved" said before the files are durable (Megatron-LM 1763)', "the commit marker comes last"),
-    "S5": Fault("a late completion that finishes the next save early (Megatron-Bridge 5117)", "complete only when every rank's files are"),
+    "S3": Fault(
+        "a stuck writer whose half files are published (Megatron-LM 2422)",
+        "reported in time, never complete",
+    ),
+    "S4": Fault(
+        '"saved" said before the files are durable (Megatron-LM 1763)',
+        "the commit marker comes last",
+    ),
+    "S5": Fault(
+        "a late completion that finishes the next save early (Megatron-Bridge 5117)",
+        "complete only when every rank's files are",
+    ),
     "S6": Fault("background saves that are never found at resumption (verl 7952)", "they are"),
     "S7": Fault(
-        "newest advanced before it is durable, and the good one removed (KempnerForge 102)", "only what a verified newer one replaces goes"
+        "newest advanced before it is durable, and the good one removed (KempnerForge 102)",
+        "only what a verified newer one replaces goes",
     ),
     "S8": Fault(
         "data positions applied twice or in other units at resumption (Megatron-Bridge 4565, ms-swift 10099)",
         "the same microbatches from anywhere",
     ),
-    "S9": Fault("an index that only the first rank has (Megatron-LM 907)", "refused in words, or built where it is missing"),
+    "S9": Fault(
+        "an index that only the first rank has (Megatron-LM 907)",
+        "refused in words, or built where it is missing",
+    ),
     "S10": Fault("a cut index that is read (litData 351)", "named"),
 }
 
@@ -125,7 +174,13 @@ def table(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
         )
         said = dict.fromkeys(each.measured for each in found if each.measured)
         passed = sum(each.result == "passed" for each in found)
-        measured = "; ".join([*said, f"{passed} of {len(found)} cases, {sum(each.seconds for each in found):.0f} s"] if found else said)
+        measured = "; ".join(
+            [*said, f"{passed} of {len(found)} cases, {sum(each.seconds for each in found):.0f} s"]
+            if found
+            else said
+        )
         tests = ", ".join(dict.fromkeys(f"`{each.test.split('[')[0]}`" for each in found))
-        lines.append(f"| {number} | {fault.injected} | {fault.criterion} | {verdict} | {measured} | {tests} |")
+        lines.append(
+            f"| {number} | {fault.injected} | {fault.criterion} | {verdict} | {measured} | {tests} |"
+        )
     return "\n".join(lines) + "\n"

@@ -52,4 +52,8 @@ def _fork(function: Callable[..., Any], arguments: tuple[Any, ...], folder: Path
             os._exit(code)
     _, status = os.waitpid(child, 0)
     found = pickle.loads(value.read_bytes()) if value.exists() and os.WIFEXITED(status) else None
-    return Ended(found, os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, output.read_text(errors="replace"))
+    return Ended(
+        found,
+        os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0,
+        output.read_text(errors="replace"),
+    )

@@ -11,12 +11,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def start_ranks(world_size: int, arguments: list[str], *, module: str = "megatron_kd.pretrain") -> list[subprocess.Popen[str]]:
+def start_ranks(
+    world_size: int, arguments: list[str], *, module: str = "megatron_kd.pretrain"
+) -> list[subprocess.Popen[str]]:
     """`python -m module *arguments` on each rank; stderr is piped."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world_size)}
+    shared = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(world_size),
+    }
     return [
         subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
@@ -29,7 +37,9 @@ def start_ranks(world_size: int, arguments: list[str], *, module: str = "megatro
     ]
 
 
-def finish_ranks(workers: list[subprocess.Popen[str]], *, timeout: float = 120) -> list[tuple[int, str]]:
+def finish_ranks(
+    workers: list[subprocess.Popen[str]], *, timeout: float = 120
+) -> list[tuple[int, str]]:
     """Exit code and stderr of each; all are gone afterwards, whatever happens."""
     try:
         return [(each.communicate(timeout=timeout)[1], each.returncode)[::-1] for each in workers]

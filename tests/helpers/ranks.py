@@ -20,7 +20,9 @@ class RankFailed(AssertionError):
     """A rank raised or the deadline passed; the message holds its traceback."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0
+) -> list[Any]:
     """`function(rendezvous, *args)` on `world_size` fresh processes; what each returned (picklable), in rank order.
 
     RANK, WORLD_SIZE and LOCAL_RANK are set as torchrun does; `rendezvous` is a file:// address for init_process_group.
@@ -29,7 +31,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     with tempfile.TemporaryDirectory() as folder:
         results = context.SimpleQueue()
         arguments = (function, f"file://{folder}/rendezvous", world_size, results, args)
-        workers = [context.Process(target=_work, args=(rank, *arguments)) for rank in range(world_size)]
+        workers = [
+            context.Process(target=_work, args=(rank, *arguments)) for rank in range(world_size)
+        ]
         for worker in workers:
             worker.start()
         try:
@@ -47,10 +51,18 @@ def _collect(workers: list[Any], results: Any, world_size: int, timeout: float) 
     while len(found) < world_size:
         if results.empty():
             if time.monotonic() > deadline:
-                raise RankFailed(f"ranks {sorted(set(range(world_size)) - set(found))} did not finish within {timeout:.0f} s")
-            dead = [rank for rank, worker in enumerate(workers) if worker.exitcode not in (None, 0) and rank not in found]
+                raise RankFailed(
+                    f"ranks {sorted(set(range(world_size)) - set(found))} did not finish within {timeout:.0f} s"
+                )
+            dead = [
+                rank
+                for rank, worker in enumerate(workers)
+                if worker.exitcode not in (None, 0) and rank not in found
+            ]
             if dead and results.empty():
-                raise RankFailed(f"ranks {dead} died with exit code {[workers[rank].exitcode for rank in dead]}")
+                raise RankFailed(
+                    f"ranks {dead} died with exit code {[workers[rank].exitcode for rank in dead]}"
+                )
             time.sleep(0.02)
             continue
         rank, value, error = results.get()
@@ -60,7 +72,14 @@ def _collect(workers: list[Any], results: Any, world_size: int, timeout: float) 
     return [found[rank] for rank in range(world_size)]
 
 
-def _work(rank: int, function: Callable[..., Any], rendezvous: str, world_size: int, results: Any, args: tuple[Any, ...]) -> None:
+def _work(
+    rank: int,
+    function: Callable[..., Any],
+    rendezvous: str,
+    world_size: int,
+    results: Any,
+    args: tuple[Any, ...],
+) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     use_cpu()

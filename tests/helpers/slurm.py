@@ -70,7 +70,12 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1", "KD_PYTHON": sys.executable}
+        self.environment = {
+            **os.environ,
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "OMP_NUM_THREADS": "1",
+            "KD_PYTHON": sys.executable,
+        }
         self.environment |= {"PYTHONPATH": str(ROOT), "KD_MIN_FREE_GB": "0.1"}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -80,20 +85,35 @@ class Cluster:
         for number in range(8):
             (self.folder / f"gpus/gpu{number}").touch()
         control, first = _free_ports(1)[0], _free_pair()
-        conf = CONF.format(folder=self.folder, control=control, first=first, second=first + 1, user="root")
+        conf = CONF.format(
+            folder=self.folder, control=control, first=first, second=first + 1, user="root"
+        )
         (self.folder / "slurm.conf").write_text(conf)
-        (self.folder / "gres.conf").write_text(f"NodeName=node[1-2],big[1-64] Name=gpu File={self.folder}/gpus/gpu[0-7]\n")
+        (self.folder / "gres.conf").write_text(
+            f"NodeName=node[1-2],big[1-64] Name=gpu File={self.folder}/gpus/gpu[0-7]\n"
+        )
         try:
-            self._start("slurmctld", ["slurmctld", "-D", "-c", "-f", str(self.folder / "slurm.conf")])
+            self._start(
+                "slurmctld", ["slurmctld", "-D", "-c", "-f", str(self.folder / "slurm.conf")]
+            )
             for node in ("node1", "node2"):
                 self.start_node(node)
-            self.wait(lambda: self.ask("sinfo", "-h", "-p", "batch", "-o", "%T %D") == "idle 2", "both nodes idle", seconds=30)
+            self.wait(
+                lambda: self.ask("sinfo", "-h", "-p", "batch", "-o", "%T %D") == "idle 2",
+                "both nodes idle",
+                seconds=30,
+            )
         except BaseException:
             self.__exit__(None, None, None)
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         with contextlib.suppress(Exception):
             self.ask("scancel", "--signal=KILL", "--full", "--user=root")
             self.ask("scancel", "--user=root")
@@ -114,18 +134,28 @@ class Cluster:
         self._processes[node].wait()
         for each in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if each.environ().get("SLURMD_NODENAME") == node and each.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]:
+                if (
+                    each.environ().get("SLURMD_NODENAME") == node
+                    and each.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                ):
                     each.kill()
 
     def _start(self, name: str, command: list[str]) -> None:
         with open(self.folder / f"{name}.out", "ab") as out:
-            self._processes[name] = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=self.environment)
+            self._processes[name] = subprocess.Popen(
+                command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=self.environment
+            )
         time.sleep(0.3)
 
     def ask(self, *command: str, cwd: Path | None = None, **environment: str) -> str:
         """stdout of a command of Slurm's; AssertionError with its stderr where it fails."""
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, cwd=cwd or self.folder, env={**self.environment, **environment}
+            command,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=cwd or self.folder,
+            env={**self.environment, **environment},
         )
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout.strip()
@@ -146,7 +176,11 @@ class Cluster:
 
     def show(self, job: str, name: str) -> str:
         """A field of `scontrol show job`."""
-        return next(word.partition("=")[2] for word in self.ask("scontrol", "show", "job", job).split() if word.startswith(f"{name}="))
+        return next(
+            word.partition("=")[2]
+            for word in self.ask("scontrol", "show", "job", job).split()
+            if word.startswith(f"{name}=")
+        )
 
     def wait(self, condition, what: str, *, seconds: float = 120, tell=lambda: "") -> None:  # type: ignore[no-untyped-def]
         """Until it holds; AssertionError with `tell` after so long."""
@@ -155,7 +189,9 @@ class Cluster:
             assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{tell()}"
             time.sleep(0.2)
 
-    def wait_for(self, job: str, *states: str, seconds: float = 120, log: Path | None = None) -> str:
+    def wait_for(
+        self, job: str, *states: str, seconds: float = 120, log: Path | None = None
+    ) -> str:
         """Until the job is in one of these states, which is returned."""
 
         def tell() -> str:

@@ -17,7 +17,11 @@ from tests.train.test_program import RATES, rows
 HOSTILE = 'it\'s a "site" $(touch sentinel-1);`touch sentinel-2` & b'
 TWO = ["--nodes=2", "--ntasks-per-node=1"]
 FOUR = ["--nodes=2", "--ntasks-per-node=2"]
-NO_TEACHER: dict[str, object] = {"teacher__source": "none", "teacher__parallel__tensor": "null", "teacher__parallel__pipeline": "null"}
+NO_TEACHER: dict[str, object] = {
+    "teacher__source": "none",
+    "teacher__parallel__tensor": "null",
+    "teacher__parallel__pipeline": "null",
+}
 
 
 class Checkout:
@@ -70,18 +74,35 @@ class Site(Checkout):
         super().__init__(folder)
         self.cluster = cluster
 
-    def submit(self, script: str, options: list[str], overrides: list[str], **environment: str) -> str:
+    def submit(
+        self, script: str, options: list[str], overrides: list[str], **environment: str
+    ) -> str:
         """The number of the job."""
-        words = ["sbatch", "--parsable", "--gpus-per-node=2", "--cpus-per-task=1", *options, f"examples/slurm/{script}", *overrides]
+        words = [
+            "sbatch",
+            "--parsable",
+            "--gpus-per-node=2",
+            "--cpus-per-task=1",
+            *options,
+            f"examples/slurm/{script}",
+            *overrides,
+        ]
         return self.cluster.ask(*words, cwd=self.folder, **environment)
 
     def log(self, job: str) -> Path:
         """Of the job."""
-        return next((path for path in self.folder.glob("*.log") if path.name.endswith(f"-{job}.log")), self.folder / f"-{job}.log")
+        return next(
+            (path for path in self.folder.glob("*.log") if path.name.endswith(f"-{job}.log")),
+            self.folder / f"-{job}.log",
+        )
 
     def texts(self, array: str) -> str:
         """All that the tasks of an array have logged."""
-        return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.log")) if f"-{array}_" in path.name)
+        return "\n".join(
+            path.read_text()
+            for path in sorted(self.folder.glob("*.log"))
+            if f"-{array}_" in path.name
+        )
 
     def ends(self, job: str, state: str = "COMPLETED", *, seconds: float = 200) -> str:
         """Its log, once it is in that state."""
@@ -99,7 +120,12 @@ class Site(Checkout):
             self.cluster.hurry(job)
             return path.exists() and any(row["step"] >= step for row in whole_rows(path))
 
-        self.cluster.wait(logged, f"step {step}", seconds=seconds, tell=lambda: self.log(job).read_text() if self.log(job).exists() else "")
+        self.cluster.wait(
+            logged,
+            f"step {step}",
+            seconds=seconds,
+            tell=lambda: self.log(job).read_text() if self.log(job).exists() else "",
+        )
 
     def processes(self, job: str, program: str) -> list[psutil.Process]:
         """Those that srun started to run it for a job, or for any task of an array."""
@@ -107,9 +133,17 @@ class Site(Checkout):
         for each in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 names, words = each.environ(), each.cmdline()
-                if names.get("SLURM_CONF") == self.cluster.environment["SLURM_CONF"] and "SLURM_PROCID" in names and program in words:
+                if (
+                    names.get("SLURM_CONF") == self.cluster.environment["SLURM_CONF"]
+                    and "SLURM_PROCID" in names
+                    and program in words
+                ):
                     ours = job in (names.get("SLURM_JOB_ID"), names.get("SLURM_ARRAY_JOB_ID"))
-                    if ours and names.get("SLURM_STEP_ID", "").isdigit() and Path(words[0]).name.startswith("python"):
+                    if (
+                        ours
+                        and names.get("SLURM_STEP_ID", "").isdigit()
+                        and Path(words[0]).name.startswith("python")
+                    ):
                         found.append(each)
         return found
 
@@ -120,7 +154,10 @@ class Site(Checkout):
 
     def curve(self, directory: str) -> list[dict[str, Any]]:
         """Its rows, without what depends on the time of day."""
-        return [{k: v for k, v in row.items() if k not in RATES} for row in rows(self.folder / directory)]
+        return [
+            {k: v for k, v in row.items() if k not in RATES}
+            for row in rows(self.folder / directory)
+        ]
 
     def weights(self, folder: str) -> bytes:
         """Of an exported model: its only file of weights."""
@@ -129,10 +166,23 @@ class Site(Checkout):
 
     def untouched(self) -> None:
         """Nothing in a name was run."""
-        places = [self.folder, self.folder.parent, ROOT, self.cluster.folder, Path.home(), *self.cluster.folder.glob("spool-*")]
-        assert [path for place in places for path in place.iterdir() if path.name.startswith("sentinel")] == []
+        places = [
+            self.folder,
+            self.folder.parent,
+            ROOT,
+            self.cluster.folder,
+            Path.home(),
+            *self.cluster.folder.glob("spool-*"),
+        ]
+        assert [
+            path for place in places for path in place.iterdir() if path.name.startswith("sentinel")
+        ] == []
 
 
 def whole_rows(path: Path) -> list[dict[str, Any]]:
     """What a run that may be writing has written."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        json.loads(line)
+        for line in path.read_text().splitlines(keepends=True)
+        if line.endswith("\n")
+    ]

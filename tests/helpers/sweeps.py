@@ -65,7 +65,14 @@ def start_sweep(path: Path, out: Path, *words: str) -> subprocess.Popen[str]:
     """The program, its output piped."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TOOL), str(path), "--output", str(out), *words]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def sweep(path: Path, out: Path, *words: str) -> tuple[int, str]:
@@ -76,7 +83,8 @@ def sweep(path: Path, out: Path, *words: str) -> tuple[int, str]:
 def tool(name: str, *words: str) -> tuple[int, str]:
     """Exit code and all output of tools/NAME.py, in this process."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):

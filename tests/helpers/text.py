@@ -39,13 +39,28 @@ _WORDS = [
     "(a,b)",
     END,
 ]
-_SPACES = [" ", " ", " ", "  ", "\n", "\n    ", "\t", " \n ", "\r\n", "\u00a0", "\u3000", "\x1c", ""]
+_SPACES = [
+    " ",
+    " ",
+    " ",
+    "  ",
+    "\n",
+    "\n    ",
+    "\t",
+    " \n ",
+    "\r\n",
+    "\u00a0",
+    "\u3000",
+    "\x1c",
+    "",
+]
 
 
 def load_tool(name: str) -> ModuleType:
     """tools/<name>.py as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # dataclasses looks its module up by name.
     sys.modules[name] = module
@@ -55,7 +70,9 @@ def load_tool(name: str) -> ModuleType:
 
 def awkward_text(rng: random.Random, words: int) -> str:
     """Words, numbers, scripts, special names and every kind of whitespace, in no order."""
-    return "".join(rng.choice(_WORDS) + rng.choice(_SPACES) for _ in range(words)).lstrip(rng.choice(["", " "]))
+    return "".join(rng.choice(_WORDS) + rng.choice(_SPACES) for _ in range(words)).lstrip(
+        rng.choice(["", " "])
+    )
 
 
 def source_texts(limit: int = 400_000) -> list[str]:
@@ -88,16 +105,22 @@ def make_tokenizers(folder: Path) -> dict[str, Path]:
         found[name].write_bytes(model.getvalue())
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PATTERNS["cl100k"]), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    )
     tokenizer.add_special_tokens([END])
     found["huggingface"] = folder / "tokenizer.json"
     tokenizer.save(str(found["huggingface"]))
     tokens = load_tokenizer(found["huggingface"])[0].tokens[:-1]
     found["tiktoken"] = folder / "ranks.tiktoken"
-    found["tiktoken"].write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
+    found["tiktoken"].write_text(
+        "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+    )
     return found
 
 
@@ -110,16 +133,27 @@ def plain_encoder(kind: str, path: Path) -> tuple[Callable[[str], list[int]], in
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(path))
-        return lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.token_to_id(END)
+        return (
+            lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+            tokenizer.token_to_id(END),
+        )
     import tiktoken
 
     lines = [line.split() for line in path.read_bytes().splitlines()]
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    encoding = tiktoken.Encoding("plain", pat_str=PATTERNS["cl100k"], mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+    encoding = tiktoken.Encoding(
+        "plain", pat_str=PATTERNS["cl100k"], mergeable_ranks=ranks, special_tokens={END: len(ranks)}
+    )
     return lambda text: encoding.encode(text, allowed_special="all"), len(ranks)
 
 
-def write_as_megatron(prefix: Path, texts: Sequence[str], encode: Callable[[str], list[int]], end: int | None, vocab_size: int) -> None:
+def write_as_megatron(
+    prefix: Path,
+    texts: Sequence[str],
+    encode: Callable[[str], list[int]],
+    end: int | None,
+    vocab_size: int,
+) -> None:
     """What Megatron-LM's tools/preprocess_data.py does with these texts: its builder, fed one document after the other."""
     from megatron_kd.data.dataset import _quiet_megatron
 
@@ -138,4 +172,7 @@ def write_as_megatron(prefix: Path, texts: Sequence[str], encode: Callable[[str]
 
 def same_tokens(first: Path, second: Path) -> bool:
     """Whether two token files are equal, byte for byte."""
-    return all(Path(f"{first}{ending}").read_bytes() == Path(f"{second}{ending}").read_bytes() for ending in (".bin", ".idx"))
+    return all(
+        Path(f"{first}{ending}").read_bytes() == Path(f"{second}{ending}").read_bytes()
+        for ending in (".bin", ".idx")
+    )

@@ -26,7 +26,13 @@ BASE: dict[str, Any] = {
     },
     "batch": {"global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 24},
     "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
-    "train": {"steps": 20, "seed": 7, "precision": "fp32", "device": "cpu", "timeout_seconds": 60.0},
+    "train": {
+        "steps": 20,
+        "seed": 7,
+        "precision": "fp32",
+        "device": "cpu",
+        "timeout_seconds": 60.0,
+    },
     "telemetry": {"tensorboard": False, "progress": "off", "peak_tflops": 1.0},
 }
 
@@ -69,7 +75,13 @@ def full_weights(models: Any) -> dict[str, torch.Tensor]:
         state = model.sharded_state_dict()
         apply_factories(state)
         mine += [
-            (s.key, tuple(s.global_shape), s.global_offset, s.prepend_axis_num, s.data.detach().float().clone())
+            (
+                s.key,
+                tuple(s.global_shape),
+                s.global_offset,
+                s.prepend_axis_num,
+                s.data.detach().float().clone(),
+            )
             for s in nested_values(state)
             if isinstance(s, ShardedTensor)
         ]

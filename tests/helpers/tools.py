@@ -24,12 +24,26 @@ class Done:
     err: str
 
 
-def run_tools(calls: dict[str, list[object]], *, cwd: Path, timeout: float = 300) -> dict[str, Done]:
+def run_tools(
+    calls: dict[str, list[object]], *, cwd: Path, timeout: float = 300
+) -> dict[str, Done]:
     """Name -> [tool, argument, ...], in order, in one fresh process in `cwd`."""
     lines = {name: [str(word) for word in words] for name, words in calls.items()}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     command = [sys.executable, __file__]
-    done = subprocess.run(command, input=json.dumps(lines), capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment)
+    done = subprocess.run(
+        command,
+        input=json.dumps(lines),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     return {name: Done(*found) for name, found in json.loads(done.stdout.splitlines()[-1]).items()}
 

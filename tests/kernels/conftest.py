@@ -25,7 +25,9 @@ else:
 def _kernels() -> Iterator[None]:
     """One thread, for tiny tensors; and no kernel that a CPU could not run."""
     interpreted = type(triton_kernels.tile_kernel).__name__ == "InterpretedFunction"
-    assert interpreted != torch.cuda.is_available(), "triton was imported before tests/kernels: run these tests by themselves"
+    assert interpreted != torch.cuda.is_available(), (
+        "triton was imported before tests/kernels: run these tests by themselves"
+    )
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with patch.dict("os.environ", INTERPRETED):

@@ -102,24 +102,43 @@ def make_coefficients(seed: int, case: Case, *, constant: bool) -> Coefficients:
 
     rows = len(case.logits)
     shift = split_in_fp64(case, 1.0, total=False, entropy=False)[:, 0].float()
-    return Coefficients(shift, normal(rows), normal(rows), normal(rows) if constant else None, normal(*case.columns.shape), normal(rows))
+    return Coefficients(
+        shift,
+        normal(rows),
+        normal(rows),
+        normal(rows) if constant else None,
+        normal(*case.columns.shape),
+        normal(rows),
+    )
 
 
 def gradient_in_fp64(case: Case, given: Coefficients, temperature: float) -> Tensor:
     """`PlainRows.gradient`, [C, n]."""
     away = case.logits.double() - given.shift.double().unsqueeze(1)
-    found = given.scale.double().unsqueeze(1) * away.exp() + given.scale_t.double().unsqueeze(1) * (away / temperature).exp()
+    found = (
+        given.scale.double().unsqueeze(1) * away.exp()
+        + given.scale_t.double().unsqueeze(1) * (away / temperature).exp()
+    )
     if given.constant is not None:
         found -= given.constant.double().unsqueeze(1)
-    found = torch.cat([found, found.new_zeros((len(found), 1))], 1).scatter_(1, case.columns, given.support.double())
-    return found.scatter_add_(1, case.label.unsqueeze(1), given.label_value.double().unsqueeze(1))[:, : case.valid]
+    found = torch.cat([found, found.new_zeros((len(found), 1))], 1).scatter_(
+        1, case.columns, given.support.double()
+    )
+    return found.scatter_add_(1, case.label.unsqueeze(1), given.label_value.double().unsqueeze(1))[
+        :, : case.valid
+    ]
 
 
-def triton_gradient(rows: TritonRows, case: Case, given: Coefficients, temperature: float) -> Tensor:
+def triton_gradient(
+    rows: TritonRows, case: Case, given: Coefficients, temperature: float
+) -> Tensor:
     """`TritonRows.gradient` on the device, back on the CPU."""
     shift, scale, scale_t, support, value = (
-        t.to(DEVICE) for t in (given.shift, given.scale, given.scale_t, given.support, given.label_value)
+        t.to(DEVICE)
+        for t in (given.shift, given.scale, given.scale_t, given.support, given.label_value)
     )
     constant = None if given.constant is None else given.constant.to(DEVICE)
     columns, label = case.ids()
-    return rows.gradient(shift, scale, scale_t, constant, temperature, columns, support, label, value).cpu()
+    return rows.gradient(
+        shift, scale, scale_t, constant, temperature, columns, support, label, value
+    ).cpu()

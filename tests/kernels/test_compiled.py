@@ -55,7 +55,8 @@ build("select_kernel", True, BY_TILE=True, BLOCK=2048)
 """
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton.backends.nvidia") is None, reason="this triton was built without NVIDIA's compiler"
+    importlib.util.find_spec("triton.backends.nvidia") is None,
+    reason="this triton was built without NVIDIA's compiler",
 )
 
 
@@ -64,7 +65,13 @@ def compiled() -> dict[str, str]:
     """Name of the kernel and whether its gradient is narrow -> its code for compute capability 9.0."""
     with TemporaryDirectory() as cache:
         environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
-        run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False, env=environment)
+        run = subprocess.run(
+            [sys.executable, "-c", COMPILE],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
     assert run.returncode == 0, run.stderr[-4000:]
     parts = re.split(r"^== (.*)$", run.stdout, flags=re.MULTILINE)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))
@@ -77,14 +84,27 @@ def steps(name: str) -> list[str]:
 
 
 def test_every_kernel_compiles() -> None:
-    assert sorted({name.split()[0] for name in compiled()}) == ["gradient_kernel", "select_kernel", "split_kernel", "tile_kernel"]
+    assert sorted({name.split()[0] for name in compiled()}) == [
+        "gradient_kernel",
+        "select_kernel",
+        "split_kernel",
+        "tile_kernel",
+    ]
     for name, code in compiled().items():
         assert ".local" not in code or "select" in name, f"{name} spills registers"
     for name in ("tile_kernel False", "gradient_kernel False", "gradient_kernel True"):
         assert "ld.global.v4" in compiled()[name], f"{name} does not load 16 bytes at a time"
 
 
-@pytest.mark.parametrize("name", ["gradient_kernel False", "gradient_kernel True", "gradient_kernel False own", "gradient_kernel True own"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gradient_kernel False",
+        "gradient_kernel True",
+        "gradient_kernel False own",
+        "gradient_kernel True own",
+    ],
+)
 def test_logits_are_read_before_a_gradient_is_stored_over_them(name: str) -> None:
     """In the loop, in its last part, before the label and before the ids."""
     load, store, barrier = "ld.global", "st.global", "bar.sync"
@@ -94,6 +114,8 @@ def test_logits_are_read_before_a_gradient_is_stored_over_them(name: str) -> Non
 @pytest.mark.parametrize("name", ["split_kernel False", "split_kernel False own"])
 def test_the_support_is_lifted_out_between_barriers(name: str) -> None:
     """Read it; barrier; overwrite it; barrier; read its tiles; barrier; merge."""
-    found = "".join({"ld.global": "L", "st.global": "S", "bar.sync": "b"}[step] for step in steps(name))
+    found = "".join(
+        {"ld.global": "L", "st.global": "S", "bar.sync": "b"}[step] for step in steps(name)
+    )
     # Barriers inside the last two parts are those of sums over a row.
     assert re.fullmatch(r"(LS)+bLSbL(bS)+bL(bL)*[bSL]*S", found), found

@@ -26,7 +26,10 @@ from tests.losses.cases import (
     say,
 )
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 V = 128256
 UPSTREAM = {"chunk": 0.37, "direct": 1.0}
 
@@ -51,7 +54,9 @@ def new_ids(seed: int, tokens: int, count: int, valid: int = V) -> tuple[Tensor,
 def coefficients(seed: int, packed: Tensor, count: int) -> tuple[Any, ...]:
     """shift, scale, scale_t, constant, then support and label_value."""
     generator = torch.Generator("cuda").manual_seed(seed + 2)
-    scale, scale_t, constant, value = torch.randn((4, len(packed)), device="cuda", generator=generator)
+    scale, scale_t, constant, value = torch.randn(
+        (4, len(packed)), device="cuda", generator=generator
+    )
     support = torch.randn((len(packed), count), device="cuda", generator=generator)
     return packed[:, 0].contiguous(), scale, scale_t, 1e-3 * constant, support, value
 
@@ -71,13 +76,26 @@ def test_rows_of_a_real_vocabulary(tokens: int, count: int) -> None:
         assert type(rows) is TritonRows
         packed = rows.split(columns, label, temperature, total=True, entropy=True)
         shift, scale, scale_t, constant, support, value = coefficients(seed, packed, count)
-        found = rows.gradient(shift, scale, scale_t, constant, temperature, columns, support, label, value)
-        assert found.dtype == torch.bfloat16 and found.data_ptr() == rows.buffer.data_ptr()
+        found = rows.gradient(
+            shift, scale, scale_t, constant, temperature, columns, support, label, value
+        )
+        assert found.dtype == torch.bfloat16
+        assert found.data_ptr() == rows.buffer.data_ptr()
         for part in (slice(0, 48), slice(tokens - 48, tokens)):
             exact = PlainRows(original[part].double(), V)
-            expected = exact.split(columns[part], label[part], temperature, total=True, entropy=True)
-            assert torch.equal(packed[part, 5:].double(), expected[:, 5:]) and torch.equal(packed[part, 0].double(), expected[:, 0])
-            size = torch.stack([*expected[:, 1:3].T, original[part, :V].double().abs().sum(1), expected[:, 4].abs()], 1)
+            expected = exact.split(
+                columns[part], label[part], temperature, total=True, entropy=True
+            )
+            assert torch.equal(packed[part, 5:].double(), expected[:, 5:])
+            assert torch.equal(packed[part, 0].double(), expected[:, 0])
+            size = torch.stack(
+                [
+                    *expected[:, 1:3].T,
+                    original[part, :V].double().abs().sum(1),
+                    expected[:, 4].abs(),
+                ],
+                1,
+            )
             error = ((packed[part, 1:5].double() - expected[:, 1:5]).abs() / size).amax().item()
             assert error < 1e-6, say(seed, tokens, count, temperature, error)
             given = wide(part, shift, scale, scale_t, constant, columns, support, label, value)
@@ -93,7 +111,9 @@ def test_top_of_a_real_vocabulary(count: int) -> None:
     original = new_rows(seed, 512)
     values, columns = TritonRows(original.clone(), V).top(count)
     expected, order = original[:, :V].sort(dim=1, descending=True, stable=True)
-    assert torch.equal(values, expected[:, :count]) and torch.equal(columns, order[:, :count]), say(seed, count)
+    assert torch.equal(values, expected[:, :count]) and torch.equal(columns, order[:, :count]), say(
+        seed, count
+    )
 
 
 def test_runs_repeat() -> None:
@@ -105,7 +125,12 @@ def test_runs_repeat() -> None:
         values, where = rows.top(64)
         packed = rows.split(columns, label, 2.0, total=True, entropy=True)
         shift, scale, scale_t, constant, support, value = coefficients(seed, packed, 64)
-        return [values, where, packed, rows.gradient(shift, scale, scale_t, constant, 2.0, columns, support, label, value)]
+        return [
+            values,
+            where,
+            packed,
+            rows.gradient(shift, scale, scale_t, constant, 2.0, columns, support, label, value),
+        ]
 
     first = run()
     for _ in range(3):
@@ -113,7 +138,12 @@ def test_runs_repeat() -> None:
 
 
 def on_gpu(problem: Problem) -> Problem:
-    return replace(problem, **{name: value.cuda() for name, value in vars(problem).items() if isinstance(value, Tensor)})
+    return replace(
+        problem,
+        **{
+            name: value.cuda() for name, value in vars(problem).items() if isinstance(value, Tensor)
+        },
+    )
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
@@ -122,21 +152,61 @@ def test_the_head(dtype: torch.dtype, limit: float) -> None:
     seed = fresh_seed()
     problem = make_problem(seed, tokens=200, width=64, vocab_size=1000, rows=1024).rounded_to(dtype)
     here = on_gpu(problem)
-    for tail, temperature, schedule in product(TAILS, (1.0, 2.0), ("save", "chunk", "direct", "recompute")):
-        target = hand_target(problem.teacher, top_k=16, temperature=temperature, dtype=torch.float32)
+    for tail, temperature, schedule in product(
+        TAILS, (1.0, 2.0), ("save", "chunk", "direct", "recompute")
+    ):
+        target = hand_target(
+            problem.teacher, top_k=16, temperature=temperature, dtype=torch.float32
+        )
         scalars = dict(alpha=0.5, temperature=temperature, tail=tail, z_loss=1e-2)
-        upstream = torch.full_like(problem.upstream, UPSTREAM[schedule]) if schedule in UPSTREAM else problem.upstream
+        upstream = (
+            torch.full_like(problem.upstream, UPSTREAM[schedule])
+            if schedule in UPSTREAM
+            else problem.upstream
+        )
         options = dict(schedule=schedule, chunk_tokens=96, **scalars)
         there = target.map(lambda t: t.cuda())
-        found = Outcome(*(t.cpu() for t in head_outcome(here, there, upstream.cuda(), here.mask.float(), dtype, **options)))
-        by_name = errors(found, reference_outcome(problem, target, upstream, problem.mask, **scalars))
-        assert max(by_name[name] for name in ("total", "ce", "kd")) < 1e-5, say(seed, options, by_name)
-        assert max(by_name[name] for name in ("hidden", "weight")) < limit, say(seed, options, by_name)
+        found = Outcome(
+            *(
+                t.cpu()
+                for t in head_outcome(
+                    here, there, upstream.cuda(), here.mask.float(), dtype, **options
+                )
+            )
+        )
+        by_name = errors(
+            found, reference_outcome(problem, target, upstream, problem.mask, **scalars)
+        )
+        assert max(by_name[name] for name in ("total", "ce", "kd")) < 1e-5, say(
+            seed, options, by_name
+        )
+        assert max(by_name[name] for name in ("hidden", "weight")) < limit, say(
+            seed, options, by_name
+        )
 
 
 def test_identical_models_do_not_differ() -> None:
     seed = fresh_seed()
-    problem = on_gpu(make_problem(seed, tokens=200, width=64, vocab_size=1000, rows=1024).rounded_to(torch.bfloat16))
-    target = linear_targets(problem.hidden.bfloat16(), problem.weight.bfloat16(), TopSelection(16), vocab_size=1000, chunk_tokens=96)
-    found = head_outcome(problem, target, torch.ones(200, device="cuda"), None, torch.bfloat16, alpha=1.0, tail="bucket", chunk_tokens=96)
+    problem = on_gpu(
+        make_problem(seed, tokens=200, width=64, vocab_size=1000, rows=1024).rounded_to(
+            torch.bfloat16
+        )
+    )
+    target = linear_targets(
+        problem.hidden.bfloat16(),
+        problem.weight.bfloat16(),
+        TopSelection(16),
+        vocab_size=1000,
+        chunk_tokens=96,
+    )
+    found = head_outcome(
+        problem,
+        target,
+        torch.ones(200, device="cuda"),
+        None,
+        torch.bfloat16,
+        alpha=1.0,
+        tail="bucket",
+        chunk_tokens=96,
+    )
     assert not found.kd.any(), say(seed, found.kd)

@@ -28,7 +28,9 @@ from tests.kernels.rows import (
 from tests.losses.cases import fresh_seed, say
 
 # numpy's word for what a GPU does silently: exp() of what is replaced afterwards, NaN that is there on purpose.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
+)
 
 WIDTHS = (1, 31, 32, 33)
 TEMPERATURES = (1.0, 2.0, 0.7)
@@ -50,7 +52,11 @@ def cases(seed: int) -> Iterator[tuple[Case, float, tuple[object, ...]]]:
             if count <= valid:
                 turn += 1
                 temperature = TEMPERATURES[turn % 3]
-                yield make_case(seed + turn, rows=3, valid=valid, count=count), temperature, (valid, count, temperature)
+                yield (
+                    make_case(seed + turn, rows=3, valid=valid, count=count),
+                    temperature,
+                    (valid, count, temperature),
+                )
 
 
 def split_error(found: Tensor, expected: Tensor, case: Case) -> float:
@@ -72,9 +78,13 @@ def test_split() -> None:
         found = rows.split(*case.ids(), temperature, **asked).cpu()
         error = split_error(found, split_in_fp64(case, temperature, **asked), case)
         assert error < 1e-6, say(seed, what, asked, error)
-        error = split_error(found, plain.split(*case.ids(), temperature, **asked).cpu().double(), case)
+        error = split_error(
+            found, plain.split(*case.ids(), temperature, **asked).cpu().double(), case
+        )
         assert error < 2e-6, say(seed, what, asked, "against PlainRows", error)
-        assert torch.equal(rows.buffer, plain.buffer), say(seed, what, "the support is not lifted out, or something else is")
+        assert torch.equal(rows.buffer, plain.buffer), say(
+            seed, what, "the support is not lifted out, or something else is"
+        )
 
 
 def test_split_once_more() -> None:
@@ -84,7 +94,10 @@ def test_split_once_more() -> None:
     rows, plain = case.triton(), case.plain()
     rows.top(5, 2.0)
     for given, temperature in ((case, 1.0), (again, 2.0)):
-        found, expected = (r.split(*given.ids(), temperature, total=False, entropy=True).cpu() for r in (rows, plain))
+        found, expected = (
+            r.split(*given.ids(), temperature, total=False, entropy=True).cpu()
+            for r in (rows, plain)
+        )
         assert torch.allclose(found, expected, rtol=2e-6, atol=0), say(seed, temperature)
 
 
@@ -106,13 +119,18 @@ def test_masked_out_logits() -> None:
     case = make_case(seed, valid=100, count=7)
     case.logits[:, 30:90] = PUNCHED
     case.logits[2] = PUNCHED
-    found, expected = (r.split(*case.ids(), 2.0, total=True, entropy=True).cpu() for r in (case.triton(), case.plain()))
+    found, expected = (
+        r.split(*case.ids(), 2.0, total=True, entropy=True).cpu()
+        for r in (case.triton(), case.plain())
+    )
     assert torch.allclose(found, expected, rtol=2e-6, atol=0), say(seed, found, expected)
     assert found[2, :3].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_a_shard_without_logits() -> None:
-    nothing = Case(torch.empty(3, 0), torch.zeros((3, 5), dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
+    nothing = Case(
+        torch.empty(3, 0), torch.zeros((3, 5), dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    )
     rows = nothing.triton()
     found = rows.split(*nothing.ids(), 2.0, total=True, entropy=True).cpu()
     assert torch.equal(found, torch.tensor([0.0] * 5 + [-torch.inf] * 6).expand(3, -1))
@@ -131,13 +149,27 @@ def test_nan_is_seen() -> None:
         case.logits[0, outside], case.logits[3, inside] = nan, nan
         case.logits[4] = PUNCHED
         case.logits[4, (~case.support()[4]).nonzero()[0]] = nan
-        found, expected = (r.split(*case.ids(), temperature, total=True, entropy=True).cpu() for r in (case.triton(), case.plain()))
+        found, expected = (
+            r.split(*case.ids(), temperature, total=True, entropy=True).cpu()
+            for r in (case.triton(), case.plain())
+        )
         assert torch.equal(found.isnan(), expected.isnan()), say(seed, temperature, found, expected)
-        assert found[0, :5].isnan().all() and found[4, :5].isnan().all() and found[3, 3].isnan() and not found[1].isnan().any()
-        assert case.triton().mass(temperature)[1].isnan().tolist() == [True, False, False, True, True]
+        assert found[0, :5].isnan().all()
+        assert found[4, :5].isnan().all()
+        assert found[3, 3].isnan()
+        assert not found[1].isnan().any()
+        assert case.triton().mass(temperature)[1].isnan().tolist() == [
+            True,
+            False,
+            False,
+            True,
+            True,
+        ]
         values, columns = (t.cpu() for t in case.triton().top(7))
         assert values[:, 0].isnan().tolist() == [True, False, False, True, True], say(seed, values)
-        assert columns[0, 0] == outside and columns[3, 0] == inside and columns.max() < 100
+        assert columns[0, 0] == outside
+        assert columns[3, 0] == inside
+        assert columns.max() < 100
 
 
 def test_mass() -> None:
@@ -146,7 +178,9 @@ def test_mass() -> None:
         largest, mass = (t.cpu().double() for t in case.triton().mass(temperature))
         z = case.logits.double()
         assert torch.equal(largest, z.amax(1)), say(seed, what)
-        error = (mass / ((z - largest.unsqueeze(1)) / temperature).exp().sum(1) - 1).abs().amax().item()
+        error = (
+            (mass / ((z - largest.unsqueeze(1)) / temperature).exp().sum(1) - 1).abs().amax().item()
+        )
         assert error < 1e-6, say(seed, what, error)
 
 
@@ -164,14 +198,18 @@ def test_top() -> None:
         case.logits[1:4] = torch.randint(-2, 3, (3, valid), generator=generator).float()
         case.logits[2, ::3] = -0.0
         case.logits[3, ::2] = PUNCHED
-        case.logits[4] = torch.where(torch.rand(valid, generator=generator) < 0.9, -torch.inf, case.logits[4])
+        case.logits[4] = torch.where(
+            torch.rand(valid, generator=generator) < 0.9, -torch.inf, case.logits[4]
+        )
         case.logits[4, ::5] = PUNCHED
         case.logits[5] = -1.5
         rows = case.triton()
         for count in {1, min(7, valid), min(65, valid)}:
             values, columns = (t.cpu() for t in rows.top(count))
             expected = sorted_row(case, count)
-            assert columns.dtype == torch.int64 and torch.equal(columns, expected[1]), say(seed, valid, count)
+            assert columns.dtype == torch.int64 and torch.equal(columns, expected[1]), say(
+                seed, valid, count
+            )
             assert torch.equal(values.double(), expected[0]), say(seed, valid, count)
 
 
@@ -181,7 +219,9 @@ def test_top_beyond_what_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("MOST_CHOSEN", "MOST_TILES"):
         with monkeypatch.context() as patch:
             patch.setattr(triton_rows, name, 4)
-            assert torch.equal(case.triton().top(6)[1].cpu(), sorted_row(case, 6)[1]), say(seed, name)
+            assert torch.equal(case.triton().top(6)[1].cpu(), sorted_row(case, 6)[1]), say(
+                seed, name
+            )
 
 
 def test_a_teacher_reads_its_logits_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,14 +244,20 @@ def test_a_teacher_reads_its_logits_once(monkeypatch: pytest.MonkeyPatch) -> Non
         launched.clear()
         split = rows.split(columns, case.ids()[1], temperature, total=False, entropy=True)
         assert launched == ["split_kernel"]
-        assert torch.equal(split, case.triton().split(*case.ids(), temperature, total=False, entropy=True)), say(seed)
-        assert all(torch.equal(a, b) for a, b in zip(mass, case.triton().mass(temperature), strict=True)), say(seed)
+        assert torch.equal(
+            split, case.triton().split(*case.ids(), temperature, total=False, entropy=True)
+        ), say(seed)
+        assert all(
+            torch.equal(a, b) for a, b in zip(mass, case.triton().mass(temperature), strict=True)
+        ), say(seed)
         # What was not asked for the first time is not taken from there.
         for another, total in ((0.7, False), (temperature, True)):
             other = case.triton()
             other.top(6, temperature)
             found = other.split(*case.ids(), another, total=total, entropy=True)
-            assert torch.equal(found, case.triton().split(*case.ids(), another, total=total, entropy=True)), say(seed, another)
+            assert torch.equal(
+                found, case.triton().split(*case.ids(), another, total=total, entropy=True)
+            ), say(seed, another)
 
 
 def test_tiles_as_in_torch() -> None:
@@ -220,7 +266,8 @@ def test_tiles_as_in_torch() -> None:
     rows, plain = case.triton(), case.plain()
     chosen = torch.tensor([[0, 4], [1, 1], [2, 3], [4, 0]], device=DEVICE)
     shift = plain.buffer.amax(1)
-    assert rows.tile == plain.tile and torch.equal(rows.tiles(chosen), plain.tiles(chosen))
+    assert rows.tile == plain.tile
+    assert torch.equal(rows.tiles(chosen), plain.tiles(chosen))
     assert torch.equal(rows.tile_mass(shift, 2.0), plain.tile_mass(shift, 2.0))
 
 
@@ -238,7 +285,8 @@ def test_gradient(punched: bool) -> None:
             if punched:
                 rows.buffer.scatter_(1, case.ids()[0], PUNCHED)
             found = triton_gradient(rows, case, given, temperature)
-            assert found.dtype == (dtype or torch.float32) and found.shape == expected.shape
+            assert found.dtype == (dtype or torch.float32)
+            assert found.shape == expected.shape
             assert torch.equal(rows.buffer.view(found.dtype)[:, : case.valid].cpu(), found)
             scale = sizes if dtype is None else expected.abs() + 1e-3 * sizes
             error = ((found.double() - expected).abs() / scale.clamp(min=1e-30)).amax().item()
@@ -285,8 +333,14 @@ def test_each_row_at_its_own_temperature(make: Callable[[Case], PlainRows]) -> N
     together = both(case, slice(None), temperatures.to(DEVICE))
     for row in range(5):
         part = slice(row, row + 1)
-        alone = both(Case(case.logits[part], case.columns[part], case.label[part]), part, float(temperatures[row]))
-        assert all(torch.equal(whole[part], single) for whole, single in zip(together, alone, strict=True)), (row, say(seed))
+        alone = both(
+            Case(case.logits[part], case.columns[part], case.label[part]),
+            part,
+            float(temperatures[row]),
+        )
+        assert all(
+            torch.equal(whole[part], single) for whole, single in zip(together, alone, strict=True)
+        ), (row, say(seed))
     assert not torch.equal(together[0], both(case, slice(None), float(temperatures[0]))[0])
 
 
@@ -297,13 +351,23 @@ def test_runs_repeat() -> None:
 
     def run() -> list[Tensor]:
         rows = case.triton(torch.bfloat16)
-        return [*rows.top(16), rows.split(*case.ids(), 2.0, total=True, entropy=True), triton_gradient(rows, case, given, 2.0)]
+        return [
+            *rows.top(16),
+            rows.split(*case.ids(), 2.0, total=True, entropy=True),
+            triton_gradient(rows, case, given, 2.0),
+        ]
 
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(run(), run(), strict=True)), say(seed)
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(run(), run(), strict=True)
+    ), say(seed)
 
 
 def test_what_it_refuses() -> None:
-    for buffer in (torch.zeros(2, 64, dtype=torch.float64), torch.zeros(2, 128)[:, ::2], torch.zeros(4, 128)[:, :64]):
+    for buffer in (
+        torch.zeros(2, 64, dtype=torch.float64),
+        torch.zeros(2, 128)[:, ::2],
+        torch.zeros(4, 128)[:, :64],
+    ):
         with pytest.raises(ValueError, match="TritonRows takes contiguous rows of fp32"):
             TritonRows(buffer, 40)
 

@@ -15,7 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_kd.losses import KDLoss, kd_cross_entropy, linear_kd_cross_entropy, reference_kd_cross_entropy
+from megatron_kd.losses import (
+    KDLoss,
+    kd_cross_entropy,
+    linear_kd_cross_entropy,
+    reference_kd_cross_entropy,
+)
 from megatron_kd.targets import SparseTarget
 
 TAILS = ("drop", "renormalize", "bucket", "uniform")
@@ -67,10 +72,14 @@ class Problem:
 
     def rounded_to(self, dtype: torch.dtype) -> Problem:
         """The problem whose hidden states and weight are exact in `dtype`, still as fp64."""
-        return replace(self, hidden=self.hidden.to(dtype).double(), weight=self.weight.to(dtype).double())
+        return replace(
+            self, hidden=self.hidden.to(dtype).double(), weight=self.weight.to(dtype).double()
+        )
 
 
-def make_problem(seed: int, *, tokens: int = 40, width: int = 16, vocab_size: int = 90, rows: int = 96) -> Problem:
+def make_problem(
+    seed: int, *, tokens: int = 40, width: int = 16, vocab_size: int = 90, rows: int = 96
+) -> Problem:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -85,7 +94,15 @@ def make_problem(seed: int, *, tokens: int = 40, width: int = 16, vocab_size: in
     mask = torch.rand(tokens, dtype=torch.float64, generator=generator)
     mask[2::6] = 0.0
     # Fractions that fp32 holds, so that a mask in either type is the same mask.
-    return Problem(seed, normal(tokens, width), weight, labels, (mask * 64).round() / 64, normal(tokens), teacher)
+    return Problem(
+        seed,
+        normal(tokens, width),
+        weight,
+        labels,
+        (mask * 64).round() / 64,
+        normal(tokens),
+        teacher,
+    )
 
 
 def extreme_problem(seed: int, *, top_k: int) -> Problem:
@@ -102,12 +119,19 @@ def extreme_problem(seed: int, *, top_k: int) -> Problem:
     weight[high, 0] = 100.0
     hidden[1::4, 0] = -100.0
     teacher = problem.teacher.clone()
-    teacher[::2] = teacher[::2].index_fill(1, high, 0.0) + 4.0 * torch.zeros_like(teacher[::2]).index_fill(1, high, 2.0)
+    teacher[::2] = teacher[::2].index_fill(1, high, 0.0) + 4.0 * torch.zeros_like(
+        teacher[::2]
+    ).index_fill(1, high, 2.0)
     return replace(problem, hidden=hidden, weight=weight, teacher=teacher)
 
 
 def hand_target(
-    teacher: Tensor, *, top_k: int, temperature: float = 1.0, dtype: torch.dtype = torch.float64, ragged: bool = True
+    teacher: Tensor,
+    *,
+    top_k: int,
+    temperature: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+    ragged: bool = True,
 ) -> SparseTarget:
     """The `top_k` likeliest ids of each row of `teacher` [N, V]; if `ragged`, a third of the rows use fewer slots."""
     ids = teacher.argsort(dim=1, descending=True, stable=True)[:, :top_k]
@@ -173,61 +197,113 @@ def dense_loss(
 Loss = Callable[[Tensor, Tensor], KDLoss]
 
 
-def outcome_of(problem: Problem, loss: Loss, upstream: Tensor, *, dtype: torch.dtype = torch.float64, main_grad: bool = False) -> Outcome:
+def outcome_of(
+    problem: Problem,
+    loss: Loss,
+    upstream: Tensor,
+    *,
+    dtype: torch.dtype = torch.float64,
+    main_grad: bool = False,
+) -> Outcome:
     """Runs `loss(hidden, weight)` in `dtype` and its backward with `upstream` [N]; `main_grad`: as under megatron-core's DDP."""
-    hidden, weight = (t.detach().to(dtype, copy=True).requires_grad_() for t in (problem.hidden, problem.weight))
+    hidden, weight = (
+        t.detach().to(dtype, copy=True).requires_grad_() for t in (problem.hidden, problem.weight)
+    )
     if main_grad:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight, dtype=wide), False
+        weight.main_grad, weight.grad_added_to_main_grad = (
+            torch.zeros_like(weight, dtype=wide),
+            False,
+        )
     result = loss(hidden, weight)
     if main_grad:
         (result.total * upstream.to(result.total.dtype)).sum().backward()
-        assert weight.grad_added_to_main_grad and hidden.grad is not None
+        assert weight.grad_added_to_main_grad
+        assert hidden.grad is not None
         return Outcome(*(t.detach().reshape(-1) for t in result), hidden.grad, weight.main_grad)
     (result.total * upstream.to(result.total.dtype).view_as(result.total)).sum().backward()
-    assert hidden.grad is not None and weight.grad is not None
+    assert hidden.grad is not None
+    assert weight.grad is not None
     assert hidden.grad.dtype == weight.grad.dtype == dtype
     return Outcome(*(t.detach().reshape(-1) for t in result), hidden.grad, weight.grad)
 
 
-def oracle_outcome(problem: Problem, target: SparseTarget, upstream: Tensor, mask: Tensor | None, **scalars: Any) -> Outcome:
+def oracle_outcome(
+    problem: Problem, target: SparseTarget, upstream: Tensor, mask: Tensor | None, **scalars: Any
+) -> Outcome:
     """fp64, whole vocabulary, plain autograd on `dense_loss`."""
 
     def loss(hidden: Tensor, weight: Tensor) -> KDLoss:
-        result = dense_loss(hidden @ weight[: problem.vocab_size].T, problem.labels, problem.teacher, target, **scalars)
+        result = dense_loss(
+            hidden @ weight[: problem.vocab_size].T,
+            problem.labels,
+            problem.teacher,
+            target,
+            **scalars,
+        )
         return result if mask is None else result._replace(total=result.total * mask)
 
     return outcome_of(problem, loss, upstream)
 
 
-def reference_outcome(problem: Problem, target: SparseTarget | None, upstream: Tensor, mask: Tensor | None, **scalars: Any) -> Outcome:
+def reference_outcome(
+    problem: Problem,
+    target: SparseTarget | None,
+    upstream: Tensor,
+    mask: Tensor | None,
+    **scalars: Any,
+) -> Outcome:
     """`reference_kd_cross_entropy` in fp64, for what only a target can say (no dense teacher)."""
 
     def loss(hidden: Tensor, weight: Tensor) -> KDLoss:
-        result = reference_kd_cross_entropy(hidden @ weight[: problem.vocab_size].T, problem.labels, target, **scalars)
+        result = reference_kd_cross_entropy(
+            hidden @ weight[: problem.vocab_size].T, problem.labels, target, **scalars
+        )
         return result if mask is None else result._replace(total=result.total * mask)
 
     return outcome_of(problem, loss, upstream)
 
 
 def head_outcome(
-    problem: Problem, target: SparseTarget | None, upstream: Tensor, mask: Tensor | None, dtype: torch.dtype = torch.float32, **options: Any
+    problem: Problem,
+    target: SparseTarget | None,
+    upstream: Tensor,
+    mask: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> Outcome:
     """`linear_kd_cross_entropy` in `dtype`."""
 
     def loss(hidden: Tensor, weight: Tensor) -> KDLoss:
-        return linear_kd_cross_entropy(hidden, weight, problem.labels, target, loss_mask=mask, vocab_size=problem.vocab_size, **options)
+        return linear_kd_cross_entropy(
+            hidden,
+            weight,
+            problem.labels,
+            target,
+            loss_mask=mask,
+            vocab_size=problem.vocab_size,
+            **options,
+        )
 
-    return outcome_of(problem, loss, upstream, dtype=dtype, main_grad=options.get("schedule") == "direct")
+    return outcome_of(
+        problem, loss, upstream, dtype=dtype, main_grad=options.get("schedule") == "direct"
+    )
 
 
 def given_logits_outcome(
-    problem: Problem, target: SparseTarget | None, upstream: Tensor, mask: Tensor | None, dtype: torch.dtype = torch.float32, **scalars: Any
+    problem: Problem,
+    target: SparseTarget | None,
+    upstream: Tensor,
+    mask: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+    **scalars: Any,
 ) -> Outcome:
     """`kd_cross_entropy` on logits multiplied in `dtype`."""
 
     def loss(hidden: Tensor, weight: Tensor) -> KDLoss:
-        result = kd_cross_entropy(hidden @ weight.T, problem.labels, target, vocab_size=problem.vocab_size, **scalars)
+        result = kd_cross_entropy(
+            hidden @ weight.T, problem.labels, target, vocab_size=problem.vocab_size, **scalars
+        )
         return result if mask is None else result._replace(total=result.total * mask)
 
     return outcome_of(problem, loss, upstream, dtype=dtype)
@@ -235,12 +311,24 @@ def given_logits_outcome(
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference over that of `expected`; the absolute norm where `expected` is zero; inf for NaN."""
-    difference, scale = (found.double() - expected.double()).norm().item(), expected.double().norm().item()
-    return float("inf") if difference != difference else difference / scale if scale > 0 else difference
+    difference, scale = (
+        (found.double() - expected.double()).norm().item(),
+        expected.double().norm().item(),
+    )
+    return (
+        float("inf")
+        if difference != difference
+        else difference / scale
+        if scale > 0
+        else difference
+    )
 
 
 def errors(found: Outcome, expected: Outcome) -> dict[str, float]:
-    return {name: relative_error(getattr(found, name), getattr(expected, name)) for name in Outcome._fields}
+    return {
+        name: relative_error(getattr(found, name), getattr(expected, name))
+        for name in Outcome._fields
+    }
 
 
 def worst(found: Outcome, expected: Outcome) -> float:

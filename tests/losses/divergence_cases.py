@@ -40,13 +40,34 @@ DIVERGENCES = {
 DENSE_ONLY = ("mse_logits",)
 # Those that tail "renormalize" can serve.
 RENORMALIZABLE = (
-    *("forward_kl", "soft_cross_entropy", "jensen_shannon 0.5", "jensen_shannon 0.2", "skew_kl 0.1", "skew_kl 0.7", "hard_label"),
+    *(
+        "forward_kl",
+        "soft_cross_entropy",
+        "jensen_shannon 0.5",
+        "jensen_shannon 0.2",
+        "skew_kl 0.1",
+        "skew_kl 0.7",
+        "hard_label",
+    ),
     *("skew_reverse_kl 0.1", "skew_reverse_kl 0.7", "alpha_beta 0.7 0.3", "alpha_beta 1 0"),
 )
 # Finite even where a probability is 0 on one side.
 BOUNDED = (
-    *("jensen_shannon 0.5", "jensen_shannon 0.2", "skew_kl 0.1", "skew_kl 0.7", "skew_reverse_kl 0.1", "skew_reverse_kl 0.7"),
-    *("alpha_beta 0.2 0.7", "alpha_beta 0.7 0.2", "alpha_beta 0.7 0.3", "alpha_beta 1 1", "mse_probabilities"),
+    *(
+        "jensen_shannon 0.5",
+        "jensen_shannon 0.2",
+        "skew_kl 0.1",
+        "skew_kl 0.7",
+        "skew_reverse_kl 0.1",
+        "skew_reverse_kl 0.7",
+    ),
+    *(
+        "alpha_beta 0.2 0.7",
+        "alpha_beta 0.7 0.2",
+        "alpha_beta 0.7 0.3",
+        "alpha_beta 1 1",
+        "mse_probabilities",
+    ),
 )
 # Their gradient is a difference of terms of the size of log p - log q, however small it is itself.
 REVERSE = ("reverse_kl", "alpha_beta 0 1")
@@ -65,15 +86,24 @@ class DenseProblem(NamedTuple):
         return DenseTeacher(self.hidden.to(dtype), self.weight.to(dtype))
 
 
-def dense_problem(seed: int, dtype: torch.dtype = torch.float64, *, teacher_rows: int | None = None, **sizes: Any) -> DenseProblem:
+def dense_problem(
+    seed: int, dtype: torch.dtype = torch.float64, *, teacher_rows: int | None = None, **sizes: Any
+) -> DenseProblem:
     """Everything exact in `dtype`; the teacher's padding rows are garbage and, if so asked, more or fewer than the student's."""
     problem = make_problem(seed, **sizes).rounded_to(dtype)
     generator = torch.Generator().manual_seed(seed + 2)
     hidden = torch.randn((len(problem.hidden), 12), dtype=torch.float64, generator=generator)
-    weight = torch.randn((teacher_rows or len(problem.weight), 12), dtype=torch.float64, generator=generator) / 12**0.25
+    weight = (
+        torch.randn(
+            (teacher_rows or len(problem.weight), 12), dtype=torch.float64, generator=generator
+        )
+        / 12**0.25
+    )
     weight[problem.vocab_size :] = -30.0
     hidden, weight = hidden.to(dtype).double(), weight.to(dtype).double()
-    return DenseProblem(replace(problem, teacher=hidden @ weight[: problem.vocab_size].T), hidden, weight)
+    return DenseProblem(
+        replace(problem, teacher=hidden @ weight[: problem.vocab_size].T), hidden, weight
+    )
 
 
 def thousands_problem(seed: int) -> DenseProblem:
@@ -85,7 +115,11 @@ def thousands_problem(seed: int) -> DenseProblem:
     generator = torch.Generator().manual_seed(seed + 3)
 
     def jumps() -> Tensor:
-        return 1000.0 * torch.randint(-1, 2, (40, 90), generator=generator) * (torch.rand((40, 90), generator=generator) < 0.2)
+        return (
+            1000.0
+            * torch.randint(-1, 2, (40, 90), generator=generator)
+            * (torch.rand((40, 90), generator=generator) < 0.2)
+        )
 
     common, student, teacher = jumps(), jumps(), jumps()
     student[0::4], teacher[0::4] = common[0::4], common[0::4]
@@ -144,7 +178,9 @@ def plain_divergence(divergence: Divergence, q: Tensor, p: Tensor) -> Tensor:
     return torch.where(there, terms, 0.0).sum(1)
 
 
-def distributions(logits: Tensor, teacher: Tensor, temperature: float, kept: Tensor | None, tail: str) -> tuple[Tensor, Tensor]:
+def distributions(
+    logits: Tensor, teacher: Tensor, temperature: float, kept: Tensor | None, tail: str
+) -> tuple[Tensor, Tensor]:
     """(q, p) that are compared, whole rows; kept: bool [N, V] for a sparse target."""
     q, p = (teacher / temperature).softmax(1), (logits / temperature).softmax(1)
     if kept is None:
@@ -156,11 +192,19 @@ def distributions(logits: Tensor, teacher: Tensor, temperature: float, kept: Ten
 
 def kept_ids(target: SparseTarget, vocab_size: int) -> Tensor:
     kept = torch.zeros((len(target.indices), vocab_size + 1), dtype=torch.bool)
-    return kept.scatter_(1, torch.where(target.indices >= 0, target.indices, vocab_size).long(), True)[:, :vocab_size]
+    return kept.scatter_(
+        1, torch.where(target.indices >= 0, target.indices, vocab_size).long(), True
+    )[:, :vocab_size]
 
 
 def check_beside_terms(
-    found: Outcome, exact: Outcome, problem: Problem, temperature: float, kept: Tensor | None, limit: float, *what: object
+    found: Outcome,
+    exact: Outcome,
+    problem: Problem,
+    temperature: float,
+    kept: Tensor | None,
+    limit: float,
+    *what: object,
 ) -> None:
     """`found` in fp32 against `exact`, alpha = 1: gradients relative to their own size and that of the terms they consist of.
 
@@ -171,11 +215,16 @@ def check_beside_terms(
     q, p = distributions(problem.logits(), problem.teacher, temperature, kept, "bucket")
     terms = p * (_log(p) - _log(q)).abs()
     if kept is not None:
-        others = (problem.logits() / temperature).masked_fill(kept, -torch.inf).softmax(1).nan_to_num()
+        others = (
+            (problem.logits() / temperature).masked_fill(kept, -torch.inf).softmax(1).nan_to_num()
+        )
         terms = terms[:, :-1] + others * terms[:, -1:]
     weight = problem.upstream * problem.mask * (problem.labels >= 0) / temperature
     terms = terms * weight.abs().unsqueeze(1)
-    beside = {"hidden": terms, "weight": terms.T @ problem.hidden.abs()}  # the weight is a unit matrix
+    beside = {
+        "hidden": terms,
+        "weight": terms.T @ problem.hidden.abs(),
+    }  # the weight is a unit matrix
     for name, value in errors(found, exact).items():
         own = getattr(exact, name).norm()
         value = value * (own / (own + beside[name].norm())).item() if name in beside else value
@@ -201,9 +250,22 @@ def plain_outcome(
         logits = hidden @ weight[: problem.vocab_size].T
         counted = (problem.labels >= 0).double()
         # A rest that outweighs every kept id is no label.
-        q, p = distributions(logits, problem.teacher, temperature, kept, "renormalize" if divergence.name == "hard_label" else tail)
-        kd = plain_divergence(divergence, q, p) * counted * (temperature**2 if temperature_squared else 1.0)
-        ce = -logits.log_softmax(1).gather(1, problem.labels.clamp(min=0).unsqueeze(1)).squeeze(1) * counted
+        q, p = distributions(
+            logits,
+            problem.teacher,
+            temperature,
+            kept,
+            "renormalize" if divergence.name == "hard_label" else tail,
+        )
+        kd = (
+            plain_divergence(divergence, q, p)
+            * counted
+            * (temperature**2 if temperature_squared else 1.0)
+        )
+        ce = (
+            -logits.log_softmax(1).gather(1, problem.labels.clamp(min=0).unsqueeze(1)).squeeze(1)
+            * counted
+        )
         total = (1 - alpha) * ce + alpha * kd + z_loss * logits.logsumexp(1) ** 2 * counted
         return KDLoss(total if mask is None else total * mask, ce, kd)
 
@@ -225,7 +287,9 @@ def divergence_outcome(
         given = dict(divergence=divergence, loss_mask=mask, vocab_size=problem.vocab_size)
         return linear_divergence(hidden, weight, problem.labels, teacher, **given, **options)  # type: ignore[arg-type]
 
-    return outcome_of(problem, loss, upstream, dtype=dtype, main_grad=options.get("schedule") == "direct")
+    return outcome_of(
+        problem, loss, upstream, dtype=dtype, main_grad=options.get("schedule") == "direct"
+    )
 
 
 def _sparse_mistakes(vocab_size: int) -> list[tuple[dict[str, Any], str]]:
@@ -234,11 +298,23 @@ def _sparse_mistakes(vocab_size: int) -> list[tuple[dict[str, Any], str]]:
     own = "has a term of its own for every id outside the kept ones"
     return [
         ({"divergence": "kl"}, "divergence must be one of forward_kl, soft_cross_entropy"),
-        ({"divergence": "mse_logits"}, 'divergence = "mse_logits" compares the logits of all ids: it needs the dense teacher'),
-        ({"tail": "renormalize"}, 'divergence = "reverse_kl" with tail = "renormalize" is infinite'),
+        (
+            {"divergence": "mse_logits"},
+            'divergence = "mse_logits" compares the logits of all ids: it needs the dense teacher',
+        ),
+        (
+            {"tail": "renormalize"},
+            'divergence = "reverse_kl" with tail = "renormalize" is infinite',
+        ),
         ({"tail": "renormalize"}, 'use tail = "bucket"'),
-        ({"tail": "drop"}, 'with a sparse target takes tail = "bucket" or "renormalize", not "drop"'),
-        ({"tail": "uniform", "divergence": "skew_kl"}, 'takes tail = "bucket" or "renormalize", not "uniform"'),
+        (
+            {"tail": "drop"},
+            'with a sparse target takes tail = "bucket" or "renormalize", not "drop"',
+        ),
+        (
+            {"tail": "uniform", "divergence": "skew_kl"},
+            'takes tail = "bucket" or "renormalize", not "uniform"',
+        ),
         ({"divergence": "mse_probabilities", "tail": "renormalize"}, own),
         ({"divergence": "alpha_beta", "tail": "renormalize"}, own),
         ({"divergence": DIVERGENCES["alpha_beta 0 1"], "tail": "renormalize"}, "is infinite"),
@@ -249,7 +325,10 @@ def _sparse_mistakes(vocab_size: int) -> list[tuple[dict[str, Any], str]]:
         ({"temperature": 2.0}, "make it at the loss temperature"),
         ({"schedule": "eager"}, "schedule must be one of"),
         ({"teacher": None}, "alpha = 0.5 needs a target"),
-        ({"labels": torch.full((S, B), vocab_size)}, f"label {vocab_size} is not in the vocabulary"),
+        (
+            {"labels": torch.full((S, B), vocab_size)},
+            f"label {vocab_size} is not in the vocabulary",
+        ),
     ]
 
 
@@ -257,16 +336,27 @@ def _dense_mistakes(lines: int, size: int) -> list[tuple[dict[str, Any], str]]:
     hidden, weight = torch.randn(lines, B, 6), torch.randn(ROWS, 6)
     fit = "must end in the same width and have the same type"
     found: list[tuple[DenseTeacher, str]] = [
-        (DenseTeacher(torch.randn(lines + 1, B, 6), weight), f"must have the student's leading shape ({lines}, 2)"),
+        (
+            DenseTeacher(torch.randn(lines + 1, B, 6), weight),
+            f"must have the student's leading shape ({lines}, 2)",
+        ),
         (DenseTeacher(torch.randn(lines, B, 5), weight), fit),
         (DenseTeacher(hidden.half(), weight), fit),
         (DenseTeacher(hidden, torch.randn(6)), fit),
         (DenseTeacher(hidden.double(), weight.double()), "both must be float64, or neither"),
-        (DenseTeacher(hidden, torch.randn(ROWS - 2, 6)), f"each rank must hold the same ids of the {ROWS * size - 1}, so pad both"),
+        (
+            DenseTeacher(hidden, torch.randn(ROWS - 2, 6)),
+            f"each rank must hold the same ids of the {ROWS * size - 1}, so pad both",
+        ),
     ]
     if size > 1:
         # The ranks before the last hold as many ids; only their places differ.
-        found.append((DenseTeacher(hidden, torch.randn(ROWS + 2, 6)), f"{ROWS + 2} vocabulary rows on each of {size} rank(s)"))
+        found.append(
+            (
+                DenseTeacher(hidden, torch.randn(ROWS + 2, 6)),
+                f"{ROWS + 2} vocabulary rows on each of {size} rank(s)",
+            )
+        )
     return [
         *(({"teacher": teacher}, says) for teacher, says in found),
         ({"schedule": "recompute"}, 'schedule = "recompute" cannot serve a dense teacher'),
@@ -281,15 +371,30 @@ def divergence_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistak
     """Of `linear_divergence`, each a change of a call that works; as in tests/losses/mistakes.py."""
     size = group_size(group)
     lines, vocab_size = S // size if sequence_parallel else S, ROWS * size - 1
-    options: dict[str, Any] = dict(divergence="reverse_kl", alpha=0.5, tail="bucket", vocab_size=vocab_size, tp_group=group)
-    options |= dict(hidden=torch.randn(lines, B, H), weight=torch.randn(ROWS, H), labels=torch.zeros((S, B), dtype=torch.long))
+    options: dict[str, Any] = dict(
+        divergence="reverse_kl", alpha=0.5, tail="bucket", vocab_size=vocab_size, tp_group=group
+    )
+    options |= dict(
+        hidden=torch.randn(lines, B, H),
+        weight=torch.randn(ROWS, H),
+        labels=torch.zeros((S, B), dtype=torch.long),
+    )
     options |= dict(sequence_parallel=sequence_parallel)
     dense = DenseTeacher(torch.randn(lines, B, 6), torch.randn(ROWS, 6))
     if group is None:
         for teacher in (good_target(), dense):
             linear_divergence(**options, teacher=teacher)
     return [
-        Mistake(says, lambda changes=changes, teacher=teacher: linear_divergence(**{**options, "teacher": teacher, **changes}), says)  # type: ignore[misc]
-        for teacher, mistakes in ((good_target(), _sparse_mistakes(vocab_size)), (dense, _dense_mistakes(lines, size)))
+        Mistake(
+            says,
+            lambda changes=changes, teacher=teacher: linear_divergence(
+                **{**options, "teacher": teacher, **changes}
+            ),
+            says,
+        )  # type: ignore[misc]
+        for teacher, mistakes in (
+            (good_target(), _sparse_mistakes(vocab_size)),
+            (dense, _dense_mistakes(lines, size)),
+        )
         for changes, says in mistakes
     ]

@@ -26,7 +26,9 @@ class Mistake(NamedTuple):
 def good_target() -> SparseTarget:
     """Ids 0, 1, 2 of every token, mass 0.6, at temperature 1."""
     ids = torch.arange(K, dtype=torch.int32).expand(S, B, K).contiguous()
-    return SparseTarget(ids, torch.full((S, B, K), 0.2).log(), torch.full((S, B), 0.4).log(), torch.ones(S, B))
+    return SparseTarget(
+        ids, torch.full((S, B, K), 0.2).log(), torch.full((S, B), 0.4).log(), torch.ones(S, B)
+    )
 
 
 def _changed(tensor: Tensor, *places: tuple[int, float]) -> Tensor:
@@ -44,20 +46,64 @@ def _wrong_targets(vocab_size: int) -> list[tuple[SparseTarget, dict[str, Any], 
     return [
         (replace(good, indices=good.indices[:-1]), {}, "must both be (8, 2, 'K')"),
         (replace(good, logprobs=good.logprobs[..., :2]), {}, "must both be (8, 2, 'K')"),
-        (replace(good, log_tail=good.logprobs), {}, "target.log_tail must have the labels' shape (8, 2), not (8, 2, 3)"),
-        (replace(good, entropy=torch.ones(8)), {}, "target.entropy must have the labels' shape (8, 2), not (8,)"),
-        (replace(good, indices=good.indices.float()), {}, "target.indices must be int32 and target.logprobs fp32, not torch.float32"),
-        (replace(good, logprobs=good.indices), {}, "target.indices must be int32 and target.logprobs fp32"),
-        (replace(good, indices=_changed(good.indices, (1, vocab_size))), {}, f"holds ids 0..{vocab_size}: valid are 0..{vocab_size - 1}"),
-        (replace(good, indices=_changed(good.indices, (1, -2))), {}, "target.indices holds ids -2..2"),
-        (replace(good, indices=_changed(good.indices, (1, 2))), {}, "target.indices names an id twice in one row"),
-        (replace(good, indices=_changed(good.indices, (0, -1), (1, -1), (2, -1))), {}, "a row of target has no kept entry"),
-        (replace(good, logprobs=_changed(good.logprobs, *((k, -torch.inf) for k in range(K)))), {}, "a row of target has no kept entry"),
-        (good, {"temperature": 2.0, "tail": "bucket"}, "knows its tail, which tail='bucket' needs, at temperature 1.0, not at 2.0"),
+        (
+            replace(good, log_tail=good.logprobs),
+            {},
+            "target.log_tail must have the labels' shape (8, 2), not (8, 2, 3)",
+        ),
+        (
+            replace(good, entropy=torch.ones(8)),
+            {},
+            "target.entropy must have the labels' shape (8, 2), not (8,)",
+        ),
+        (
+            replace(good, indices=good.indices.float()),
+            {},
+            "target.indices must be int32 and target.logprobs fp32, not torch.float32",
+        ),
+        (
+            replace(good, logprobs=good.indices),
+            {},
+            "target.indices must be int32 and target.logprobs fp32",
+        ),
+        (
+            replace(good, indices=_changed(good.indices, (1, vocab_size))),
+            {},
+            f"holds ids 0..{vocab_size}: valid are 0..{vocab_size - 1}",
+        ),
+        (
+            replace(good, indices=_changed(good.indices, (1, -2))),
+            {},
+            "target.indices holds ids -2..2",
+        ),
+        (
+            replace(good, indices=_changed(good.indices, (1, 2))),
+            {},
+            "target.indices names an id twice in one row",
+        ),
+        (
+            replace(good, indices=_changed(good.indices, (0, -1), (1, -1), (2, -1))),
+            {},
+            "a row of target has no kept entry",
+        ),
+        (
+            replace(good, logprobs=_changed(good.logprobs, *((k, -torch.inf) for k in range(K)))),
+            {},
+            "a row of target has no kept entry",
+        ),
+        (
+            good,
+            {"temperature": 2.0, "tail": "bucket"},
+            "knows its tail, which tail='bucket' needs, at temperature 1.0, not at 2.0",
+        ),
         (good, {"temperature": 2.0, "tail": "uniform"}, "make it at the loss temperature"),
         (good, {"temperature": 2.0, "tail": "drop"}, "make it at the loss temperature"),
         (sampled, {"tail": "renormalize"}, "the target was sampled at temperature 2.0, not at 1.0"),
-        (replace(good, log_tail=None, temperature=2.0), {"temperature": 2.0, "tail": "drop"}, "needs target.log_tail"),
+        (
+            replace(good, log_tail=None, temperature=2.0),
+            {"temperature": 2.0, "tail": "drop"},
+            "needs target.log_tail",
+        ),
     ]
 
 
@@ -76,10 +122,16 @@ def _wrong_arguments(vocab_size: int) -> list[tuple[dict[str, Any], str]]:
         ({"z_loss": -1.0}, "z_loss must be >= 0, not -1.0"),
         ({"labels": labels.float()}, "labels must be integers, not torch.float32"),
         ({"labels": labels.bool()}, "labels must be integers, not torch.bool"),
-        ({"labels": past}, f"label {vocab_size} is not in the vocabulary (0..{vocab_size - 1}) nor -100"),
+        (
+            {"labels": past},
+            f"label {vocab_size} is not in the vocabulary (0..{vocab_size - 1}) nor -100",
+        ),
         ({"labels": negative}, "label -1 is not in the vocabulary"),
         ({"target": None}, "alpha = 0.5 needs a target"),
-        *(({"target": target, **scalars}, says) for target, scalars, says in _wrong_targets(vocab_size)),
+        *(
+            ({"target": target, **scalars}, says)
+            for target, scalars, says in _wrong_targets(vocab_size)
+        ),
     ]
 
 
@@ -88,19 +140,35 @@ def loss_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake]:
     size = group_size(group)
     vocab_size = ROWS * size - 1
     lines = S // size if sequence_parallel else S
-    good: dict[str, Any] = {"labels": torch.zeros((S, B), dtype=torch.long), "target": good_target(), "alpha": 0.5}
-    hidden, weight = torch.randn(lines, B, H).requires_grad_(), torch.randn(ROWS, H).requires_grad_()
+    good: dict[str, Any] = {
+        "labels": torch.zeros((S, B), dtype=torch.long),
+        "target": good_target(),
+        "alpha": 0.5,
+    }
+    hidden, weight = (
+        torch.randn(lines, B, H).requires_grad_(),
+        torch.randn(ROWS, H).requires_grad_(),
+    )
     layout: dict[str, Any] = {"tp_group": group, "vocab_size": vocab_size}
 
     def head(**changes: Any) -> object:
-        arguments = {"hidden": hidden, "weight": weight, **good, **layout, "sequence_parallel": sequence_parallel, **changes}
+        arguments = {
+            "hidden": hidden,
+            "weight": weight,
+            **good,
+            **layout,
+            "sequence_parallel": sequence_parallel,
+            **changes,
+        }
         return linear_kd_cross_entropy(**arguments)
 
     def given(**changes: Any) -> object:
         return kd_cross_entropy(**{"logits": torch.randn(S, B, ROWS), **good, **layout, **changes})
 
     def reference(**changes: Any) -> object:
-        return reference_kd_cross_entropy(**{"logits": torch.randn(S, B, vocab_size), **good, **changes})
+        return reference_kd_cross_entropy(
+            **{"logits": torch.randn(S, B, vocab_size), **good, **changes}
+        )
 
     found = [
         Mistake(f"{loss.__name__} {says}", lambda loss=loss, changes=changes: loss(**changes), says)  # type: ignore[misc]
@@ -108,21 +176,47 @@ def loss_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake]:
         for changes, says in _wrong_arguments(vocab_size)
     ]
     only_head: list[tuple[dict[str, Any], str]] = [
-        ({"schedule": "eager"}, "schedule must be one of auto, save, chunk, direct, recompute, not 'eager'"),
+        (
+            {"schedule": "eager"},
+            "schedule must be one of auto, save, chunk, direct, recompute, not 'eager'",
+        ),
         ({"chunk_tokens": 0}, "chunk_tokens must be at least 1, not 0"),
         ({"weight": torch.randn(ROWS, H + 1)}, "must end in the same width and have the same type"),
         ({"weight": torch.randn(ROWS)}, "must end in the same width and have the same type"),
-        ({"weight": torch.randn(ROWS, H).double()}, "torch.float64 must end in the same width and have the same type"),
-        ({"labels": torch.zeros((S - 1, B), dtype=torch.long)}, "labels (7, 2) must be (8, 2): the full sequence of hidden"),
+        (
+            {"weight": torch.randn(ROWS, H).double()},
+            "torch.float64 must end in the same width and have the same type",
+        ),
+        (
+            {"labels": torch.zeros((S - 1, B), dtype=torch.long)},
+            "labels (7, 2) must be (8, 2): the full sequence of hidden",
+        ),
         ({"loss_mask": torch.ones(S)}, "loss_mask (8,) must have the labels' shape (8, 2)"),
-        ({"vocab_size": 0}, f"vocab_size (0) must be in [1, {ROWS * size}]: {size} rank(s) hold {ROWS} vocabulary rows each"),
-        ({"vocab_size": ROWS * size + 1}, f"vocab_size ({ROWS * size + 1}) must be in [1, {ROWS * size}]"),
+        (
+            {"vocab_size": 0},
+            f"vocab_size (0) must be in [1, {ROWS * size}]: {size} rank(s) hold {ROWS} vocabulary rows each",
+        ),
+        (
+            {"vocab_size": ROWS * size + 1},
+            f"vocab_size ({ROWS * size + 1}) must be in [1, {ROWS * size}]",
+        ),
     ]
-    found += [Mistake(f"head {says}", lambda changes=changes: head(**changes), says) for changes, says in only_head]  # type: ignore[misc]
+    found += [
+        Mistake(f"head {says}", lambda changes=changes: head(**changes), says)
+        for changes, says in only_head
+    ]  # type: ignore[misc]
     return [
         *found,
-        Mistake("given vocab_size", lambda: given(vocab_size=ROWS * size + 1), f"vocab_size ({ROWS * size + 1}) must be in"),
-        Mistake("given labels", lambda: given(labels=torch.zeros(S, dtype=torch.long)), "labels (8,) must have the logits' leading shape"),
+        Mistake(
+            "given vocab_size",
+            lambda: given(vocab_size=ROWS * size + 1),
+            f"vocab_size ({ROWS * size + 1}) must be in",
+        ),
+        Mistake(
+            "given labels",
+            lambda: given(labels=torch.zeros(S, dtype=torch.long)),
+            "labels (8,) must have the logits' leading shape",
+        ),
     ]
 
 
@@ -137,7 +231,12 @@ def selection_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake
     def select(top_k: int = K, vocab_size: int = vocab_size) -> object:
         return select_targets(logits, TopSelection(top_k), vocab_size=vocab_size, tp_group=group)
 
-    def linear(weight: Tensor = weight, top_k: int = K, vocab_size: int = vocab_size, chunk_tokens: int | None = None) -> object:
+    def linear(
+        weight: Tensor = weight,
+        top_k: int = K,
+        vocab_size: int = vocab_size,
+        chunk_tokens: int | None = None,
+    ) -> object:
         return linear_targets(
             hidden,
             weight,
@@ -151,19 +250,47 @@ def selection_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake
     past = f"top_k ({vocab_size + 1}) is past the vocabulary ({vocab_size} ids)"
     rows = f"vocab_size ({ROWS * size + 1}) must be in [1, {ROWS * size}]"
     return [
-        Mistake("top_k 0", lambda: TopSelection(0), "need 1 <= min_k <= top_k, not min_k=1, top_k=0"),
-        Mistake("min_k 0", lambda: TopSelection(4, min_k=0), "need 1 <= min_k <= top_k, not min_k=0, top_k=4"),
-        Mistake("min_k past top_k", lambda: TopSelection(4, min_k=5), "need 1 <= min_k <= top_k, not min_k=5, top_k=4"),
+        Mistake(
+            "top_k 0", lambda: TopSelection(0), "need 1 <= min_k <= top_k, not min_k=1, top_k=0"
+        ),
+        Mistake(
+            "min_k 0",
+            lambda: TopSelection(4, min_k=0),
+            "need 1 <= min_k <= top_k, not min_k=0, top_k=4",
+        ),
+        Mistake(
+            "min_k past top_k",
+            lambda: TopSelection(4, min_k=5),
+            "need 1 <= min_k <= top_k, not min_k=5, top_k=4",
+        ),
         Mistake("top_p 0", lambda: TopSelection(4, top_p=0.0), "top_p must be in (0, 1], not 0.0"),
-        Mistake("top_p 1.5", lambda: TopSelection(4, top_p=1.5), "top_p must be in (0, 1], not 1.5"),
-        Mistake("temperature 0", lambda: TopSelection(4, temperature=0.0), "temperature must be > 0, not 0.0"),
+        Mistake(
+            "top_p 1.5", lambda: TopSelection(4, top_p=1.5), "top_p must be in (0, 1], not 1.5"
+        ),
+        Mistake(
+            "temperature 0",
+            lambda: TopSelection(4, temperature=0.0),
+            "temperature must be > 0, not 0.0",
+        ),
         Mistake("select top_k", lambda: select(top_k=vocab_size + 1), past),
         Mistake("linear top_k", lambda: linear(top_k=vocab_size + 1), past),
         Mistake("select vocab_size", lambda: select(vocab_size=ROWS * size + 1), rows),
         Mistake("linear vocab_size", lambda: linear(vocab_size=ROWS * size + 1), rows),
-        Mistake("linear width", lambda: linear(weight=torch.randn(ROWS, H + 1)), "must end in the same width"),
-        Mistake("linear one-dimensional", lambda: linear(weight=torch.randn(ROWS)), "must end in the same width"),
-        Mistake("linear chunk_tokens", lambda: linear(chunk_tokens=0), "chunk_tokens must be at least 1, not 0"),
+        Mistake(
+            "linear width",
+            lambda: linear(weight=torch.randn(ROWS, H + 1)),
+            "must end in the same width",
+        ),
+        Mistake(
+            "linear one-dimensional",
+            lambda: linear(weight=torch.randn(ROWS)),
+            "must end in the same width",
+        ),
+        Mistake(
+            "linear chunk_tokens",
+            lambda: linear(chunk_tokens=0),
+            "chunk_tokens must be at least 1, not 0",
+        ),
     ]
 
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from megatron_kd.kernels import compile_rows
-from tests.losses.cases import fresh_seed, hand_target, head_outcome, make_problem, reference_outcome, say, worst
+from tests.losses.cases import (
+    fresh_seed,
+    hand_target,
+    head_outcome,
+    make_problem,
+    reference_outcome,
+    say,
+    worst,
+)
 
 pytestmark = [
     pytest.mark.slow,  # a C++ compiler runs for half a minute
@@ -27,7 +35,9 @@ def test_against_fp64(temperature: float) -> None:
     compile_rows()
     try:
         for schedule in ("chunk", "save", "recompute"):
-            found = head_outcome(problem, target, torch.ones(40), None, schedule=schedule, chunk_tokens=17, **scalars)
+            found = head_outcome(
+                problem, target, torch.ones(40), None, schedule=schedule, chunk_tokens=17, **scalars
+            )
             assert worst(found, expected) < 1e-5, say(seed, schedule)
     finally:
         compile_rows(False)

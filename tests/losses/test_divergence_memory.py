@@ -18,7 +18,13 @@ def dense_peak(divergence: str, tokens: int, chunk_tokens: int, *, gradient: boo
     hidden, theirs = torch.randn(2, tokens, H)
     weight, teacher = torch.randn(V, H, requires_grad=True), DenseTeacher(theirs, torch.randn(V, H))
     labels = torch.randint(0, V, (tokens,))
-    options = dict(divergence=divergence, alpha=0.5, temperature=2.0, schedule="chunk", chunk_tokens=chunk_tokens)
+    options = dict(
+        divergence=divergence,
+        alpha=0.5,
+        temperature=2.0,
+        schedule="chunk",
+        chunk_tokens=chunk_tokens,
+    )
 
     def step() -> None:
         with torch.set_grad_enabled(gradient):
@@ -37,4 +43,6 @@ def test_a_chunk_of_each_model_and_the_weight_gradient(divergence: str) -> None:
 
 
 def test_evaluation_forms_no_gradients() -> None:
-    assert dense_peak("reverse_kl", 64, 32, gradient=False) < 1.1 * 2 * 32 * V * FLOAT + BLOCKS + TERMS
+    assert (
+        dense_peak("reverse_kl", 64, 32, gradient=False) < 1.1 * 2 * 32 * V * FLOAT + BLOCKS + TERMS
+    )

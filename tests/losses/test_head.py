@@ -50,16 +50,36 @@ def check(found: Outcome, expected: Outcome, limit: float, seed: int, *what: obj
     assert max(by_name.values()) < limit, say(seed, *what, by_name)
 
 
-def check_head(problem: Problem, target: SparseTarget | None, dtype: torch.dtype, schedule: str, **scalars: Any) -> None:
+def check_head(
+    problem: Problem, target: SparseTarget | None, dtype: torch.dtype, schedule: str, **scalars: Any
+) -> None:
     """One combination, without and with a mask; with it a random upstream gradient where the schedule takes one."""
     exact = problem.rounded_to(dtype)
     same = torch.full_like(problem.upstream, UPSTREAM.get(schedule, 0.37))
     for mask, upstream in ((None, same), (exact.mask, upstream_for(schedule, exact.upstream))):
         expected = reference_outcome(exact, target, upstream, mask, **scalars)
         head_mask = None if mask is None else mask.float()
-        found = head_outcome(exact, target, upstream, head_mask, dtype, schedule=schedule, chunk_tokens=CHUNK, **scalars)
+        found = head_outcome(
+            exact,
+            target,
+            upstream,
+            head_mask,
+            dtype,
+            schedule=schedule,
+            chunk_tokens=CHUNK,
+            **scalars,
+        )
         assert found.total.dtype == dtype
-        check(found, expected, LIMITS[dtype], problem.seed, schedule, dtype, "mask" if mask is not None else "", scalars)
+        check(
+            found,
+            expected,
+            LIMITS[dtype],
+            problem.seed,
+            schedule,
+            dtype,
+            "mask" if mask is not None else "",
+            scalars,
+        )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -69,8 +89,20 @@ def test_every_tail_temperature_and_alpha(schedule: str, dtype: torch.dtype) -> 
     problem = make_problem(seed)
     for temperature, tail in product((1.0, 2.0), TAILS):
         target = hand_target(problem.teacher, top_k=8, temperature=temperature, dtype=dtype)
-        for alpha, squared, z_loss in ((0.0, False, 1e-2), (0.5, True, 1e-2), (0.5, False, 0.0), (1.0, True, 0.0), (1.0, False, 1e-2)):
-            scalars = dict(alpha=alpha, temperature=temperature, temperature_squared=squared, tail=tail, z_loss=z_loss)
+        for alpha, squared, z_loss in (
+            (0.0, False, 1e-2),
+            (0.5, True, 1e-2),
+            (0.5, False, 0.0),
+            (1.0, True, 0.0),
+            (1.0, False, 1e-2),
+        ):
+            scalars = dict(
+                alpha=alpha,
+                temperature=temperature,
+                temperature_squared=squared,
+                tail=tail,
+                z_loss=z_loss,
+            )
             check_head(problem, target, dtype, schedule, **scalars)
 
 
@@ -82,9 +114,24 @@ def test_given_logits(dtype: torch.dtype) -> None:
     for temperature, tail, squared in product((1.0, 2.0), TAILS, (False, True)):
         target = hand_target(problem.teacher, top_k=8, temperature=temperature, dtype=dtype)
         for alpha, z_loss in ((0.0, 0.0), (0.5, 1e-2), (1.0, 0.0)):
-            scalars = dict(alpha=alpha, temperature=temperature, temperature_squared=squared, tail=tail, z_loss=z_loss)
-            found = given_logits_outcome(exact, target, exact.upstream, exact.mask, dtype, **scalars)
-            check(found, reference_outcome(exact, target, exact.upstream, exact.mask, **scalars), LIMITS[dtype], seed, dtype, scalars)
+            scalars = dict(
+                alpha=alpha,
+                temperature=temperature,
+                temperature_squared=squared,
+                tail=tail,
+                z_loss=z_loss,
+            )
+            found = given_logits_outcome(
+                exact, target, exact.upstream, exact.mask, dtype, **scalars
+            )
+            check(
+                found,
+                reference_outcome(exact, target, exact.upstream, exact.mask, **scalars),
+                LIMITS[dtype],
+                seed,
+                dtype,
+                scalars,
+            )
 
 
 def test_given_logits_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +146,9 @@ def test_given_logits_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None
         scalars = dict(alpha=0.5, temperature=temperature, tail=tail, z_loss=1e-2)
         expected = oracle_outcome(problem, target, problem.upstream, problem.mask, **scalars)
         for given in (chosen, target):
-            found = given_logits_outcome(problem, given, problem.upstream, problem.mask, torch.float64, **scalars)
+            found = given_logits_outcome(
+                problem, given, problem.upstream, problem.mask, torch.float64, **scalars
+            )
             check(found, expected, 1e-12, seed, scalars)
 
 
@@ -109,10 +158,19 @@ def test_against_the_dense_loss_directly() -> None:
     problem = make_problem(seed)
     for temperature, tail in product((1.0, 2.0), TAILS):
         target = hand_target(problem.teacher, top_k=8, temperature=temperature)
-        scalars = dict(alpha=0.6, temperature=temperature, temperature_squared=True, tail=tail, z_loss=1e-2)
+        scalars = dict(
+            alpha=0.6, temperature=temperature, temperature_squared=True, tail=tail, z_loss=1e-2
+        )
         expected = oracle_outcome(problem, target, problem.upstream, problem.mask, **scalars)
         for run in (head_outcome, given_logits_outcome):
-            check(run(problem, target, problem.upstream, problem.mask, torch.float64, **scalars), expected, 1e-12, seed, run, scalars)
+            check(
+                run(problem, target, problem.upstream, problem.mask, torch.float64, **scalars),
+                expected,
+                1e-12,
+                seed,
+                run,
+                scalars,
+            )
 
 
 def test_logits_of_ten_thousand() -> None:
@@ -121,13 +179,30 @@ def test_logits_of_ten_thousand() -> None:
     problem = extreme_problem(seed, top_k=8)
     assert problem.logits().abs().max() > 9e3
     for temperature, tail, alpha in product((1.0, 2.0), TAILS, (0.0, 0.5, 1.0)):
-        target = hand_target(problem.teacher, top_k=8, temperature=temperature, dtype=torch.float32, ragged=False)
+        target = hand_target(
+            problem.teacher, top_k=8, temperature=temperature, dtype=torch.float32, ragged=False
+        )
         scalars = dict(alpha=alpha, temperature=temperature, tail=tail)
         expected = reference_outcome(problem, target, problem.upstream, problem.mask, **scalars)
         for schedule in ("recompute", "auto"):
-            found = head_outcome(problem, target, problem.upstream, problem.mask.float(), schedule=schedule, chunk_tokens=CHUNK, **scalars)
+            found = head_outcome(
+                problem,
+                target,
+                problem.upstream,
+                problem.mask.float(),
+                schedule=schedule,
+                chunk_tokens=CHUNK,
+                **scalars,
+            )
             check(found, expected, 1e-5, seed, schedule, scalars)
-        check(given_logits_outcome(problem, target, problem.upstream, problem.mask, **scalars), expected, 1e-5, seed, "given", scalars)
+        check(
+            given_logits_outcome(problem, target, problem.upstream, problem.mask, **scalars),
+            expected,
+            1e-5,
+            seed,
+            "given",
+            scalars,
+        )
 
 
 def test_bfloat16() -> None:
@@ -143,10 +218,18 @@ def test_bfloat16() -> None:
         for schedule in SCHEDULES:
             upstream = upstream_for(schedule, problem.upstream)
             options = dict(schedule=schedule, chunk_tokens=CHUNK, **scalars)
-            found = head_outcome(problem, target, upstream, problem.mask.float(), torch.bfloat16, **options)
-            by_name = errors(found, reference_outcome(problem, target, upstream, problem.mask, **scalars))
-            assert max(by_name[name] for name in ("total", "ce", "kd")) < 1e-5, say(seed, options, by_name)
-            assert max(by_name[name] for name in ("hidden", "weight")) < 2**-8, say(seed, options, by_name)
+            found = head_outcome(
+                problem, target, upstream, problem.mask.float(), torch.bfloat16, **options
+            )
+            by_name = errors(
+                found, reference_outcome(problem, target, upstream, problem.mask, **scalars)
+            )
+            assert max(by_name[name] for name in ("total", "ce", "kd")) < 1e-5, say(
+                seed, options, by_name
+            )
+            assert max(by_name[name] for name in ("hidden", "weight")) < 2**-8, say(
+                seed, options, by_name
+            )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -158,8 +241,14 @@ def test_bfloat16_near_the_teacher(schedule: str) -> None:
     seed = fresh_seed()
     generator = torch.Generator().manual_seed(seed)
     tokens, width, vocab_size = 64, 64, 1500
-    hidden = torch.randn(tokens, width, generator=generator, dtype=torch.float64).bfloat16().double()
-    weight = (0.6 * torch.randn(vocab_size, width, generator=generator, dtype=torch.float64)).bfloat16().double()
+    hidden = (
+        torch.randn(tokens, width, generator=generator, dtype=torch.float64).bfloat16().double()
+    )
+    weight = (
+        (0.6 * torch.randn(vocab_size, width, generator=generator, dtype=torch.float64))
+        .bfloat16()
+        .double()
+    )
     teacher = hidden @ weight.T
     teacher = teacher + 0.02 * torch.randn(teacher.shape, generator=generator, dtype=torch.float64)
     labels, ones = teacher.argmax(1), torch.ones(tokens, dtype=torch.float64)
@@ -167,13 +256,20 @@ def test_bfloat16_near_the_teacher(schedule: str) -> None:
     target = hand_target(teacher, top_k=64, dtype=torch.float32, ragged=False)
     scalars = dict(alpha=1.0, tail="bucket")
     expected = reference_outcome(problem, target, ones, None, **scalars)
-    found = head_outcome(problem, target, ones, None, torch.bfloat16, schedule=schedule, chunk_tokens=24, **scalars)
-    assert relative_error(found.hidden, expected.hidden) < 2e-3, say(seed, relative_error(found.hidden, expected.hidden))
-    assert relative_error(found.weight, expected.weight) < 2e-3, say(seed, relative_error(found.weight, expected.weight))
+    found = head_outcome(
+        problem, target, ones, None, torch.bfloat16, schedule=schedule, chunk_tokens=24, **scalars
+    )
+    assert relative_error(found.hidden, expected.hidden) < 2e-3, say(
+        seed, relative_error(found.hidden, expected.hidden)
+    )
+    assert relative_error(found.weight, expected.weight) < 2e-3, say(
+        seed, relative_error(found.weight, expected.weight)
+    )
 
     rounded = teacher.new_tensor((hidden @ weight.T).bfloat16().tolist()).requires_grad_()
     reference_kd_cross_entropy(rounded, labels, target, **scalars).total.sum().backward()
-    assert rounded.grad is not None and relative_error(rounded.grad @ weight, expected.hidden) > 0.1
+    assert rounded.grad is not None
+    assert relative_error(rounded.grad @ weight, expected.hidden) > 0.1
 
 
 def test_bfloat16_given_logits() -> None:
@@ -182,7 +278,8 @@ def test_bfloat16_given_logits() -> None:
     problem = make_problem(seed)
     narrow = problem.logits().bfloat16()
     for (temperature, tail), (upstream, limit) in product(
-        product((1.0, 2.0), TAILS), ((torch.ones_like(problem.upstream), 2**-8), (problem.upstream, 3 * 2**-9))
+        product((1.0, 2.0), TAILS),
+        ((torch.ones_like(problem.upstream), 2**-8), (problem.upstream, 3 * 2**-9)),
     ):
         target = hand_target(problem.teacher, top_k=8, temperature=temperature, dtype=torch.float32)
         scalars = dict(alpha=0.5, temperature=temperature, tail=tail)
@@ -191,9 +288,15 @@ def test_bfloat16_given_logits() -> None:
         expected = reference_kd_cross_entropy(wide, problem.labels, target, **scalars)
         found.total.backward(upstream.float())
         expected.total.backward(upstream)
-        assert found.total.dtype == torch.float32 and ours.grad is not None and ours.grad.dtype == torch.bfloat16
-        assert relative_error(found.total.detach(), expected.total.detach()) < 1e-5, say(seed, scalars)
-        assert wide.grad is not None and relative_error(ours.grad, wide.grad) < limit, say(seed, scalars, limit)
+        assert found.total.dtype == torch.float32
+        assert ours.grad is not None
+        assert ours.grad.dtype == torch.bfloat16
+        assert relative_error(found.total.detach(), expected.total.detach()) < 1e-5, say(
+            seed, scalars
+        )
+        assert wide.grad is not None and relative_error(ours.grad, wide.grad) < limit, say(
+            seed, scalars, limit
+        )
 
 
 def test_sampled_targets_and_no_target() -> None:
@@ -202,10 +305,14 @@ def test_sampled_targets_and_no_target() -> None:
     generator = torch.Generator().manual_seed(seed)
     counts = torch.randint(1, 20, (40, 6), generator=generator).float()
     ids = torch.rand(40, 90, generator=generator).argsort(1)[:, :6].int()
-    sampled = SparseTarget(ids, (counts / counts.sum(1, keepdim=True)).log(), temperature=2.0, sampled=True)
+    sampled = SparseTarget(
+        ids, (counts / counts.sum(1, keepdim=True)).log(), temperature=2.0, sampled=True
+    )
     for tail in TAILS:
         for schedule in SCHEDULES:
-            check_head(problem, sampled, torch.float32, schedule, alpha=0.5, temperature=2.0, tail=tail)
+            check_head(
+                problem, sampled, torch.float32, schedule, alpha=0.5, temperature=2.0, tail=tail
+            )
     for schedule in SCHEDULES:
         check_head(problem, None, torch.float32, schedule, alpha=0.0, z_loss=1e-2)
 
@@ -215,7 +322,15 @@ def test_sequence_by_batch_layout() -> None:
     seed = fresh_seed()
     problem = make_problem(seed)
     target = hand_target(problem.teacher, top_k=8, dtype=torch.float32)
-    flat = head_outcome(problem, target, problem.upstream, problem.mask.float(), alpha=0.5, tail="bucket", chunk_tokens=CHUNK)
+    flat = head_outcome(
+        problem,
+        target,
+        problem.upstream,
+        problem.mask.float(),
+        alpha=0.5,
+        tail="bucket",
+        chunk_tokens=CHUNK,
+    )
     shaped = Problem(
         seed,
         problem.hidden.view(20, 2, -1),
@@ -235,4 +350,6 @@ def test_sequence_by_batch_layout() -> None:
         chunk_tokens=CHUNK,
     )
     assert found.hidden.shape == (20, 2, 16)
-    assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(found, flat, strict=True)), say(seed)
+    assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(found, flat, strict=True)), (
+        say(seed)
+    )

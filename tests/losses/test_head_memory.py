@@ -15,17 +15,29 @@ FLOAT = 4
 BLOCKS = 3 * BLOCK * FLOAT
 
 
-def head_peak(tokens: int, chunk_tokens: int, *, schedule: str = "chunk", temperature: float = 1.0) -> int:
+def head_peak(
+    tokens: int, chunk_tokens: int, *, schedule: str = "chunk", temperature: float = 1.0
+) -> int:
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(tokens, H, generator=generator, requires_grad=True)
     weight = torch.randn(V, H, generator=generator, requires_grad=True)
     weight.main_grad = torch.zeros_like(weight) if schedule == "direct" else None
     labels = torch.randint(0, V, (tokens,), generator=generator)
-    target = linear_targets(hidden, weight, TopSelection(K, temperature=temperature), chunk_tokens=64)
+    target = linear_targets(
+        hidden, weight, TopSelection(K, temperature=temperature), chunk_tokens=64
+    )
 
     def step() -> None:
         loss = linear_kd_cross_entropy(
-            hidden, weight, labels, target, alpha=0.5, temperature=temperature, tail="bucket", schedule=schedule, chunk_tokens=chunk_tokens
+            hidden,
+            weight,
+            labels,
+            target,
+            alpha=0.5,
+            temperature=temperature,
+            tail="bucket",
+            schedule=schedule,
+            chunk_tokens=chunk_tokens,
         )
         loss.total.sum().backward()
 
@@ -36,7 +48,13 @@ def test_the_measure_sees_whole_logits() -> None:
     """What is guarded against: the reference keeps several [N, V]."""
     hidden, weight = torch.randn(256, H), torch.randn(V, H, requires_grad=True)
     labels = torch.zeros(256, dtype=torch.long)
-    peak = peak_bytes(lambda: reference_kd_cross_entropy(hidden @ weight.T, labels, None, alpha=0.0).total.sum().backward())
+    peak = peak_bytes(
+        lambda: (
+            reference_kd_cross_entropy(hidden @ weight.T, labels, None, alpha=0.0)
+            .total.sum()
+            .backward()
+        )
+    )
     assert peak > 2 * 256 * V * FLOAT
 
 
@@ -52,12 +70,17 @@ def test_tokens_cost_little_and_chunks_cost_their_logits() -> None:
     whole = 256 * V * FLOAT
     for schedule in ("chunk", "recompute"):
         small, more_tokens, more_chunk = (
-            head_peak(tokens, chunk, schedule=schedule) for tokens, chunk in ((256, 32), (512, 32), (256, 64))
+            head_peak(tokens, chunk, schedule=schedule)
+            for tokens, chunk in ((256, 32), (512, 32), (256, 64))
         )
         assert more_tokens - small < 0.05 * whole, (schedule, small, more_tokens)
         # One buffer of logits and the gradient of the weight; everything else is a small part of that.
         assert small < 1.1 * (32 * V + V * H) * FLOAT + BLOCKS, (schedule, small)
-        assert 0.9 * 32 * V * FLOAT < more_chunk - small < 1.2 * 32 * V * FLOAT, (schedule, small, more_chunk)
+        assert 0.9 * 32 * V * FLOAT < more_chunk - small < 1.2 * 32 * V * FLOAT, (
+            schedule,
+            small,
+            more_chunk,
+        )
 
 
 def test_schedules_cost_what_they_say() -> None:
@@ -74,14 +97,22 @@ def test_evaluation_forms_no_gradients() -> None:
     hidden, weight = torch.randn(256, H), torch.nn.Parameter(torch.randn(V, H))
     labels = torch.zeros(256, dtype=torch.long)
     with torch.no_grad():
-        peak = peak_bytes(lambda: linear_kd_cross_entropy(hidden, weight, labels, None, alpha=0.0, chunk_tokens=16))
+        peak = peak_bytes(
+            lambda: linear_kd_cross_entropy(
+                hidden, weight, labels, None, alpha=0.0, chunk_tokens=16
+            )
+        )
     assert peak < 1.1 * 16 * V * FLOAT + BLOCKS
 
 
 def test_targets_are_chosen_chunk_by_chunk() -> None:
     hidden, weight = torch.randn(512, H), torch.randn(V, H)
     small, large = (
-        peak_bytes(lambda tokens=tokens: linear_targets(hidden[:tokens], weight, TopSelection(K), chunk_tokens=32))  # type: ignore[misc]
+        peak_bytes(
+            lambda tokens=tokens: linear_targets(
+                hidden[:tokens], weight, TopSelection(K), chunk_tokens=32
+            )
+        )  # type: ignore[misc]
         for tokens in (256, 512)
     )
     assert large - small < 0.05 * 256 * V * FLOAT and small < 4 * 32 * V * FLOAT, (small, large)

@@ -7,11 +7,23 @@ from dataclasses import replace
 import torch
 
 from megatron_kd.losses import linear_kd_cross_entropy
-from tests.losses.mistakes import B, H, K, S, good_target, loss_mistakes, problem_with, selection_mistakes
+from tests.losses.mistakes import (
+    B,
+    H,
+    K,
+    S,
+    good_target,
+    loss_mistakes,
+    problem_with,
+    selection_mistakes,
+)
 
 
 def test_wrong_arguments_are_refused_with_a_reason() -> None:
-    mistakes = [*loss_mistakes(None, sequence_parallel=False), *selection_mistakes(None, sequence_parallel=False)]
+    mistakes = [
+        *loss_mistakes(None, sequence_parallel=False),
+        *selection_mistakes(None, sequence_parallel=False),
+    ]
     assert len(mistakes) > 90
     problems = [problem for mistake in mistakes if (problem := problem_with(mistake)) is not None]
     assert not problems, "\n".join(problems)
@@ -25,7 +37,15 @@ def test_the_list_starts_from_calls_that_work() -> None:
     target = good_target()
     holes = replace(target, indices=target.indices.clone(), logprobs=target.logprobs.clone())
     holes.indices[..., 1:], holes.logprobs[..., 1:] = -1, -torch.inf
-    for given in (target, holes, replace(target, log_tail=None, entropy=None), replace(target, indices=target.indices.long())):
-        loss = linear_kd_cross_entropy(hidden, weight, labels, given, alpha=0.5, tail="bucket", vocab_size=9)
+    for given in (
+        target,
+        holes,
+        replace(target, log_tail=None, entropy=None),
+        replace(target, indices=target.indices.long()),
+    ):
+        loss = linear_kd_cross_entropy(
+            hidden, weight, labels, given, alpha=0.5, tail="bucket", vocab_size=9
+        )
         assert bool(loss.total.isfinite().all())
-    assert target.flatten().indices.shape == (S * B, K) and target.flatten().rows(3, 5).entropy is not None
+    assert target.flatten().indices.shape == (S * B, K)
+    assert target.flatten().rows(3, 5).entropy is not None

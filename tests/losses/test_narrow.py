@@ -10,12 +10,21 @@ from megatron_kd.targets.narrow import is_part, narrow, parse_top_selection
 from tests.losses.cases import fresh_seed, make_problem, say
 
 STORED = (TopSelection(20), TopSelection(20, 0.97, 2))
-WANTED = (TopSelection(1), TopSelection(7), TopSelection(20), TopSelection(20, 0.8), TopSelection(9, 0.6, 2), TopSelection(20, 0.97, 1))
+WANTED = (
+    TopSelection(1),
+    TopSelection(7),
+    TopSelection(20),
+    TopSelection(20, 0.8),
+    TopSelection(9, 0.6, 2),
+    TopSelection(20, 0.97, 1),
+)
 
 
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("wanted", WANTED)
-def test_part_of_a_target_is_the_target_of_the_part(stored: TopSelection, wanted: TopSelection) -> None:
+def test_part_of_a_target_is_the_target_of_the_part(
+    stored: TopSelection, wanted: TopSelection
+) -> None:
     seed = fresh_seed()
     logits = make_problem(seed).teacher.float().round(decimals=1)  # with ties
     # Where a prefix has the mass top_p but for rounding, either choice is right.
@@ -24,24 +33,34 @@ def test_part_of_a_target_is_the_target_of_the_part(stored: TopSelection, wanted
     assert len(logits) > 30, say(seed)
     whole, expected = select_targets(logits, stored), select_targets(logits, wanted)
     if not is_part(wanted, stored):
-        assert stored.top_p < 1 and wanted.top_p > stored.top_p
+        assert stored.top_p < 1
+        assert wanted.top_p > stored.top_p
         return
-    mixed = whole.map(lambda each: each if each.dim() == 1 else each.flip(1))  # whatever order a record has
+    mixed = whole.map(
+        lambda each: each if each.dim() == 1 else each.flip(1)
+    )  # whatever order a record has
     found = narrow(mixed, wanted)
     assert torch.equal(found.indices, expected.indices), say(seed)
     used = found.indices >= 0
     # The last bits depend on what was summed apart from the rest.
     torch.testing.assert_close(found.logprobs[used], expected.logprobs[used], rtol=1e-6, atol=1e-6)
-    assert (~torch.isfinite(found.logprobs[~used])).all() and found.entropy is not None and whole.entropy is not None
-    assert torch.equal(found.entropy, whole.entropy) and found.log_tail is not None and expected.log_tail is not None
+    assert (~torch.isfinite(found.logprobs[~used])).all()
+    assert found.entropy is not None
+    assert whole.entropy is not None
+    assert torch.equal(found.entropy, whole.entropy)
+    assert found.log_tail is not None
+    assert expected.log_tail is not None
     torch.testing.assert_close(found.log_tail, expected.log_tail, rtol=2e-5, atol=2e-6)
 
 
 def test_what_is_no_part() -> None:
     stored = TopSelection(20)
-    assert not any(is_part(wanted, stored) for wanted in (TopSelection(21), TopSelection(5, temperature=2.0)))
+    assert not any(
+        is_part(wanted, stored) for wanted in (TopSelection(21), TopSelection(5, temperature=2.0))
+    )
     assert not is_part(TopSelection(5), TopSelection(20, temperature=2.0))
-    assert not is_part(TopSelection(5, 0.99), TopSelection(20, 0.9)) and not is_part(TopSelection(5, 0.5, 3), TopSelection(20, 0.9, 2))
+    assert not is_part(TopSelection(5, 0.99), TopSelection(20, 0.9))
+    assert not is_part(TopSelection(5, 0.5, 3), TopSelection(20, 0.9, 2))
 
 
 def test_a_selection_and_its_text() -> None:
@@ -51,6 +70,9 @@ def test_a_selection_and_its_text() -> None:
 
 
 def test_without_a_tail() -> None:
-    target = SparseTarget(torch.tensor([[4, 2, -1]], dtype=torch.int32), torch.tensor([[0.5, 0.5, 0.0]]).log())
+    target = SparseTarget(
+        torch.tensor([[4, 2, -1]], dtype=torch.int32), torch.tensor([[0.5, 0.5, 0.0]]).log()
+    )
     found = narrow(target, TopSelection(1))
-    assert found.indices.tolist() == [[2]] and found.log_tail is None
+    assert found.indices.tolist() == [[2]]
+    assert found.log_tail is None

@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_kd.losses import KDLoss, kd_cross_entropy, linear_kd_cross_entropy, reference_kd_cross_entropy
+from megatron_kd.losses import (
+    KDLoss,
+    kd_cross_entropy,
+    linear_kd_cross_entropy,
+    reference_kd_cross_entropy,
+)
 from megatron_kd.losses.head import HeadOptions, head_loss
 from megatron_kd.losses.rows import HEALTH, TokenLoss
 from megatron_kd.losses.types import LossSpec
@@ -37,13 +42,29 @@ def test_identical_models_have_a_divergence_of_exactly_zero() -> None:
     seed = fresh_seed()
     problem = make_problem(seed)
     hidden = problem.hidden.float()
-    weights = [problem.weight.float(), torch.cat([problem.weight[:90].float(), torch.full((38, 16), -3.0)])]
-    for (teacher, student), top_k, chunk_tokens in product(((0, 0), (0, 1), (1, 0)), (1, 8, 89, 90), (None, 7)):
-        target = linear_targets(hidden, weights[teacher], TopSelection(top_k), vocab_size=90, chunk_tokens=chunk_tokens)
-        found = linear_kd_cross_entropy(
-            hidden, weights[student], problem.labels, target, alpha=1.0, tail="bucket", vocab_size=90, chunk_tokens=chunk_tokens
+    weights = [
+        problem.weight.float(),
+        torch.cat([problem.weight[:90].float(), torch.full((38, 16), -3.0)]),
+    ]
+    for (teacher, student), top_k, chunk_tokens in product(
+        ((0, 0), (0, 1), (1, 0)), (1, 8, 89, 90), (None, 7)
+    ):
+        target = linear_targets(
+            hidden, weights[teacher], TopSelection(top_k), vocab_size=90, chunk_tokens=chunk_tokens
         )
-        assert not found.kd.any() and not found.total.any(), say(seed, teacher, student, top_k, found.kd.abs().amax())
+        found = linear_kd_cross_entropy(
+            hidden,
+            weights[student],
+            problem.labels,
+            target,
+            alpha=1.0,
+            tail="bucket",
+            vocab_size=90,
+            chunk_tokens=chunk_tokens,
+        )
+        assert not found.kd.any() and not found.total.any(), say(
+            seed, teacher, student, top_k, found.kd.abs().amax()
+        )
     logits = (hidden @ weights[0][:90].T) * 3
     for twin in (logits, torch.nn.functional.pad(logits, (0, 6), value=1e3)):
         target = select_targets(twin, TopSelection(8, top_p=0.9), vocab_size=90)
@@ -57,11 +78,35 @@ def test_the_whole_vocabulary_gives_the_dense_divergence() -> None:
     counted = (problem.labels >= 0).double()
     for temperature, tail in product((1.0, 2.0), TAILS):
         target = select_targets(problem.teacher, TopSelection(90, temperature=temperature))
-        log_p, log_q = (problem.logits() / temperature).log_softmax(1), (problem.teacher / temperature).log_softmax(1)
-        expected = torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="none").sum(1) * counted
-        found = head_outcome(problem, target, problem.upstream, None, torch.float64, alpha=1.0, temperature=temperature, tail=tail)
+        log_p, log_q = (
+            (problem.logits() / temperature).log_softmax(1),
+            (problem.teacher / temperature).log_softmax(1),
+        )
+        expected = (
+            torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="none").sum(1)
+            * counted
+        )
+        found = head_outcome(
+            problem,
+            target,
+            problem.upstream,
+            None,
+            torch.float64,
+            alpha=1.0,
+            temperature=temperature,
+            tail=tail,
+        )
         assert relative_error(found.kd, expected) < 1e-12, say(seed, tail, temperature)
-        given = given_logits_outcome(problem, target, problem.upstream, None, torch.float64, alpha=1.0, temperature=temperature, tail=tail)
+        given = given_logits_outcome(
+            problem,
+            target,
+            problem.upstream,
+            None,
+            torch.float64,
+            alpha=1.0,
+            temperature=temperature,
+            tail=tail,
+        )
         assert worst(given, found) < 1e-12, say(seed, tail, temperature)
 
 
@@ -74,7 +119,9 @@ def test_one_kept_entry_renormalised_is_cross_entropy_to_it() -> None:
     found = head_outcome(problem, target, problem.upstream, None, torch.float64, alpha=1.0)
     expected = head_outcome(hard, None, problem.upstream, None, torch.float64, alpha=0.0)
     for name in ("total", "hidden", "weight"):
-        assert relative_error(getattr(found, name), getattr(expected, name)) < 1e-13, say(seed, name)
+        assert relative_error(getattr(found, name), getattr(expected, name)) < 1e-13, say(
+            seed, name
+        )
     assert relative_error(found.kd, expected.ce) < 1e-13, say(seed)
 
 
@@ -83,15 +130,24 @@ def test_alpha_zero_is_cross_entropy() -> None:
     problem = make_problem(seed)
     target = hand_target(problem.teacher, top_k=8)
     for dtype, limit in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
-        hidden, weight = (t.detach().to(dtype, copy=True).requires_grad_() for t in (problem.hidden, problem.weight[:90]))
-        expected = torch.nn.functional.cross_entropy(hidden @ weight.T, problem.labels, reduction="none")
+        hidden, weight = (
+            t.detach().to(dtype, copy=True).requires_grad_()
+            for t in (problem.hidden, problem.weight[:90])
+        )
+        expected = torch.nn.functional.cross_entropy(
+            hidden @ weight.T, problem.labels, reduction="none"
+        )
         (expected * problem.upstream.to(dtype)).sum().backward()
         for given in (None, target):
             found = head_outcome(problem, given, problem.upstream, None, dtype, alpha=0.0)
             assert torch.equal(found.total, found.ce), say(seed)
             assert relative_error(found.total, expected.detach()) < limit, say(seed, dtype)
-            assert hidden.grad is not None and relative_error(found.hidden, hidden.grad) < limit, say(seed, dtype)
-            assert weight.grad is not None and relative_error(found.weight[:90], weight.grad) < limit, say(seed, dtype)
+            assert hidden.grad is not None and relative_error(found.hidden, hidden.grad) < limit, (
+                say(seed, dtype)
+            )
+            assert (
+                weight.grad is not None and relative_error(found.weight[:90], weight.grad) < limit
+            ), say(seed, dtype)
 
 
 def test_a_shift_of_all_logits_changes_nothing() -> None:
@@ -109,12 +165,16 @@ def test_a_shift_of_all_logits_changes_nothing() -> None:
         results = []
         for logits in (problem.logits(), problem.logits() + shift):
             leaf = logits.requires_grad_()
-            loss = kd_cross_entropy(leaf, problem.labels, target, alpha=0.5, temperature=2.0, tail=tail)
+            loss = kd_cross_entropy(
+                leaf, problem.labels, target, alpha=0.5, temperature=2.0, tail=tail
+            )
             loss.total.sum().backward()
             assert leaf.grad is not None
             assert leaf.grad.sum(1).abs().amax() < 1e-12 or tail == "drop", say(seed, tail)
             results.append((loss.total.detach(), leaf.grad))
-        assert all(relative_error(a, b) < 1e-11 for a, b in zip(*results, strict=True)), say(seed, tail)
+        assert all(relative_error(a, b) < 1e-11 for a, b in zip(*results, strict=True)), say(
+            seed, tail
+        )
 
 
 def test_the_order_of_slots_changes_nothing() -> None:
@@ -122,7 +182,9 @@ def test_the_order_of_slots_changes_nothing() -> None:
     problem = make_problem(seed)
     target = hand_target(problem.teacher, top_k=8, temperature=2.0)
     order = torch.rand(40, 8).argsort(1)
-    shuffled = replace(target, indices=target.indices.gather(1, order), logprobs=target.logprobs.gather(1, order))
+    shuffled = replace(
+        target, indices=target.indices.gather(1, order), logprobs=target.logprobs.gather(1, order)
+    )
     wider = replace(
         target,
         indices=torch.nn.functional.pad(target.indices, (3, 2), value=-1),
@@ -130,7 +192,10 @@ def test_the_order_of_slots_changes_nothing() -> None:
     )
     for tail, other in product(TAILS, (shuffled, wider)):
         scalars = dict(alpha=0.5, temperature=2.0, tail=tail)
-        found = [head_outcome(problem, t, problem.upstream, None, torch.float64, **scalars) for t in (target, other)]
+        found = [
+            head_outcome(problem, t, problem.upstream, None, torch.float64, **scalars)
+            for t in (target, other)
+        ]
         assert worst(found[1], found[0]) < 1e-13, say(seed, tail, errors(found[1], found[0]))
 
 
@@ -148,10 +213,15 @@ def test_masked_rows_are_exactly_zero() -> None:
         found = head_outcome(nothing, target, upstream, None, **options)
         assert not any(t.any() for t in found), say(seed, tail, schedule)
         masked = head_outcome(problem, target, upstream, zeros, **options)
-        assert not any(t.any() for t in (masked.total, masked.hidden, masked.weight)) and masked.ce.any(), say(seed, tail, schedule)
+        assert (
+            not any(t.any() for t in (masked.total, masked.hidden, masked.weight))
+            and masked.ce.any()
+        ), say(seed, tail, schedule)
         some = head_outcome(problem, target, upstream, problem.mask.float(), **options)
         gone = (problem.mask == 0) | (problem.labels < 0)
-        assert gone.any() and not some.hidden[gone].any() and not some.total[gone].any(), say(seed, tail, schedule)
+        assert gone.any() and not some.hidden[gone].any() and not some.total[gone].any(), say(
+            seed, tail, schedule
+        )
         assert some.hidden[~gone].abs().sum(1).all(), say(seed, tail, schedule)
     for tail in TAILS:
         given = given_logits_outcome(nothing, target, problem.upstream, None, tail=tail, **scalars)
@@ -163,11 +233,25 @@ def test_padding_rows_get_exactly_zero_gradient() -> None:
     problem = make_problem(seed)
     target = hand_target(problem.teacher, top_k=8, dtype=torch.float32)
     for tail, schedule in product(TAILS, SCHEDULES):
-        found = head_outcome(problem, target, torch.ones(40), None, alpha=0.5, tail=tail, z_loss=0.1, schedule=schedule)
-        assert found.weight[:90].abs().sum(1).all() and not found.weight[90:].any(), say(seed, tail, schedule)
+        found = head_outcome(
+            problem,
+            target,
+            torch.ones(40),
+            None,
+            alpha=0.5,
+            tail=tail,
+            z_loss=0.1,
+            schedule=schedule,
+        )
+        assert found.weight[:90].abs().sum(1).all() and not found.weight[90:].any(), say(
+            seed, tail, schedule
+        )
     logits = torch.randn(40, 96, requires_grad=True)
-    kd_cross_entropy(logits, problem.labels, target, alpha=0.5, tail="bucket", vocab_size=90).total.sum().backward()
-    assert logits.grad is not None and not logits.grad[:, 90:].any()
+    kd_cross_entropy(
+        logits, problem.labels, target, alpha=0.5, tail="bucket", vocab_size=90
+    ).total.sum().backward()
+    assert logits.grad is not None
+    assert not logits.grad[:, 90:].any()
 
 
 def test_a_student_tail_of_1e_7_keeps_its_digits() -> None:
@@ -175,13 +259,22 @@ def test_a_student_tail_of_1e_7_keeps_its_digits() -> None:
     seed = fresh_seed()
     problem = make_problem(seed)
     for tail_mass, temperature in product((1e-7, 1e-12), (1.0, 2.0)):
-        target = hand_target(problem.teacher, top_k=8, temperature=temperature, dtype=torch.float32, ragged=False)
+        target = hand_target(
+            problem.teacher, top_k=8, temperature=temperature, dtype=torch.float32, ragged=False
+        )
         logits = torch.randn(40, 90, dtype=torch.float64)
         ids = target.indices.long()
         kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
         log_p = (logits / temperature).log_softmax(1)
-        inside, outside = (log_p.masked_fill(where, -torch.inf).logsumexp(1, keepdim=True) for where in (~kept, kept))
-        wanted = torch.where(kept, log_p - inside, log_p - outside + torch.tensor(tail_mass, dtype=torch.float64).log())
+        inside, outside = (
+            log_p.masked_fill(where, -torch.inf).logsumexp(1, keepdim=True)
+            for where in (~kept, kept)
+        )
+        wanted = torch.where(
+            kept,
+            log_p - inside,
+            log_p - outside + torch.tensor(tail_mass, dtype=torch.float64).log(),
+        )
         narrow = (wanted * temperature).float().requires_grad_()
         wide = narrow.detach().double().requires_grad_()
         mass = (wide.detach() / temperature).softmax(1).masked_fill(kept, 0.0).sum(1)
@@ -191,7 +284,8 @@ def test_a_student_tail_of_1e_7_keeps_its_digits() -> None:
         expected = reference_kd_cross_entropy(wide, problem.labels, target, **scalars)
         found.total.sum().backward()
         expected.total.sum().backward()
-        assert narrow.grad is not None and wide.grad is not None
+        assert narrow.grad is not None
+        assert wide.grad is not None
         # The other ids are the hard part, each row of them by itself; the kept ids must not hide it.
         for row in range(40):
             error = relative_error(narrow.grad[row][~kept[row]], wide.grad[row][~kept[row]])
@@ -207,7 +301,15 @@ def test_the_chunk_size_changes_nothing() -> None:
         options = dict(alpha=0.5, temperature=2.0, tail=tail, schedule=schedule, z_loss=0.01)
         whole = head_outcome(problem, target, problem.upstream, None, torch.float64, **options)
         for chunk_tokens in (1, 7, 39, 40, 4096):
-            found = head_outcome(problem, target, problem.upstream, None, torch.float64, chunk_tokens=chunk_tokens, **options)
+            found = head_outcome(
+                problem,
+                target,
+                problem.upstream,
+                None,
+                torch.float64,
+                chunk_tokens=chunk_tokens,
+                **options,
+            )
             assert worst(found, whole) < 1e-13, say(seed, tail, schedule, chunk_tokens)
 
 
@@ -218,18 +320,35 @@ def test_asking_for_health_moves_no_bit() -> None:
     target = hand_target(problem.teacher, top_k=8)
     results = []
     for health in (False, True):
-        hidden, weight = (t.detach().clone().requires_grad_() for t in (problem.hidden, problem.weight))
+        hidden, weight = (
+            t.detach().clone().requires_grad_() for t in (problem.hidden, problem.weight)
+        )
         loss, extra = head_loss(
-            hidden, weight, problem.labels, target, LossSpec(0.5, tail="bucket"), HeadOptions(90, chunk_tokens=7, health=health)
+            hidden,
+            weight,
+            problem.labels,
+            target,
+            LossSpec(0.5, tail="bucket"),
+            HeadOptions(90, chunk_tokens=7, health=health),
         )
         loss.total.sum().backward()
         results.append((*(t.detach() for t in loss), hidden.grad, weight.grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), say(seed)
-    assert extra is not None and extra.shape == (40, 5) and not extra.requires_grad
+    assert extra is not None
+    assert extra.shape == (40, 5)
+    assert not extra.requires_grad
     log_p, log_q = problem.logits().log_softmax(1), problem.teacher.log_softmax(1)
-    kl = reference_kd_cross_entropy(problem.logits(), problem.labels.clamp(min=0), target, alpha=1.0, tail="bucket").kd
+    kl = reference_kd_cross_entropy(
+        problem.logits(), problem.labels.clamp(min=0), target, alpha=1.0, tail="bucket"
+    ).kd
     agrees = (log_p.argmax(1) == log_q.argmax(1)).double()
-    expected = [target.logprobs.exp().sum(1), -(log_q.exp() * log_q).sum(1), -(log_p.exp() * log_p).sum(1), agrees, kl]
+    expected = [
+        target.logprobs.exp().sum(1),
+        -(log_q.exp() * log_q).sum(1),
+        -(log_p.exp() * log_p).sum(1),
+        agrees,
+        kl,
+    ]
     for name, ours, theirs in zip(HEALTH, extra.unbind(1), expected, strict=True):
         assert relative_error(ours, theirs) < 1e-12, say(seed, name)
 
@@ -240,10 +359,18 @@ Losses = list[tuple[str, Callable[[Tensor, Tensor, SparseTarget], KDLoss]]]
 def entry_points(labels: Tensor, **options: object) -> Losses:
     """Every way to the loss, as a function of hidden, weight and target."""
     heads: Losses = [
-        (name, lambda h, w, t, name=name: linear_kd_cross_entropy(h, w, labels, t, schedule=name, chunk_tokens=7, **options))  # type: ignore[misc]
+        (
+            name,
+            lambda h, w, t, name=name: linear_kd_cross_entropy(
+                h, w, labels, t, schedule=name, chunk_tokens=7, **options
+            ),
+        )  # type: ignore[misc]
         for name in SCHEDULES
     ]
-    return [*heads, ("given logits", lambda h, w, t: kd_cross_entropy(h @ w.T, labels, t, **options))]  # type: ignore[arg-type]
+    return [
+        *heads,
+        ("given logits", lambda h, w, t: kd_cross_entropy(h @ w.T, labels, t, **options)),
+    ]  # type: ignore[arg-type]
 
 
 def test_arguments_are_never_written_to() -> None:
@@ -251,7 +378,13 @@ def test_arguments_are_never_written_to() -> None:
     problem = make_problem(seed)
     target = hand_target(problem.teacher, top_k=8, temperature=2.0, dtype=torch.float32)
     logits = problem.logits().float()
-    tensors = [problem.hidden.float(), problem.weight.float(), problem.labels, problem.mask.float(), logits]
+    tensors = [
+        problem.hidden.float(),
+        problem.weight.float(),
+        problem.labels,
+        problem.mask.float(),
+        logits,
+    ]
     tensors += [target.indices, target.logprobs, target.log_tail, target.entropy]
     before = [t.clone() for t in tensors]
     hidden, weight, labels, mask = tensors[:4]
@@ -260,14 +393,23 @@ def test_arguments_are_never_written_to() -> None:
         for schedule in SCHEDULES:
             leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
             found = linear_kd_cross_entropy(
-                *leaves, labels, target, loss_mask=mask, vocab_size=90, schedule=schedule, chunk_tokens=7, **options
+                *leaves,
+                labels,
+                target,
+                loss_mask=mask,
+                vocab_size=90,
+                schedule=schedule,
+                chunk_tokens=7,
+                **options,
             )
             upstream = torch.ones(40) if schedule == "chunk" else problem.upstream.float()
             kept = upstream.clone()
             found.total.backward(upstream)
             assert torch.equal(upstream, kept)
         upstream = problem.upstream.float()
-        kd_cross_entropy(logits.detach().requires_grad_(), labels, target, **options).total.backward(upstream)
+        kd_cross_entropy(
+            logits.detach().requires_grad_(), labels, target, **options
+        ).total.backward(upstream)
         assert torch.equal(upstream, problem.upstream.float())
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True)), say(seed)
 
@@ -278,10 +420,29 @@ def test_twice_the_same_bits() -> None:
     target = hand_target(problem.teacher, top_k=8, dtype=torch.float32)
     for schedule in SCHEDULES:
         first, second = (
-            head_outcome(problem, target, torch.ones(40), None, alpha=0.5, tail="bucket", schedule=schedule, chunk_tokens=7) for _ in "12"
+            head_outcome(
+                problem,
+                target,
+                torch.ones(40),
+                None,
+                alpha=0.5,
+                tail="bucket",
+                schedule=schedule,
+                chunk_tokens=7,
+            )
+            for _ in "12"
         )
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), say(seed, schedule)
-        expected = reference_outcome(problem.rounded_to(torch.float32), target, torch.ones(40), None, alpha=0.5, tail="bucket")
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), say(
+            seed, schedule
+        )
+        expected = reference_outcome(
+            problem.rounded_to(torch.float32),
+            target,
+            torch.ones(40),
+            None,
+            alpha=0.5,
+            tail="bucket",
+        )
         assert worst(first, expected) < 1e-5, say(seed, schedule)
 
 
@@ -291,7 +452,9 @@ def test_a_second_backward_raises() -> None:
     for name, loss in entry_points(problem.labels, alpha=0.5, vocab_size=90):
         if name == "recompute":
             continue  # which can: see below
-        total = loss(problem.hidden.float().requires_grad_(), problem.weight.float().requires_grad_(), target).total.sum()
+        total = loss(
+            problem.hidden.float().requires_grad_(), problem.weight.float().requires_grad_(), target
+        ).total.sum()
         total.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="a second time"):
             total.backward()
@@ -300,8 +463,13 @@ def test_a_second_backward_raises() -> None:
 def test_recompute_can_go_back_again() -> None:
     problem = make_problem(fresh_seed())
     target = hand_target(problem.teacher, top_k=8, dtype=torch.float32)
-    hidden, weight = problem.hidden.float().requires_grad_(), problem.weight.float().requires_grad_()
-    total = linear_kd_cross_entropy(hidden, weight, problem.labels, target, alpha=0.5, vocab_size=90, schedule="recompute").total.sum()
+    hidden, weight = (
+        problem.hidden.float().requires_grad_(),
+        problem.weight.float().requires_grad_(),
+    )
+    total = linear_kd_cross_entropy(
+        hidden, weight, problem.labels, target, alpha=0.5, vocab_size=90, schedule="recompute"
+    ).total.sum()
     first, second = (torch.autograd.grad(total, (hidden, weight), retain_graph=True) for _ in "12")
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -313,7 +481,9 @@ def test_schedule_chunk_refuses_an_upstream_that_differs_between_tokens() -> Non
 
     def total(schedule: str) -> Tensor:
         leaves = problem.hidden.float().requires_grad_(), problem.weight.float().requires_grad_()
-        return linear_kd_cross_entropy(*leaves, problem.labels, target, alpha=0.5, vocab_size=90, schedule=schedule).total
+        return linear_kd_cross_entropy(
+            *leaves, problem.labels, target, alpha=0.5, vocab_size=90, schedule=schedule
+        ).total
 
     uneven = torch.ones(40)
     uneven[17] = 1.0 + 1e-6
@@ -330,8 +500,12 @@ def test_ce_and_kd_have_no_gradient() -> None:
     problem = make_problem(fresh_seed())
     target = hand_target(problem.teacher, top_k=8, dtype=torch.float32)
     for name, loss in entry_points(problem.labels, alpha=0.5, vocab_size=90):
-        found = loss(problem.hidden.float().requires_grad_(), problem.weight.float().requires_grad_(), target)
-        assert found.total.requires_grad and not found.ce.requires_grad and not found.kd.requires_grad, name
+        found = loss(
+            problem.hidden.float().requires_grad_(), problem.weight.float().requires_grad_(), target
+        )
+        assert (
+            found.total.requires_grad and not found.ce.requires_grad and not found.kd.requires_grad
+        ), name
 
 
 def test_without_autograd_no_gradient_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,6 +522,10 @@ def test_without_autograd_no_gradient_is_formed(monkeypatch: pytest.MonkeyPatch)
         with torch.no_grad():
             assert not loss(*leaves, target).total.requires_grad
     with torch.no_grad():
-        kd_cross_entropy(problem.logits().float().requires_grad_(), problem.labels, target, alpha=0.5)
+        kd_cross_entropy(
+            problem.logits().float().requires_grad_(), problem.labels, target, alpha=0.5
+        )
     with pytest.raises(AssertionError, match="formed a gradient"):
-        linear_kd_cross_entropy(*leaves, problem.labels, target, alpha=0.5, vocab_size=90, schedule="chunk")
+        linear_kd_cross_entropy(
+            *leaves, problem.labels, target, alpha=0.5, vocab_size=90, schedule="chunk"
+        )

@@ -29,8 +29,16 @@ def test_values_and_gradients_equal_the_dense_loss() -> None:
     problem = make_problem(seed)
     for temperature, top_k in product((1.0, 2.0, 0.5), (1, 8)):
         target = hand_target(problem.teacher, top_k=top_k, temperature=temperature)
-        for tail, alpha, squared, z_loss in product(TAILS, (0.0, 0.5, 1.0), (False, True), (0.0, 1e-2)):
-            scalars = dict(alpha=alpha, temperature=temperature, temperature_squared=squared, tail=tail, z_loss=z_loss)
+        for tail, alpha, squared, z_loss in product(
+            TAILS, (0.0, 0.5, 1.0), (False, True), (0.0, 1e-2)
+        ):
+            scalars = dict(
+                alpha=alpha,
+                temperature=temperature,
+                temperature_squared=squared,
+                tail=tail,
+                z_loss=z_loss,
+            )
             found = errors(
                 reference_outcome(problem, target, problem.upstream, problem.mask, **scalars),
                 oracle_outcome(problem, target, problem.upstream, problem.mask, **scalars),
@@ -57,7 +65,9 @@ def test_without_log_tail_it_is_what_the_kept_entries_leave() -> None:
     for tail in TAILS:
         found = reference_outcome(problem, bare, problem.upstream, None, alpha=1.0, tail=tail)
         expected = oracle_outcome(problem, target, problem.upstream, None, alpha=1.0, tail=tail)
-        assert max(errors(found, expected).values()) < 1e-12, say(seed, tail, errors(found, expected))
+        assert max(errors(found, expected).values()) < 1e-12, say(
+            seed, tail, errors(found, expected)
+        )
 
 
 def test_sampled_targets_are_counts_whatever_the_tail() -> None:
@@ -72,7 +82,9 @@ def test_sampled_targets_are_counts_whatever_the_tail() -> None:
     log_p = (logits / 2.0).log_softmax(1).gather(1, ids.long().clamp(min=0))
     expected = (q[:3] * (q[:3].log() - log_p[:, :3])).sum(1) * (problem.labels >= 0)
     for tail in TAILS:
-        found = reference_kd_cross_entropy(logits, problem.labels, target, alpha=1.0, temperature=2.0, tail=tail)
+        found = reference_kd_cross_entropy(
+            logits, problem.labels, target, alpha=1.0, temperature=2.0, tail=tail
+        )
         assert relative_error(found.kd, expected) < 1e-14, say(seed, tail)
         assert torch.equal(found.total, found.kd)
 
@@ -83,12 +95,26 @@ def test_finite_differences() -> None:
     for temperature, tail in product((1.0, 2.0), TAILS):
         target = hand_target(problem.teacher, top_k=3, temperature=temperature)
 
-        def total(logits: Tensor, target: SparseTarget = target, temperature: float = temperature, tail: str = tail) -> Tensor:
+        def total(
+            logits: Tensor,
+            target: SparseTarget = target,
+            temperature: float = temperature,
+            tail: str = tail,
+        ) -> Tensor:
             return reference_kd_cross_entropy(
-                logits, problem.labels, target, alpha=0.6, temperature=temperature, temperature_squared=True, tail=tail, z_loss=0.01
+                logits,
+                problem.labels,
+                target,
+                alpha=0.6,
+                temperature=temperature,
+                temperature_squared=True,
+                tail=tail,
+                z_loss=0.01,
             ).total
 
-        assert torch.autograd.gradcheck(total, (problem.logits().requires_grad_(),)), say(seed, tail, temperature)
+        assert torch.autograd.gradcheck(total, (problem.logits().requires_grad_(),)), say(
+            seed, tail, temperature
+        )
 
 
 def test_any_leading_shape_and_detached_parts() -> None:
@@ -98,11 +124,17 @@ def test_any_leading_shape_and_detached_parts() -> None:
     logits = problem.logits().requires_grad_()
     flat = reference_kd_cross_entropy(logits, problem.labels, target, alpha=0.5, tail="bucket")
     shaped = reference_kd_cross_entropy(
-        logits.view(20, 2, -1), problem.labels.view(20, 2), target.map(lambda t: t.view(20, 2, *t.shape[1:])), alpha=0.5, tail="bucket"
+        logits.view(20, 2, -1),
+        problem.labels.view(20, 2),
+        target.map(lambda t: t.view(20, 2, *t.shape[1:])),
+        alpha=0.5,
+        tail="bucket",
     )
     assert shaped.total.shape == shaped.ce.shape == shaped.kd.shape == (20, 2)
     assert all(torch.equal(a, b.flatten()) for a, b in zip(flat, shaped, strict=True)), say(seed)
-    assert flat.total.requires_grad and not flat.ce.requires_grad and not flat.kd.requires_grad
+    assert flat.total.requires_grad
+    assert not flat.ce.requires_grad
+    assert not flat.kd.requires_grad
 
 
 def test_extreme_logits_are_finite_and_right() -> None:
@@ -114,7 +146,9 @@ def test_extreme_logits_are_finite_and_right() -> None:
         scalars = dict(alpha=0.5, temperature=temperature, tail=tail)
         found = reference_outcome(problem, target, problem.upstream, None, **scalars)
         expected = oracle_outcome(problem, target, problem.upstream, None, **scalars)
-        assert max(errors(found, expected).values()) < 1e-12, say(seed, scalars, errors(found, expected))
+        assert max(errors(found, expected).values()) < 1e-12, say(
+            seed, scalars, errors(found, expected)
+        )
 
 
 def test_without_a_target_it_is_plain_cross_entropy() -> None:
@@ -123,5 +157,11 @@ def test_without_a_target_it_is_plain_cross_entropy() -> None:
     found = reference_kd_cross_entropy(problem.logits(), problem.labels, None, alpha=0.0)
     expected = torch.nn.functional.cross_entropy(problem.logits(), problem.labels, reduction="none")
     assert relative_error(found.total, expected) < 1e-14 and not found.kd.any(), say(seed)
-    dense = dense_loss(problem.logits(), problem.labels, problem.teacher, hand_target(problem.teacher, top_k=2), alpha=0.0)
+    dense = dense_loss(
+        problem.logits(),
+        problem.labels,
+        problem.teacher,
+        hand_target(problem.teacher, top_k=2),
+        alpha=0.0,
+    )
     assert relative_error(found.ce, dense.ce) < 1e-14, say(seed)

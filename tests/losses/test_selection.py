@@ -12,7 +12,9 @@ from megatron_kd.targets import SparseTarget, TopSelection, linear_targets, sele
 from tests.losses.cases import fresh_seed, make_problem, relative_error, say
 
 
-def dense_target(logits: Tensor, top_k: int, *, top_p: float = 1.0, min_k: int = 1, temperature: float = 1.0) -> SparseTarget:
+def dense_target(
+    logits: Tensor, top_k: int, *, top_p: float = 1.0, min_k: int = 1, temperature: float = 1.0
+) -> SparseTarget:
     """By sorting the whole row in fp64; the prefix is found by adding up, one id after the other."""
     logits = logits.double()
     ids = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k].clone()
@@ -24,7 +26,9 @@ def dense_target(logits: Tensor, top_k: int, *, top_p: float = 1.0, min_k: int =
             count += 1
         ids[row, count:] = -1
     used = ids >= 0
-    kept = torch.zeros((ids.shape[0], logits.shape[1] + 1), dtype=torch.bool).scatter_(1, ids.where(used, logits.shape[1]), True)
+    kept = torch.zeros((ids.shape[0], logits.shape[1] + 1), dtype=torch.bool).scatter_(
+        1, ids.where(used, logits.shape[1]), True
+    )
     rest = (logits / temperature).log_softmax(1).masked_fill(kept[:, :-1], -torch.inf).logsumexp(1)
     logprobs = log_p.gather(1, ids.clamp(min=0)).masked_fill(~used, -torch.inf)
     return SparseTarget(ids.int(), logprobs, rest, -(log_p.exp() * log_p).sum(1), temperature)
@@ -34,20 +38,29 @@ def clear_rows(logits: Tensor, *, top_p: float, temperature: float, gap: float) 
     """bool [N]: rows that rounding by `gap` cannot decide otherwise: no prefix so close to top_p, no two logits so close."""
     ordered = logits.double().sort(dim=1, descending=True).values
     mass = (ordered / temperature).softmax(1).cumsum(1)
-    return ((mass - top_p).abs() > gap)[:, :-1].all(1) & ((ordered[:, :-1] - ordered[:, 1:]).amin(1) > gap)
+    return ((mass - top_p).abs() > gap)[:, :-1].all(1) & (
+        (ordered[:, :-1] - ordered[:, 1:]).amin(1) > gap
+    )
 
 
 def difference(found: SparseTarget, expected: SparseTarget) -> float:
     """Largest absolute difference of any number; inf where ids, slots or empty tails differ."""
     found, worst = found.flatten(), 0.0
-    if not torch.equal(found.indices, expected.indices) or found.temperature != expected.temperature or found.sampled:
+    if (
+        not torch.equal(found.indices, expected.indices)
+        or found.temperature != expected.temperature
+        or found.sampled
+    ):
         return float("inf")
     for name in ("logprobs", "log_tail", "entropy"):
         ours, theirs = getattr(found, name), getattr(expected, name)
         finite = theirs > -torch.inf
         if not torch.equal(ours > -torch.inf, finite):
             return float("inf")
-        worst = max(worst, (ours[finite].double() - theirs[finite]).abs().amax().item() if finite.any() else 0.0)
+        worst = max(
+            worst,
+            (ours[finite].double() - theirs[finite]).abs().amax().item() if finite.any() else 0.0,
+        )
     return worst
 
 
@@ -62,12 +75,20 @@ def test_the_whole_row_says_the_same() -> None:
         for top_k, top_p, temperature in product((1, 8, 90), (1.0, 0.9, 0.3), (1.0, 2.0, 0.7)):
             for min_k in {1, min(4, top_k)}:
                 selection = TopSelection(top_k, top_p=top_p, min_k=min_k, temperature=temperature)
-                clear = clear_rows(exact[:, :90], top_p=top_p if top_p < 1.0 else 2.0, temperature=temperature, gap=1e-6)
+                clear = clear_rows(
+                    exact[:, :90],
+                    top_p=top_p if top_p < 1.0 else 2.0,
+                    temperature=temperature,
+                    gap=1e-6,
+                )
                 found = select_targets(exact[clear], selection, vocab_size=90)
-                expected = dense_target(exact[clear, :90], top_k, top_p=top_p, min_k=min_k, temperature=temperature)
+                expected = dense_target(
+                    exact[clear, :90], top_k, top_p=top_p, min_k=min_k, temperature=temperature
+                )
                 error = difference(found, expected)
                 assert error < limit, say(seed, dtype, selection, error)
-                assert found.indices.dtype == torch.int32 and found.logprobs.dtype == dtype
+                assert found.indices.dtype == torch.int32
+                assert found.logprobs.dtype == dtype
         assert torch.equal(exact, before)
 
 
@@ -83,11 +104,20 @@ def test_from_hidden_states_chunk_by_chunk(dtype: torch.dtype) -> None:
     expected = dense_target(logits, 12, top_p=0.8, temperature=2.0)
     selection = TopSelection(12, top_p=0.8, temperature=2.0)
     for chunk_tokens in (None, 1, 7, 40, 1000):
-        found = linear_targets(hidden.view(20, 2, -1), weight, selection, vocab_size=90, chunk_tokens=chunk_tokens)
-        assert found.indices.shape == (20, 2, 12) and found.log_tail is not None and found.log_tail.shape == (20, 2)
-        assert difference(found, expected) < (1e-12 if dtype == torch.float64 else 1e-5), say(seed, chunk_tokens)
-    assert torch.equal(hidden, kept[0]) and torch.equal(weight, kept[1])
-    assert not linear_targets(hidden.requires_grad_(), weight, selection, vocab_size=90).logprobs.requires_grad
+        found = linear_targets(
+            hidden.view(20, 2, -1), weight, selection, vocab_size=90, chunk_tokens=chunk_tokens
+        )
+        assert found.indices.shape == (20, 2, 12)
+        assert found.log_tail is not None
+        assert found.log_tail.shape == (20, 2)
+        assert difference(found, expected) < (1e-12 if dtype == torch.float64 else 1e-5), say(
+            seed, chunk_tokens
+        )
+    assert torch.equal(hidden, kept[0])
+    assert torch.equal(weight, kept[1])
+    assert not linear_targets(
+        hidden.requires_grad_(), weight, selection, vocab_size=90
+    ).logprobs.requires_grad
 
 
 def test_bfloat16_logits_are_read_as_they_are() -> None:
@@ -105,7 +135,9 @@ def test_equal_logits_go_to_the_smaller_id() -> None:
     generator = torch.Generator().manual_seed(seed)
     few = torch.randint(0, 4, (64, 300), generator=generator).float()
     few[0] = 1.0
-    for dtype, top_k, top_p in product((torch.float32, torch.bfloat16, torch.float64), (1, 5, 40, 299, 300), (1.0, 0.5)):
+    for dtype, top_k, top_p in product(
+        (torch.float32, torch.bfloat16, torch.float64), (1, 5, 40, 299, 300), (1.0, 0.5)
+    ):
         expected = dense_target(few, top_k, top_p=top_p)
         found = select_targets(few.to(dtype), TopSelection(top_k, top_p=top_p))
         # Equal masses that add up to top_p exactly may fall either way; without top_p nothing may.
@@ -140,14 +172,23 @@ def test_nan_logits_give_nan_targets() -> None:
     logits = torch.randn(3, 3000)
     logits[1, 77] = torch.nan
     found = select_targets(logits, TopSelection(8))
-    assert found.logprobs[1].isnan().any() and found.logprobs[[0, 2]].isfinite().all()
+    assert found.logprobs[1].isnan().any()
+    assert found.logprobs[[0, 2]].isfinite().all()
 
 
 def test_top_p_by_hand() -> None:
     """p = (1/2, 1/4, 1/8, 1/16, 1/16): the smallest prefix whose mass is at least top_p, never below min_k."""
     logits = torch.tensor([[0.0625, 0.5, 0.0625, 0.25, 0.125]], dtype=torch.float64).log()
     order = [1, 3, 4, 0, 2]
-    for top_p, min_k, count in ((0.4, 1, 1), (0.51, 1, 2), (0.74, 1, 2), (0.76, 1, 3), (0.999, 1, 5), (0.1, 3, 3), (1.0, 1, 5)):
+    for top_p, min_k, count in (
+        (0.4, 1, 1),
+        (0.51, 1, 2),
+        (0.74, 1, 2),
+        (0.76, 1, 3),
+        (0.999, 1, 5),
+        (0.1, 3, 3),
+        (1.0, 1, 5),
+    ):
         found = select_targets(logits, TopSelection(5, top_p=top_p, min_k=min_k))
         assert found.indices[0].tolist() == order[:count] + [-1] * (5 - count), (top_p, min_k)
         assert found.log_tail is not None
@@ -160,7 +201,9 @@ def test_top_p_by_hand() -> None:
         found = select_targets(logits, TopSelection(5, top_p=top_p, temperature=2.0))
         assert found.indices[0].tolist() == order[:count] + [-1] * (5 - count), top_p
     narrow = select_targets(logits, TopSelection(2, top_p=0.99))
-    assert narrow.indices[0].tolist() == [1, 3], "top_p is a share of the whole vocabulary's mass, cut off at top_k"
+    assert narrow.indices[0].tolist() == [1, 3], (
+        "top_p is a share of the whole vocabulary's mass, cut off at top_k"
+    )
 
 
 def test_the_whole_vocabulary_leaves_no_tail() -> None:
@@ -169,7 +212,9 @@ def test_the_whole_vocabulary_leaves_no_tail() -> None:
     for temperature in (1.0, 2.0):
         found = select_targets(problem.teacher.float(), TopSelection(90, temperature=temperature))
         assert found.log_tail is not None and bool((found.log_tail == -torch.inf).all()), say(seed)
-        assert torch.equal(found.indices.sort(1).values, torch.arange(90, dtype=torch.int32).expand(40, -1)), say(seed)
+        assert torch.equal(
+            found.indices.sort(1).values, torch.arange(90, dtype=torch.int32).expand(40, -1)
+        ), say(seed)
 
 
 def test_extreme_logits() -> None:
@@ -177,5 +222,9 @@ def test_extreme_logits() -> None:
     logits = torch.full((2, 20), -1e4)
     logits[:, 3:6] = torch.tensor([1e4, 1e4 - 1, 1e4 - 2])
     found = select_targets(logits, TopSelection(3))
-    assert difference(found, dense_target(logits, 3)) < 2e-3  # the tail's log is near -2e4: one ulp of fp32 is 2e-3
-    assert found.logprobs.isfinite().all() and found.entropy is not None and found.entropy.isfinite().all()
+    assert (
+        difference(found, dense_target(logits, 3)) < 2e-3
+    )  # the tail's log is near -2e4: one ulp of fp32 is 2e-3
+    assert found.logprobs.isfinite().all()
+    assert found.entropy is not None
+    assert found.entropy.isfinite().all()

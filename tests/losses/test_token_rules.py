@@ -36,15 +36,28 @@ def some_target(generator: torch.Generator) -> tuple[SparseTarget, Tensor]:
     logits = 3 * torch.randn((S, B, V), dtype=torch.float64, generator=generator)
     log_q = logits.log_softmax(-1)
     ids = torch.arange(V, dtype=torch.int32).expand(S, B, V)
-    return SparseTarget(ids, log_q, torch.full((S, B), -math.inf), -(log_q.exp() * log_q).sum(-1)), logits
+    return SparseTarget(
+        ids, log_q, torch.full((S, B), -math.inf), -(log_q.exp() * log_q).sum(-1)
+    ), logits
 
 
-def seen(target: SparseTarget, *, mask: Tensor | None = None, cut: float | None = None, look: Look | None = None) -> Seen:
+def seen(
+    target: SparseTarget,
+    *,
+    mask: Tensor | None = None,
+    cut: float | None = None,
+    look: Look | None = None,
+) -> Seen:
     def looked() -> Look:
         assert look is not None, "this rule has no need to look"
         return look
 
-    return Seen(target, torch.ones(S, B) if mask is None else mask, None if cut is None else torch.tensor(cut), looked)
+    return Seen(
+        target,
+        torch.ones(S, B) if mask is None else mask,
+        None if cut is None else torch.tensor(cut),
+        looked,
+    )
 
 
 def test_the_lowest_of_those_that_count() -> None:
@@ -98,7 +111,10 @@ def test_wttm() -> None:
     found = ScaledTargets(2.0)(EVEN, seen(target))
     torch.testing.assert_close(found.kd_weight, 0.75 * (logits.softmax(-1) ** 0.5).sum(-1))
     assert (found.temperature, found.teacher_temperature) == (1.0, 2.0)
-    torch.testing.assert_close(ScaledTargets(1.0)(EVEN, seen(target)).kd_weight, torch.full((S, B), 0.75, dtype=torch.float64))
+    torch.testing.assert_close(
+        ScaledTargets(1.0)(EVEN, seen(target)).kd_weight,
+        torch.full((S, B), 0.75, dtype=torch.float64),
+    )
 
 
 def test_normkd() -> None:
@@ -110,8 +126,11 @@ def test_normkd() -> None:
     torch.testing.assert_close(found.temperature, 1.5 * student)
     torch.testing.assert_close(found.kd_scale, theirs**2)
     alone = SparseTarget(target.indices[..., :1], target.logprobs[..., :1])
-    one = NormTemperature(1.5, squared=False)(EVEN, seen(alone, look=Look(torch.zeros(S, B), student)))
-    assert (one.teacher_temperature == 1.5).all() and (one.temperature == 1.5).all()  # type: ignore[union-attr]
+    one = NormTemperature(1.5, squared=False)(
+        EVEN, seen(alone, look=Look(torch.zeros(S, B), student))
+    )
+    assert (one.teacher_temperature == 1.5).all()
+    assert (one.temperature == 1.5).all()
 
 
 def test_between_by_entropy_and_by_deviation() -> None:
@@ -119,19 +138,31 @@ def test_between_by_entropy_and_by_deviation() -> None:
     target, logits = some_target(torch.Generator().manual_seed(fresh_seed()))
     low, high = 0.5, 3.0
     entropy = torch.distributions.Categorical(logits=logits).entropy()
-    found = Between(relative_entropy, low, high, teacher_only=False, squared=True)(EVEN, seen(target))
+    found = Between(relative_entropy, low, high, teacher_only=False, squared=True)(
+        EVEN, seen(target)
+    )
     expected = low + (high - low) * (1 - entropy / math.log(V))
     torch.testing.assert_close(found.temperature, expected)
     torch.testing.assert_close(found.kd_scale, expected**2)
-    spread = Between(bounded_deviation, low, high, teacher_only=True, squared=False)(EVEN, seen(target))
-    torch.testing.assert_close(spread.teacher_temperature, low + (high - low) / (1 + logits.std(-1, correction=0)))
-    assert spread.temperature == 1.0 and spread.kd_scale == 1.0
+    spread = Between(bounded_deviation, low, high, teacher_only=True, squared=False)(
+        EVEN, seen(target)
+    )
+    torch.testing.assert_close(
+        spread.teacher_temperature, low + (high - low) / (1 + logits.std(-1, correction=0))
+    )
+    assert spread.temperature == 1.0
+    assert spread.kd_scale == 1.0
     uniform = SparseTarget(target.indices, torch.full_like(logits, -math.log(V)))
     certain = SparseTarget(target.indices[..., :1], torch.zeros(S, B, 1))
     for first, last in ((low, high), (high, low)):
         by_entropy = Between(relative_entropy, first, last, teacher_only=False, squared=False)
-        torch.testing.assert_close(by_entropy(EVEN, seen(uniform)).temperature, torch.full((S, B), first, dtype=torch.float64))
-        torch.testing.assert_close(by_entropy(EVEN, seen(certain)).temperature, torch.full((S, B), last))
+        torch.testing.assert_close(
+            by_entropy(EVEN, seen(uniform)).temperature,
+            torch.full((S, B), first, dtype=torch.float64),
+        )
+        torch.testing.assert_close(
+            by_entropy(EVEN, seen(certain)).temperature, torch.full((S, B), last)
+        )
 
 
 def test_adakd() -> None:
@@ -139,14 +170,18 @@ def test_adakd() -> None:
     target, _ = some_target(torch.Generator().manual_seed(fresh_seed()))
     distance = torch.rand(S, B).double()
     distance[0] = 0.0
-    found = ByDifficulty(2.0, 0.5, 0.25, squared=True)(EVEN, seen(target, look=Look(distance, distance)))
+    found = ByDifficulty(2.0, 0.5, 0.25, squared=True)(
+        EVEN, seen(target, look=Look(distance, distance))
+    )
     ordered = distance.sort(0).values
     median = ordered[S // 2 - 1]
     expected = 2.0 * torch.exp(-0.5 * torch.tanh(torch.log((distance / median).clamp(min=1e-12))))
     torch.testing.assert_close(found.temperature, expected)
     torch.testing.assert_close(found.teacher_temperature, expected)
     torch.testing.assert_close(found.kd_scale, expected**2)
-    torch.testing.assert_close(expected[0], torch.full((B,), 2.0 * math.exp(0.5), dtype=torch.float64))
+    torch.testing.assert_close(
+        expected[0], torch.full((B,), 2.0 * math.exp(0.5), dtype=torch.float64)
+    )
     assert torch.equal(found.kd_weight > 0, distance > ordered[S * 3 // 4 - 1])  # type: ignore[operator]
     same = torch.zeros(S, B)
     equal = ByDifficulty(2.0, 0.5, 1.0, squared=False)(EVEN, seen(target, look=Look(same, same)))
@@ -161,13 +196,23 @@ def test_a_look_at_the_student() -> None:
     log_q = problem.teacher.log_softmax(1)
     ids = log_q.argsort(1, descending=True)[:, :k]
     kept = log_q.gather(1, ids)
-    hidden, weight = problem.hidden.view(n // 2, 2, -1).requires_grad_(), problem.weight.requires_grad_()
+    hidden, weight = (
+        problem.hidden.view(n // 2, 2, -1).requires_grad_(),
+        problem.weight.requires_grad_(),
+    )
     target = SparseTarget(ids.int().view(n // 2, 2, k), kept.view(n // 2, 2, k))
     labels = problem.labels.view(n // 2, 2)
     look = look_at(hidden, weight, labels, target, HeadOptions(problem.vocab_size, chunk_tokens=7))
     logits = problem.logits().detach()
     p, q = logits.softmax(1).gather(1, ids), kept.exp()
     overlap = (p * q).sqrt().sum(1) + ((1 - p.sum(1)) * (1 - q.sum(1))).sqrt()
-    torch.testing.assert_close(look.deviation.flatten(), logits.gather(1, ids).std(1, correction=0), msg=lambda m: m + say(seed))
-    torch.testing.assert_close(look.distance.flatten(), (1 - overlap).sqrt(), msg=lambda m: m + say(seed))
-    assert not look.distance.requires_grad and hidden.grad is None
+    torch.testing.assert_close(
+        look.deviation.flatten(),
+        logits.gather(1, ids).std(1, correction=0),
+        msg=lambda m: m + say(seed),
+    )
+    torch.testing.assert_close(
+        look.distance.flatten(), (1 - overlap).sqrt(), msg=lambda m: m + say(seed)
+    )
+    assert not look.distance.requires_grad
+    assert hidden.grad is None

@@ -14,7 +14,16 @@ from megatron_kd.losses.divergences import DivergenceHead, Target
 from megatron_kd.losses.head import HeadOptions
 from megatron_kd.losses.types import LossSpec, TokenTerms
 from megatron_kd.targets.sparse import SparseTarget
-from tests.losses.cases import Outcome, Problem, errors, fresh_seed, hand_target, make_problem, outcome_of, say
+from tests.losses.cases import (
+    Outcome,
+    Problem,
+    errors,
+    fresh_seed,
+    hand_target,
+    make_problem,
+    outcome_of,
+    say,
+)
 
 SCHEDULES = ("save", "chunk", "recompute", "direct")
 
@@ -26,17 +35,29 @@ def random_terms(seed: int, tokens: int) -> TokenTerms:
     def draw() -> Tensor:
         return torch.rand(tokens, generator=generator)
 
-    return TokenTerms(draw() * (draw() > 0.3), draw() * (draw() > 0.3), 0.3 + 3.7 * draw(), 0.3 + 3.7 * draw(), 0.5 + draw())
+    return TokenTerms(
+        draw() * (draw() > 0.3),
+        draw() * (draw() > 0.3),
+        0.3 + 3.7 * draw(),
+        0.3 + 3.7 * draw(),
+        0.5 + draw(),
+    )
 
 
 def by_hand(problem: Problem, target: SparseTarget, terms: TokenTerms, z_loss: float) -> Outcome:
     """Forward KL from the kept entries rescaled to 1, each token by its own terms."""
     t, own = terms.map(Tensor.double), target.indices >= 0
-    q = torch.where(own, target.logprobs.double() / t.teacher_temperature.unsqueeze(1), -torch.inf).softmax(1)  # type: ignore[union-attr]
+    q = torch.where(
+        own, target.logprobs.double() / t.teacher_temperature.unsqueeze(1), -torch.inf
+    ).softmax(1)  # type: ignore[union-attr]
 
     def loss(hidden: Tensor, weight: Tensor) -> KDLoss:
         logits = hidden @ weight[: problem.vocab_size].T
-        log_p = (logits / t.temperature.unsqueeze(1)).log_softmax(1).gather(1, target.indices.clamp(min=0).long())  # type: ignore[union-attr]
+        log_p = (
+            (logits / t.temperature.unsqueeze(1))
+            .log_softmax(1)
+            .gather(1, target.indices.clamp(min=0).long())
+        )  # type: ignore[union-attr]
         kd = t.kd_scale * torch.where(q > 0, q * (q.clamp(min=1e-300).log() - log_p), 0.0).sum(1)
         counted = (problem.labels >= 0).double()
         ce = -logits.log_softmax(1).gather(1, problem.labels.clamp(min=0).unsqueeze(1)).squeeze(1)
@@ -46,15 +67,37 @@ def by_hand(problem: Problem, target: SparseTarget, terms: TokenTerms, z_loss: f
     return outcome_of(problem, loss, torch.ones_like(problem.upstream))
 
 
-def through_head(problem: Problem, target: Target, spec: LossSpec, terms: TokenTerms | None, dtype: torch.dtype, **more: Any) -> Outcome:
+def through_head(
+    problem: Problem,
+    target: Target,
+    spec: LossSpec,
+    terms: TokenTerms | None,
+    dtype: torch.dtype,
+    **more: Any,
+) -> Outcome:
     name, schedule = more.get("name", "forward_kl"), more.get("schedule", "auto")
     options = HeadOptions(problem.vocab_size, schedule=schedule, chunk_tokens=7)
 
     def loss(hidden: Tensor, weight: Tensor) -> KDLoss:
         head = DivergenceHead(Divergence(name))
-        return head(hidden, weight, problem.labels, target, spec, options, loss_mask=problem.mask, terms=terms)[0]
+        return head(
+            hidden,
+            weight,
+            problem.labels,
+            target,
+            spec,
+            options,
+            loss_mask=problem.mask,
+            terms=terms,
+        )[0]
 
-    return outcome_of(problem, loss, torch.ones_like(problem.upstream), dtype=dtype, main_grad=schedule == "direct")
+    return outcome_of(
+        problem,
+        loss,
+        torch.ones_like(problem.upstream),
+        dtype=dtype,
+        main_grad=schedule == "direct",
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -63,13 +106,22 @@ def test_each_token_by_its_own_terms(schedule: str) -> None:
     problem = make_problem(seed)
     target, terms = hand_target(problem.teacher, top_k=9), random_terms(seed, len(problem.labels))
     expected = by_hand(problem, target, terms, z_loss=0.01)
-    spec = LossSpec(alpha=0.123, z_loss=0.01)  # what it says of weights and temperatures must not count
-    for dtype, limit in ((torch.float64, 2e-7), (torch.float32, 1e-5)):  # the terms themselves are fp32
-        found = errors(through_head(problem, target, spec, terms, dtype, schedule=schedule), expected)
+    spec = LossSpec(
+        alpha=0.123, z_loss=0.01
+    )  # what it says of weights and temperatures must not count
+    for dtype, limit in (
+        (torch.float64, 2e-7),
+        (torch.float32, 1e-5),
+    ):  # the terms themselves are fp32
+        found = errors(
+            through_head(problem, target, spec, terms, dtype, schedule=schedule), expected
+        )
         assert max(found.values()) < limit, (found, say(seed, schedule, dtype))
 
 
-@pytest.mark.parametrize("name", ["soft_cross_entropy", "jensen_shannon", "skew_reverse_kl", "hard_label"])
+@pytest.mark.parametrize(
+    "name", ["soft_cross_entropy", "jensen_shannon", "skew_reverse_kl", "hard_label"]
+)
 def test_terms_that_are_all_alike_are_the_numbers(name: str) -> None:
     """Tensors of one value against the same loss with scalars, whose own tests stand elsewhere."""
     seed = fresh_seed()
@@ -77,13 +129,17 @@ def test_terms_that_are_all_alike_are_the_numbers(name: str) -> None:
     target = hand_target(problem.teacher, top_k=9)
     spec = LossSpec(alpha=0.7, temperature=1.7, temperature_squared=True)
     alike = spec.terms()
-    tensors = TokenTerms(*(torch.full((len(problem.labels),), value) for value in vars(alike).values()))
+    tensors = TokenTerms(
+        *(torch.full((len(problem.labels),), value) for value in vars(alike).values())
+    )
     one = through_head(problem, target, spec, None, torch.float32, name=name)
     other = through_head(problem, target, spec, tensors, torch.float32, name=name)
     assert max(errors(other, one).values()) < 2e-7, say(seed, name)
 
 
-@pytest.mark.parametrize("weights,scale", [("keep_ce", (1.0, 0.3)), ("keep_kd", (0.7, 1.0)), ("mix", (0.7, 0.3))])
+@pytest.mark.parametrize(
+    "weights,scale", [("keep_ce", (1.0, 0.3)), ("keep_kd", (0.7, 1.0)), ("mix", (0.7, 0.3))]
+)
 @pytest.mark.parametrize("dense", [False, True])
 def test_what_the_losses_count(weights: str, scale: tuple[float, float], dense: bool) -> None:
     """total = e ce + k kd: by linearity from the two parts, losses and gradients."""
@@ -94,7 +150,11 @@ def test_what_the_losses_count(weights: str, scale: tuple[float, float], dense: 
         target = DenseTeacher(problem.hidden.flip(0), problem.weight)
 
     def run(spec: LossSpec) -> Outcome:
-        given = replace(target, hidden=target.hidden.double(), weight=target.weight) if isinstance(target, DenseTeacher) else target
+        given = (
+            replace(target, hidden=target.hidden.double(), weight=target.weight)
+            if isinstance(target, DenseTeacher)
+            else target
+        )
         return through_head(problem, given, spec, None, torch.float64)
 
     ce, kd = run(LossSpec(alpha=0.0)), run(LossSpec(alpha=1.0))
@@ -111,9 +171,19 @@ def test_temperature_on_the_teacher_alone(tail: str) -> None:
     problem, t = make_problem(seed), 2.5
     target = hand_target(problem.teacher, top_k=6, temperature=t)
     both = through_head(
-        replace(problem, weight=problem.weight * t), target, LossSpec(1.0, t, temperature_squared=True, tail=tail), None, torch.float64
+        replace(problem, weight=problem.weight * t),
+        target,
+        LossSpec(1.0, t, temperature_squared=True, tail=tail),
+        None,
+        torch.float64,
     )
-    alone = through_head(problem, target, LossSpec(1.0, t, temperature_squared=True, tail=tail, teacher_only=True), None, torch.float64)
+    alone = through_head(
+        problem,
+        target,
+        LossSpec(1.0, t, temperature_squared=True, tail=tail, teacher_only=True),
+        None,
+        torch.float64,
+    )
     torch.testing.assert_close(alone.total, both.total, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(alone.weight, both.weight * t, rtol=1e-9, atol=1e-10)
 

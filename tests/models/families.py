@@ -32,8 +32,17 @@ LLAMA3 = {
 }
 # Name -> (class prefix in transformers, its configuration).
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
-    "llama_tied": ("Llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+    "llama": (
+        "Llama",
+        {"tie_word_embeddings": False, "rope_parameters": LLAMA3, "rms_norm_eps": 1e-5},
+    ),
+    "llama_tied": (
+        "Llama",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        },
+    ),
     "qwen2": ("Qwen2", {"tie_word_embeddings": False}),
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "qwen3": ("Qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
@@ -42,7 +51,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 LAYOUTS: dict[str, dict[str, int]] = {"one": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
 
 
-def make_model(folder: Path, name: str, *, seed: int, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def make_model(
+    folder: Path, name: str, *, seed: int, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Any:
     """A random model of `name`, saved in `folder`. Norms and biases are random too: ones and zeros would hide a swap."""
     import transformers
 
@@ -85,7 +96,12 @@ def convert_all(rendezvous: str, root: Path, seed: int) -> dict[str, Found]:
         parallel = ParallelSection(**sizes)
         groups = start_groups(platform, parallel, timeout_seconds=120, rendezvous=rendezvous)
         if not found:
-            found = {name: _there_and_back(root / name, name, seed, tokens) if groups.rank == 0 else Found() for name in FAMILIES}
+            found = {
+                name: _there_and_back(root / name, name, seed, tokens)
+                if groups.rank == 0
+                else Found()
+                for name in FAMILIES
+            }
         dist.barrier()
         for name, each in found.items():
             each.difference[layout] = _difference(root / name, groups, parallel, tokens)
@@ -102,10 +118,20 @@ def _there_and_back(folder: Path, name: str, seed: int, tokens: torch.Tensor) ->
     make_model(folder / "theirs", name, seed=seed)
     wanted = huggingface_logits(folder / "theirs", tokens)
     torch.save(wanted, folder / "wanted.pt")
-    written = write_checkpoint(folder / "ours", open_huggingface(folder / "theirs", vocab_size_multiple=8), tokenizer=None)
-    write_huggingface(folder / "back", written, read_info(written, what="test"), max_positions=256, shard_bytes=20_000)
+    written = write_checkpoint(
+        folder / "ours", open_huggingface(folder / "theirs", vocab_size_multiple=8), tokenizer=None
+    )
+    write_huggingface(
+        folder / "back",
+        written,
+        read_info(written, what="test"),
+        max_positions=256,
+        shard_bytes=20_000,
+    )
     one, other = (SafetensorsFolder(folder / side, what="test") for side in ("theirs", "back"))
-    same = one.tensors.keys() == other.tensors.keys() and all(torch.equal(one.read(key), other.read(key)) for key in one.tensors)
+    same = one.tensors.keys() == other.tensors.keys() and all(
+        torch.equal(one.read(key), other.read(key)) for key in one.tensors
+    )
     again = float((huggingface_logits(folder / "back", tokens) - wanted).abs().max())
     return Found({}, float(wanted.abs().max()), same, again)
 
@@ -118,14 +144,24 @@ def _difference(folder: Path, groups: Any, parallel: Any, tokens: torch.Tensor) 
 
     checkpoint = find_checkpoint(folder / "ours", what="test")
     info = read_info(checkpoint, what="test")
-    model = FrozenModel(checkpoint, info, groups, parallel, precision="fp32", sequence_length=TOKENS)
-    place = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "stage": groups.pipeline_rank}
-    assert sum(weight.numel() for weight in model.chunk.parameters()) == rank_parameters(info.model_section(), VOCAB, **place), folder
+    model = FrozenModel(
+        checkpoint, info, groups, parallel, precision="fp32", sequence_length=TOKENS
+    )
+    place = {
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "stage": groups.pipeline_rank,
+    }
+    assert sum(weight.numel() for weight in model.chunk.parameters()) == rank_parameters(
+        info.model_section(), VOCAB, **place
+    ), folder
     hidden = model.hidden(tokens)
     # The same once more with a key/value cache: most tokens at once, the last ones one by one.
     cache = KeyValueCache(len(tokens), TOKENS)
     continued = [model.hidden(tokens[:, :CACHED], 0, cache)]
-    continued += [model.hidden(tokens[:, place : place + 1], place, cache) for place in range(CACHED, TOKENS)]
+    continued += [
+        model.hidden(tokens[:, place : place + 1], place, cache) for place in range(CACHED, TOKENS)
+    ]
     worst = torch.tensor(0.0)
     if hidden is not None:
         wanted = torch.load(folder / "wanted.pt", weights_only=True)

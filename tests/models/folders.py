@@ -12,16 +12,27 @@ from megatron_kd.config import ModelSection
 from megatron_kd.models.huggingface import config_from_model, rows_of, their_names, their_shapes
 
 
-def write_folder(folder: Path, model: ModelSection, *, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Path:
+def write_folder(
+    folder: Path,
+    model: ModelSection,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+) -> Path:
     """Random normal weights of standard deviation `scale`; norms near one."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for row, layer in rows_of(model):
-        for name, shape in zip(their_names(row, layer), their_shapes(row, model, model.vocab_size or 0), strict=True):
+        for name, shape in zip(
+            their_names(row, layer), their_shapes(row, model, model.vocab_size or 0), strict=True
+        ):
             drawn = torch.randn(shape, generator=generator) * scale
             tensors[name] = (drawn + 1.0 if name.endswith("norm.weight") else drawn).to(dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = config_from_model(model, vocab_size=model.vocab_size or 0, dtype="float32", max_positions=64)
+    config = config_from_model(
+        model, vocab_size=model.vocab_size or 0, dtype="float32", max_positions=64
+    )
     (folder / "config.json").write_text(json.dumps(config))
     return folder

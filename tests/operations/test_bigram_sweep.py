@@ -14,18 +14,39 @@ from tests.helpers.sweeps import ROOT, sweep, tool
 @pytest.mark.timeout(900)
 def test_bigram_sandbox(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    cells = ["transformer plain", "transformer dpt90 routed imperfect", "tabular dpt90_routed imperfect"]
-    words = ["--small", "--jobs", "2", "--set", "steps=24", "--set", "sequences=800", "--set", "interval=12"]
+    cells = [
+        "transformer plain",
+        "transformer dpt90 routed imperfect",
+        "tabular dpt90_routed imperfect",
+    ]
+    words = [
+        "--small",
+        "--jobs",
+        "2",
+        "--set",
+        "steps=24",
+        "--set",
+        "sequences=800",
+        "--set",
+        "interval=12",
+    ]
     code, output = sweep(ROOT / "examples/bigram_sandbox/sweep.toml", out, *words, "--only", *cells)
     assert code == 0, output
     found = {row.name: row for row in read_result(out).rows}
     for name in cells[:2]:
         samples = found[name].samples
-        assert all(samples[metric].n == 3 for metric in ("high-entropy rows", "copied", "tokens until rows are learned")), output
+        assert all(
+            samples[metric].n == 3
+            for metric in ("high-entropy rows", "copied", "tokens until rows are learned")
+        ), output
         assert 0 < (samples["copied"].mean or 0) < 0.5 < 1
     apart = found[cells[1]].differences["high-entropy rows"]
-    assert apart is not None and apart.n == 3 and apart.mean != 0
-    assert (found[cells[2]].samples["low-entropy rows"].mean or 1) < (found[cells[2]].samples["high-entropy rows"].mean or 0)
+    assert apart is not None
+    assert apart.n == 3
+    assert apart.mean != 0
+    assert (found[cells[2]].samples["low-entropy rows"].mean or 1) < (
+        found[cells[2]].samples["high-entropy rows"].mean or 0
+    )
     code, output = tool("report", str(out), "--html", str(out / "report.html"))
     assert code == 0 and "transformer dpt90 routed imperfect" in output, output
     assert (out / "report.html").read_text().count("<svg") >= 4

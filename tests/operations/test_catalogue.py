@@ -15,26 +15,40 @@ def marked(tree: ast.AST) -> set[str]:
     return {
         str(argument.value)
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "fault"
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "fault"
         for argument in node.args
         if isinstance(argument, ast.Constant)
     }
 
 
 def test_every_fault_is_injected() -> None:
-    found = set().union(*(marked(ast.parse(path.read_text(encoding="utf-8"))) for path in TESTS.rglob("test_*.py")))
-    assert set(CATALOGUE) - found == set() and found - set(CATALOGUE) == set()
+    found = set().union(
+        *(marked(ast.parse(path.read_text(encoding="utf-8"))) for path in TESTS.rglob("test_*.py"))
+    )
+    assert set(CATALOGUE) - found == set()
+    assert found - set(CATALOGUE) == set()
 
 
 def test_the_table() -> None:
     text = table(
         {
-            "1": [Outcome("a.py::x[1]", "passed", 1.0, "5 kills, 0 lost"), Outcome("a.py::x[2]", "passed", 1.0, "5 kills, 0 lost")],
+            "1": [
+                Outcome("a.py::x[1]", "passed", 1.0, "5 kills, 0 lost"),
+                Outcome("a.py::x[2]", "passed", 1.0, "5 kills, 0 lost"),
+            ],
             "2": [Outcome("a.py::y", "passed", 1.0, ""), Outcome("a.py::z", "failed", 1.0, "")],
             "4": [Outcome("a.py::w", "skipped", 0.0, "")],
         }
     )
-    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    rows = {
+        line.split(" | ")[0].strip("| "): line
+        for line in text.splitlines()
+        if line.startswith("| ")
+    }
     assert rows["1"].endswith("| stood | 5 kills, 0 lost; 2 of 2 cases, 2 s | `a.py::x` |")
-    assert "| FAILED |" in rows["2"] and "| not run |" in rows["3"] and "| skipped |" in rows["4"]
+    assert "| FAILED |" in rows["2"]
+    assert "| not run |" in rows["3"]
+    assert "| skipped |" in rows["4"]
     assert set(CATALOGUE) <= set(rows)

@@ -23,16 +23,37 @@ def tool() -> types.ModuleType:
 class Nodes:
     """Ranks 0, 1, ... of which each is a node; `missing` ranks are not started."""
 
-    def __init__(self, folder: Path, world_size: int, *, missing: tuple[int, ...] = (), **options: list[str]) -> None:
+    def __init__(
+        self, folder: Path, world_size: int, *, missing: tuple[int, ...] = (), **options: list[str]
+    ) -> None:
         folder.mkdir()
         self.exclude = folder / "exclude"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         shared = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-        shared |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SLURM_STEP_ID": "0"}
-        shared |= {"SLURM_STEP_NUM_TASKS": str(world_size), "SLURM_STEP_NODELIST": f"gpu-[01-{world_size:02}]", "SLURM_LOCALID": "0"}
-        command = [sys.executable, str(ROOT / "tools/check_node.py"), "--device", "cpu", "--min-free-gb", "0", "--min-free-inodes", "0"]
+        shared |= {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "SLURM_STEP_ID": "0",
+        }
+        shared |= {
+            "SLURM_STEP_NUM_TASKS": str(world_size),
+            "SLURM_STEP_NODELIST": f"gpu-[01-{world_size:02}]",
+            "SLURM_LOCALID": "0",
+        }
+        command = [
+            sys.executable,
+            str(ROOT / "tools/check_node.py"),
+            "--device",
+            "cpu",
+            "--min-free-gb",
+            "0",
+            "--min-free-inodes",
+            "0",
+        ]
         command += ["--directory", str(folder), "--exclude-file", str(self.exclude)]
         self.processes = [
             subprocess.Popen(
@@ -55,19 +76,34 @@ class Nodes:
 def test_nodes(tmp_path: Path) -> None:
     """Everyone's exit code is the verdict, so that a launcher does not blame the one that found something."""
     fit = Nodes(tmp_path / "fit", 2)
-    full = Nodes(tmp_path / "full", 2, rank0=["--directory", "/proc/nowhere"], rank1=["--min-free-gb", "1e9"])
+    full = Nodes(
+        tmp_path / "full", 2, rank0=["--directory", "/proc/nowhere"], rank1=["--min-free-gb", "1e9"]
+    )
     silent = Nodes(tmp_path / "silent", 2, missing=(1,), all=["--timeout-seconds", "8"])
-    assert fit.ends() == ({0}, "check_node: 2 ranks on 2 nodes are fit\n") and fit.exclude.read_text() == ""
+    assert fit.ends() == ({0}, "check_node: 2 ranks on 2 nodes are fit\n")
+    assert fit.exclude.read_text() == ""
     codes, text = full.ends()
-    assert codes == {1} and "--exclude=gpu-01,gpu-02" in text and full.exclude.read_text() == "gpu-01,gpu-02\n", text
-    assert "gpu-02: rank 1: " in text and "GB free" in text and "/proc/nowhere cannot be written" in text
+    assert (
+        codes == {1}
+        and "--exclude=gpu-01,gpu-02" in text
+        and full.exclude.read_text() == "gpu-01,gpu-02\n"
+    ), text
+    assert "gpu-02: rank 1: " in text
+    assert "GB free" in text
+    assert "/proc/nowhere cannot be written" in text
     codes, text = silent.ends()
-    assert codes == {1} and "no answer from rank 1 (gpu-02)" in text and silent.exclude.read_text() == "gpu-02\n", text
+    assert (
+        codes == {1}
+        and "no answer from rank 1 (gpu-02)" in text
+        and silent.exclude.read_text() == "gpu-02\n"
+    ), text
 
 
 def test_lists_of_nodes(tool: types.ModuleType) -> None:
     assert tool.expand("gpu[01-03,7],login") == ["gpu01", "gpu02", "gpu03", "gpu7", "login"]
-    assert tool.expand("a-1") == ["a-1"] and tool.expand("") == [] and tool.expand("n[9-11]x") == ["n9x", "n10x", "n11x"]
+    assert tool.expand("a-1") == ["a-1"]
+    assert tool.expand("") == []
+    assert tool.expand("n[9-11]x") == ["n9x", "n10x", "n11x"]
 
 
 def test_a_clock_that_differs(tool: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

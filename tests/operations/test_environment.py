@@ -41,9 +41,11 @@ def test_what_is_not_installed_is_named_at_the_start(tmp_path: Path) -> None:
         command = [sys.executable, "-c", WITHOUT.replace("{names}", repr(set(names))), str(run)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
         told = done.stderr.splitlines()
-        assert done.returncode == 2 and len(told) == 1 and f"not installed here: {', '.join(sorted(names, key=order))}" in told[0], (
-            done.stderr
-        )
+        assert (
+            done.returncode == 2
+            and len(told) == 1
+            and f"not installed here: {', '.join(sorted(names, key=order))}" in told[0]
+        ), done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -72,18 +74,27 @@ def asked_with_other_clocks(rendezvous: str, folder: Path) -> list[tuple[int, in
 def test_clocks_that_differ(tmp_path: Path, measured: Callable[[str], None]) -> None:
     """The fast clock's rank thinks the minute is over after 12 seconds: all leave with it."""
     slow, fast = run_ranks(asked_with_other_clocks, 2, tmp_path)
-    assert [own for own, _ in slow] == [Request.GO_ON] * 6 and Request.REQUEUE in [own for own, _ in fast]
-    measured(f"one clock an hour off and five times as fast: all leave at look {[own for own, _ in fast].index(Request.REQUEUE) + 1} of 6")
-    assert [agreed for _, agreed in slow] == [agreed for _, agreed in fast] == [own for own, _ in fast]
+    assert [own for own, _ in slow] == [Request.GO_ON] * 6
+    assert Request.REQUEUE in [own for own, _ in fast]
+    measured(
+        f"one clock an hour off and five times as fast: all leave at look {[own for own, _ in fast].index(Request.REQUEUE) + 1} of 6"
+    )
+    assert (
+        [agreed for _, agreed in slow] == [agreed for _, agreed in fast] == [own for own, _ in fast]
+    )
 
 
 @pytest.mark.dist
 @pytest.mark.fault(11)
-def test_a_run_does_not_go_on_with_other_settings(tmp_path: Path, measured: Callable[[str], None]) -> None:
+def test_a_run_does_not_go_on_with_other_settings(
+    tmp_path: Path, measured: Callable[[str], None]
+) -> None:
     tokens, others = write_tokens(tmp_path), write_tokens(tmp_path, seed=1)
     teacher = write_run(tmp_path, "teacher", tokens, train={"steps": 3})
     online = {"source": "online", "checkpoint": str(tmp_path / "teacher")}
-    run = write_run(tmp_path, "run", tokens, train={"steps": 2}, teacher=online, distill={"top_k": 8})
+    run = write_run(
+        tmp_path, "run", tokens, train={"steps": 2}, teacher=online, distill={"top_k": 8}
+    )
     cases = {
         "--distill.top_k": ("4", "distill.top_k: 8 there, 4 here"),
         "--distill.temperature": ("2.0", "distill.temperature: the default there, 2.0 here"),
@@ -92,21 +103,48 @@ def test_a_run_does_not_go_on_with_other_settings(tmp_path: Path, measured: Call
         "--train.seed": ("9", "train.seed: 7 there, 9 here"),
         "--data.train": (others, "data.train: "),
     }
-    tries: dict[str, tuple[str, ...]] = {key: ("--train.steps", "3", key, value) for key, (value, _) in cases.items()}
+    tries: dict[str, tuple[str, ...]] = {
+        key: ("--train.steps", "3", key, value) for key, (value, _) in cases.items()
+    }
     # A longer run in another layout is the same run. What changes on request is what the run has from then on.
-    tries["longer"] = ("--train.steps", "3", "--batch.micro_batch_size", "1", "--distill.head_schedule", "chunk")
-    tries["allowed"] = ("--train.steps", "4", "--distill.top_k", "4", "--checkpoint.allow_changes", "true")
+    tries["longer"] = (
+        "--train.steps",
+        "3",
+        "--batch.micro_batch_size",
+        "1",
+        "--distill.head_schedule",
+        "chunk",
+    )
+    tries["allowed"] = (
+        "--train.steps",
+        "4",
+        "--distill.top_k",
+        "4",
+        "--checkpoint.allow_changes",
+        "true",
+    )
     tries["as allowed"] = ("--train.steps", "5", "--distill.top_k", "4")
     tries["as before"] = ("--train.steps", "6")
-    jobs = [(main, (teacher,)), (main, (run,)), *((main, (run, *words)) for words in tries.values())]
+    jobs = [
+        (main, (teacher,)),
+        (main, (run,)),
+        *((main, (run, *words)) for words in tries.values()),
+    ]
     ended = run_ranks(in_forks, 1, jobs, timeout=200)[0]
     assert [each.value for each in ended[:2]] == [0, 0], ended[1].output
     found = dict(zip(tries, ended[2:], strict=True))
     for key, (_, sentence) in cases.items():
-        assert found[key].value == 2 and found[key].output.count("megatron_kd: error") == 1 and sentence in found[key].output, found[
-            key
-        ].output
-    assert [found[name].value for name in ("longer", "allowed", "as allowed", "as before")] == [0, 0, 0, 2], found["allowed"].output
+        assert (
+            found[key].value == 2
+            and found[key].output.count("megatron_kd: error") == 1
+            and sentence in found[key].output
+        ), found[key].output
+    assert [found[name].value for name in ("longer", "allowed", "as allowed", "as before")] == [
+        0,
+        0,
+        0,
+        2,
+    ], found["allowed"].output
     measured(f"{len(cases)} of {len(cases)} changes refused by name; one allowed and recorded")
     assert "going on with other settings: distill.top_k: 8 there, 4 here" in found["allowed"].output
     assert "distill.top_k: 8 there, 4 here" in (tmp_path / "run/checkpoints.jsonl").read_text()

@@ -21,12 +21,23 @@ FILES = [DOCKER / "Dockerfile", DOCKER / "Dockerfile.cpu"]
 
 def run(*words: str, **changes: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": PATH, **changes}
-    return subprocess.run([str(DOCKER / "entrypoint.sh"), *words], capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(
+        [str(DOCKER / "entrypoint.sh"), *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_dockerfiles(path: Path) -> None:
-    done = subprocess.run([f"{Path(sys.executable).parent}/hadolint", str(path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [f"{Path(sys.executable).parent}/hadolint", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stdout
     text = path.read_text(encoding="utf-8")
     for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE):
@@ -39,7 +50,12 @@ def test_dockerfiles(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["entrypoint.sh", "build.sh"])
 def test_scripts(name: str) -> None:
-    done = subprocess.run([f"{Path(sys.executable).parent}/shellcheck", str(DOCKER / name)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [f"{Path(sys.executable).parent}/shellcheck", str(DOCKER / name)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stdout
     assert os.access(DOCKER / name, os.X_OK)
 
@@ -57,11 +73,15 @@ def test_the_entrypoint_hands_on_words_signals_and_codes(tmp_path: Path) -> None
     words = ["a b", "$(touch x)", "'", "*", "\n"]
     assert run("printf", "%s|", *words).stdout == "".join(f"{word}|" for word in words)
     assert run("sh", "-c", "exit 85").returncode == 85
-    assert run("sh", "-c", "kill -TERM $$").returncode == -15  # the program itself, no shell in between
+    assert (
+        run("sh", "-c", "kill -TERM $$").returncode == -15
+    )  # the program itself, no shell in between
     assert run("no_such_program").returncode == 127
     assert run("sh", "-c", 'echo "$HF_HUB_OFFLINE$HF_DATASETS_OFFLINE"').stdout == "11\n"
     assert run("sh", "-c", 'echo "$HF_HUB_OFFLINE"', HF_HUB_OFFLINE="0").stdout == "0\n"
-    home = run("sh", "-c", 'touch "$HOME/x" && echo "$TRITON_CACHE_DIR"', HOME=str(tmp_path / "none"))
+    home = run(
+        "sh", "-c", 'touch "$HOME/x" && echo "$TRITON_CACHE_DIR"', HOME=str(tmp_path / "none")
+    )
     assert home.returncode == 0 and not home.stdout.startswith(str(tmp_path)), home.stderr
 
 
@@ -72,9 +92,15 @@ def test_build_says_what_is_missing() -> None:
         (["cpu"], {"ENGINE": "true", "BASE": "debian"}, "BASE=debian is for buildah"),
     ):
         done = subprocess.run(
-            ["bash", str(DOCKER / "build.sh"), *words], capture_output=True, text=True, timeout=60, env={**os.environ, **environment}
+            ["bash", str(DOCKER / "build.sh"), *words],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, **environment},
         )
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and sentence in done.stderr
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert sentence in done.stderr
 
 
 def test_the_base_image_s_torch_stays() -> None:
@@ -86,9 +112,16 @@ def test_the_base_image_s_torch_stays() -> None:
         "tqdm": "4.0",
         "apex": "0.1",
     }
-    ours = list(kept(["# about", "torch==2.13.0", "NumPy==2.4.6", "tqdm==4.70.1", "triton==3.9.0"], found))
-    assert "torch==2.10.0a0+b4e4" in ours and "transformer-engine-torch==2.10" in ours and "tqdm==4.70.1" in ours and "# about" in ours
-    assert "torch==2.13.0" not in ours and "NumPy==2.4.6" not in ours and "numpy==1.26.4" in ours
+    ours = list(
+        kept(["# about", "torch==2.13.0", "NumPy==2.4.6", "tqdm==4.70.1", "triton==3.9.0"], found)
+    )
+    assert "torch==2.10.0a0+b4e4" in ours
+    assert "transformer-engine-torch==2.10" in ours
+    assert "tqdm==4.70.1" in ours
+    assert "# about" in ours
+    assert "torch==2.13.0" not in ours
+    assert "NumPy==2.4.6" not in ours
+    assert "numpy==1.26.4" in ours
     assert changed(ours, found | {"tqdm": "5"}) == []
     (sentence,) = changed(ours, found | {"torch": "2.13.0"})
     assert sentence.startswith("torch is 2.13.0, not 2.10.0a0")

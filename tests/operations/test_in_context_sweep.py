@@ -31,21 +31,30 @@ def test_the_sweep_from_data_to_page(tmp_path: Path) -> None:
     code, told = sweep(here / "sweep.toml", out, "--small", "--jobs", "2", *settings)
     assert code == 0 and "all done" in told, told
     result = read_result(out)
-    assert not result.notes() and [row.name for row in result.rows] == CELLS
+    assert not result.notes()
+    assert [row.name for row in result.rows] == CELLS
     for row in result.rows:
         assert all(sample.n == 1 for sample in row.samples.values()), row
-        assert row.samples["copied"].values[1] < 1.0 and 0.0 <= row.samples["pass@16, best"].values[1] <= 1.0
-        lines = [json.loads(line) for line in (row.folders[1] / "metrics.jsonl").read_text().splitlines()]
+        assert row.samples["copied"].values[1] < 1.0
+        assert 0.0 <= row.samples["pass@16, best"].values[1] <= 1.0
+        lines = [
+            json.loads(line) for line in (row.folders[1] / "metrics.jsonl").read_text().splitlines()
+        ]
         last = [line for line in lines if "split" not in line][-1]
         assert last["step"] == 8 * (1 + (row.name == "SPT-2x"))
         assert (last["kd_loss"] is None) == row.name.startswith("SPT")
         if row.name.startswith("DPT"):
             routed = row.values["routed"]
-            assert last["alpha"] == row.values["alpha"] and (last["routed_share"] is None) == (routed == 0.0)
+            assert last["alpha"] == row.values["alpha"]
+            assert (last["routed_share"] is None) == (routed == 0.0)
             assert not routed or routed <= last["routed_share"] < routed + 0.1
         points = json.loads((row.folders[1] / "probe.json").read_text())["sum"]["points"]
-        assert [point["temperature"] for point in points] == [0.2, 0.4, 0.6, 0.8, 1.0] and len(points[0]["pass"]) == 16
+        assert [point["temperature"] for point in points] == [0.2, 0.4, 0.6, 0.8, 1.0]
+        assert len(points[0]["pass"]) == 16
     assert json.loads((out / "jobs/teacher_probe/probe.json").read_text())["step"] == 8
-    code, told = tool("report", str(out), "--html", str(out / "report.html"), "--pictures", str(out / "pictures"))
+    code, told = tool(
+        "report", str(out), "--html", str(out / "report.html"), "--pictures", str(out / "pictures")
+    )
     assert code == 0 and "SPT-2x" in told and "pass@16" in told, told
-    assert len(list((out / "pictures").iterdir())) >= 8 and (out / "report.html").stat().st_size > 50_000
+    assert len(list((out / "pictures").iterdir())) >= 8
+    assert (out / "report.html").stat().st_size > 50_000

@@ -22,7 +22,9 @@ from tests.models.folders import write_folder
 
 pytestmark = pytest.mark.fault(12)
 
-MODEL = ModelSection(hidden_size=32, num_layers=1, num_attention_heads=2, ffn_hidden_size=64, vocab_size=64)
+MODEL = ModelSection(
+    hidden_size=32, num_layers=1, num_attention_heads=2, ffn_hidden_size=64, vocab_size=64
+)
 
 
 class Payload:
@@ -74,13 +76,18 @@ def test_a_model_s_own_code(sentinel: Path, tmp_path: Path) -> None:
             config
             | {
                 "model_type": "stranger",
-                "auto_map": {"AutoConfig": "modeling_stranger.Stranger", "AutoModelForCausalLM": "modeling_stranger.Stranger"},
+                "auto_map": {
+                    "AutoConfig": "modeling_stranger.Stranger",
+                    "AutoModelForCausalLM": "modeling_stranger.Stranger",
+                },
             }
         )
     )
     with pytest.raises(ConfigError, match="transformers cannot load"):
         load_causal_lm(folder, torch.float32, what="teacher.checkpoint")
-    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling_stranger.Stranger"}}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling_stranger.Stranger"}})
+    )
     assert load_causal_lm(folder, torch.float32, what="teacher.checkpoint")
     with pytest.raises(ConfigError, match="which is never run"):
         open_huggingface(folder)
@@ -98,7 +105,12 @@ def test_tokenizers(sentinel: Path, tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_bytes(make_tokenizers(tmp_path)["huggingface"].read_bytes())
     (folder / "tokenization_stranger.py").write_text(code(sentinel))
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_stranger.Stranger", None]}, "tokenizer_class": "Stranger"})
+        json.dumps(
+            {
+                "auto_map": {"AutoTokenizer": ["tokenization_stranger.Stranger", None]},
+                "tokenizer_class": "Stranger",
+            }
+        )
     )
     assert load_tokenizer(folder)[1].vocab_size > 0
     with pytest.raises(ConfigError, match="holds no tokenizer that transformers loads"):
@@ -108,7 +120,11 @@ def test_tokenizers(sentinel: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append.__globals__ }}", "{% for i in range(10**12) %}{% endfor %}"],
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append.__globals__ }}",
+        "{% for i in range(10**12) %}{% endfor %}",
+    ],
 )
 def test_chat_templates(text: str, tmp_path: Path) -> None:
     template = ChatTemplate(text, load_tokenizer(make_tokenizers(tmp_path)["huggingface"])[0])
@@ -122,11 +138,15 @@ def _outside(folder: Path) -> None:
 
 
 @pytest.mark.fault(13)
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "..", "a/../../secret.safetensors", ""])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "..", "a/../../secret.safetensors", ""]
+)
 def test_an_index_that_points_elsewhere(name: str, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", MODEL)
     _outside(folder)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"lm_head.weight": name}})
+    )
     with pytest.raises(ConfigError, match="to files beside it|is missing in"):
         open_huggingface(folder)
 
@@ -155,12 +175,23 @@ directory = {directory}
 
 @pytest.mark.fault(14)
 @pytest.mark.parametrize(
-    "word", ["$(touch sentinel)", "; touch sentinel", "`touch sentinel`", "{0.__class__}", "%(x)s", "__import__('os')"]
+    "word",
+    [
+        "$(touch sentinel)",
+        "; touch sentinel",
+        "`touch sentinel`",
+        "{0.__class__}",
+        "%(x)s",
+        "__import__('os')",
+    ],
 )
 def test_run_files(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values are values."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.toml").write_text(RUN.replace("{data}", json.dumps(word)).replace("{directory}", json.dumps(f"runs/{word}")))
+    (tmp_path / "run.toml").write_text(
+        RUN.replace("{data}", json.dumps(word)).replace("{directory}", json.dumps(f"runs/{word}"))
+    )
     config = load_config(["--config", "run.toml", "--run.directory", f"other/{word}"])
-    assert str(config.run.directory) == f"other/{word}" and config.data.train == (word,)
+    assert str(config.run.directory) == f"other/{word}"
+    assert config.data.train == (word,)
     assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]

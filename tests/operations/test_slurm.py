@@ -31,30 +31,58 @@ def test_every_script_would_be_accepted(site: Site) -> None:
     assert len(scripts) >= 8
     for script in scripts:
         words = ["sbatch", "--test-only", "--partition=big", f"examples/slurm/{script.name}"]
-        done = subprocess.run(words, cwd=site.folder, env=site.cluster.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            words,
+            cwd=site.folder,
+            env=site.cluster.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert done.returncode == 0 and "to start at" in done.stderr, (script, done.stderr)
 
 
 def test_commands_of_the_page(site: Site) -> None:
     page = (ROOT / "examples/slurm/README.md").read_text()
-    commands = [shlex.split(line, comments=True) for line in page.splitlines() if line.startswith("sbatch ")]
+    commands = [
+        shlex.split(line, comments=True) for line in page.splitlines() if line.startswith("sbatch ")
+    ]
     assert len(commands) == 2
     for words in commands:
-        words = ["sbatch", "--test-only", "--partition=big", *(word.replace("node17", "big17") for word in words[1:])]
-        done = subprocess.run(words, cwd=site.folder, env=site.cluster.environment, capture_output=True, text=True, timeout=60)
+        words = [
+            "sbatch",
+            "--test-only",
+            "--partition=big",
+            *(word.replace("node17", "big17") for word in words[1:]),
+        ]
+        done = subprocess.run(
+            words,
+            cwd=site.folder,
+            env=site.cluster.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert done.returncode == 0 and "to start at" in done.stderr, (words, done.stderr)
 
 
 @pytest.mark.fault(4, 14)
 def test_asked_to_leave(site: Site) -> None:
     """SIGUSR1 to the tasks: saved, requeued, finished, exported; nothing in a name is run."""
-    words = site.overrides(**NO_TEACHER, train__steps=60, run__directory="runs/$(touch sentinel-3) 'x'")
+    words = site.overrides(
+        **NO_TEACHER, train__steps=60, run__directory="runs/$(touch sentinel-3) 'x'"
+    )
     name = '$(touch sentinel-4)";touch sentinel-5 `touch sentinel-6`'
     job = site.submit("student_1b.sbatch", [*TWO, f"--job-name={name}"], words)
     site.reaches("runs/$(touch sentinel-3) 'x'", 3, job)
     site.cluster.ask("scancel", "--signal=USR1", job)
     log = site.ends(job)
-    assert "2 ranks on 2 nodes are fit" in log and "saved and left: SIGUSR1 asked for it" in log and "finished at 60" in log
-    assert site.cluster.show(job, "Restarts") == "1" and site.weights("exported/student-1b")
-    assert [row["step"] for row in site.curve("runs/$(touch sentinel-3) 'x'") if "split" not in row] == list(range(1, 61))
+    assert "2 ranks on 2 nodes are fit" in log
+    assert "saved and left: SIGUSR1 asked for it" in log
+    assert "finished at 60" in log
+    assert site.cluster.show(job, "Restarts") == "1"
+    assert site.weights("exported/student-1b")
+    assert [
+        row["step"] for row in site.curve("runs/$(touch sentinel-3) 'x'") if "split" not in row
+    ] == list(range(1, 61))
     site.untouched()

@@ -45,7 +45,9 @@ def ask(ranks: Ranks, draw: random.Random) -> None:
     draw.choice(ranks).send_signal(draw.choice([signal.SIGUSR1, signal.SIGTERM]))
 
 
-BLOWS: dict[str, Callable[[Ranks, random.Random], None]] = {each.__name__: each for each in (kill_one, kill_all, stop_one, ask)}
+BLOWS: dict[str, Callable[[Ranks, random.Random], None]] = {
+    each.__name__: each for each in (kill_one, kill_all, stop_one, ask)
+}
 
 
 def wait(ranks: Ranks, seconds: float) -> bool:
@@ -83,7 +85,9 @@ def strike(run: Path, directory: Path, draw: random.Random, longest: float) -> s
 @pytest.mark.dist
 @pytest.mark.fault(1, 2, 4, 7)
 @pytest.mark.timeout(0)
-def test_soak(tmp_path: Path, request: pytest.FixtureRequest, measured: Callable[[str], None]) -> None:
+def test_soak(
+    tmp_path: Path, request: pytest.FixtureRequest, measured: Callable[[str], None]
+) -> None:
     minutes = float(request.config.getoption("--soak"))
     seed = fresh_seed()
     draw = random.Random(seed)
@@ -95,9 +99,14 @@ def test_soak(tmp_path: Path, request: pytest.FixtureRequest, measured: Callable
     }
     whole = write_run(tmp_path, "whole", tokens, **settings)
     began = time.monotonic()
-    assert [code for code, _ in finish_ranks(start_ranks(2, ["--config", str(whole)]), timeout=600)] == [0, 0]
+    assert [
+        code for code, _ in finish_ranks(start_ranks(2, ["--config", str(whole)]), timeout=600)
+    ] == [0, 0]
     longest = 1.2 * (time.monotonic() - began)
-    wanted = [{key: value for key, value in row.items() if key not in RATES} for row in rows(tmp_path / "whole")]
+    wanted = [
+        {key: value for key, value in row.items() if key not in RATES}
+        for row in rows(tmp_path / "whole")
+    ]
 
     blows: Counter[str] = Counter()
     survived = 0
@@ -105,15 +114,25 @@ def test_soak(tmp_path: Path, request: pytest.FixtureRequest, measured: Callable
     while time.monotonic() < deadline:
         name = f"run{survived}"
         run = write_run(tmp_path, name, tokens, **settings)
-        while (blow := strike(run, tmp_path / name, draw, longest / 2)) and time.monotonic() < deadline:
+        while (
+            blow := strike(run, tmp_path / name, draw, longest / 2)
+        ) and time.monotonic() < deadline:
             blows[blow] += 1
         if blow:
             blows[blow] += 1
-            assert [code for code, _ in finish_ranks(start_ranks(2, ["--config", str(run)]), timeout=600)] == [0, 0], seed
-        found = [{key: value for key, value in row.items() if key not in RATES} for row in rows(tmp_path / name)]
+            assert [
+                code
+                for code, _ in finish_ranks(start_ranks(2, ["--config", str(run)]), timeout=600)
+            ] == [0, 0], seed
+        found = [
+            {key: value for key, value in row.items() if key not in RATES}
+            for row in rows(tmp_path / name)
+        ]
         assert found == wanted, (seed, name)
         assert state_of(tmp_path / name, STEPS) == state_of(tmp_path / "whole", STEPS), (seed, name)
         survived += 1
     said = ", ".join(f"{count} {blow.replace('_', ' ')}" for blow, count in sorted(blows.items()))
-    measured(f"{minutes:g} minutes, {sum(blows.values())} blows ({said}), {survived} runs to their end, 0 lost")
+    measured(
+        f"{minutes:g} minutes, {sum(blows.values())} blows ({said}), {survived} runs to their end, 0 lost"
+    )
     print(f"seed {seed}: {minutes:g} minutes, {said}; survived {survived}, lost 0")

@@ -37,7 +37,10 @@ CELL = '[[cell]]\nname = "never"\nrun = "student.toml"\nneeds = ["j*"]\n'
 def stubs(folder: Path, jobs: str) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "stub.py").write_text(STUB)
-    return write_sweep(folder, f'[sweep]\ntitle = "stubs"\nseeds = [1]\n[variables]\nlog = "{{here}}/log"\nseconds = "0.1"\n{jobs}{CELL}')
+    return write_sweep(
+        folder,
+        f'[sweep]\ntitle = "stubs"\nseeds = [1]\n[variables]\nlog = "{{here}}/log"\nseconds = "0.1"\n{jobs}{CELL}',
+    )
 
 
 def stub(name: str, *, needs: str = "", more: str = "") -> str:
@@ -55,7 +58,9 @@ def notes(folder: Path, word: str) -> Counter[str]:
 def test_disturbed_at_random(tmp_path: Path, kind: signal.Signals) -> None:
     seed = fresh_seed()
     dice = random.Random(seed)
-    tree = stub("j0") + "".join(stub(f"j{number}", needs=f'"j{(number - 1) // 2}"') for number in range(1, 7))
+    tree = stub("j0") + "".join(
+        stub(f"j{number}", needs=f'"j{(number - 1) // 2}"') for number in range(1, 7)
+    )
     path, words = stubs(tmp_path, tree), ["--only", "j*", "--jobs", "2"]
     if kind == signal.SIGKILL:  # long enough to be at work still when the next sweep starts
         words += ["--set", "seconds=0.9"]
@@ -64,7 +69,12 @@ def test_disturbed_at_random(tmp_path: Path, kind: signal.Signals) -> None:
         before = notes(tmp_path, "begin").total()
         process = start_sweep(path, tmp_path / "out", *words)
         # Something is at work by then, but for one time in four: then the sweep itself is still starting.
-        while disturbed < 3 and process.poll() is None and notes(tmp_path, "begin").total() == before and dice.random() < 0.996:
+        while (
+            disturbed < 3
+            and process.poll() is None
+            and notes(tmp_path, "begin").total() == before
+            and dice.random() < 0.996
+        ):
             time.sleep(0.01)
         try:
             process.communicate(timeout=dice.uniform(0.0, 0.3) if disturbed < 3 else 60)
@@ -72,7 +82,9 @@ def test_disturbed_at_random(tmp_path: Path, kind: signal.Signals) -> None:
             process.send_signal(kind)
             process.communicate(timeout=30)
             disturbed += 1
-            assert process.returncode == (-9 if kind == signal.SIGKILL else 85) or process.returncode in (0, -15, 85), seed
+            assert process.returncode == (
+                -9 if kind == signal.SIGKILL else 85
+            ) or process.returncode in (0, -15, 85), seed
         else:
             assert process.returncode == 0, seed
             break
@@ -82,7 +94,8 @@ def test_disturbed_at_random(tmp_path: Path, kind: signal.Signals) -> None:
         assert notes(tmp_path, "begin") == ends, seed
     assert disturbed >= 2, "too quick to be disturbed"
     began = notes(tmp_path, "begin")
-    assert sweep(path, tmp_path / "out", *words)[0] == 0 and notes(tmp_path, "begin") == began
+    assert sweep(path, tmp_path / "out", *words)[0] == 0
+    assert notes(tmp_path, "begin") == began
 
 
 def test_failures(tmp_path: Path) -> None:
@@ -92,7 +105,10 @@ def test_failures(tmp_path: Path) -> None:
         for name, code in (("one", 1), ("two", 2), ("stop", 93), ("second", 1), ("requeue", 85))
     )
     missing = '[[job]]\nname = "missing"\ncommand = ["/nowhere/program"]\n'
-    path = stubs(tmp_path, fails + missing + stub("j0") + stub("j1", needs='"one"') + stub("j2", needs='"j1"'))
+    path = stubs(
+        tmp_path,
+        fails + missing + stub("j0") + stub("j1", needs='"one"') + stub("j2", needs='"j1"'),
+    )
     (tmp_path / "fail.py").write_text(
         "import sys, pathlib\nname, here, code = sys.argv[1:]\nlog = pathlib.Path(here, name)\n"
         "log.write_text(log.read_text() + 'x' if log.exists() else 'x')\nprint('reason of', name)\n"
@@ -100,29 +116,48 @@ def test_failures(tmp_path: Path) -> None:
     )
     code, told = sweep(path, tmp_path / "out", "--retries", "2")
     assert code == 1, told
-    tried = {name: len((tmp_path / name).read_text()) for name in ("one", "two", "stop", "second", "requeue")}
+    tried = {
+        name: len((tmp_path / name).read_text())
+        for name in ("one", "two", "stop", "second", "requeue")
+    }
     assert tried == {"one": 3, "two": 1, "stop": 1, "second": 2, "requeue": 2}, told
     assert notes(tmp_path, "end") == Counter(["j0"])
     summary = told[told.rindex("]") :]
-    assert "failed: one: command ended with 1: reason of one" in summary and "stopped: two: command ended with 2" in summary
-    assert "missing: command ended with 127: /nowhere/program cannot be started: No such file" in summary
-    assert "blocked: j1: needs 'one'" in summary and "blocked: j2: needs 'j1'" in summary and "blocked: never" in summary
+    assert "failed: one: command ended with 1: reason of one" in summary
+    assert "stopped: two: command ended with 2" in summary
+    assert (
+        "missing: command ended with 127: /nowhere/program cannot be started: No such file"
+        in summary
+    )
+    assert "blocked: j1: needs 'one'" in summary
+    assert "blocked: j2: needs 'j1'" in summary
+    assert "blocked: never" in summary
 
 
 def test_changes_are_refused(tmp_path: Path) -> None:
-    path, out = stubs(tmp_path, stub("j0") + stub("j1", needs='"j0"') + stub("j2")), tmp_path / "out"
+    path, out = (
+        stubs(tmp_path, stub("j0") + stub("j1", needs='"j0"') + stub("j2")),
+        tmp_path / "out",
+    )
     assert sweep(path, out, "--only", "j*")[0] == 0
     code, told = sweep(path, out, "--only", "j*", "--set", "seconds=0.2")
-    assert code == 2 and told.count("\n") == 1 and "'j0' is in" in told and "--redo 'j0'" in told and "2 more" in told
+    assert code == 2
+    assert told.count("\n") == 1
+    assert "'j0' is in" in told
+    assert "--redo 'j0'" in told
+    assert "2 more" in told
     code, told = sweep(path, out, "--only", "j*", "--redo", "j0")
     assert code == 0 and notes(tmp_path, "end") == Counter({"j0": 2, "j1": 2, "j2": 1}), told
     assert (out / "aside/jobs-j1-1/sweep/command.json").exists(), "what was redone is kept"
     # A record that is damaged is no evidence; what was made from something that is gone is not taken for made from the new one.
     (out / "jobs/j2/sweep/command.json").write_text('{"digest": ')
-    assert sweep(path, out, "--only", "j2")[0] == 0 and notes(tmp_path, "end")["j2"] == 2
+    assert sweep(path, out, "--only", "j2")[0] == 0
+    assert notes(tmp_path, "end")["j2"] == 2
     shutil.rmtree(out / "jobs/j0")
     code, told = sweep(path, out, "--only", "j*")
-    assert code == 2 and "'j1' is in" in told and "has been made again since, or is gone" in told
+    assert code == 2
+    assert "'j1' is in" in told
+    assert "has been made again since, or is gone" in told
 
 
 def test_two_at_once(tmp_path: Path) -> None:
@@ -131,7 +166,9 @@ def test_two_at_once(tmp_path: Path) -> None:
     first = start_sweep(path, out, *words)
     _until(lambda: notes(tmp_path, "begin")["j0"] == 1)
     code, told = sweep(path, out, *words)
-    assert code == 2 and "is held by process" in told and told.count("\n") == 1
+    assert code == 2
+    assert "is held by process" in told
+    assert told.count("\n") == 1
     # A task of an array beside it works at once, but never on the same task.
     other = start_sweep(path, out, "--task", "0", *words[2:])
     assert other.stderr is not None
@@ -160,7 +197,11 @@ def test_leaving_waits_for_the_children(tmp_path: Path, signals: int) -> None:
         "    (here / 'saved').touch()\n    sys.exit(85)\n"
         "signal.signal(signal.SIGTERM, save)\n(here / 'ready').touch()\ntime.sleep(60)\n"
     )
-    path = stubs(tmp_path, f'[[job]]\nname = "j"\ncommand = ["{{python}}", "{{here}}/slow.py", "{{here}}", "{signals}"]\n' + stub("j1"))
+    path = stubs(
+        tmp_path,
+        f'[[job]]\nname = "j"\ncommand = ["{{python}}", "{{here}}/slow.py", "{{here}}", "{signals}"]\n'
+        + stub("j1"),
+    )
     process = start_sweep(path, tmp_path / "out", "--only", "j*")
     _until((tmp_path / "ready").exists)
     process.send_signal(signal.SIGINT)
@@ -168,32 +209,53 @@ def test_leaving_waits_for_the_children(tmp_path: Path, signals: int) -> None:
     if signals == 2:
         process.send_signal(signal.SIGINT)
     told = process.communicate(timeout=20)[1]
-    assert process.returncode == 85 and "2 left to do" in told and (tmp_path / "saved").exists() == (signals == 1), told
+    assert (
+        process.returncode == 85
+        and "2 left to do" in told
+        and (tmp_path / "saved").exists() == (signals == 1)
+    ), told
     assert not notes(tmp_path, "begin")
 
 
 def test_slurm_dry_run_and_tasks(tmp_path: Path) -> None:
     hostile = tmp_path / "it's $(touch sentinel) `x`"
-    path, out = stubs(hostile, stub("j0") + stub("j1", needs='"j0"') + stub("j2", needs='"j0"')), hostile / "out"
-    words = ["--slurm", "--ranks", "2", "--set", "seconds=0", "--dry-run", "--sbatch-args", "--partition=a b"]
+    path, out = (
+        stubs(hostile, stub("j0") + stub("j1", needs='"j0"') + stub("j2", needs='"j0"')),
+        hostile / "out",
+    )
+    words = [
+        "--slurm",
+        "--ranks",
+        "2",
+        "--set",
+        "seconds=0",
+        "--dry-run",
+        "--sbatch-args",
+        "--partition=a b",
+    ]
     code, told = sweep(path, out, *words)
     assert code == 0 and not out.exists(), told
     lines = [line for line in told.splitlines() if line.startswith("sbatch")]
-    assert [f"--array={numbers} " in line for numbers, line in zip(("0", "1-2", "3"), lines, strict=True)] == [True] * 3
-    assert (
-        "--dependency" not in lines[0]
-        and "--dependency=afterok:JOB1 --kill-on-invalid-dep=yes" in lines[2]
-        and "'--partition=a b'" in lines[2]
-    )
+    assert [
+        f"--array={numbers} " in line
+        for numbers, line in zip(("0", "1-2", "3"), lines, strict=True)
+    ] == [True] * 3
+    assert "--dependency" not in lines[0]
+    assert "--dependency=afterok:JOB1 --kill-on-invalid-dep=yes" in lines[2]
+    assert "'--partition=a b'" in lines[2]
     assert "--gpus" not in told and "--cpus-per-task=8" in lines[2], "every run is on CPUs"
     code, told = sweep(path, out, *words[:3], "--set", "seconds=a\nb", "--dry-run")
-    assert code == 2 and "newline" in told
+    assert code == 2
+    assert "newline" in told
     code, told = sweep(path, out, "--task", "1")
-    assert code == 2 and "started or submitted" in told
+    assert code == 2
+    assert "started or submitted" in told
     # Submitted to programs that only note how they are called, then worked off as Slurm would.
     programs = tmp_path / "bin"
     programs.mkdir()
-    (programs / "sbatch").write_text('#!/bin/bash\nfor last; do :; done\nprintf "%s\\n" "$last" >>"$0.calls"\necho "7;cluster"\n')
+    (programs / "sbatch").write_text(
+        '#!/bin/bash\nfor last; do :; done\nprintf "%s\\n" "$last" >>"$0.calls"\necho "7;cluster"\n'
+    )
     (programs / "sbatch").chmod(0o755)
     os.environ["PATH"], before = f"{programs}:{os.environ['PATH']}", os.environ["PATH"]
     try:
@@ -204,11 +266,19 @@ def test_slurm_dry_run_and_tasks(tmp_path: Path) -> None:
     assert code == 0 and len(scripts) == 2 and "level-1 7" in told, told
     for script, task in ((scripts[0], "0"), (scripts[1], "2"), (scripts[1], "1")):
         done = subprocess.run(
-            ["bash", script], cwd=tmp_path, env={**os.environ, "SLURM_ARRAY_TASK_ID": task}, capture_output=True, text=True
+            ["bash", script],
+            cwd=tmp_path,
+            env={**os.environ, "SLURM_ARRAY_TASK_ID": task},
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
-    assert notes(hostile, "end") == Counter(["j0", "j1", "j2"]) and not list(tmp_path.rglob("sentinel"))
+    assert notes(hostile, "end") == Counter(["j0", "j1", "j2"])
+    assert not list(tmp_path.rglob("sentinel"))
     code, told = sweep(path, out, "--task", "1", "--set", "seconds=9")
-    assert code == 2 and "has changed since" in told
+    assert code == 2
+    assert "has changed since" in told
     record = json.loads((out / "jobs/j1/sweep/command.json").read_text())
-    assert record["commit"] and "cores" in record["machine"] and len(record["inputs"]["j0"]) == 32
+    assert record["commit"]
+    assert "cores" in record["machine"]
+    assert len(record["inputs"]["j0"]) == 32

@@ -71,15 +71,22 @@ def test_a_sweep_of_runs(tmp_path: Path) -> None:
     code, told = sweep(path, out, "--jobs", "2")
     assert code == 0 and "all done" in told, told
     for folder in out.glob("runs/*/seed-*"):
-        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines() if "split" not in line]
-        assert steps == [1, 2, 3, 4, 5, 6] and json.loads((folder / "count.json").read_text()) == {"rows": 8}
+        steps = [
+            json.loads(line)["step"]
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+            if "split" not in line
+        ]
+        assert steps == [1, 2, 3, 4, 5, 6]
+        assert json.loads((folder / "count.json").read_text()) == {"rows": 8}
     seeds = [read_result(out).rows[0].samples["held-out"].values[seed] for seed in (1, 2)]
-    assert seeds[0] != seeds[1] and all(3 < loss < 5 for loss in seeds)
+    assert seeds[0] != seeds[1]
+    assert all(3 < loss < 5 for loss in seeds)
     _again(path, out)
     code, told = tool("report", str(out), "--html", str(out / "report.html"))
-    assert (
-        code == 0 and "rate 0.01 - rate" not in told and "held-out - rate 0.001" in told and (out / "report.html").stat().st_size > 20_000
-    )
+    assert code == 0
+    assert "rate 0.01 - rate" not in told
+    assert "held-out - rate 0.001" in told
+    assert (out / "report.html").stat().st_size > 20_000
     assert not read_result(out).notes()
 
 
@@ -89,11 +96,17 @@ def _again(path: Path, out: Path) -> None:
     before = (run / "status.json").read_bytes()
     (run / "sweep/run.json").rename(run / "sweep/lost")
     code, told = sweep(path, out)
-    assert code == 0 and "4 done before" in told and (run / "status.json").read_bytes() == before, told
+    assert code == 0 and "4 done before" in told and (run / "status.json").read_bytes() == before, (
+        told
+    )
     student = path.parent / "student.toml"
     student.write_text(student.read_text().replace("warmup_steps = 2", "warmup_steps = 3"))
     code, told = sweep(path, out)
-    assert code == 2 and "(optimizer.warmup_steps: 2 then, 3 now) (3 more are changed too)" in told and told.count("\n") == 1, told
+    assert (
+        code == 2
+        and "(optimizer.warmup_steps: 2 then, 3 now) (3 more are changed too)" in told
+        and told.count("\n") == 1
+    ), told
     student.write_text(student.read_text().replace("warmup_steps = 3", "warmup_steps = 2"))
     shutil.copy(out / "runs/rate-0.001/seed-1/config.toml", run / "config.toml")
     code, told = sweep(path, out, "--list")

@@ -69,35 +69,75 @@ def test_arrays_in_order_and_a_run_brought_back(tmp_path: Path) -> None:
 
         def submit() -> list[str]:
             """Numbers of the arrays."""
-            command = [sys.executable, str(TOOL), str(path), "--output", str(out), "--slurm", "--sbatch-args", "--cpus-per-task=1"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, **cluster.environment})
+            command = [
+                sys.executable,
+                str(TOOL),
+                str(path),
+                "--output",
+                str(out),
+                "--slurm",
+                "--sbatch-args",
+                "--cpus-per-task=1",
+            ]
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=100,
+                env={**os.environ, **cluster.environment},
+            )
             assert done.returncode == 0, done.stderr
-            return [line.split()[1] for line in done.stdout.splitlines() if line.startswith("level-")]
+            return [
+                line.split()[1] for line in done.stdout.splitlines() if line.startswith("level-")
+            ]
 
         first, second = submit()
         rows = out / "runs/run/seed-1/metrics.jsonl"
-        cluster.wait(lambda: rows.exists() and len(whole_rows(rows)) > 20, "a run at work", tell=lambda: logs(out))
-        assert (out / "jobs/number/n.json").exists() and cluster.state(first) == "COMPLETED"
+        cluster.wait(
+            lambda: rows.exists() and len(whole_rows(rows)) > 20,
+            "a run at work",
+            tell=lambda: logs(out),
+        )
+        assert (out / "jobs/number/n.json").exists()
+        assert cluster.state(first) == "COMPLETED"
         cluster.ask("scancel", "--signal=USR1", "--batch", f"{second}_1")
         finished = out / "runs/run/seed-1/status.json"
-        cluster.wait(lambda: "requeue" in finished.read_text(), "the run left", tell=lambda: logs(out))
+        cluster.wait(
+            lambda: "requeue" in finished.read_text(), "the run left", tell=lambda: logs(out)
+        )
 
         def whole() -> bool:
             cluster.hurry(f"{second}_1")
             return not cluster.ask("squeue", "--noheader", "--jobs", second)
 
-        cluster.wait(whole, "all tasks ended", seconds=300, tell=lambda: cluster.ask("squeue") + logs(out))
+        cluster.wait(
+            whole, "all tasks ended", seconds=300, tell=lambda: cluster.ask("squeue") + logs(out)
+        )
         assert submit() == [], "all is done"
     result = read_result(out)
     assert not result.notes()
-    assert [row.samples["n"].values for row in result.rows[1:]] == [{1: 8.0, 2: 8.0}, {1: 9.0, 2: 9.0}]
+    assert [row.samples["n"].values for row in result.rows[1:]] == [
+        {1: 8.0, 2: 8.0},
+        {1: 9.0, 2: 9.0},
+    ]
     for seed in (1, 2):
-        steps = [row["step"] for row in whole_rows(out / f"runs/run/seed-{seed}/metrics.jsonl") if "split" not in row]
+        steps = [
+            row["step"]
+            for row in whole_rows(out / f"runs/run/seed-{seed}/metrics.jsonl")
+            if "split" not in row
+        ]
         assert steps == list(range(1, STEPS + 1)), seed
     assert json.loads(finished.read_text())["state"] == "finished"
-    assert [path for place in (out, tmp_path, here) for path in place.iterdir() if path.name.startswith("sentinel")] == []
+    assert [
+        path
+        for place in (out, tmp_path, here)
+        for path in place.iterdir()
+        if path.name.startswith("sentinel")
+    ] == []
 
 
 def logs(out: Path) -> str:
     """All that tasks have printed."""
-    return "\n".join(f"{path.name}\n{path.read_text()}" for path in sorted((out / "slurm").glob("*.log")))
+    return "\n".join(
+        f"{path.name}\n{path.read_text()}" for path in sorted((out / "slurm").glob("*.log"))
+    )

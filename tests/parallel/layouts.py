@@ -34,7 +34,14 @@ def run_all(rendezvous: str, jobs: list[tuple[RunConfig, int, bool]]) -> list[Tr
         while run.progress.step < stop:
             seed_step(config.train.seed, run.progress.step, run.groups)
             report = train_step(run)
-            rows.append({**report.metrics, "step": run.progress.step, "grad_norm": report.grad_norm, "updated": report.updated})
+            rows.append(
+                {
+                    **report.metrics,
+                    "step": run.progress.step,
+                    "grad_norm": report.grad_norm,
+                    "updated": report.updated,
+                }
+            )
         if save:
             run.save()
         found.append(Trained(rows, full_weights(run.student.models), evaluate(run)))
@@ -48,7 +55,11 @@ def worst_loss(one: Trained, other: Trained) -> float:
     """Largest difference of the two runs' losses over the steps that both made, relative to the step's total loss."""
     theirs = {row["step"]: row for row in other.rows}
     names = [name for name in ("total_loss", "ce_loss", "kd_loss") if one.rows[0][name] is not None]
-    return max(abs(row[name] - theirs[row["step"]][name]) / theirs[row["step"]]["total_loss"] for row in one.rows for name in names)
+    return max(
+        abs(row[name] - theirs[row["step"]][name]) / theirs[row["step"]]["total_loss"]
+        for row in one.rows
+        for name in names
+    )
 
 
 def worst_weight(one: Trained, other: Trained) -> float:

@@ -20,7 +20,10 @@ def compare(rendezvous: str, seed: int) -> dict[str, float]:
     problem = make_problem(seed, vocab_size=92, rows=92)
     labels = problem.labels.clamp(min=0).view(20, 2)
     mine, theirs = (
-        [t.detach().float().clone().requires_grad_() for t in (problem.hidden.view(20, 2, -1), problem.weight.chunk(size)[rank])]
+        [
+            t.detach().float().clone().requires_grad_()
+            for t in (problem.hidden.view(20, 2, -1), problem.weight.chunk(size)[rank])
+        ]
         for _ in "12"
     )
     ours = linear_kd_cross_entropy(*mine, labels, None, alpha=0.0, tp_group=dist.group.WORLD).total
@@ -37,7 +40,8 @@ def compare(rendezvous: str, seed: int) -> dict[str, float]:
     dist.all_reduce(theirs[0].grad)
     found = {"loss": relative_error(ours.detach(), expected.detach())}
     for name, a, b in zip(("hidden", "weight"), mine, theirs, strict=True):
-        assert a.grad is not None and b.grad is not None
+        assert a.grad is not None
+        assert b.grad is not None
         found[name] = relative_error(a.grad, b.grad)
     dist.destroy_process_group()
     return found

@@ -59,8 +59,14 @@ def first_targets(run: Any, count: int | None = None) -> Asked:
 
     asked, exchange = Asked(), own_layout.exchange
 
-    def counted(sends: dict[int, torch.Tensor], sizes: dict[int, int], *, like: torch.Tensor) -> dict[int, torch.Tensor]:
-        asked.sent += sum(tensor.numel() * tensor.element_size() for rank, tensor in sends.items() if rank != run.groups.rank)
+    def counted(
+        sends: dict[int, torch.Tensor], sizes: dict[int, int], *, like: torch.Tensor
+    ) -> dict[int, torch.Tensor]:
+        asked.sent += sum(
+            tensor.numel() * tensor.element_size()
+            for rank, tensor in sends.items()
+            if rank != run.groups.rank
+        )
         return exchange(sends, sizes, like=like)
 
     own_layout.exchange = counted
@@ -77,7 +83,9 @@ def first_targets(run: Any, count: int | None = None) -> Asked:
     return asked
 
 
-def run_ahead(rendezvous: str, configs: list[RunConfig], steps: int) -> list[tuple[bool, bool, list[float]]]:
+def run_ahead(
+    rendezvous: str, configs: list[RunConfig], steps: int
+) -> list[tuple[bool, bool, list[float]]]:
     """Each run in turn in one world: whether its teacher runs ahead, whether with its stages reversed, and every step's numbers."""
     from megatron_kd.parallel.groups import seed_step, stop_groups
     from megatron_kd.teacher.ahead import AheadTeacher

@@ -11,7 +11,9 @@ from megatron_kd.planning.memory import Job
 from tests.helpers.allocations import peak_bytes
 
 
-def peak_of(rendezvous: str, config: RunConfig, teacher: ModelSection | None, steps: int = 2) -> int:
+def peak_of(
+    rendezvous: str, config: RunConfig, teacher: ModelSection | None, steps: int = 2
+) -> int:
     """Most bytes that torch held at one time while this rank built the run and made `steps` steps, from the allocator's own log.
 
     That is what torch.cuda.max_memory_allocated says on a GPU. A process's resident memory would add Python, the libraries and what the
@@ -26,10 +28,17 @@ def peak_of(rendezvous: str, config: RunConfig, teacher: ModelSection | None, st
         # A sharded optimizer has nothing to save before its first step.
         whole = config.optimizer.model_copy(update={"distributed": False})
         run_section = config.run.model_copy(update={"directory": folder})
-        own = {"model": teacher, "teacher": TeacherSection(), "run": run_section, "optimizer": whole}
+        own = {
+            "model": teacher,
+            "teacher": TeacherSection(),
+            "run": run_section,
+            "optimizer": whole,
+        }
         build_run(config.model_copy(update=own), rendezvous=f"{rendezvous}-teacher").save()
         stop_groups()
-        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"checkpoint": folder})})
+        config = config.model_copy(
+            update={"teacher": config.teacher.model_copy(update={"checkpoint": folder})}
+        )
 
     def start() -> None:
         run = build_run(config, rendezvous=rendezvous)
@@ -60,9 +69,17 @@ def kept_by_a_layer(rendezvous: str, configs: list[RunConfig]) -> list[tuple[int
 
         batch, dtype = config.batch, run.student.config.params_dtype
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            hidden = torch.randn(batch.sequence_length, batch.micro_batch_size, config.model.hidden_size, requires_grad=True, dtype=dtype)
+            hidden = torch.randn(
+                batch.sequence_length,
+                batch.micro_batch_size,
+                config.model.hidden_size,
+                requires_grad=True,
+                dtype=dtype,
+            )
             angles = model.rotary_pos_emb(batch.sequence_length)
-            result = model.decoder.layers[0](hidden, attention_mask=microbatch.attention_mask(), rotary_pos_emb=angles)
+            result = model.decoder.layers[0](
+                hidden, attention_mask=microbatch.attention_mask(), rotary_pos_emb=angles
+            )
         total = sum(size for pointer, size in saved.items() if pointer not in parameters)
         assert config.model.vocab_size is not None
         found.append((total, Job(config, config.model.vocab_size, device="cpu").student.layer))

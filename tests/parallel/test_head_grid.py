@@ -20,9 +20,14 @@ def test_every_tail_temperature_alpha_and_schedule() -> None:
     worst = 0.0
     for size, split in product(SIZES, (False, True)):
         for index, case in enumerate(grid_cases(size, seed)):
-            expected = oracle_outcome(case.problem, case.target, case.upstream, case.problem.mask, **case.scalars)
+            expected = oracle_outcome(
+                case.problem, case.target, case.upstream, case.problem.mask, **case.scalars
+            )
             for first in range(0, 4, size):
-                whole = assembled([rank[size, split][index] for rank in found[first : first + size]], sequence_parallel=split)
+                whole = assembled(
+                    [rank[size, split][index] for rank in found[first : first + size]],
+                    sequence_parallel=split,
+                )
                 error = max(errors(whole, expected).values())
                 worst = max(worst, error)
                 assert error < 1e-5, say(seed, size, split, case.what, error)

@@ -24,7 +24,11 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
 STEPS, K, SAMPLES = 20, 9, 8
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2)]  # (tensor, pipeline)
-BATCH = {"global_batch_size": SAMPLES, "micro_batch_size": 2, "sequence_length": 25}  # not a multiple of the tensor-parallel size
+BATCH = {
+    "global_batch_size": SAMPLES,
+    "micro_batch_size": 2,
+    "sequence_length": 25,
+}  # not a multiple of the tensor-parallel size
 SELECTIONS: dict[str, dict[str, Any]] = {
     "top": {"alpha": 0.7, "top_k": K, "top_p": 0.9, "tail": "bucket"},
     "draws": {"alpha": 0.7, "num_draws": K, "tail": "renormalize"},
@@ -40,9 +44,17 @@ class Bench:
         teacher = tiny(folder / "teacher", self.data, model=model, train={"steps": 40}, batch=BATCH)
         run_ranks(run_all, 1, [(teacher, 40, True)])
 
-    def config(self, student: tuple[int, int] = (1, 1), own_layout: tuple[int, int] | None = None, /, **overrides: Any) -> RunConfig:
+    def config(
+        self,
+        student: tuple[int, int] = (1, 1),
+        own_layout: tuple[int, int] | None = None,
+        /,
+        **overrides: Any,
+    ) -> RunConfig:
         tensor, pipeline = student
-        own = {"parallel": {"tensor": own_layout[0], "pipeline": own_layout[1]}} if own_layout else {}
+        own = (
+            {"parallel": {"tensor": own_layout[0], "pipeline": own_layout[1]}} if own_layout else {}
+        )
         settings: dict[str, Any] = {
             "batch": BATCH,
             "parallel": {"tensor": tensor, "pipeline": pipeline},
@@ -83,7 +95,9 @@ def check(found: list[Asked], wanted: Asked, *, entries: int = K) -> None:
             assert abs(row[name] - other[name]) <= 1e-5 * other["total_loss"], (row["step"], name)
 
 
-def run_pairs(bench: Bench, world: int, pairs: list[tuple[Any, Any]], steps: int, wanted: Asked) -> None:
+def run_pairs(
+    bench: Bench, world: int, pairs: list[tuple[Any, Any]], steps: int, wanted: Asked
+) -> None:
     by_rank = run_ranks(ask_all, world, [bench.config(*pair) for pair in pairs], steps, timeout=540)
     for number, pair in enumerate(pairs):
         found = [rank[number] for rank in by_rank]
@@ -91,7 +105,9 @@ def run_pairs(bench: Bench, world: int, pairs: list[tuple[Any, Any]], steps: int
         try:
             check(found, wanted)
         except AssertionError as error:
-            raise AssertionError(f"student {pair[0]}, teacher {pair[1]} on {world} ranks: {error}") from error
+            raise AssertionError(
+                f"student {pair[0]}, teacher {pair[1]} on {world} ranks: {error}"
+            ) from error
 
 
 def pairs_of(world: int) -> list[tuple[Any, Any]]:
@@ -106,8 +122,16 @@ def test_four_ranks(bench: Bench, single: dict[str, Asked]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "student"), [(2, None), *((4, student) for student in LAYOUTS)])
-def test_every_pair_of_layouts(bench: Bench, single: dict[str, Asked], world: int, student: tuple[int, int] | None) -> None:
-    run_pairs(bench, world, [pair for pair in pairs_of(world) if student in (None, pair[0])], STEPS, single["top"])
+def test_every_pair_of_layouts(
+    bench: Bench, single: dict[str, Asked], world: int, student: tuple[int, int] | None
+) -> None:
+    run_pairs(
+        bench,
+        world,
+        [pair for pair in pairs_of(world) if student in (None, pair[0])],
+        STEPS,
+        single["top"],
+    )
 
 
 def test_two_ranks(bench: Bench, single: dict[str, Asked]) -> None:
@@ -137,7 +161,14 @@ def ahead_pairs(bench: Bench, layouts: list[tuple[Any, Any, dict[str, Any]]]) ->
     """Of each layout the run without and with a teacher that runs ahead."""
     valid = {"held_out": bench.data}
     return [
-        bench.config(student, own, parallel=more, teacher={"overlap": overlap}, data={"valid": valid}, train={"evaluate_batches": 1})
+        bench.config(
+            student,
+            own,
+            parallel=more,
+            teacher={"overlap": overlap},
+            data={"valid": valid},
+            train={"evaluate_batches": 1},
+        )
         for student, own, more in layouts
         for overlap in ("none", "drain")
     ]
@@ -146,7 +177,8 @@ def ahead_pairs(bench: Bench, layouts: list[tuple[Any, Any, dict[str, Any]]]) ->
 def check_ahead(by_rank: list[list[tuple[bool, bool, list[float]]]]) -> None:
     for rank in by_rank:
         for (plain, _, wanted), (ahead, _, numbers) in zip(rank[::2], rank[1::2], strict=True):
-            assert ahead and not plain
+            assert ahead
+            assert not plain
             assert numbers == wanted  # to the bit
 
 
@@ -160,7 +192,16 @@ def test_a_step_ahead_on_two_ranks(bench: Bench) -> None:
     ]
     by_rank = run_ranks(run_ahead, 2, ahead_pairs(bench, layouts), 4, timeout=300)
     check_ahead(by_rank)
-    assert [reversed_stages for _, reversed_stages, _ in by_rank[0]] == [False, True, False, False, False, True, False, False]
+    assert [reversed_stages for _, reversed_stages, _ in by_rank[0]] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.slow
@@ -178,9 +219,18 @@ def test_samples_that_a_cache_lacks(bench: Bench, single: dict[str, Asked], tmp_
     """Of a cache with some of the samples, and a live teacher in its own layout for the rest: the targets and curve of the live one."""
     run_file = tmp_path / "run.toml"
     run_file.write_text(dump_toml(bench.config()), encoding="utf-8")
-    options = ["--output", str(tmp_path / "cache"), "--first-samples", "300", "--value-encoding", "fp32"]
+    options = [
+        "--output",
+        str(tmp_path / "cache"),
+        "--first-samples",
+        "300",
+        "--value-encoding",
+        "fp32",
+    ]
     command = [sys.executable, "tools/cache_teacher.py", "--config", str(run_file), *options]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     cached = {"source": "cached", "cache": str(tmp_path / "cache"), "on_miss": "online"}
     by_rank = run_ranks(ask_all, 2, [bench.config((1, 1), (2, 1), teacher=cached)], 6)
@@ -200,7 +250,9 @@ def test_each_sample_belongs_to_one_of_each() -> None:
         assert samples == list(range(split.total)), say(seed, split)
         for part in split.ranges():
             for sample in (part.start, part.stop - 1):
-                assert sample in split.owned(part.owner) and sample in split.worked(part.worker), say(seed, split, part)
+                assert sample in split.owned(part.owner) and sample in split.worked(part.worker), (
+                    say(seed, split, part)
+                )
         shares = [len(split.worked(worker)) for worker in range(workers)]
         assert max(shares) - min(shares) <= 1, say(seed, split)
 
@@ -208,19 +260,37 @@ def test_each_sample_belongs_to_one_of_each() -> None:
 @pytest.mark.parametrize(
     ("teacher", "world", "words"),
     [
-        ({"parallel": {"tensor": 3}}, 4, "4 processes cannot be split into teacher.parallel.tensor"),
+        (
+            {"parallel": {"tensor": 3}},
+            4,
+            "4 processes cannot be split into teacher.parallel.tensor",
+        ),
         ({"micro_batch_size": 3}, 1, "must be a multiple of the teacher's micro-batch size"),
-        ({"parallel": {"tensor": 4, "pipeline": 1}}, 4, "num_query_groups = 2, which 4 tensor-parallel ranks cannot share"),
-        ({"parallel": {"tensor": 1, "pipeline": 8}}, 8, "num_layers = 4, which 8 pipeline-parallel ranks cannot share"),
+        (
+            {"parallel": {"tensor": 4, "pipeline": 1}},
+            4,
+            "num_query_groups = 2, which 4 tensor-parallel ranks cannot share",
+        ),
+        (
+            {"parallel": {"tensor": 1, "pipeline": 8}},
+            8,
+            "num_layers = 4, which 8 pipeline-parallel ranks cannot share",
+        ),
     ],
 )
-def test_what_does_not_divide_is_refused(bench: Bench, teacher: dict[str, Any], world: int, words: str) -> None:
+def test_what_does_not_divide_is_refused(
+    bench: Bench, teacher: dict[str, Any], world: int, words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
-        check_inputs(bench.config((2, 2) if world > 1 else (1, 1), teacher=teacher), world_size=world)
+        check_inputs(
+            bench.config((2, 2) if world > 1 else (1, 1), teacher=teacher), world_size=world
+        )
 
 
 def test_what_cannot_have_its_own_layout(bench: Bench) -> None:
     with pytest.raises(ValueError, match="distill.dense needs the teacher in the student's layout"):
         bench.config((1, 1), (2, 1), distill={"alpha": 0.7, "dense": True})
-    with pytest.raises(ValueError, match="teacher.parallel and teacher.micro_batch_size are for an online teacher"):
+    with pytest.raises(
+        ValueError, match="teacher.parallel and teacher.micro_batch_size are for an online teacher"
+    ):
         bench.config((1, 1), (2, 1), teacher={"source": "cached", "cache": "somewhere"})

@@ -32,7 +32,8 @@ def records(cache: Path) -> Records:
             batch = shard.batch(number)
             for row in range(batch.num_rows):
                 record = shard.record(batch, number, row)
-                assert shard.info.step is not None and shard.info.last_step is not None
+                assert shard.info.step is not None
+                assert shard.info.last_step is not None
                 place = (shard.info.step, shard.info.last_step, worker, record.key)
                 assert place not in found
                 found[place] = record.payload
@@ -43,7 +44,8 @@ def by_step(cache: Path) -> dict[tuple[int, bytes], SparseTarget]:
     """(step, key) -> target, of a cache whose shards hold one step each; a sample of a step stands in one shard only."""
     found: dict[tuple[int, bytes], SparseTarget] = {}
     for (first, last, _, key), payload in records(cache).items():
-        assert first == last and (first, key) not in found
+        assert first == last
+        assert (first, key) not in found
         found[first, key] = decode(payload)
     return found
 
@@ -69,7 +71,9 @@ def killed(run_file: Path, where: str, step: int) -> None:
         return observer(self, number)
 
     def fatal(self: Any) -> None:
-        while seen["step"] == step and self._writer._bytes:  # the thread must have reached the same point every time
+        while (
+            seen["step"] == step and self._writer._bytes
+        ):  # the thread must have reached the same point every time
             time.sleep(0.001)
         if before and seen["step"] == step:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -132,14 +136,27 @@ def recomputed(config: RunConfig, checkpoint: Path, step: int) -> list[tuple[byt
     from megatron_kd.train.build import build_run
 
     teacher = config.teacher.model_copy(update={"source": "online", "checkpoint": checkpoint})
-    checkpoint_section = config.checkpoint.model_copy(update={"allow_changes": True})  # it has learnt without a teacher
-    run = build_run(config.model_copy(update={"teacher": teacher, "capture": type(config.capture)(), "checkpoint": checkpoint_section}))
+    checkpoint_section = config.checkpoint.model_copy(
+        update={"allow_changes": True}
+    )  # it has learnt without a teacher
+    run = build_run(
+        config.model_copy(
+            update={
+                "teacher": teacher,
+                "capture": type(config.capture)(),
+                "checkpoint": checkpoint_section,
+            }
+        )
+    )
     batches = run.train_data.microbatches(step * config.batch.global_batch_size)
     targets = run.teacher.targets(batches)
     found = []
     for batch, target in zip(batches, targets, strict=True):
         assert isinstance(target, SparseTarget)
-        found += [(key_of(key), target.map(lambda t, n=n: t[:, n])) for n, key in enumerate(batch.sample_keys)]  # type: ignore[misc]
+        found += [
+            (key_of(key), target.map(lambda t, n=n: t[:, n]))
+            for n, key in enumerate(batch.sample_keys)
+        ]  # type: ignore[misc]
     stop_groups()
     return found
 
@@ -169,7 +186,9 @@ def one_full_disk(rendezvous: str, config: RunConfig, limit: int) -> str:
     return told
 
 
-def pair_of_ranks(rendezvous: str, jobs: list[tuple[RunConfig, int, bool]], full: RunConfig, limit: int) -> tuple[list[Trained], str]:
+def pair_of_ranks(
+    rendezvous: str, jobs: list[tuple[RunConfig, int, bool]], full: RunConfig, limit: int
+) -> tuple[list[Trained], str]:
     """All that needs two ranks, in one world."""
     return run_all(rendezvous, jobs), one_full_disk(rendezvous, full, limit)
 
@@ -177,4 +196,6 @@ def pair_of_ranks(rendezvous: str, jobs: list[tuple[RunConfig, int, bool]], full
 def same(one: SparseTarget, other: SparseTarget) -> bool:
     """To the bit."""
     pairs = zip(one.tensors(), other.tensors(), strict=True)
-    return (one.temperature, one.sampled) == (other.temperature, other.sampled) and all(a.equal(b) for a, b in pairs)
+    return (one.temperature, one.sampled) == (other.temperature, other.sampled) and all(
+        a.equal(b) for a, b in pairs
+    )

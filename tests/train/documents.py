@@ -9,7 +9,9 @@ import torch
 from megatron_kd.config import RunConfig
 
 
-def hidden_states(rendezvous: str, jobs: list[tuple[RunConfig, list[tuple[list[int], list[int]]]]]) -> list[list[Any]]:
+def hidden_states(
+    rendezvous: str, jobs: list[tuple[RunConfig, list[tuple[list[int], list[int]]]]]
+) -> list[list[Any]]:
     """For each (config, sequences of (tokens, document of each token)): the final hidden states [S, H] of each sequence, or None
     where this rank has none. The weights are those of the config's seed, the same in any layout."""
     from megatron_kd.data.batches import Microbatch
@@ -23,7 +25,9 @@ def hidden_states(rendezvous: str, jobs: list[tuple[RunConfig, list[tuple[list[i
         from megatron_kd.models.student import Student
 
         platform = start_platform("cpu", 0)
-        groups = start_groups(platform, config.parallel, timeout_seconds=60, rendezvous=f"{rendezvous}-{number}")
+        groups = start_groups(
+            platform, config.parallel, timeout_seconds=60, rendezvous=f"{rendezvous}-{number}"
+        )
         student = Student(config, groups, vocab_size=config.model.vocab_size or 0)
         kept: list[Any] = []
 
@@ -39,11 +43,17 @@ def hidden_states(rendezvous: str, jobs: list[tuple[RunConfig, list[tuple[list[i
             row = torch.tensor([tokens])
             named = mark_starts(row, starts)
             within = config.data.document_attention == "within"
-            batch = Microbatch.of(named, row, torch.ones(row.shape), torch.tensor([0]), within_documents=within)
+            batch = Microbatch.of(
+                named, row, torch.ones(row.shape), torch.tensor([0]), within_documents=within
+            )
             batches.append((batch, None))
         student.sequence_length, student.micro_batch_size = len(sequences[0][0]), 1
         with torch.no_grad():
-            student.run_schedule(lambda data, chunk: forward_step(data, chunk, objective=keep), batches, forward_only=True)  # type: ignore[arg-type]
+            student.run_schedule(
+                lambda data, chunk: forward_step(data, chunk, objective=keep),
+                batches,
+                forward_only=True,
+            )  # type: ignore[arg-type]
         found.append(kept)
         stop_groups()
     return found

@@ -24,7 +24,11 @@ class Ran:
     steps: list[dict[str, Any]] = field(default_factory=list)
 
 
-def run_masked(rendezvous: str, jobs: list[tuple[RunConfig, int, bool]], stepped: list[tuple[RunConfig, int]] | None = None) -> Ran:
+def run_masked(
+    rendezvous: str,
+    jobs: list[tuple[RunConfig, int, bool]],
+    stepped: list[tuple[RunConfig, int]] | None = None,
+) -> Ran:
     """`run_all`, then `engine_steps`, on data where every third id takes no part in the loss."""
     from megatron_kd.parallel.groups import stop_groups
     from megatron_kd.train import hidden_states
@@ -33,7 +37,9 @@ def run_masked(rendezvous: str, jobs: list[tuple[RunConfig, int, bool]], stepped
 
     def counted(sends: dict[int, torch.Tensor], *rest: Any, **named: Any) -> Any:
         here = torch.distributed.get_rank(named["group"])
-        ran.sent[-1] = (ran.sent[-1] or 0) + sum(tensor.numel() * tensor.element_size() for rank, tensor in sends.items() if rank != here)
+        ran.sent[-1] = (ran.sent[-1] or 0) + sum(
+            tensor.numel() * tensor.element_size() for rank, tensor in sends.items() if rank != here
+        )
         return exchange(sends, *rest, **named)
 
     BatchSource.microbatches = lambda self, *where: [_mask(each) for each in whole(self, *where)]  # type: ignore[method-assign]

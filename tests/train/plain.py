@@ -9,15 +9,28 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from megatron_kd.config import ModelSection
 
 
-def plain_logits(weights: dict[str, Tensor], model: ModelSection, tokens: Tensor, layers: list[Tensor] | None = None) -> Tensor:
+def plain_logits(
+    weights: dict[str, Tensor],
+    model: ModelSection,
+    tokens: Tensor,
+    layers: list[Tensor] | None = None,
+) -> Tensor:
     """tokens [B, S] -> logits [B, S, vocab_size], from whole weights under their checkpoint names; layers: gets each layer's output."""
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
     size = model.head_dim or model.hidden_size // heads
     x = weights["embedding.word_embeddings.weight"][tokens]
     for layer in range(model.num_layers):
-        w = {name.removeprefix("decoder.layers."): value[layer] for name, value in weights.items() if name.startswith("decoder.layers.")}
-        y = rms_norm(x, x.shape[-1:], w["self_attention.linear_qkv.layer_norm_weight"], model.norm_eps)
-        qkv = (y @ w["self_attention.linear_qkv.weight"].T).unflatten(-1, (groups, heads // groups + 2, size))
+        w = {
+            name.removeprefix("decoder.layers."): value[layer]
+            for name, value in weights.items()
+            if name.startswith("decoder.layers.")
+        }
+        y = rms_norm(
+            x, x.shape[-1:], w["self_attention.linear_qkv.layer_norm_weight"], model.norm_eps
+        )
+        qkv = (y @ w["self_attention.linear_qkv.weight"].T).unflatten(
+            -1, (groups, heads // groups + 2, size)
+        )
         q, k, v = qkv.split([heads // groups, 1, 1], dim=3)
         q, k, v = (t.flatten(2, 3).transpose(1, 2) for t in (q, k, v))
         q, k = rotate(q, model.rope_base), rotate(k, model.rope_base)
@@ -36,14 +49,24 @@ def plain_logits(weights: dict[str, Tensor], model: ModelSection, tokens: Tensor
 def rotate(x: Tensor, base: float) -> Tensor:
     """Rotary position embedding [B, h, S, d], halves paired (arXiv 2104.09864)."""
     half = x.shape[-1] // 2
-    angles = torch.outer(torch.arange(x.shape[-2], dtype=x.dtype), base ** (-torch.arange(half, dtype=x.dtype) / half))
+    angles = torch.outer(
+        torch.arange(x.shape[-2], dtype=x.dtype),
+        base ** (-torch.arange(half, dtype=x.dtype) / half),
+    )
     one, two = x[..., :half], x[..., half:]
-    return torch.cat([one * angles.cos() - two * angles.sin(), two * angles.cos() + one * angles.sin()], -1)
+    return torch.cat(
+        [one * angles.cos() - two * angles.sin(), two * angles.cos() + one * angles.sin()], -1
+    )
 
 
-def plain_adamw(weights: dict[str, Tensor], *, weight_decay: float, lr: float, eps: float) -> torch.optim.AdamW:
+def plain_adamw(
+    weights: dict[str, Tensor], *, weight_decay: float, lr: float, eps: float
+) -> torch.optim.AdamW:
     """AdamW with the run's defaults; norms are not decayed."""
     norms = [value for name, value in weights.items() if "norm" in name]
     others = [value for name, value in weights.items() if "norm" not in name]
-    groups = [{"params": others, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    groups = [
+        {"params": others, "weight_decay": weight_decay},
+        {"params": norms, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps)

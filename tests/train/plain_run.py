@@ -14,7 +14,13 @@ def engine_steps(rendezvous: str, config: RunConfig, steps: int) -> dict[str, An
     from megatron_kd.train.step import train_step
 
     run = build_run(config, rendezvous=rendezvous)
-    found: dict[str, Any] = {"before": full_weights(run.student.models), "batches": [], "targets": [], "rows": [], "learning_rates": []}
+    found: dict[str, Any] = {
+        "before": full_weights(run.student.models),
+        "batches": [],
+        "targets": [],
+        "rows": [],
+        "learning_rates": [],
+    }
     for _ in range(steps):
         microbatches = run.train_data.microbatches(run.progress.consumed_samples)
         found["batches"].append([(m.tokens, m.labels, m.loss_mask) for m in microbatches])

@@ -26,7 +26,18 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import VOCAB, tiny, write_tokens
 from tests.losses.cases import fresh_seed
 from tests.parallel.layouts import Trained
-from tests.train.capture_ranks import by_step, counted, full_disk, killed, main, pair_of_ranks, poisoned, recomputed, records, same
+from tests.train.capture_ranks import (
+    by_step,
+    counted,
+    full_disk,
+    killed,
+    main,
+    pair_of_ranks,
+    poisoned,
+    recomputed,
+    records,
+    same,
+)
 from tests.train.test_program import RATES, rows
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
@@ -36,10 +47,17 @@ SELECTION = {"top_k": 12, "top_p": 0.95}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp": {"parallel": {"tensor": 2, "sequence_parallel": True}},
     "pp2": {"parallel": {"pipeline": 2}},
-    "dp2": {"optimizer": {"distributed": True}, "parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
+    "dp2": {
+        "optimizer": {"distributed": True},
+        "parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+    },
 }
 # One long shard, and nothing else of which a file would grow.
-FULL: dict[str, Any] = {"capture": {"shard_samples": 400}, "train": {"steps": 60}, "telemetry": {"log_interval": 60}}
+FULL: dict[str, Any] = {
+    "capture": {"shard_samples": 400},
+    "train": {"steps": 60},
+    "telemetry": {"log_interval": 60},
+}
 
 
 class Bench:
@@ -49,7 +67,9 @@ class Bench:
         self.folder = folder
         self.data, self.valid = write_tokens(folder), write_tokens(folder, tokens=1500, seed=1)
 
-    def config(self, name: str, *, capture: dict[str, Any] | None = None, **overrides: Any) -> RunConfig:
+    def config(
+        self, name: str, *, capture: dict[str, Any] | None = None, **overrides: Any
+    ) -> RunConfig:
         """capture: further keys of the section; None: no capture. One step a shard, fp32."""
         settings: dict[str, Any] = {
             "train": {"steps": STEPS, "evaluate_batches": 1},
@@ -57,7 +77,12 @@ class Bench:
             "data": {"valid": {"held_out": self.valid}},
         }
         if capture is not None:
-            settings["capture"] = {"directory": str(self.cache(name)), "value_encoding": "fp32", "shard_samples": 1, **capture}
+            settings["capture"] = {
+                "directory": str(self.cache(name)),
+                "value_encoding": "fp32",
+                "shard_samples": 1,
+                **capture,
+            }
         for section, keys in overrides.items():
             settings[section] = {**settings.get(section, {}), **keys}
         return tiny(self.folder / name, self.data, **settings)
@@ -83,32 +108,70 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
     """Everything that needs one rank: each call in a fork of one process."""
     bench = Bench(tmp_path_factory.mktemp("capture"))
     calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
-    slow = {"model": {"recompute": "full"}, "distill": {"head_schedule": "recompute", "chunk_tokens": 20}}
+    slow = {
+        "model": {"recompute": "full"},
+        "distill": {"head_schedule": "recompute", "chunk_tokens": 20},
+    }
     # With dropout: a random number more or less would change it.
-    draws = {"distill": {"num_draws": 20, "top_k": 64, "top_p": 1.0}, "model": {"hidden_dropout": 0.1}}
+    draws = {
+        "distill": {"num_draws": 20, "top_k": 64, "top_p": 1.0},
+        "model": {"hidden_dropout": 0.1},
+    }
     for name, settings in (("plain", {}), ("recomputed", slow), ("drawn", draws)):
-        jobs = [(bench.config(f"{name}{found is None}", capture=found, **settings), STEPS, True) for found in (None, {})]
+        jobs = [
+            (bench.config(f"{name}{found is None}", capture=found, **settings), STEPS, True)
+            for found in (None, {})
+        ]
         calls[name] = counted, (jobs,)
-    saved = {"capture": {"shard_samples": 8}, "train": {"steps": CHECKPOINTED}, "checkpoint": {"interval": 3, "keep_last": 9}}
+    saved = {
+        "capture": {"shard_samples": 8},
+        "train": {"steps": CHECKPOINTED},
+        "checkpoint": {"interval": 3, "keep_last": 9},
+    }
     calls["whole"] = main, (bench.write("whole", **saved),)
     broken = bench.write("broken", **saved)
     # In a step with a finished shard before it; between what is captured and its checkpoint; between the checkpoint and the names.
-    for number, (where, step) in enumerate((("stepped", 2), ("staged", 2), ("saved", 5), ("stepped", 8))):
+    for number, (where, step) in enumerate(
+        (("stepped", 2), ("staged", 2), ("saved", 5), ("stepped", 8))
+    ):
         calls[f"killed{number}"] = killed, (broken, where, step)
         calls[f"left{number}"] = _seen, (bench.cache("broken"),)
     calls["broken"] = main, (broken,)
-    calls["again"] = main, (broken, "--capture.directory", str(bench.cache("again")), "--checkpoint.resume", "true")
+    calls["again"] = (
+        main,
+        (broken, "--capture.directory", str(bench.cache("again")), "--checkpoint.resume", "true"),
+    )
     each = bench.config("each", capture={}, checkpoint={"interval": 1, "keep_last": 9})
-    calls["each"] = main, (bench.write("each", capture={}, checkpoint={"interval": 1, "keep_last": 9}),)
+    calls["each"] = (
+        main,
+        (bench.write("each", capture={}, checkpoint={"interval": 1, "keep_last": 9}),),
+    )
     for step in range(1, STEPS):
-        calls[f"recomputed{step}"] = recomputed, (each, bench.folder / f"each/checkpoints/step-{step:08d}", step)
-    student = {"teacher": {"source": "cached", "cache": str(bench.cache("each"))}, "distill": {"alpha": 0.5, "tail": "bucket"}}
-    student["optimizer"] = {"learning_rate": 1e-4}  # with its teacher's it would make the same steps
+        calls[f"recomputed{step}"] = (
+            recomputed,
+            (each, bench.folder / f"each/checkpoints/step-{step:08d}", step),
+        )
+    student = {
+        "teacher": {"source": "cached", "cache": str(bench.cache("each"))},
+        "distill": {"alpha": 0.5, "tail": "bucket"},
+    }
+    student["optimizer"] = {
+        "learning_rate": 1e-4
+    }  # with its teacher's it would make the same steps
     calls["student"] = main, (bench.write("student", **student),)
-    calls["poisoned"] = poisoned, (bench.config("poisoned", capture={}, train={"nonfinite": "skip"}), 2)
+    calls["poisoned"] = (
+        poisoned,
+        (bench.config("poisoned", capture={}, train={"nonfinite": "skip"}), 2),
+    )
     calls["full"] = full_disk, (bench.write("full", **FULL), 16_000)
-    calls |= {name: (main, (bench.folder / "whole.toml", *overrides)) for name, (overrides, _) in refused(bench).items()}
-    calls |= {f"readme{number}": (main, tuple(words)) for number, words in enumerate(readme_commands(bench))}
+    calls |= {
+        name: (main, (bench.folder / "whole.toml", *overrides))
+        for name, (overrides, _) in refused(bench).items()
+    }
+    calls |= {
+        f"readme{number}": (main, tuple(words))
+        for number, words in enumerate(readme_commands(bench))
+    }
     ended = run_ranks(in_forks, 1, list(calls.values()), timeout=400)[0]
     return Alone(bench, dict(zip(calls, ended, strict=True)))
 
@@ -116,7 +179,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
 def _seen(cache: Path) -> tuple[list[str], list[str]]:
     """Names of the shards that are seen, and of those that wait."""
     names = sorted(path.name for path in cache.iterdir())
-    return [name for name in names if name.startswith("step-")], [name for name in names if name.startswith(".step-")]
+    return [name for name in names if name.startswith("step-")], [
+        name for name in names if name.startswith(".step-")
+    ]
 
 
 def refused(bench: Bench) -> dict[str, tuple[list[str], str]]:
@@ -141,14 +206,22 @@ def pair(alone: Alone) -> tuple[dict[str, Trained], str]:
     bench, jobs = alone.bench, {}
     for layout, settings in LAYOUTS.items():
         for name, found in ((f"{layout}True", None), (f"{layout}False", {})):
-            jobs[name] = bench.config(name, capture=found, batch={"micro_batch_size": 1}, **settings), STEPS, True
-    results = run_ranks(pair_of_ranks, 2, list(jobs.values()), bench.config("full2", **FULL), 16_000)
+            jobs[name] = (
+                bench.config(name, capture=found, batch={"micro_batch_size": 1}, **settings),
+                STEPS,
+                True,
+            )
+    results = run_ranks(
+        pair_of_ranks, 2, list(jobs.values()), bench.config("full2", **FULL), 16_000
+    )
     assert results[0][1] == f"rank 1: {results[1][1]}", "every rank is told the same"
     return dict(zip(jobs, results[0][0], strict=True)), results[0][1]
 
 
 def unchanged(plain: Trained, captured: Trained) -> None:
-    assert len(plain.rows) == STEPS and plain.rows == captured.rows and plain.validation == captured.validation
+    assert len(plain.rows) == STEPS
+    assert plain.rows == captured.rows
+    assert plain.validation == captured.validation
     assert plain.weights.keys() == captured.weights.keys()
     assert all(weight.equal(captured.weights[name]) for name, weight in plain.weights.items())
 
@@ -160,18 +233,26 @@ def test_one_process_trains_as_without(name: str, alone: Alone) -> None:
     unchanged(plain, captured)
     assert calls == STEPS * 2
     found = by_step(alone.bench.cache(f"{name}False"))
-    assert sorted({step for step, _ in found}) == list(range(STEPS)) and len(found) == STEPS * 4
+    assert sorted({step for step, _ in found}) == list(range(STEPS))
+    assert len(found) == STEPS * 4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_ranks_train_as_without(layout: str, alone: Alone, pair: tuple[dict[str, Trained], str]) -> None:
+def test_two_ranks_train_as_without(
+    layout: str, alone: Alone, pair: tuple[dict[str, Trained], str]
+) -> None:
     """And capture what one process captures, within what layouts differ by."""
     unchanged(pair[0][f"{layout}True"], pair[0][f"{layout}False"])
-    one, two = by_step(alone.bench.cache("plainFalse")), by_step(alone.bench.cache(f"{layout}False"))
+    one, two = (
+        by_step(alone.bench.cache("plainFalse")),
+        by_step(alone.bench.cache(f"{layout}False")),
+    )
     assert one.keys() == two.keys()
     for place, target in one.items():
         torch.testing.assert_close(two[place].entropy, target.entropy, rtol=0, atol=1e-4)
-        torch.testing.assert_close(two[place].logprobs[:, 0], target.logprobs[:, 0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            two[place].logprobs[:, 0], target.logprobs[:, 0], rtol=0, atol=1e-4
+        )
 
 
 def test_records_are_what_the_checkpoint_of_their_step_says(alone: Alone) -> None:
@@ -181,8 +262,15 @@ def test_records_are_what_the_checkpoint_of_their_step_says(alone: Alone) -> Non
         wanted = alone.ended[f"recomputed{step}"]
         assert wanted.value is not None and len(wanted.value) == 4, wanted.output
         assert all(same(found[step, key], target) for key, target in wanted.value)
-    first, last = (next(target for (step, _), target in found.items() if step == wanted) for wanted in (0, STEPS - 1))
-    assert first.entropy is not None and last.entropy is not None and last.entropy.mean() < first.entropy.mean(), "it learns"
+    first, last = (
+        next(target for (step, _), target in found.items() if step == wanted)
+        for wanted in (0, STEPS - 1)
+    )
+    assert (
+        first.entropy is not None
+        and last.entropy is not None
+        and last.entropy.mean() < first.entropy.mean()
+    ), "it learns"
 
 
 @pytest.mark.fault(1)
@@ -191,40 +279,71 @@ def test_killed_and_resumed(alone: Alone) -> None:
     for name in ("whole", "broken"):
         assert alone.ended[name].value == 0, alone.ended[name].output
     assert all(alone.ended[f"killed{number}"].signal == signal.SIGKILL for number in range(4))
-    (seen0, waiting0), (seen1, waiting1), (seen2, waiting2), (seen3, _) = (alone.ended[f"left{number}"].value for number in range(4))
-    assert not seen0 and ".step-00000000-worker-00000.json.ready" in waiting0  # finished, but of no checkpoint
-    assert not seen1 and len(waiting1) == 4  # two steps and one, and no checkpoint
+    (seen0, waiting0), (seen1, waiting1), (seen2, waiting2), (seen3, _) = (
+        alone.ended[f"left{number}"].value for number in range(4)
+    )
+    assert not seen0
+    assert ".step-00000000-worker-00000.json.ready" in waiting0
+    assert not seen1
+    assert len(waiting1) == 4
     assert len(seen2) == len(waiting2) == 4
-    assert len(seen3) == 8, "what was hidden when its checkpoint was complete is seen after the next start"
+    assert len(seen3) == 8, (
+        "what was hidden when its checkpoint was complete is seen after the next start"
+    )
     whole, broken = alone.bench.cache("whole"), alone.bench.cache("broken")
-    files = {path.name: path.read_bytes() for path in whole.iterdir() if not path.name.startswith(".")}
-    assert files == {path.name: path.read_bytes() for path in broken.iterdir() if not path.name.startswith(".")}
-    assert _seen(broken)[1] == [] and len(records(whole)) == CHECKPOINTED * 4
-    strip = [[{k: v for k, v in row.items() if k not in RATES} for row in rows(alone.bench.folder / name)] for name in ("whole", "broken")]
+    files = {
+        path.name: path.read_bytes() for path in whole.iterdir() if not path.name.startswith(".")
+    }
+    assert files == {
+        path.name: path.read_bytes() for path in broken.iterdir() if not path.name.startswith(".")
+    }
+    assert _seen(broken)[1] == []
+    assert len(records(whole)) == CHECKPOINTED * 4
+    strip = [
+        [
+            {k: v for k, v in row.items() if k not in RATES}
+            for row in rows(alone.bench.folder / name)
+        ]
+        for name in ("whole", "broken")
+    ]
     assert strip[0] == strip[1]
     # A finished run goes nowhere, with or without what it has captured.
-    assert alone.ended["again"].value == 0 and not _seen(alone.bench.cache("again"))[0]
+    assert alone.ended["again"].value == 0
+    assert not _seen(alone.bench.cache("again"))[0]
 
 
 def test_a_student_of_what_was_captured(alone: Alone) -> None:
     """It begins as its teacher began and reads the same samples: at its first step the two agree, then the teacher is ahead."""
     assert alone.ended["student"].value == 0, alone.ended["student"].output
     losses = [row["kd_loss"] for row in rows(alone.bench.folder / "student") if "split" not in row]
-    assert len(losses) == STEPS and abs(losses[0]) < 1e-6 and losses[-1] > 1e-4
+    assert len(losses) == STEPS
+    assert abs(losses[0]) < 1e-6
+    assert losses[-1] > 1e-4
 
 
 def readme_commands(bench: Bench) -> list[list[str]]:
     """The README's commands for a capturing teacher and its student, as the program's arguments: run file, overrides."""
     settings = {"distill": {"top_k": 64, "top_p": 1.0}}
-    files = {f"{name}.toml": bench.write(f"readme_{name}", **settings) for name in ("teacher", "run")}
+    files = {
+        f"{name}.toml": bench.write(f"readme_{name}", **settings) for name in ("teacher", "run")
+    }
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (block,) = [block for block in re.findall(r"```bash\n(.*?)```", readme, flags=re.DOTALL) if "--capture" in block]
+    (block,) = [
+        block
+        for block in re.findall(r"```bash\n(.*?)```", readme, flags=re.DOTALL)
+        if "--capture" in block
+    ]
     found = []
     for line in block.splitlines():
         command, words = line.split(" --config ")
         assert command == "torchrun --nproc-per-node 8 -m megatron_kd.pretrain"
         run_file, *overrides = shlex.split(words)
-        found.append([files[run_file], *[str(bench.cache("readme")) if word == "cache/" else word for word in overrides]])
+        found.append(
+            [
+                files[run_file],
+                *[str(bench.cache("readme")) if word == "cache/" else word for word in overrides],
+            ]
+        )
     return found
 
 
@@ -232,7 +351,11 @@ def test_the_readme_s_commands(alone: Alone) -> None:
     for number in range(2):
         assert alone.ended[f"readme{number}"].value == 0, alone.ended[f"readme{number}"].output
     assert len(CacheReader(alone.bench.cache("readme"))) == STEPS * 4
-    assert all(row["kd_loss"] is not None for row in rows(alone.bench.folder / "readme_run") if "split" not in row)
+    assert all(
+        row["kd_loss"] is not None
+        for row in rows(alone.bench.folder / "readme_run")
+        if "split" not in row
+    )
 
 
 @pytest.mark.fault(8)
@@ -246,19 +369,27 @@ def test_a_step_that_is_not_finite_is_not_stored(alone: Alone) -> None:
 def test_a_full_disk_stops_the_run(alone: Alone, pair: tuple[dict[str, Trained], str]) -> None:
     """In one process with the exit code for it; where one rank of two meets it, both stop with its sentence."""
     ended = alone.ended["full"]
-    assert ended.value == 5 and ended.output.count("megatron_kd: stopped: targets cannot be written to capture.directory") == 1, (
-        ended.output
-    )
-    assert "File too large" in ended.output and "those up to the last checkpoint are kept" in ended.output
+    assert (
+        ended.value == 5
+        and ended.output.count(
+            "megatron_kd: stopped: targets cannot be written to capture.directory"
+        )
+        == 1
+    ), ended.output
+    assert "File too large" in ended.output
+    assert "those up to the last checkpoint are kept" in ended.output
     assert json.loads((alone.bench.folder / "full/status.json").read_text())["state"] == "stopped"
     assert _seen(alone.bench.cache("full")) == ([], [])
-    assert "File too large" in pair[1] and _seen(alone.bench.cache("full2")) == ([], [])
+    assert "File too large" in pair[1]
+    assert _seen(alone.bench.cache("full2")) == ([], [])
 
 
 def test_bad_input_is_one_sentence(alone: Alone) -> None:
     for name, (_, sentence) in refused(alone.bench).items():
         ended = alone.ended[name]
-        told = [line for line in ended.output.splitlines() if line.startswith("megatron_kd: error:")]
+        told = [
+            line for line in ended.output.splitlines() if line.startswith("megatron_kd: error:")
+        ]
         assert ended.value == 2 and len(told) == 1 and sentence in told[0], (name, ended.output)
 
 
@@ -268,8 +399,12 @@ IDENTITY = CacheIdentity("0" * 64, None, VOCAB, 5, TopSelection(3), "fp32")
 def sample(seed: int) -> tuple[torch.Tensor, SparseTarget]:
     """Tokens [5] and a target [5, 3]."""
     generator = torch.Generator().manual_seed(seed)
-    logprobs, order = torch.randn(5, VOCAB, generator=generator).log_softmax(-1).sort(descending=True)
-    target = SparseTarget(order[:, :3].int(), logprobs[:, :3].contiguous(), logprobs[:, 3:].logsumexp(-1))
+    logprobs, order = (
+        torch.randn(5, VOCAB, generator=generator).log_softmax(-1).sort(descending=True)
+    )
+    target = SparseTarget(
+        order[:, :3].int(), logprobs[:, :3].contiguous(), logprobs[:, 3:].logsumexp(-1)
+    )
     return torch.randint(0, VOCAB, (5,), generator=generator), target
 
 
@@ -308,9 +443,13 @@ def test_what_has_a_name_is_never_removed(tmp_path: Path) -> None:
     writer.stage()
     writer.close()  # a checkpoint may have been written since
     assert len(CacheReader(tmp_path)) == 6
-    with pytest.raises(WrongCache, match=r"steps up to 5, but training goes on at step 3 .* from step 2 on"):
+    with pytest.raises(
+        WrongCache, match=r"steps up to 5, but training goes on at step 3 .* from step 2 on"
+    ):
         settle(tmp_path, 3)
-    assert len(CacheReader(tmp_path)) == 6 and not list(tmp_path.glob(".step-*")), "hidden steps from 3 on are made again"
+    assert len(CacheReader(tmp_path)) == 6 and not list(tmp_path.glob(".step-*")), (
+        "hidden steps from 3 on are made again"
+    )
     settle(tmp_path, 6)
 
 
@@ -323,7 +462,8 @@ def test_an_interrupted_publication_is_completed(tmp_path: Path) -> None:
     name = "step-00000000-worker-00000.arrow"
     (tmp_path / f".{name}.ready").rename(tmp_path / name)
     settle(tmp_path, 4)
-    assert len(CacheReader(tmp_path)) == 4 and not list(tmp_path.glob(".step-*"))
+    assert len(CacheReader(tmp_path)) == 4
+    assert not list(tmp_path.glob(".step-*"))
 
 
 def test_memory_of_the_queue_is_bounded(tmp_path: Path) -> None:
@@ -349,13 +489,16 @@ def test_memory_of_the_queue_is_bounded(tmp_path: Path) -> None:
     giver = threading.Thread(target=give)
     giver.start()
     giver.join(0.3)
-    assert giver.is_alive() and background._bytes == 3 * size
+    assert giver.is_alive()
+    assert background._bytes == 3 * size
     gate.set()
     giver.join(60)
     background.stage()
     background.publish()
     background.close()
-    assert background.problem is None and len(CacheReader(tmp_path)) == 20 and max(most) == 3 * size
+    assert background.problem is None
+    assert len(CacheReader(tmp_path)) == 20
+    assert max(most) == 3 * size
 
 
 def test_a_failed_writer_takes_everything_and_says_why(tmp_path: Path) -> None:
@@ -367,13 +510,17 @@ def test_a_failed_writer_takes_everything_and_says_why(tmp_path: Path) -> None:
     background.stage()
     background.publish()
     background.close()
-    assert background.problem is not None and "ValueError: tokens (5,) with a target (3, 3)" in background.problem
+    assert background.problem is not None
+    assert "ValueError: tokens (5,) with a target (3, 3)" in background.problem
     assert not list(tmp_path.glob("*step-*"))
 
 
 def test_steps() -> None:
-    section = tiny(Path("x"), "x", capture={"first_step": 3, "last_step": 11, "interval": 4}).capture
-    assert list(section.steps(100)) == [3, 7, 11] and list(section.steps(8)) == [3, 7]
+    section = tiny(
+        Path("x"), "x", capture={"first_step": 3, "last_step": 11, "interval": 4}
+    ).capture
+    assert list(section.steps(100)) == [3, 7, 11]
+    assert list(section.steps(8)) == [3, 7]
     assert list(tiny(Path("x"), "x").capture.steps(3)) == [0, 1, 2]
     with pytest.raises(ValueError, match=r"last_step \(2\) must be at least first_step \(3\)"):
         tiny(Path("x"), "x", capture={"first_step": 3, "last_step": 2})

@@ -17,13 +17,22 @@ STEPS = 12
 DISTILLS: dict[str, dict[str, Any]] = {
     "reverse_kl": {"divergence": "reverse_kl", "tail": "bucket", "top_k": 8},
     "dense": {"dense": True, "temperature": 2.0},
-    "dense_js": {"dense": True, "divergence": "jensen_shannon", "js_beta": 0.3, "head_schedule": "chunk", "chunk_tokens": 30},
+    "dense_js": {
+        "dense": True,
+        "divergence": "jensen_shannon",
+        "js_beta": 0.3,
+        "head_schedule": "chunk",
+        "chunk_tokens": 30,
+    },
     # Forward KL twice: all ids as a sparse target, and the whole teacher.
     "all_ids": {"top_k": 101, "tail": "bucket", "temperature": 2.0},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp": {"parallel": {"tensor": 2, "sequence_parallel": True}},
-    "pp2_vp2": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "batch": {"micro_batch_size": 1}},
+    "pp2_vp2": {
+        "parallel": {"pipeline": 2, "virtual_pipeline": 2},
+        "batch": {"micro_batch_size": 1},
+    },
 }
 
 
@@ -47,14 +56,26 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Trained], 
 
     def config(name: str, distill: dict[str, Any], **overrides: Any) -> RunConfig:
         teacher = {"source": "online", "checkpoint": str(folder / "teacher")}
-        shared = {"data": {"valid": {"held_out": valid}}, "teacher": teacher, "distill": {"alpha": 0.9, **distill}}
+        shared = {
+            "data": {"valid": {"held_out": valid}},
+            "teacher": teacher,
+            "distill": {"alpha": 0.9, **distill},
+        }
         return tiny(folder / name, data, **shared, **overrides)
 
     alone = {name: (config(name, distill), STEPS, False) for name, distill in DISTILLS.items()}
-    first = {"teacher": (tiny(folder / "teacher", data, model=wide, train={"steps": 40}), 40, True), **alone}
+    first = {
+        "teacher": (tiny(folder / "teacher", data, model=wide, train={"steps": 40}), 40, True),
+        **alone,
+    }
     found = dict(zip(first, run_ranks(run_all, 1, list(first.values()))[0], strict=True))
-    pairs = {name: (config(name, DISTILLS["dense"], **layout), STEPS, False) for name, layout in LAYOUTS.items()}
-    refused = config("refused", DISTILLS["dense"], parallel={"tensor": 2}, model={"vocab_size_multiple": 2})
+    pairs = {
+        name: (config(name, DISTILLS["dense"], **layout), STEPS, False)
+        for name, layout in LAYOUTS.items()
+    }
+    refused = config(
+        "refused", DISTILLS["dense"], parallel={"tensor": 2}, model={"vocab_size_multiple": 2}
+    )
     pair, sentence = run_ranks(run_pairs, 2, list(pairs.values()), refused)[0]
     return found | dict(zip(pairs, pair, strict=True)), sentence
 
@@ -78,7 +99,14 @@ def test_the_distillation_loss_falls(runs: dict[str, Trained], name: str) -> Non
         assert abs(rows[0]["kd_loss"] / rows[0]["kl"] - 1) > 0.03, "this is the forward KL"
     held_out = runs[name].validation["held_out"]
     for report in (rows[0], held_out):
-        for column in ("teacher_mass", "teacher_entropy", "student_entropy", "top1_agreement", "kl", "kd_loss"):
+        for column in (
+            "teacher_mass",
+            "teacher_entropy",
+            "student_entropy",
+            "top1_agreement",
+            "kl",
+            "kd_loss",
+        ):
             assert report[column] is not None and 0 <= report[column] < 10, column
 
 

@@ -34,17 +34,23 @@ def test_a_spike_is_above_the_median_of_the_steps_before() -> None:
     assert [spikes.look(step, loss) for step, loss in enumerate(losses)] == [None] * 30
     assert spikes.look(30, 3.4) is None
     found = spikes.look(31, 3.6)
-    assert found is not None and "step 31: total_loss 3.6000 is 0.57 nats above the median of the 31 steps before" in found
+    assert found is not None
+    assert (
+        "step 31: total_loss 3.6000 is 0.57 nats above the median of the 31 steps before" in found
+    )
     # Spikes do not become the usual: the second of a row is one too.
-    assert spikes.look(32, 3.6) is not None and spikes.look(33, 3.02) is None
+    assert spikes.look(32, 3.6) is not None
+    assert spikes.look(33, 3.02) is None
 
 
 def test_it_is_silent_at_first_and_about_what_is_not_finite() -> None:
     spikes = guard()
-    assert spikes.look(0, 3.0) is None and spikes.look(1, 30.0) is None
+    assert spikes.look(0, 3.0) is None
+    assert spikes.look(1, 30.0) is None
     for step in range(2, 40):
         spikes.look(step, 3.0)
-    assert spikes.look(40, math.nan) is None and spikes.look(41, None) is None  # nonfinite and max_nonfinite_steps are about those
+    assert spikes.look(40, math.nan) is None
+    assert spikes.look(41, None) is None
     assert guard(None).look(0, 1e9) is None
 
 
@@ -65,10 +71,15 @@ def test_late_samples_are_told_once() -> None:
     from megatron_kd.train.guards import DataGuard
 
     samples = DataGuard()
-    late, well = {"data_seconds": 0.6, "slowest_rank_seconds": 1.0}, {"data_seconds": 0.4, "slowest_rank_seconds": 1.0}
+    late, well = (
+        {"data_seconds": 0.6, "slowest_rank_seconds": 1.0},
+        {"data_seconds": 0.4, "slowest_rank_seconds": 1.0},
+    )
     told = [samples.look(step, late) for step in range(30)]
-    assert [step for step, said in enumerate(told) if said] == [9] and "0.60 of 1.00 s" in str(told[9])
-    assert samples.look(30, well) is None and [bool(samples.look(step, late)) for step in range(31, 42)] == [False] * 9 + [True, False]
+    assert [step for step, said in enumerate(told) if said] == [9]
+    assert "0.60 of 1.00 s" in str(told[9])
+    assert samples.look(30, well) is None
+    assert [bool(samples.look(step, late)) for step in range(31, 42)] == [False] * 9 + [True, False]
 
 
 @pytest.mark.fault(8)
@@ -116,8 +127,11 @@ def slow_ranks(rendezvous: str, config: RunConfig) -> dict[str, float]:
 @pytest.mark.fault(7)
 def test_a_slow_rank_stands_out(tmp_path: Path, measured: Callable[[str], None]) -> None:
     for found in run_ranks(slow_ranks, 2, tiny(tmp_path / "run", write_tokens(tmp_path))):
-        assert found["slowest_rank"] == 1 and found["slowest_rank_seconds"] >= 0.2
-        measured(f"slow by 0.2 s: rank {found['slowest_rank']} named, {found['slowest_rank_seconds']:.2f} s")
+        assert found["slowest_rank"] == 1
+        assert found["slowest_rank_seconds"] >= 0.2
+        measured(
+            f"slow by 0.2 s: rank {found['slowest_rank']} named, {found['slowest_rank_seconds']:.2f} s"
+        )
         assert 0.1 <= found["data_seconds"] < 0.2 <= 2 * found["rank_seconds"]
 
 
@@ -140,7 +154,10 @@ def deterministic(rendezvous: str, config: RunConfig) -> tuple[bool, bool, dict[
 def test_deterministic_runs(tmp_path: Path) -> None:
     tokens = write_tokens(tmp_path)
     runs = [
-        run_ranks(deterministic, 1, tiny(tmp_path / "run", tokens, train={"deterministic": wanted}))[0] for wanted in (True, True, False)
+        run_ranks(
+            deterministic, 1, tiny(tmp_path / "run", tokens, train={"deterministic": wanted})
+        )[0]
+        for wanted in (True, True, False)
     ]
     assert [run[:2] for run in runs] == [(True, True), (True, True), (False, False)]
     assert all(torch.equal(runs[0][2][name], runs[1][2][name]) for name in runs[0][2])

@@ -17,7 +17,11 @@ def test_task_files(tmp_path: Path) -> None:
     for path in sorted((ROOT / "examples/evaluation").glob("*.yaml")):
         with pytest.raises(ConfigError, match="does not exist: name its folder"):
             read_task(path, tmp_path)
-        name = next(line.split(": ")[1] for line in path.read_text().splitlines() if line.startswith("data_file"))
+        name = next(
+            line.split(": ")[1]
+            for line in path.read_text().splitlines()
+            if line.startswith("data_file")
+        )
         (tmp_path / name).write_text("{}\n")
         task = read_task(path, tmp_path)
         assert task["dataset_kwargs"]["data_files"]["test"] == str(tmp_path / name)
@@ -43,7 +47,11 @@ def test_texts_are_scored_after_a_known_id(tmp_path: Path) -> None:
         def __init__(self, config: Ids) -> None:
             self.config = config
 
-    for tokenizer, config, wanted in ((Ids(0, 1), Ids(2, 3), 0), (Ids(None, 1), Ids(2, 3), 1), (Ids(None, None), Ids(None, [4, 5]), 4)):
+    for tokenizer, config, wanted in (
+        (Ids(0, 1), Ids(2, 3), 0),
+        (Ids(None, 1), Ids(2, 3), 1),
+        (Ids(None, None), Ids(None, [4, 5]), 4),
+    ):
         assert _start_id(Model(config), tokenizer, tmp_path) == wanted
     with pytest.raises(ConfigError, match="names a bos or eos id"):
         _start_id(Model(Ids(None, None)), Ids(None, None), tmp_path)

@@ -18,11 +18,18 @@ def test_schedules_train_alike(tied: bool, tmp_path: Path) -> None:
     found = {}
     for schedule in ("save", "chunk", "direct", "recompute"):
         config = write_run(
-            tmp_path, schedule, tokens, model={"tied_embeddings": tied}, distill={"head_schedule": schedule}, train={"steps": 6}
+            tmp_path,
+            schedule,
+            tokens,
+            model={"tied_embeddings": tied},
+            distill={"head_schedule": schedule},
+            train={"steps": 6},
         )
         code, output = finish(start(command(config)))
         assert code == 0, output
-        found[schedule] = [(row["total_loss"], row["grad_norm"]) for row in rows(tmp_path / schedule)]
+        found[schedule] = [
+            (row["total_loss"], row["grad_norm"]) for row in rows(tmp_path / schedule)
+        ]
     for schedule, losses in found.items():
         for ours, theirs in zip(losses, found["save"], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5), schedule

@@ -35,13 +35,19 @@ PAIRS = [
     {"student_layer": 2, "teacher_layer": 3, "loss": "cosine", "weight": 0.1},
     {"student_layer": 3, "teacher_layer": 4, "loss": "mse", "weight": 0.2},
 ]
-SAME = [{"student_layer": 2, "teacher_layer": 3, "loss": "cosine", "weight": 0.6}, {"student_layer": 4, "teacher_layer": 4, "weight": 5.0}]
+SAME = [
+    {"student_layer": 2, "teacher_layer": 3, "loss": "cosine", "weight": 0.6},
+    {"student_layer": 4, "teacher_layer": 4, "weight": 5.0},
+]
 SELF = [{"student_layer": layer, "teacher_layer": layer, "weight": 1.0} for layer in (1, 4)]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"parallel": {"tensor": 2}},
     "tp2_sp": {"parallel": {"tensor": 2, "sequence_parallel": True}},
     "pp2": {"parallel": {"pipeline": 2}, "model": {"recompute": "full"}},
-    "pp2_vp2": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "batch": {"micro_batch_size": 1}},
+    "pp2_vp2": {
+        "parallel": {"pipeline": 2, "virtual_pipeline": 2},
+        "batch": {"micro_batch_size": 1},
+    },
     "dp2_overlap": {
         "optimizer": {"distributed": True},
         "parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True},
@@ -50,7 +56,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 # Name: layout of the first half, layout of the second.
 RESUMED = {"vp2_to_dp2": ("pp2_vp2", "dp2_overlap")}
-RESUMED_SLOW = {"again_tp2_sp": ("tp2_sp", "tp2_sp"), "again_dp2": ("dp2_overlap", "dp2_overlap"), "tp2_sp_to_pp2": ("tp2_sp", "pp2")}
+RESUMED_SLOW = {
+    "again_tp2_sp": ("tp2_sp", "tp2_sp"),
+    "again_dp2": ("dp2_overlap", "dp2_overlap"),
+    "tp2_sp_to_pp2": ("tp2_sp", "pp2"),
+}
 
 
 class Bench:
@@ -63,7 +73,14 @@ class Bench:
     def plain(self, name: str, **overrides: Any) -> RunConfig:
         return tiny(self.folder / name, self.data, **overrides)
 
-    def config(self, name: str, pairs: list[dict[str, Any]] = PAIRS, *, teach: str = "wide", **overrides: Any) -> RunConfig:
+    def config(
+        self,
+        name: str,
+        pairs: list[dict[str, Any]] = PAIRS,
+        *,
+        teach: str = "wide",
+        **overrides: Any,
+    ) -> RunConfig:
         content: dict[str, Any] = {
             "teacher": {"source": "online", "checkpoint": str(self.folder / teach)},
             "distill": {"alpha": 0.4, "top_k": 8, "tail": "bucket", "hidden_states": pairs},
@@ -88,7 +105,9 @@ def stepped(bench: Bench, name: str) -> tuple[RunConfig, int]:
     """A large eps, or the sign of a gradient that is rounding alone would move its weight by a whole learning rate."""
     teacher, pairs, alpha = REPEATED[name]
     optimizer = {"clip_grad": 0.2, "weight_decay": 0.1, "eps": 1e-4}
-    return bench.config(f"stepped {name}", pairs, teach=teacher, optimizer=optimizer, distill={"alpha": alpha}), PLAIN_STEPS
+    return bench.config(
+        f"stepped {name}", pairs, teach=teacher, optimizer=optimizer, distill={"alpha": alpha}
+    ), PLAIN_STEPS
 
 
 @pytest.fixture(scope="module")
@@ -113,45 +132,82 @@ def single(bench: Bench) -> dict[str, Any]:
         "faint": (bench.config("faint", faint), HALF, False),
         "same_width": (bench.config("same_width", SAME, teach="same"), STEPS, True),
         # A student with projections teaches another, and starts one with other pairs.
-        "pupil": (bench.config("pupil", SELF, teach="one", checkpoint={"initialize_from": str(bench.folder / "one")}), 1, False),
-        "restart": (bench.config("restart", PAIRS[1:2], checkpoint={"initialize_from": str(bench.folder / "one")}), 1, False),
+        "pupil": (
+            bench.config(
+                "pupil",
+                SELF,
+                teach="one",
+                checkpoint={"initialize_from": str(bench.folder / "one")},
+            ),
+            1,
+            False,
+        ),
+        "restart": (
+            bench.config(
+                "restart", PAIRS[1:2], checkpoint={"initialize_from": str(bench.folder / "one")}
+            ),
+            1,
+            False,
+        ),
         "bf16": (bench.config("bf16", train={"precision": "bf16"}), HALF, False),
     }
     repeated = {name: stepped(bench, name) for name in REPEATED}
     ran: Ran = run_ranks(run_masked, 1, list(jobs.values()), list(repeated.values()))[0]
     assert ran.sent == [None] * len(jobs)
-    return {**dict(zip(jobs, ran.trained, strict=True)), "steps": dict(zip(repeated, ran.steps, strict=True))}
+    return {
+        **dict(zip(jobs, ran.trained, strict=True)),
+        "steps": dict(zip(repeated, ran.steps, strict=True)),
+    }
 
 
-def resumed_jobs(bench: Bench, names: dict[str, tuple[str, str]]) -> dict[str, tuple[RunConfig, int, bool]]:
+def resumed_jobs(
+    bench: Bench, names: dict[str, tuple[str, str]]
+) -> dict[str, tuple[RunConfig, int, bool]]:
     """The same directory twice: half of the run in one layout, saved, and the rest in another."""
     jobs = {}
     for name, layouts in names.items():
         distributed = {"distributed": "dp2_overlap" in layouts}
         for part, layout, stop in zip(("first", "then"), layouts, (HALF, STEPS), strict=True):
-            jobs[f"{name}_{part}"] = (bench.config(name, **{**LAYOUTS[layout], "optimizer": distributed}), stop, True)
+            jobs[f"{name}_{part}"] = (
+                bench.config(name, **{**LAYOUTS[layout], "optimizer": distributed}),
+                stop,
+                True,
+            )
     return jobs
 
 
 @pytest.fixture(scope="module")
 def pair(bench: Bench, single: dict[str, Any]) -> dict[str, list[Any]]:
     """Two ranks in one world: of each run what it gave, and the bytes that each rank sent in it."""
-    jobs = {name: (bench.config(name, **LAYOUTS[name]), STEPS, False) for name in ("tp2", "tp2_sp", "pp2")}
+    jobs = {
+        name: (bench.config(name, **LAYOUTS[name]), STEPS, False)
+        for name in ("tp2", "tp2_sp", "pp2")
+    }
     return on_two_ranks({**jobs, **resumed_jobs(bench, RESUMED)})
 
 
 @pytest.fixture(scope="module")
 def pair_slow(bench: Bench, pair: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Further runs on two ranks. Saved ones: what is compared is what a checkpoint holds."""
-    jobs = {name: (bench.config(name, **LAYOUTS[name]), STEPS, True) for name in ("pp2_vp2", "dp2_overlap")}
+    jobs = {
+        name: (bench.config(name, **LAYOUTS[name]), STEPS, True)
+        for name in ("pp2_vp2", "dp2_overlap")
+    }
     jobs["dp2_unsaved"] = (bench.config("dp2_unsaved", **LAYOUTS["dp2_overlap"]), STEPS, False)
-    jobs["same_pp2"] = (bench.config("same_pp2", SAME, teach="same", **LAYOUTS["pp2"]), STEPS, False)
+    jobs["same_pp2"] = (
+        bench.config("same_pp2", SAME, teach="same", **LAYOUTS["pp2"]),
+        STEPS,
+        False,
+    )
     return {**pair, **on_two_ranks({**jobs, **resumed_jobs(bench, RESUMED_SLOW)})}
 
 
 def on_two_ranks(jobs: dict[str, tuple[RunConfig, int, bool]]) -> dict[str, list[Any]]:
     ran: list[Ran] = run_ranks(run_masked, 2, list(jobs.values()), timeout=500)
-    return {name: [ran[0].trained[number], *(each.sent[number] for each in ran)] for number, name in enumerate(jobs)}
+    return {
+        name: [ran[0].trained[number], *(each.sent[number] for each in ran)]
+        for number, name in enumerate(jobs)
+    }
 
 
 def check(found: Trained, wanted: Trained, name: str) -> None:
@@ -160,7 +216,10 @@ def check(found: Trained, wanted: Trained, name: str) -> None:
     assert worst_loss(found, wanted) <= 1e-5, name
     for row in found.rows:
         other = theirs[row["step"]]
-        assert row["hidden_loss"] == pytest.approx(other["hidden_loss"], rel=1e-5), (name, row["step"])
+        assert row["hidden_loss"] == pytest.approx(other["hidden_loss"], rel=1e-5), (
+            name,
+            row["step"],
+        )
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4), (name, row["step"])
         assert row["tokens"] == other["tokens"], (name, row["step"])
     if found.rows[-1]["step"] == wanted.rows[-1]["step"]:
@@ -173,12 +232,19 @@ def check(found: Trained, wanted: Trained, name: str) -> None:
 # --- right --------------------------------------------------------------------------------------------------------------------------------
 
 
-def hidden_loss(pairs: list[dict[str, Any]], student: list[Tensor], teacher: list[Tensor], weights: dict[str, Tensor]) -> Tensor:
+def hidden_loss(
+    pairs: list[dict[str, Any]],
+    student: list[Tensor],
+    teacher: list[Tensor],
+    weights: dict[str, Tensor],
+) -> Tensor:
     """[B, S], written out by hand."""
     total = torch.zeros(student[0].shape[:2], dtype=torch.float64)
     for pair in pairs:
         s, t = student[pair["student_layer"] - 1], teacher[pair["teacher_layer"] - 1]
-        projection = weights.get(f"hidden_projections.student{pair['student_layer']}_teacher{pair['teacher_layer']}.weight")
+        projection = weights.get(
+            f"hidden_projections.student{pair['student_layer']}_teacher{pair['teacher_layer']}.weight"
+        )
         if projection is not None:
             s = torch.einsum("bsh,th->bst", s, projection)
         mse = ((s - t) ** 2).sum(-1) / t.shape[-1]
@@ -195,13 +261,19 @@ def test_training_equals_plain_torch(bench: Bench, single: dict[str, Any], name:
     weights = {name: value.double().requires_grad_() for name, value in engine["before"].items()}
     assert ("wide" == teacher) == any(key.startswith("hidden_projections") for key in weights)
     theirs = {name: value.double() for name, value in single[teacher].weights.items()}
-    their_model = read_info(find_checkpoint(bench.folder / teacher, what="test"), what="test").model_section()
+    their_model = read_info(
+        find_checkpoint(bench.folder / teacher, what="test"), what="test"
+    ).model_section()
     adam = plain_adamw(weights, weight_decay=0.1, lr=1.0, eps=1e-4)
     for step, row in enumerate(engine["rows"]):
         adam.zero_grad()
         total, hidden, count = torch.zeros((), dtype=torch.float64), 0.0, 0.0
-        for (tokens, labels, mask), target in zip(engine["batches"][step], engine["targets"][step], strict=True):
-            wide = target.map(lambda t: t.transpose(0, 1).double() if t.is_floating_point() else t.transpose(0, 1))
+        for (tokens, labels, mask), target in zip(
+            engine["batches"][step], engine["targets"][step], strict=True
+        ):
+            wide = target.map(
+                lambda t: t.transpose(0, 1).double() if t.is_floating_point() else t.transpose(0, 1)
+            )
             ours: list[Tensor] = []
             taught: list[Tensor] = []
             logits = plain_logits(weights, config.model, tokens, ours)
@@ -221,7 +293,11 @@ def test_training_equals_plain_torch(bench: Bench, single: dict[str, Any], name:
             group["lr"] = engine["learning_rates"][step]
         adam.step()
     for name, value in weights.items():
-        rows = slice(0, config.model.vocab_size) if name in ("embedding.word_embeddings.weight", "output_layer.weight") else slice(None)
+        rows = (
+            slice(0, config.model.vocab_size)
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight")
+            else slice(None)
+        )
         worst = float((engine["after"][name][rows] - value.detach()[rows]).abs().max())
         moved = float((engine["after"][name][rows] - engine["before"][name][rows]).abs().max())
         assert worst <= 2e-3 * moved, (name, worst, moved)
@@ -231,7 +307,9 @@ def test_training_learns(single: dict[str, Any]) -> None:
     rows = single["one"].rows
     assert rows[-1]["hidden_loss"] < 0.9 * rows[0]["hidden_loss"]
     assert single["none"].rows[0]["hidden_loss"] is None
-    assert rows[0]["total_loss"] == pytest.approx(single["none"].rows[0]["total_loss"] + rows[0]["hidden_loss"], rel=1e-6)
+    assert rows[0]["total_loss"] == pytest.approx(
+        single["none"].rows[0]["total_loss"] + rows[0]["hidden_loss"], rel=1e-6
+    )
     for row, other in zip(single["bf16"].rows, rows, strict=False):
         assert row["hidden_loss"] == pytest.approx(other["hidden_loss"], rel=0.02)
 
@@ -240,7 +318,11 @@ def test_a_weight_near_nothing_is_the_plain_run(single: dict[str, Any]) -> None:
     faint, none = single["faint"], single["none"]
     for row, other in zip(faint.rows, none.rows, strict=True):
         # The norm is summed over the projections too, in another order.
-        assert {**row, "hidden_loss": None, "grad_norm": pytest.approx(row["grad_norm"], rel=1e-6)} == other
+        assert {
+            **row,
+            "hidden_loss": None,
+            "grad_norm": pytest.approx(row["grad_norm"], rel=1e-6),
+        } == other
     for name, value in none.weights.items():
         assert torch.equal(faint.weights[name], value), name
 
@@ -258,7 +340,9 @@ def test_two_ranks_equal_one(single: dict[str, Any], pair: dict[str, list[Any]])
         check(pair[layout][0], single["one"], layout)
 
 
-def check_resumed(names: dict[str, tuple[str, str]], single: dict[str, Any], found: dict[str, list[Any]]) -> None:
+def check_resumed(
+    names: dict[str, tuple[str, str]], single: dict[str, Any], found: dict[str, list[Any]]
+) -> None:
     for name, (first, then) in names.items():
         begun, ended = found[f"{name}_first"][0], found[f"{name}_then"][0]
         assert [row["step"] for row in begun.rows + ended.rows] == list(range(1, STEPS + 1)), name
@@ -284,7 +368,10 @@ def test_further_layouts(single: dict[str, Any], pair_slow: dict[str, list[Any]]
     for layout in ("pp2_vp2", "dp2_overlap"):
         check(pair_slow[layout][0], single["one"], layout)
     # The forward pass of an evaluation gathers weights by itself.
-    held_out = [each.validation["held_out"]["total_loss"] for each in (single["one"], pair_slow["dp2_unsaved"][0])]
+    held_out = [
+        each.validation["held_out"]["total_loss"]
+        for each in (single["one"], pair_slow["dp2_unsaved"][0])
+    ]
     assert held_out[1] == pytest.approx(held_out[0], rel=1e-5)
     assert not any(name.startswith("hidden_projections") for name in single["same_width"].weights)
     check(pair_slow["same_pp2"][0], single["same_width"], "equal widths")
@@ -305,10 +392,15 @@ def test_four_ranks_equal_one(bench: Bench, single: dict[str, Any]) -> None:
     layouts = {
         "tp2_sp_pp2": {"parallel": {"tensor": 2, "sequence_parallel": True, "pipeline": 2}},
         "pp2_dp2": {"parallel": {"pipeline": 2}, "optimizer": {"distributed": True}},
-        "tp2_pp2_vp2": {"parallel": {"pipeline": 2, "virtual_pipeline": 2, "tensor": 2}, "batch": {"micro_batch_size": 1}},
+        "tp2_pp2_vp2": {
+            "parallel": {"pipeline": 2, "virtual_pipeline": 2, "tensor": 2},
+            "batch": {"micro_batch_size": 1},
+        },
     }
     jobs = [(bench.config(name, **over), STEPS, False) for name, over in layouts.items()]
-    for name, found in zip(layouts, run_ranks(run_masked, 4, jobs, timeout=500)[0].trained, strict=True):
+    for name, found in zip(
+        layouts, run_ranks(run_masked, 4, jobs, timeout=500)[0].trained, strict=True
+    ):
         check(found, single["one"], name)
 
 
@@ -318,56 +410,105 @@ def test_four_ranks_equal_one(bench: Bench, single: dict[str, Any]) -> None:
 def test_no_projection_leaves_the_run(bench: Bench, single: dict[str, Any]) -> None:
     folder = find_checkpoint(bench.folder / "one", what="test")
     info = read_info(folder, what="test")
-    stored = [name for name in TensorReader(folder, what="test").tensors if name.startswith("hidden_projections")]
+    stored = [
+        name
+        for name in TensorReader(folder, what="test").tensors
+        if name.startswith("hidden_projections")
+    ]
     assert len(stored) == len(info.hidden_projections) == 4
     write_huggingface(bench.folder / "exported", folder, info, max_positions=64)
     names = set(SafetensorsFolder(bench.folder / "exported", what="test").tensors)
     plain = find_checkpoint(bench.folder / "same", what="test")
-    write_huggingface(bench.folder / "exported_plain", plain, read_info(plain, what="test"), max_positions=64)
+    write_huggingface(
+        bench.folder / "exported_plain", plain, read_info(plain, what="test"), max_positions=64
+    )
     assert names == set(SafetensorsFolder(bench.folder / "exported_plain", what="test").tensors)
     assert single["pupil"].rows[0]["hidden_loss"] == 0.0, "a student that is its own teacher"
-    projections = {name for name in single["restart"].weights if name.startswith("hidden_projections")}
+    projections = {
+        name for name in single["restart"].weights if name.startswith("hidden_projections")
+    }
     assert projections == {"hidden_projections.student4_teacher1.weight"}
 
 
 @pytest.mark.parametrize(
     ("run", "changes", "words"),
     [
-        ("one", {"pairs": PAIRS[:1]}, r"trains projections of layer 1 to the teacher's 6 \(width 48\), .* this run of layer 1"),
+        (
+            "one",
+            {"pairs": PAIRS[:1]},
+            r"trains projections of layer 1 to the teacher's 6 \(width 48\), .* this run of layer 1",
+        ),
         ("one", {"pairs": []}, "this run of no layer: continue with the same pairs"),
         ("same_width", {"pairs": PAIRS}, "trains projections of no layer, this run of layer 1"),
-        ("new", {"pairs": [{**PAIRS[0], "teacher_layer": 7}]}, "names teacher_layer 7, but the teacher .* has 6 layers"),
+        (
+            "new",
+            {"pairs": [{**PAIRS[0], "teacher_layer": 7}]},
+            "names teacher_layer 7, but the teacher .* has 6 layers",
+        ),
     ],
 )
-def test_what_does_not_fit_is_refused(bench: Bench, single: dict[str, Any], run: str, changes: dict[str, Any], words: str) -> None:
+def test_what_does_not_fit_is_refused(
+    bench: Bench, single: dict[str, Any], run: str, changes: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
         check_inputs(bench.config(run, **changes), world_size=1)
 
 
 def test_losses_of_a_resumed_run_may_change(bench: Bench, single: dict[str, Any]) -> None:
-    pairs = [{**pair, "weight": 9.0} for pair in PAIRS if pair["student_layer"] != 2 or pair["loss"] == "cosine"]
+    pairs = [
+        {**pair, "weight": 9.0}
+        for pair in PAIRS
+        if pair["student_layer"] != 2 or pair["loss"] == "cosine"
+    ]
     found = check_inputs(bench.config("one", pairs), world_size=1)
-    assert found.resume is not None and len(found.projections) == 4
+    assert found.resume is not None
+    assert len(found.projections) == 4
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"teacher": {"source": "none", "checkpoint": None}}, 'not of teacher.source = "none": set teacher.source = "online"'),
+        (
+            {"teacher": {"source": "none", "checkpoint": None}},
+            'not of teacher.source = "none": set teacher.source = "online"',
+        ),
         ({"teacher": {"source": "cached", "cache": "c"}}, 'not of teacher.source = "cached"'),
-        ({"teacher": {"source": "cached", "cache": "c", "on_miss": "online"}}, 'not of teacher.source = "cached"'),
+        (
+            {"teacher": {"source": "cached", "cache": "c", "on_miss": "online"}},
+            'not of teacher.source = "cached"',
+        ),
         ({"teacher": {"source": "huggingface"}}, 'not of teacher.source = "huggingface"'),
-        ({"teacher": {"parallel": {"tensor": 1}}}, "needs the teacher in the student's layout: unset teacher.parallel"),
+        (
+            {"teacher": {"parallel": {"tensor": 1}}},
+            "needs the teacher in the student's layout: unset teacher.parallel",
+        ),
         ({"teacher": {"micro_batch_size": 2}}, "needs the teacher in the student's layout"),
-        ({"capture": {"directory": "c"}}, "capture.directory stores a teacher's targets, not its layers"),
-        ({"model": {"mcore": {"recompute_granularity": "full"}}}, 'set model.recompute = "full" in place of'),
-        ({"model": {"mcore": {"cuda_graph_impl": "local"}}}, "a CUDA graph replays: remove model.mcore.cuda_graph_impl"),
-        ({"pairs": [{**PAIRS[0], "student_layer": 5}]}, "names student_layer 5, but model.num_layers is 4"),
-        ({"pairs": [*PAIRS, PAIRS[2]]}, "compares student_layer 2 with teacher_layer 3 by mse more than once"),
+        (
+            {"capture": {"directory": "c"}},
+            "capture.directory stores a teacher's targets, not its layers",
+        ),
+        (
+            {"model": {"mcore": {"recompute_granularity": "full"}}},
+            'set model.recompute = "full" in place of',
+        ),
+        (
+            {"model": {"mcore": {"cuda_graph_impl": "local"}}},
+            "a CUDA graph replays: remove model.mcore.cuda_graph_impl",
+        ),
+        (
+            {"pairs": [{**PAIRS[0], "student_layer": 5}]},
+            "names student_layer 5, but model.num_layers is 4",
+        ),
+        (
+            {"pairs": [*PAIRS, PAIRS[2]]},
+            "compares student_layer 2 with teacher_layer 3 by mse more than once",
+        ),
         ({"pairs": [{**PAIRS[0], "weight": 0}]}, "greater than 0"),
         ({"pairs": [{**PAIRS[0], "student_layer": 0}]}, "greater than 0"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(bench: Bench, changes: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_compared_is_refused(
+    bench: Bench, changes: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         bench.config("refused", **changes)

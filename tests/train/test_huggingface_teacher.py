@@ -35,7 +35,10 @@ TEACHER = ModelSection(
 DISTILL: dict[str, Any] = {"alpha": 0.7, "top_k": 8, "tail": "bucket", "chunk_tokens": 30}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"parallel": {"tensor": 2}},
-    "tp2_sp_dense": {"parallel": {"tensor": 2, "sequence_parallel": True}, "distill": {"dense": True, "alpha": 0.7}},
+    "tp2_sp_dense": {
+        "parallel": {"tensor": 2, "sequence_parallel": True},
+        "distill": {"dense": True, "alpha": 0.7},
+    },
     # Three microbatches for two ranks: one round is not full.
     "pp2": {"parallel": {"pipeline": 2}, "batch": {"global_batch_size": 6}},
     "dp2_draws": {"distill": {"num_draws": 20, "alpha": 0.7}},
@@ -46,7 +49,11 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder, self.data = folder, write_tokens(folder)
         write_folder(folder / "theirs", TEACHER, seed=fresh_seed(), scale=0.2)
-        write_checkpoint(folder / "ours", open_huggingface(folder / "theirs", vocab_size_multiple=8), tokenizer=None)
+        write_checkpoint(
+            folder / "ours",
+            open_huggingface(folder / "theirs", vocab_size_multiple=8),
+            tokenizer=None,
+        )
 
     def config(self, name: str, teacher: dict[str, Any], **overrides: Any) -> RunConfig:
         content = {"distill": DISTILL, "train": {"steps": STEPS}, **overrides}
@@ -55,8 +62,15 @@ class Bench:
     def pair(self, name: str, **overrides: Any) -> dict[str, RunConfig]:
         """The same run with either teacher."""
         ours = {"source": "online", "checkpoint": str(self.folder / "ours")}
-        theirs = {"source": "huggingface", "checkpoint": str(self.folder / "theirs"), "shard_parameters": "none"}
-        return {f"{name}_{side}": self.config(f"{name}_{side}", teacher, **overrides) for side, teacher in (("o", ours), ("h", theirs))}
+        theirs = {
+            "source": "huggingface",
+            "checkpoint": str(self.folder / "theirs"),
+            "shard_parameters": "none",
+        }
+        return {
+            f"{name}_{side}": self.config(f"{name}_{side}", teacher, **overrides)
+            for side, teacher in (("o", ours), ("h", theirs))
+        }
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +81,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @pytest.fixture(scope="module")
 def trained(bench: Bench) -> dict[str, list[Asked]]:
     """Of each run what each rank saw."""
-    configs = {key: config for name, layout in LAYOUTS.items() for key, config in bench.pair(name, **layout).items()}
+    configs = {
+        key: config
+        for name, layout in LAYOUTS.items()
+        for key, config in bench.pair(name, **layout).items()
+    }
     by_rank = run_ranks(ask_all, 2, list(configs.values()), STEPS)
     return {key: [rank[number] for rank in by_rank] for number, key in enumerate(configs)}
 
@@ -76,7 +94,8 @@ def trained(bench: Bench) -> dict[str, list[Asked]]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_same_student_run(trained: dict[str, list[Asked]], name: str) -> None:
     ours, theirs = trained[f"{name}_o"][0], trained[f"{name}_h"][0]
-    assert len(theirs.rows) == STEPS and all(row["kd_loss"] > 1e-3 for row in theirs.rows)
+    assert len(theirs.rows) == STEPS
+    assert all(row["kd_loss"] > 1e-3 for row in theirs.rows)
     assert worst_loss(theirs, ours) <= 1e-5
 
 
@@ -96,7 +115,8 @@ def test_same_targets(trained: dict[str, list[Asked]], name: str) -> None:
             far[:, 1:] &= gaps > 1e-4
             far[:, :-1] &= gaps > 1e-4
             far[:, -1] = False
-            assert torch.equal(ids[far], own_ids[far]) and float(far.float().mean()) > 0.7
+            assert torch.equal(ids[far], own_ids[far])
+            assert float(far.float().mean()) > 0.7
             samples += 1
     assert samples > 0
 
@@ -113,12 +133,33 @@ def targets_on_rank(rendezvous: str, folder: Path, zero3: bool, offload: bool) -
     from megatron_kd.targets.keys import sample_keys
     from megatron_kd.teacher.huggingface import HuggingFaceTeacher
 
-    groups = start_groups(platform, ParallelSection(tensor=2), timeout_seconds=120, rendezvous=rendezvous)
-    teacher = HuggingFaceTeacher(folder, groups, TopSelection(8), precision="fp32", vocab_size=VOCAB, rows=52, zero3=zero3, offload=offload)
+    groups = start_groups(
+        platform, ParallelSection(tensor=2), timeout_seconds=120, rendezvous=rendezvous
+    )
+    teacher = HuggingFaceTeacher(
+        folder,
+        groups,
+        TopSelection(8),
+        precision="fp32",
+        vocab_size=VOCAB,
+        rows=52,
+        zero3=zero3,
+        offload=offload,
+    )
     tokens = torch.randint(VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
-    batch = Microbatch(tokens, tokens, torch.ones(2, 24), torch.arange(24).expand(2, 24), torch.arange(2), sample_keys(tokens))
+    batch = Microbatch(
+        tokens,
+        tokens,
+        torch.ones(2, 24),
+        torch.arange(24).expand(2, 24),
+        torch.arange(2),
+        sample_keys(tokens),
+    )
     (target,) = teacher.targets([batch])
-    held = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in teacher.model.parameters())
+    held = sum(
+        p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel()
+        for p in teacher.model.parameters()
+    )
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in teacher.model.parameters())
     stop_groups()
     return (target.indices, target.logprobs), held / whole
@@ -127,14 +168,18 @@ def targets_on_rank(rendezvous: str, folder: Path, zero3: bool, offload: bool) -
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed (it is built from source)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="deepspeed is not installed (it is built from source)",
+)
 def test_zero3_spreads_the_weights(bench: Bench) -> None:
     (plain, whole), _ = run_ranks(targets_on_rank, 2, bench.folder / "theirs", False, False)
     assert whole == 1.0
     for offload in (False, True):
         for found, share in run_ranks(targets_on_rank, 2, bench.folder / "theirs", True, offload):
             assert share < 0.55
-            assert torch.equal(found[0], plain[0]) and float((found[1] - plain[1]).abs().max()) <= 1e-5
+            assert torch.equal(found[0], plain[0])
+            assert float((found[1] - plain[1]).abs().max()) <= 1e-5
 
 
 def _config(folder: Path, **changes: Any) -> None:
@@ -145,8 +190,14 @@ def _config(folder: Path, **changes: Any) -> None:
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (lambda folder: folder.rename(folder.with_name("elsewhere")), "is not a folder"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no .safetensors file"),
-    "other size": (lambda folder: _config(folder, vocab_size=VOCAB + 1), f"vocabulary of {VOCAB + 1} ids, this run has {VOCAB}"),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "holds no .safetensors file",
+    ),
+    "other size": (
+        lambda folder: _config(folder, vocab_size=VOCAB + 1),
+        f"vocabulary of {VOCAB + 1} ids, this run has {VOCAB}",
+    ),
 }
 
 
@@ -154,7 +205,12 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_bad_folders_are_named_before_any_collective(tmp_path: Path, name: str) -> None:
     spoil, sentence = BAD[name]
     folder = write_folder(tmp_path / "theirs", TEACHER)
-    config = tiny(tmp_path / "run", write_tokens(tmp_path), teacher={"source": "huggingface", "checkpoint": str(folder)}, distill=DISTILL)
+    config = tiny(
+        tmp_path / "run",
+        write_tokens(tmp_path),
+        teacher={"source": "huggingface", "checkpoint": str(folder)},
+        distill=DISTILL,
+    )
     assert check_inputs(config, world_size=1).huggingface == folder
     spoil(folder)
     with pytest.raises(ConfigError, match=sentence):
@@ -167,23 +223,38 @@ def test_the_vocabulary_is_proved_by_its_digest(tmp_path: Path) -> None:
 
     def tokenizer(path: Path, text: str) -> Path:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([text] * 5), model_prefix=str(path.with_suffix("")), vocab_size=60, hard_vocab_limit=False, minloglevel=2
+            sentence_iterator=iter([text] * 5),
+            model_prefix=str(path.with_suffix("")),
+            vocab_size=60,
+            hard_vocab_limit=False,
+            minloglevel=2,
         )
         return path
 
     letters = "abcdefghijklmnopqrstuvwxyz"
-    mine = tokenizer(tmp_path / "mine.model", " ".join(letters[i:] + letters[:i] for i in range(26)))
-    other = tokenizer(tmp_path / "other.model", " ".join(letters[i:] + letters[: i // 2] for i in range(26)))
+    mine = tokenizer(
+        tmp_path / "mine.model", " ".join(letters[i:] + letters[:i] for i in range(26))
+    )
+    other = tokenizer(
+        tmp_path / "other.model", " ".join(letters[i:] + letters[: i // 2] for i in range(26))
+    )
     size = sentencepiece.SentencePieceProcessor(model_file=str(mine)).get_piece_size()
     folder = write_folder(tmp_path / "theirs", TEACHER.model_copy(update={"vocab_size": size + 4}))
     tokens = write_tokens(tmp_path, vocab=size)
 
     def check(**teacher: Any) -> None:
         source = {"source": "huggingface", "checkpoint": str(folder), **teacher}
-        config = tiny(tmp_path / "run", tokens, teacher=source, model={"vocab_size": size}, distill=DISTILL)
-        check_inputs(config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": mine})}), world_size=1)
+        config = tiny(
+            tmp_path / "run", tokens, teacher=source, model={"vocab_size": size}, distill=DISTILL
+        )
+        check_inputs(
+            config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": mine})}),
+            world_size=1,
+        )
 
-    with pytest.raises(ConfigError, match="teacher.tokenizer: the teacher's ids cannot be compared"):
+    with pytest.raises(
+        ConfigError, match="teacher.tokenizer: the teacher's ids cannot be compared"
+    ):
         check()
     (folder / "tokenizer.model").write_bytes(mine.read_bytes())
     check()

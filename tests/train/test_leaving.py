@@ -27,7 +27,9 @@ def wait_for_step(directory: Path, step: int) -> None:
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
         found = directory / "metrics.jsonl"
-        if found.exists() and any(f'"step": {number},' in found.read_text() for number in range(step, step + 20)):
+        if found.exists() and any(
+            f'"step": {number},' in found.read_text() for number in range(step, step + 20)
+        ):
             return
         time.sleep(0.02)
     raise AssertionError(f"no step {step} within 100 s")
@@ -37,7 +39,11 @@ def wait_for_step(directory: Path, step: int) -> None:
 @pytest.mark.fault(4)
 def test_every_way_of_leaving(tmp_path: Path, measured: Callable[[str], None]) -> None:
     tokens = write_tokens(tmp_path, tokens=60_000)
-    shared: dict[str, Any] = {"parallel": {"tensor": 2}, "train": {"steps": 160, "evaluate_interval": 0}, "checkpoint": {"interval": 0}}
+    shared: dict[str, Any] = {
+        "parallel": {"tensor": 2},
+        "train": {"steps": 160, "evaluate_interval": 0},
+        "checkpoint": {"interval": 0},
+    }
     whole, broken = (write_run(tmp_path, name, tokens, **shared) for name in ("whole", "broken"))
     directory = tmp_path / "broken"
     assert [code for code, _ in finish_ranks(start_ranks(2, ["--config", str(whole)]))] == [0, 0]
@@ -48,9 +54,11 @@ def test_every_way_of_leaving(tmp_path: Path, measured: Callable[[str], None]) -
     workers[1].send_signal(signal.SIGUSR1)
     ended = finish_ranks(workers)
     assert [code for code, _ in ended] == [85, 85], ended
-    assert "saved and left: SIGUSR1 asked for it" in ended[1][1] and "saved and left: another rank was asked to" in ended[0][1]
+    assert "saved and left: SIGUSR1 asked for it" in ended[1][1]
+    assert "saved and left: another rank was asked to" in ended[0][1]
     first = status(directory)
-    assert first["state"] == "requeue" and 20 <= first["step"] < 160
+    assert first["state"] == "requeue"
+    assert 20 <= first["step"] < 160
 
     # A file, which is heeded once.
     workers = start_ranks(2, ["--config", str(broken)])
@@ -59,15 +67,25 @@ def test_every_way_of_leaving(tmp_path: Path, measured: Callable[[str], None]) -
     ended = finish_ranks(workers)
     assert [code for code, _ in ended] == [93, 93], ended
     second = status(directory)
-    assert second["state"] == "stopped" and second["step"] > first["step"] and not (directory / "stop").exists()
+    assert second["state"] == "stopped"
+    assert second["step"] > first["step"]
+    assert not (directory / "stop").exists()
 
     # A limit that is over at once: it leaves before another step, and has nothing to save.
     ended = finish_ranks(start_ranks(2, ["--config", str(broken), "--train.minutes", "0.0001"]))
-    assert [code for code, _ in ended] == [85, 85] and status(directory)["step"] == second["step"]
+    assert [code for code, _ in ended] == [85, 85]
+    assert status(directory)["step"] == second["step"]
 
     assert [code for code, _ in finish_ranks(start_ranks(2, ["--config", str(broken)]))] == [0, 0]
     same, wanted = (
-        [{key: value for key, value in row.items() if key not in RATES} for row in rows(tmp_path / name)] for name in ("broken", "whole")
+        [
+            {key: value for key, value in row.items() if key not in RATES}
+            for row in rows(tmp_path / name)
+        ]
+        for name in ("broken", "whole")
     )
-    assert same == wanted and len(wanted) == 160
-    measured(f"left at steps {first['step']} (signal to one rank, 85) and {second['step']} (file, 93), then at the limit; rows identical")
+    assert same == wanted
+    assert len(wanted) == 160
+    measured(
+        f"left at steps {first['step']} (signal to one rank, 85) and {second['step']} (file, 93), then at the limit; rows identical"
+    )

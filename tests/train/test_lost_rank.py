@@ -28,8 +28,20 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lost")
     tokens = write_tokens(folder)
     run_ranks(run_all, 1, [(tiny(folder / "teacher", tokens, batch=BATCH), 2, True)])
-    own: dict[str, Any] = {"source": "online", "checkpoint": str(folder / "teacher"), "micro_batch_size": 1}
-    return write_run(folder, "run", tokens, batch=BATCH, teacher=own, distill={"top_k": 5}, train={"timeout_seconds": float(LIMIT)})
+    own: dict[str, Any] = {
+        "source": "online",
+        "checkpoint": str(folder / "teacher"),
+        "micro_batch_size": 1,
+    }
+    return write_run(
+        folder,
+        "run",
+        tokens,
+        batch=BATCH,
+        teacher=own,
+        distill={"top_k": 5},
+        train={"timeout_seconds": float(LIMIT)},
+    )
 
 
 @pytest.mark.parametrize(
@@ -38,24 +50,36 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("kill", "gives no sign of life since step "),
         pytest.param("stop", "gives no sign of life since step ", marks=pytest.mark.slow),
         pytest.param(
-            "raise", "failed at step 3, waiting for targets of other ranks: ValueError: a shard of the data is gone", marks=pytest.mark.slow
+            "raise",
+            "failed at step 3, waiting for targets of other ranks: ValueError: a shard of the data is gone",
+            marks=pytest.mark.slow,
         ),
         pytest.param("sleep", "is still at step 3, packing targets, for ", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.fault(7)
-def test_every_other_rank_names_it(run_file: Path, tmp_path: Path, mode: str, words: str, measured: Callable[[str], None]) -> None:
-    workers = start_ranks(WORLD, [mode, "--config", str(run_file), "--run.directory", str(tmp_path)], module="tests.train.faulty")
+def test_every_other_rank_names_it(
+    run_file: Path, tmp_path: Path, mode: str, words: str, measured: Callable[[str], None]
+) -> None:
+    workers = start_ranks(
+        WORLD,
+        [mode, "--config", str(run_file), "--run.directory", str(tmp_path)],
+        module="tests.train.faulty",
+    )
     try:
         begun = wait_for_step(tmp_path, 2)
         for code, output in finish_ranks(workers[:-1]):
             assert code == 1, output
-            assert f"stopped: rank {WORLD - 1} (process {workers[-1].pid} on {socket.gethostname()}) {words}" in output, output
+            assert (
+                f"stopped: rank {WORLD - 1} (process {workers[-1].pid} on {socket.gethostname()}) {words}"
+                in output
+            ), output
         seconds = time.monotonic() - begun
         assert seconds < LIMIT + 3  # and the interpreter's way out
         measured(f"{mode}: the others ended after {seconds:.1f} s of {LIMIT}")
         status = json.loads((tmp_path / "status.json").read_text())
-        assert (status["state"], status["step"]) == ("failed", 2) and words in status["message"]
+        assert (status["state"], status["step"]) == ("failed", 2)
+        assert words in status["message"]
     finally:
         workers[-1].kill()
         finish_ranks(workers[-1:])

@@ -20,11 +20,23 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(200)]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own_teacher")
-    run_ranks(run_all, 1, [(tiny(folder / "teacher", write_tokens(folder), model={"tied_embeddings": True}), 20, True)])
+    run_ranks(
+        run_all,
+        1,
+        [
+            (
+                tiny(folder / "teacher", write_tokens(folder), model={"tied_embeddings": True}),
+                20,
+                True,
+            )
+        ],
+    )
     return folder
 
 
-def student(folder: Path, own: str = "fp32", /, *, distill: dict[str, Any] | None = None, **teacher: Any) -> RunConfig:
+def student(
+    folder: Path, own: str = "fp32", /, *, distill: dict[str, Any] | None = None, **teacher: Any
+) -> RunConfig:
     """own: the student's precision."""
     return tiny(
         folder / "student",
@@ -35,7 +47,9 @@ def student(folder: Path, own: str = "fp32", /, *, distill: dict[str, Any] | Non
     )
 
 
-def first_targets(rendezvous: str, configs: list[RunConfig]) -> list[tuple[torch.dtype, list[torch.Tensor], float]]:
+def first_targets(
+    rendezvous: str, configs: list[RunConfig]
+) -> list[tuple[torch.dtype, list[torch.Tensor], float]]:
     """Of each run: the type of its teacher's weights, the first step's targets, and the first step's loss."""
     from megatron_kd.parallel.groups import stop_groups
     from megatron_kd.train.build import build_run
@@ -64,7 +78,12 @@ def test_its_precision_is_its_own(folder: Path) -> None:
         student(folder, "fp32", precision="bf16", distill=dense),
     ]
     found = run_ranks(first_targets, 1, configs)[0]
-    assert [kind for kind, _, _ in found[:4]] == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
+    assert [kind for kind, _, _ in found[:4]] == [
+        torch.float32,
+        torch.float32,
+        torch.bfloat16,
+        torch.bfloat16,
+    ]
     for one, other in ((0, 1), (2, 3)):
         for mine, theirs in zip(found[one][1], found[other][1], strict=True):
             assert torch.equal(mine, theirs)
@@ -89,7 +108,9 @@ def with_and_without(rendezvous: str, config: RunConfig) -> bool:
     run.teacher.resident = lambda: away
     for _ in range(2):
         for mine, theirs in zip(run.teacher.targets(microbatches), wanted, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(mine.tensors(), theirs.tensors(), strict=True))
+            assert all(
+                torch.equal(a, b) for a, b in zip(mine.tensors(), theirs.tensors(), strict=True)
+            )
         assert [weight.data_ptr() for weight in weights] == home
     with away:
         assert not {weight.data_ptr() for weight in weights} & {*home}
@@ -104,7 +125,10 @@ def test_weights_that_are_away_between_steps(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("teacher", "words"),
     [
-        ({"offload": True}, "teacher.offload keeps the teacher in CPU memory, where this run on a CPU has it anyway"),
+        (
+            {"offload": True},
+            "teacher.offload keeps the teacher in CPU memory, where this run on a CPU has it anyway",
+        ),
         ({"precision": "fp8"}, "needs Transformer Engine and a GPU that multiplies in fp8"),
     ],
 )
@@ -118,9 +142,18 @@ def test_what_needs_a_gpu_says_so(folder: Path, teacher: dict[str, Any], words: 
 @pytest.mark.parametrize(
     ("teacher", "words"),
     [
-        ({"source": "huggingface", "precision": "fp8"}, 'precision = "fp8" is for source = "online"'),
-        ({"source": "cached", "cache": "somewhere", "precision": "bf16"}, "teacher.precision is for a teacher that runs in the job"),
-        ({"source": "cached", "cache": "somewhere", "overlap": "drain"}, 'overlap = "drain" is for source = "online"'),
+        (
+            {"source": "huggingface", "precision": "fp8"},
+            'precision = "fp8" is for source = "online"',
+        ),
+        (
+            {"source": "cached", "cache": "somewhere", "precision": "bf16"},
+            "teacher.precision is for a teacher that runs in the job",
+        ),
+        (
+            {"source": "cached", "cache": "somewhere", "overlap": "drain"},
+            'overlap = "drain" is for source = "online"',
+        ),
     ],
 )
 def test_what_does_not_go_together(folder: Path, teacher: dict[str, Any], words: str) -> None:

@@ -40,22 +40,34 @@ def test_engine_equals_plain_torch(tmp_path: Path) -> None:
         adam.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
         count = 0.0
-        for (tokens, labels, mask), target in zip(engine["batches"][step], engine["targets"][step], strict=True):
-            wide = target.map(lambda t: t.transpose(0, 1).double() if t.is_floating_point() else t.transpose(0, 1))
+        for (tokens, labels, mask), target in zip(
+            engine["batches"][step], engine["targets"][step], strict=True
+        ):
+            wide = target.map(
+                lambda t: t.transpose(0, 1).double() if t.is_floating_point() else t.transpose(0, 1)
+            )
             logits = plain_logits(weights, config.model, tokens)
-            loss = reference_kd_cross_entropy(logits, labels, wide, alpha=0.6, tail="bucket", z_loss=1e-3)
+            loss = reference_kd_cross_entropy(
+                logits, labels, wide, alpha=0.6, tail="bucket", z_loss=1e-3
+            )
             total = total + (loss.total * mask).sum()
             count += float(mask.sum())
         (total / count).backward()
         norm = float(torch.nn.utils.clip_grad_norm_(weights.values(), 0.2))
-        assert engine["rows"][step]["total_loss"] == pytest.approx(float(total.detach()) / count, rel=2e-6)
+        assert engine["rows"][step]["total_loss"] == pytest.approx(
+            float(total.detach()) / count, rel=2e-6
+        )
         assert engine["rows"][step]["grad_norm"] == pytest.approx(norm, rel=2e-5)
         assert norm > 0.2, "the test must see clipping at work"
         for group in adam.param_groups:
             group["lr"] = engine["learning_rates"][step]
         adam.step()
     for name, value in weights.items():
-        rows = slice(0, config.model.vocab_size) if name in ("embedding.word_embeddings.weight", "output_layer.weight") else slice(None)
+        rows = (
+            slice(0, config.model.vocab_size)
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight")
+            else slice(None)
+        )
         worst = float((engine["after"][name][rows] - value.detach()[rows]).abs().max())
         moved = float((engine["after"][name][rows] - engine["before"][name][rows]).abs().max())
         assert worst <= 2e-3 * moved, (name, worst, moved)

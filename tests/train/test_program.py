@@ -24,13 +24,32 @@ ROOT = Path(__file__).parents[2]
 
 
 def command(config: Path, *overrides: str, ranks: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *launcher, "-m", "megatron_kd.pretrain", "--config", str(config), *overrides]
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        if ranks > 1
+        else []
+    )
+    return [
+        sys.executable,
+        *launcher,
+        "-m",
+        "megatron_kd.pretrain",
+        "--config",
+        str(config),
+        *overrides,
+    ]
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 200) -> tuple[int, str]:
@@ -61,7 +80,15 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-RATES = {"tokens_per_second", "tflops_per_device", "mfu", "rank_seconds", "slowest_rank_seconds", "slowest_rank", "data_seconds"}
+RATES = {
+    "tokens_per_second",
+    "tflops_per_device",
+    "mfu",
+    "rank_seconds",
+    "slowest_rank_seconds",
+    "slowest_rank",
+    "data_seconds",
+}
 
 
 @pytest.mark.slow
@@ -84,22 +111,45 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     victim = start(command(broken, ranks=2))
     log = tmp_path / "broken/metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) >= 25) and time.monotonic() < deadline and victim.poll() is None:
+    while (
+        not (log.exists() and len(log.read_text().splitlines()) >= 25)
+        and time.monotonic() < deadline
+        and victim.poll() is None
+    ):
         time.sleep(0.02)
     kill_tree(victim)
     finish(victim)
-    assert 0 < len(rows(tmp_path / "broken")) < len(rows(tmp_path / "whole")), "the kill must fall in the middle"
+    assert 0 < len(rows(tmp_path / "broken")) < len(rows(tmp_path / "whole")), (
+        "the kill must fall in the middle"
+    )
     code, output = finish(start(command(broken, ranks=2)))
     assert code == 0, output
 
-    strip = [[{k: v for k, v in row.items() if k not in RATES} for row in rows(tmp_path / name)] for name in ("whole", "broken")]
+    strip = [
+        [{k: v for k, v in row.items() if k not in RATES} for row in rows(tmp_path / name)]
+        for name in ("whole", "broken")
+    ]
     assert strip[0] == strip[1]
-    assert sorted(p.name for p in (tmp_path / "broken/checkpoints").iterdir()) == ["step-00000048", "step-00000060"]
+    assert sorted(p.name for p in (tmp_path / "broken/checkpoints").iterdir()) == [
+        "step-00000048",
+        "step-00000060",
+    ]
     assert json.loads((tmp_path / "broken/status.json").read_text())["state"] == "finished"
-    wanted = {"step", "total_loss", "ce_loss", "kd_loss", "grad_norm", "learning_rate", "alpha", "tokens", "tokens_per_second"}
+    wanted = {
+        "step",
+        "total_loss",
+        "ce_loss",
+        "kd_loss",
+        "grad_norm",
+        "learning_rate",
+        "alpha",
+        "tokens",
+        "tokens_per_second",
+    }
     assert wanted <= rows(tmp_path / "whole")[0].keys()
     assert {"step", "split", "ce_loss", "kd_loss"} <= rows(tmp_path / "whole")[-1].keys()
-    assert list((tmp_path / "whole/tensorboard").iterdir()) and (tmp_path / "whole/config.toml").exists()
+    assert list((tmp_path / "whole/tensorboard").iterdir())
+    assert (tmp_path / "whole/config.toml").exists()
 
     # The finished run again does nothing; a longer one goes on from its end.
     code, output = finish(start(command(whole, "--train.steps", "62", ranks=2)))
@@ -110,12 +160,22 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
 def test_nan_stops_before_the_weights(tmp_path: Path) -> None:
     tokens = write_tokens(tmp_path)
     run = write_run(
-        tmp_path, "nan", tokens, optimizer={"learning_rate": 1e30, "min_learning_rate": 1e30, "clip_grad": 0.0, "warmup_steps": 0}
+        tmp_path,
+        "nan",
+        tokens,
+        optimizer={
+            "learning_rate": 1e30,
+            "min_learning_rate": 1e30,
+            "clip_grad": 0.0,
+            "warmup_steps": 0,
+        },
     )
     code, output = finish(start(command(run)))
     assert code == 93 and "the weights were not changed" in output, output
     assert json.loads((tmp_path / "nan/status.json").read_text())["state"] == "stopped"
-    code, output = finish(start(command(run, "--train.nonfinite", "skip", "--train.max_nonfinite_steps", "3")))
+    code, output = finish(
+        start(command(run, "--train.nonfinite", "skip", "--train.max_nonfinite_steps", "3"))
+    )
     assert code == 93 and "4 such step(s)" in output, output
     assert rows(tmp_path / "nan")[-1]["nonfinite_steps"] >= 3
 
@@ -137,10 +197,23 @@ def test_bad_input_is_one_sentence_on_every_rank(tmp_path: Path) -> None:
 
 def _rank(run: Path, rank: int, overrides: list[str]) -> subprocess.Popen[str]:
     """One rank of two whose peers never meet: a collective would hang, and the time limit would say so."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": str(rank),
+    }
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
     arguments = command(run, *overrides)
-    return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def bad_inputs(folder: Path, tokens: str) -> dict[str, tuple[list[str], str]]:
@@ -159,24 +232,51 @@ def bad_inputs(folder: Path, tokens: str) -> dict[str, tuple[list[str], str]]:
     other = folder / "other"
     (other / "checkpoints/step-00000003").mkdir(parents=True)
     model = tiny(folder / "x", tokens).model.model_dump(mode="json")
-    state = {"format": 1, "step": 3, "consumed_samples": 0, "consumed_tokens": 0, "nonfinite_steps": 0, "tokenizer": None}
-    state |= {"precision": "fp32", "distributed_optimizer": False, "version": "0", "model": {**model, "num_layers": 2}, "vocab_size": 101}
+    state = {
+        "format": 1,
+        "step": 3,
+        "consumed_samples": 0,
+        "consumed_tokens": 0,
+        "nonfinite_steps": 0,
+        "tokenizer": None,
+    }
+    state |= {
+        "precision": "fp32",
+        "distributed_optimizer": False,
+        "version": "0",
+        "model": {**model, "num_layers": 2},
+        "vocab_size": 101,
+    }
     (other / "checkpoints/step-00000003/state.json").write_text(json.dumps(state))
     small = folder / "small"
     (small / "checkpoints/step-00000003").mkdir(parents=True)
-    (small / "checkpoints/step-00000003/state.json").write_text(json.dumps({**state, "vocab_size": 99}))
+    (small / "checkpoints/step-00000003/state.json").write_text(
+        json.dumps({**state, "vocab_size": 99})
+    )
     teacher = ["--teacher.source", "online", "--teacher.checkpoint"]
     return {
-        "missing teacher": ([*teacher, str(folder / "nowhere")], "teacher.checkpoint: no checkpoint at"),
-        "teacher's vocabulary": ([*teacher, str(small)], "has a vocabulary of 99 ids, this run has 101"),
-        "another model": (["--checkpoint.initialize_from", str(other)], "holds another model: model.num_layers is 2 there and 4 here"),
+        "missing teacher": (
+            [*teacher, str(folder / "nowhere")],
+            "teacher.checkpoint: no checkpoint at",
+        ),
+        "teacher's vocabulary": (
+            [*teacher, str(small)],
+            "has a vocabulary of 99 ids, this run has 101",
+        ),
+        "another model": (
+            ["--checkpoint.initialize_from", str(other)],
+            "holds another model: model.num_layers is 2 there and 4 here",
+        ),
         "truncated .bin": (["--data.train", copy("short", whole[:-7])], "bytes"),
         "oversized .bin": (["--data.train", copy("long", whole + b"123")], "bytes"),
         "foreign id": (["--data.train", copy("foreign", foreign.tobytes())], "5000"),
         "long sequence": (["--batch.sequence_length", "40000"], "fewer than one sequence"),
         "top_k": ([*teacher, str(other), "--distill.top_k", "102"], "distill.top_k (102)"),
         "temperature": (["--distill.temperature", "0"], "distill.temperature"),
-        "batch": (["--batch.global_batch_size", "6", "--batch.micro_batch_size", "2"], "batch.global_batch_size (6)"),
+        "batch": (
+            ["--batch.global_batch_size", "6", "--batch.micro_batch_size", "2"],
+            "batch.global_batch_size (6)",
+        ),
         "ranks": (["--parallel.pipeline", "4"], "2 processes cannot be split"),
         "unknown key": (["--optimizer.learning_rat", "1"], "optimizer.learning_rate"),
         "no data": (["--data.train", str(bad / "absent")], "absent"),

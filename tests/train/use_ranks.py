@@ -69,46 +69,87 @@ def train_and_use(rendezvous: str, config: RunConfig, valid: str, tokenizer_path
         model = FrozenModel(folder, info, groups, layout, precision="fp32", sequence_length=length)
 
         def texts(sampling: Sampling, batch_size: int = 3, model: Any = model) -> list[Any]:
-            return generate(model, tokenizer, PROMPTS, sampling, end_of_document=known.end_of_document, batch_size=batch_size)
+            return generate(
+                model,
+                tokenizer,
+                PROMPTS,
+                sampling,
+                end_of_document=known.end_of_document,
+                batch_size=batch_size,
+            )
 
         greedy = texts(Sampling(NEW_TOKENS))
         used.greedy[name] = [each.text for each in greedy]
         drawn = texts(Sampling(NEW_TOKENS, temperature=1.0, top_p=0.9, seed=5))
-        used.sampled[name], used.ids[name] = [each.text for each in drawn], [each.tokens for each in drawn]
-        prompts, sampling = [each.prompt for each in drawn], Sampling(NEW_TOKENS, temperature=1.0, top_p=0.9, seed=5)
-        by_ids = generate_ids(model, prompts, sampling, end_of_document=known.end_of_document, batch_size=2)
+        used.sampled[name], used.ids[name] = (
+            [each.text for each in drawn],
+            [each.tokens for each in drawn],
+        )
+        prompts, sampling = (
+            [each.prompt for each in drawn],
+            Sampling(NEW_TOKENS, temperature=1.0, top_p=0.9, seed=5),
+        )
+        by_ids = generate_ids(
+            model, prompts, sampling, end_of_document=known.end_of_document, batch_size=2
+        )
         used.of_ids[name] = [each.tokens for each in by_ids]
         assert not any(each.text for each in by_ids)
         if name == "one":
             used.tokens = [each.tokens for each in greedy]
-            used.refused = [_refusal(model, ids, stop) for ids, stop in (([], ()), ([VOCAB], ()), ([1], ("x",)))]
-            used.uncached = [_uncached(model, each.prompt, known.end_of_document) for each in greedy]
-            used.alone = [each.text for each in texts(Sampling(NEW_TOKENS, temperature=1.0, top_p=0.9, seed=5), 1)]
+            used.refused = [
+                _refusal(model, ids, stop) for ids, stop in (([], ()), ([VOCAB], ()), ([1], ("x",)))
+            ]
+            used.uncached = [
+                _uncached(model, each.prompt, known.end_of_document) for each in greedy
+            ]
+            used.alone = [
+                each.text
+                for each in texts(Sampling(NEW_TOKENS, temperature=1.0, top_p=0.9, seed=5), 1)
+            ]
         built: Any = {"precision": "fp32", "sequence_length": length}
         teacher = FrozenModel(teaches, taught, groups, layout, **built)
-        _measure(used, name, model, teacher, FrozenModel(folder, info, groups, layout, **built), valid, config)
+        _measure(
+            used,
+            name,
+            model,
+            teacher,
+            FrozenModel(folder, info, groups, layout, **built),
+            valid,
+            config,
+        )
     stop_groups()
     return used
 
 
-def _measure(used: Used, name: str, model: Any, teacher: Any, near: Any, valid: str, config: RunConfig) -> None:
+def _measure(
+    used: Used, name: str, model: Any, teacher: Any, near: Any, valid: str, config: RunConfig
+) -> None:
     """Everything about losses in one layout. near: the student again, to be made into a model that agrees with it on some tokens."""
     from megatron_kd.train.perplexity import measure
 
     length, cache = config.batch.sequence_length, config.run.directory / "measured"
     options: Any = {"sequence_length": length, "index_cache": cache, "max_sequences": MEASURED}
     if name == "one":
-        used.bend = _bend_that_parts(model, near, valid, length=options["sequence_length"], cache=cache)
+        used.bend = _bend_that_parts(
+            model, near, valid, length=options["sequence_length"], cache=cache
+        )
     if model.groups.is_last_stage:
         _bend(near, used.bend)
     result = measure(model, valid, "held_out", batch_size=3, **options)
     used.perplexity[name] = (result.cross_entropy, result.tokens)
-    used.measured[name] = measure(model, valid, "held_out", batch_size=2, teacher=teacher, **options).describe(valid)
-    used.measured[f"{name} near"] = measure(model, valid, "held_out", batch_size=3, teacher=near, **options).describe(valid)
+    used.measured[name] = measure(
+        model, valid, "held_out", batch_size=2, teacher=teacher, **options
+    ).describe(valid)
+    used.measured[f"{name} near"] = measure(
+        model, valid, "held_out", batch_size=3, teacher=near, **options
+    ).describe(valid)
     used.scores[name] = _scores((model, teacher), valid, config.run.directory / f"scores-{name}")
     if name == "one":
         used.plain_scores = _plain_scores(model, teacher, valid)
-        used.plain = {"": _plain(model, teacher, valid, length, cache), " near": _plain(model, near, valid, length, cache)}
+        used.plain = {
+            "": _plain(model, teacher, valid, length, cache),
+            " near": _plain(model, near, valid, length, cache),
+        }
 
 
 def _bend(near: Any, strength: float) -> None:
@@ -120,14 +161,18 @@ def _bend_that_parts(model: Any, near: Any, valid: str, *, length: int, cache: A
     """The strength at which about half of the first tokens keep their likeliest id; which one that is depends on the student's weights."""
     from megatron_kd.train.perplexity import _batches
 
-    dataset = _batches(model, valid, "held_out", length, model.groups.data_size, cache, MEASURED).dataset
+    dataset = _batches(
+        model, valid, "held_out", length, model.groups.data_size, cache, MEASURED
+    ).dataset
     tokens = torch.stack([dataset[number]["tokens"] for number in range(4)])
     scale = near.chunk.decoder.final_layernorm.weight.data
     before, wanted = scale.clone(), model.logits(model.hidden(tokens)).argmax(-1)
     agreed = {}
     for strength in torch.linspace(0.02, 1.0, 50).tolist():
         _bend(near, strength)
-        agreed[strength] = float((near.logits(near.hidden(tokens)).argmax(-1) == wanted).double().mean())
+        agreed[strength] = float(
+            (near.logits(near.hidden(tokens)).argmax(-1) == wanted).double().mean()
+        )
         scale.copy_(before)
     return min(agreed, key=lambda strength: abs(agreed[strength] - 0.5))
 
@@ -160,22 +205,47 @@ def _plain(model: Any, teacher: Any, valid: str, length: int, cache: Any) -> dic
     from megatron_kd.train.perplexity import _batches
 
     rows: list[list[torch.Tensor]] = []
-    dataset = _batches(model, valid, "held_out", length, model.groups.data_size, cache, MEASURED).dataset
+    dataset = _batches(
+        model, valid, "held_out", length, model.groups.data_size, cache, MEASURED
+    ).dataset
     for number in range(MEASURED):
         sample = dataset[number]
-        ours, theirs = (each.logits(each.hidden(sample["tokens"][None]))[:, 0].double().log_softmax(-1) for each in (model, teacher))
+        ours, theirs = (
+            each.logits(each.hidden(sample["tokens"][None]))[:, 0].double().log_softmax(-1)
+            for each in (model, teacher)
+        )
         label = sample["labels"][:, None]
         same = (ours.argmax(-1) == theirs.argmax(-1)).double()
         kl = (theirs.exp() * (theirs - ours)).sum(-1)
         hit = (ours.argmax(-1) == sample["labels"]).double()
-        rows.append([-ours.gather(1, label)[:, 0], hit, kl, same, -theirs.gather(1, label)[:, 0], ours.amax(-1).exp()])
-    loss, hit, kl, same, teacher_loss, confidence = (torch.cat(column) for column in zip(*rows, strict=True))
+        rows.append(
+            [
+                -ours.gather(1, label)[:, 0],
+                hit,
+                kl,
+                same,
+                -theirs.gather(1, label)[:, 0],
+                ours.amax(-1).exp(),
+            ]
+        )
+    loss, hit, kl, same, teacher_loss, confidence = (
+        torch.cat(column) for column in zip(*rows, strict=True)
+    )
     error = 0.0
     for k in range(15):
         inside = (confidence > k / 15) & (confidence <= (k + 1) / 15)
         error += abs(float((hit - confidence)[inside].sum())) / len(hit)
-    found = {"cross_entropy": loss, "accuracy": hit, "teacher_kl": kl, "teacher_agreement": same, "teacher_cross_entropy": teacher_loss}
-    return {"calibration_error": error, **{name: float(values.mean()) for name, values in found.items()}}
+    found = {
+        "cross_entropy": loss,
+        "accuracy": hit,
+        "teacher_kl": kl,
+        "teacher_agreement": same,
+        "teacher_cross_entropy": teacher_loss,
+    }
+    return {
+        "calibration_error": error,
+        **{name: float(values.mean()) for name, values in found.items()},
+    }
 
 
 WINDOW = 40
@@ -209,7 +279,10 @@ def _plain_scores(teacher: Any, reference: Any, valid: str) -> list[float]:
         ratios = []
         for begin in range(0, len(document) - 1, WINDOW):
             window = document[begin : begin + WINDOW + 1]
-            ours, theirs = (each.logits(each.hidden(window[None, :-1]))[:, 0].log_softmax(-1) for each in (teacher, reference))
+            ours, theirs = (
+                each.logits(each.hidden(window[None, :-1]))[:, 0].log_softmax(-1)
+                for each in (teacher, reference)
+            )
             ratios.append((ours - theirs).gather(1, window[1:, None])[:, 0].double())
         found.append(float(torch.cat(ratios).mean()) if ratios else math.nan)
     return found

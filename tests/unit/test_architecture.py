@@ -55,7 +55,13 @@ def test_rooms_import_leftwards(path: Path) -> None:
     for name in imports(path):
         top, *rest = name.split(".")
         if room == "experiments" and top == "megatron_kd":
-            assert name.startswith(("megatron_kd.config", "megatron_kd.experiments", "megatron_kd.telemetry.provenance")), name
+            assert name.startswith(
+                (
+                    "megatron_kd.config",
+                    "megatron_kd.experiments",
+                    "megatron_kd.telemetry.provenance",
+                )
+            ), name
         if top == "megatron_kd" and rest:
             other = rest[0]
             assert other == room or LEVEL[other] < LEVEL[room], f"{room} must not import {name}"
@@ -63,28 +69,50 @@ def test_rooms_import_leftwards(path: Path) -> None:
         if top == "megatron":
             assert room in MEGATRON, f"{room} must not know megatron-core"
         if top == "torch":
-            assert room not in ("config", "experiments"), "a run file is checked, and a sweep started, without torch"
-        if name.startswith("megatron.core.parallel_state") or name == "megatron.core.parallel_state":
+            assert room not in ("config", "experiments"), (
+                "a run file is checked, and a sweep started, without torch"
+            )
+        if (
+            name.startswith("megatron.core.parallel_state")
+            or name == "megatron.core.parallel_state"
+        ):
             assert room == "parallel", "only parallel/ reads megatron-core's groups"
 
 
 def test_only_groups_reads_parallel_state() -> None:
-    readers = [path.name for path in FILES if "parallel_state" in {node.id for node in _names(path)}]
+    readers = [
+        path.name for path in FILES if "parallel_state" in {node.id for node in _names(path)}
+    ]
     assert readers == ["groups.py"]
 
 
 def _names(path: Path) -> list[ast.Name]:
-    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)]
+    return [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Name)
+    ]
 
 
 @pytest.mark.parametrize(
-    "path", [*FILES, *sorted((ROOT / "tools").glob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))], ids=lambda p: p.name
+    "path",
+    [*FILES, *sorted((ROOT / "tools").glob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))],
+    ids=lambda p: p.name,
 )
 def test_sizes(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 400 or path.name in LONG_FILES, f"{path} is longer than 400 lines"
+    assert len(text.splitlines()) <= 400 or path.name in LONG_FILES, (
+        f"{path} is longer than 400 lines"
+    )
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node, clean=False)
-            length = (node.end_lineno or 0) - node.lineno + 1 - (len(docstring.splitlines()) if docstring else 0)
-            assert length <= 50 or node.name in LONG_FUNCTIONS, f"{path}: {node.name} has {length} lines"
+            length = (
+                (node.end_lineno or 0)
+                - node.lineno
+                + 1
+                - (len(docstring.splitlines()) if docstring else 0)
+            )
+            assert length <= 50 or node.name in LONG_FUNCTIONS, (
+                f"{path}: {node.name} has {length} lines"
+            )

@@ -20,8 +20,28 @@ from megatron_kd.targets import SparseTarget, TopSelection, select_targets
 from tests.losses.cases import fresh_seed, relative_error, say
 
 TOOLS = Path(__file__).parents[2] / "tools"
-TINY = ["--device", "cpu", "--tokens", "64", "--hidden", "32", "--vocab", "512", "--top-k", "8", "--rounds", "1"]
-PLAIN = ["megatron-fused-ce", "megatron-top-k", "torch-ce", "torch-top-k", "torch-kl", "torch-targets"]
+TINY = [
+    "--device",
+    "cpu",
+    "--tokens",
+    "64",
+    "--hidden",
+    "32",
+    "--vocab",
+    "512",
+    "--top-k",
+    "8",
+    "--rounds",
+    "1",
+]
+PLAIN = [
+    "megatron-fused-ce",
+    "megatron-top-k",
+    "torch-ce",
+    "torch-top-k",
+    "torch-kl",
+    "torch-targets",
+]
 
 
 @pytest.fixture
@@ -49,7 +69,9 @@ def rows_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def use(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, **changes: Any) -> None:
     """The benchmark knows only the variant `name`, with `changes`."""
-    (variant,) = (variant for variant in sys.modules["bench_peers"].VARIANTS if variant.name == name)
+    (variant,) = (
+        variant for variant in sys.modules["bench_peers"].VARIANTS if variant.name == name
+    )
     monkeypatch.setattr(bench, "VARIANTS", [replace(variant, **changes)])
 
 
@@ -57,54 +79,100 @@ def test_help(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         bench.main(["--help"])
     text = capsys.readouterr().out
-    assert end.value.code == 0 and all(option in text for option in ("--near", "--only", "--teacher-hidden", "--output"))
+    assert end.value.code == 0
+    assert all(option in text for option in ("--near", "--only", "--teacher-hidden", "--output"))
     with pytest.raises(SystemExit) as end:
         bench.main(["--only", "torch-ce,nonsense"])
-    assert end.value.code == 2 and "nonsense" in capsys.readouterr().err
+    assert end.value.code == 2
+    assert "nonsense" in capsys.readouterr().err
 
 
-def test_every_own_variant_is_right_and_timed(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_own_variant_is_right_and_timed(
+    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     seed, file = fresh_seed(), tmp_path / "head.json"
-    only = ["--only", ",".join([*own_names(bench), *PLAIN]), "--output", str(file), "--seed", str(seed)]
+    only = [
+        "--only",
+        ",".join([*own_names(bench), *PLAIN]),
+        "--output",
+        str(file),
+        "--seed",
+        str(seed),
+    ]
     assert bench.main([*TINY, *only]) == 0, say(seed, capsys.readouterr().out)
     table, result = capsys.readouterr().out, json.loads(file.read_text())
     assert {"commit", "device", "threads", "versions", "options", "variants"} <= result.keys()
-    assert result["versions"]["torch"] == torch.__version__ and result["options"]["near"] == 0.02
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["options"]["near"] == 0.02
     rows = rows_of(result)
     assert rows.keys() == {*own_names(bench), *PLAIN}
     for name, row in rows.items():
         assert row["status"] == "measured", say(seed, name, row)
         assert 0 < row["seconds"]["min"] <= row["seconds"]["median"] <= row["seconds"]["max"]
-        assert row["ratio"]["torch-ce"]["median"] > 0 and row["ratio"]["megatron-fused-ce"]["median"] > 0
+        assert row["ratio"]["torch-ce"]["median"] > 0
+        assert row["ratio"]["megatron-fused-ce"]["median"] > 0
         assert row["peak_bytes"] > 64 * 512 * 4 // 8, say(seed, name, row)
-        assert any(name in line and "e-0" in line for line in table.splitlines()) or name == "teacher-product"
+        assert (
+            any(name in line and "e-0" in line for line in table.splitlines())
+            or name == "teacher-product"
+        )
         # A distance alone is ill-conditioned so close to the teacher; everything else has a gradient of the size of the loss's.
-        limit = 3e-4 if row["computes"] in ("KL", "JSD") else 5e-6 if row["own"] or name.startswith("torch") else 5e-3
+        limit = (
+            3e-4
+            if row["computes"] in ("KL", "JSD")
+            else 5e-6
+            if row["own"] or name.startswith("torch")
+            else 5e-3
+        )
         assert max(row["error"].values(), default=0.0) < limit, say(seed, name, row)
-        assert row["ratio"]["torch-ce"]["median"] == row["seconds"]["median"] / rows["torch-ce"]["seconds"]["median"]
-    assert rows["torch-ce"]["peak_bytes"] > 2 * 64 * 512 * 4  # two tensors of logits' size at the least
+        assert (
+            row["ratio"]["torch-ce"]["median"]
+            == row["seconds"]["median"] / rows["torch-ce"]["seconds"]["median"]
+        )
+    assert (
+        rows["torch-ce"]["peak_bytes"] > 2 * 64 * 512 * 4
+    )  # two tensors of logits' size at the least
 
 
 @pytest.mark.parametrize(("hidden", "teacher_hidden"), [(24, 40), (40, 24)])
 def test_widths_may_differ_and_gradients_are_compared_in_part(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hidden: int, teacher_hidden: int
+    bench: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    hidden: int,
+    teacher_hidden: int,
 ) -> None:
     """The student stays near the teacher, and everything right, in several chunks and on some tokens and rows."""
     seed = fresh_seed()
     for name, value in (("CHUNK", 10 * 512), ("CHECKED_TOKENS", 20), ("CHECKED_ROWS", 60)):
         monkeypatch.setattr(bench, name, value)
-    sizes = [*TINY, "--hidden", str(hidden), "--teacher-hidden", str(teacher_hidden), "--near", "0.1", "--seed", str(seed)]
+    sizes = [
+        *TINY,
+        "--hidden",
+        str(hidden),
+        "--teacher-hidden",
+        str(teacher_hidden),
+        "--near",
+        "0.1",
+        "--seed",
+        str(seed),
+    ]
     assert bench.main([*sizes, "--json", "--only", "head-chunk,online,torch-kl,targets"]) == 0
     rows = rows_of(json.loads(capsys.readouterr().out))
     assert {row["status"] for row in rows.values()} == {"measured"}, say(seed, rows)
     inputs = bench.make_inputs(bench._arguments(sizes))
     apart = inputs.teacher_logits() - inputs.hidden @ inputs.weight.T
-    assert 0.08 < apart.std() < 0.12 and 4.0 < inputs.teacher_logits().std() < 5.6, say(seed, apart.std())
+    assert 0.08 < apart.std() < 0.12 and 4.0 < inputs.teacher_logits().std() < 5.6, say(
+        seed, apart.std()
+    )
 
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
 def test_a_wrong_gradient_gets_no_time(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], factor: float
+    bench: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    factor: float,
 ) -> None:
     runs = []
 
@@ -118,19 +186,37 @@ def test_a_wrong_gradient_gets_no_time(
     use(bench, monkeypatch, "torch-ce", make=make, own=True)
     assert bench.main([*TINY, "--seed", str(fresh_seed())]) == 1
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("torch-ce"))
-    assert "wrong gradient: error " in line and "limit 1.0e-04" in line and ".." not in line and len(runs) == 1
+    assert "wrong gradient: error " in line
+    assert "limit 1.0e-04" in line
+    assert ".." not in line
+    assert len(runs) == 1
     use(bench, monkeypatch, "torch-ce", make=make, own=False)
     assert bench.main([*TINY, "--json"]) == 0  # another library's mistake is not this project's
     (row,) = json.loads(capsys.readouterr().out)["variants"]
-    assert row["status"] == "wrong gradient" and row["seconds"] is None and row["ratio"] == {}
+    assert row["status"] == "wrong gradient"
+    assert row["seconds"] is None
+    assert row["ratio"] == {}
 
 
 def test_limits(bench: ModuleType) -> None:
     """fp32 rounding of the logits is no mistake: it weighs more the nearer a loss that is a distance alone."""
     variants = {variant.name: variant for variant in bench.VARIANTS}
-    assert variants["head-chunk"].limit("fp32", 1e-3) == variants["torch-kl"].limit("fp32", 1.0) == 1e-4
-    assert variants["head-chunk"].limit("bf16", 0.02) == variants["dense-kl"].limit("bf16", 0.02) == 2e-2
-    assert 1e-4 < variants["dense-kl"].limit("fp32", 0.02) < 5e-4 < variants["dense-kl"].limit("fp32", 1e-3)
+    assert (
+        variants["head-chunk"].limit("fp32", 1e-3)
+        == variants["torch-kl"].limit("fp32", 1.0)
+        == 1e-4
+    )
+    assert (
+        variants["head-chunk"].limit("bf16", 0.02)
+        == variants["dense-kl"].limit("bf16", 0.02)
+        == 2e-2
+    )
+    assert (
+        1e-4
+        < variants["dense-kl"].limit("fp32", 0.02)
+        < 5e-4
+        < variants["dense-kl"].limit("fp32", 1e-3)
+    )
 
 
 def test_wrong_weight_rows_and_wrong_targets_are_seen(
@@ -140,7 +226,9 @@ def test_wrong_weight_rows_and_wrong_targets_are_seen(
     seed = fresh_seed()
 
     def scaled(device: torch.device) -> Callable[..., Any]:
-        return lambda inputs, hidden, weight: F.cross_entropy(hidden @ (1.01 * weight - 0.01 * weight.detach()).T, inputs.labels)
+        return lambda inputs, hidden, weight: F.cross_entropy(
+            hidden @ (1.01 * weight - 0.01 * weight.detach()).T, inputs.labels
+        )
 
     def short(device: torch.device) -> Callable[..., Any]:
         def call(inputs: Any, hidden: torch.Tensor, weight: torch.Tensor) -> SparseTarget:
@@ -157,16 +245,37 @@ def test_wrong_weight_rows_and_wrong_targets_are_seen(
         assert row["status"] == "wrong gradient", say(seed, row)
 
 
-def test_bf16_logits_are_told_from_fp32_logits(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bf16_logits_are_told_from_fp32_logits(
+    bench: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Near the teacher rounded logits leave nothing of a distance's gradient; further away they get their time."""
     seed = fresh_seed()
     status = {}
     for near in ("0.02", "2.0"):
-        bench.main([*TINY, "--dtype", "bf16", "--near", near, "--only", "torch-kl,head-chunk,given-logits", "--json", "--seed", str(seed)])
+        bench.main(
+            [
+                *TINY,
+                "--dtype",
+                "bf16",
+                "--near",
+                near,
+                "--only",
+                "torch-kl,head-chunk,given-logits",
+                "--json",
+                "--seed",
+                str(seed),
+            ]
+        )
         rows = rows_of(json.loads(capsys.readouterr().out))
         status[near] = rows["torch-kl"]["status"]
-        assert rows["head-chunk"]["status"] == rows["given-logits"]["status"] == "measured", say(seed, rows)
-        assert max(rows["head-chunk"]["error"].values()) < 5e-3 < max(rows["given-logits"]["error"].values()), say(seed, rows)
+        assert rows["head-chunk"]["status"] == rows["given-logits"]["status"] == "measured", say(
+            seed, rows
+        )
+        assert (
+            max(rows["head-chunk"]["error"].values())
+            < 5e-3
+            < max(rows["given-logits"]["error"].values())
+        ), say(seed, rows)
     assert status == {"0.02": "wrong gradient", "2.0": "measured"}, say(seed, status)
 
 
@@ -175,27 +284,48 @@ def test_bf16_logits_are_told_from_fp32_logits(bench: ModuleType, capsys: pytest
     [
         ({"module": "no_such_library"}, "not installed"),
         ({"needs_cuda": True}, "needs CUDA"),
-        ({"make": lambda device: importlib.import_module("megatron_kd.nowhere")}, "cannot be imported: No module named"),
-        ({"make": lambda device: lambda *_: (_ for _ in ()).throw(RuntimeError("first\nunsaid"))}, "failed: RuntimeError: first"),
-        ({"make": lambda device: lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("x"))}, "out of memory"),
+        (
+            {"make": lambda device: importlib.import_module("megatron_kd.nowhere")},
+            "cannot be imported: No module named",
+        ),
+        (
+            {
+                "make": lambda device: (
+                    lambda *_: (_ for _ in ()).throw(RuntimeError("first\nunsaid"))
+                )
+            },
+            "failed: RuntimeError: first",
+        ),
+        (
+            {"make": lambda device: lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("x"))},
+            "out of memory",
+        ),
     ],
 )
 def test_what_cannot_run_says_why(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
+    bench: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    words: str,
 ) -> None:
     use(bench, monkeypatch, "torch-ce", **changes)
     assert bench.main(TINY) == 0
     out = capsys.readouterr().out
     (line,) = (line for line in out.splitlines() if line.startswith("torch-ce"))
-    assert words in line and "unsaid" not in out
+    assert words in line
+    assert "unsaid" not in out
 
 
-def test_peers_are_listed(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_peers_are_listed(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     peers = sys.modules["bench_peers"]
     monkeypatch.setattr(sys, "argv", ["bench_peers.py", "--device", "cpu"])
     assert peers.main() == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert lines.keys() == {variant.name for variant in bench.VARIANTS} and all(lines[name].endswith("runs") for name in own_names(bench))
+    assert lines.keys() == {variant.name for variant in bench.VARIANTS}
+    assert all(lines[name].endswith("runs") for name in own_names(bench))
 
 
 def test_the_oracles_losses(bench: ModuleType) -> None:
@@ -211,7 +341,10 @@ def test_the_oracles_losses(bench: ModuleType) -> None:
     def kl(to: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
         return F.kl_div(to, of, reduction="none", log_target=True).sum(1)
 
-    ce, jsd = F.nll_loss(log_p, labels, reduction="none"), 0.5 * kl(middle, log_p) + 0.5 * kl(middle, log_q)
+    ce, jsd = (
+        F.nll_loss(log_p, labels, reduction="none"),
+        0.5 * kl(middle, log_p) + 0.5 * kl(middle, log_q),
+    )
     cosine = 1 - (z / z.norm(dim=1, keepdim=True) * t / t.norm(dim=1, keepdim=True)).sum(1)
     expected = {
         "CE": ce,
@@ -225,4 +358,6 @@ def test_the_oracles_losses(bench: ModuleType) -> None:
     names = {variant.computes for variant in bench.VARIANTS} - set(bench.NO_GRADIENT)
     assert names == expected.keys()
     for name, loss in expected.items():
-        assert relative_error(bench.token_loss(name, z, t, labels, target, alpha), loss) < 1e-12, say(seed, name)
+        assert relative_error(bench.token_loss(name, z, t, labels, target, alpha), loss) < 1e-12, (
+            say(seed, name)
+        )

@@ -26,7 +26,8 @@ def sandbox() -> dict[str, ModuleType]:
     try:
         for name in ("chain", "prepare", "tabular", "measure"):
             spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-            assert spec is not None and spec.loader is not None
+            assert spec is not None
+            assert spec.loader is not None
             found[name] = sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(found[name])
     finally:
@@ -46,10 +47,17 @@ def test_chain_and_sequences(sandbox: dict[str, ModuleType]) -> None:
     following = np.take_along_axis(truth[:, :-1], tokens[:, 1:, None], -1)[..., 0]
     assert (following > 0).all(), "what follows was possible"
     after = np.isin(tokens[:, :-1], made.triggers)
-    assert (following[after] == 1).all() and after.sum() > 50, seed  # a quarter of the 400 sequences begin with a trigger
+    assert (following[after] == 1).all() and after.sum() > 50, (
+        seed
+    )  # a quarter of the 400 sequences begin with a trigger
     row = next(number for number, kind in enumerate(made.kind) if kind == "high")
-    share = np.bincount(tokens[:, 1:][tokens[:, :-1] == row], minlength=16) / (tokens[:, :-1] == row).sum()
-    assert np.abs(share - made.rows[row]).max() < 6 * 0.5 / np.sqrt((tokens[:, :-1] == row).sum()), seed
+    share = (
+        np.bincount(tokens[:, 1:][tokens[:, :-1] == row], minlength=16)
+        / (tokens[:, :-1] == row).sum()
+    )
+    assert np.abs(share - made.rows[row]).max() < 6 * 0.5 / np.sqrt(
+        (tokens[:, :-1] == row).sum()
+    ), seed
 
 
 def test_imperfect_teacher(sandbox: dict[str, ModuleType]) -> None:
@@ -70,12 +78,16 @@ def test_tabular_learner(sandbox: dict[str, ModuleType]) -> None:
     counts = np.array([[3, 1, 0], [0, 0, 0], [0, 0, 5]])
     teacher = np.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     found = tabular.learned(counts, teacher, 0.9, np.array([False, False, True]))
-    np.testing.assert_allclose(found, [[0.1 * 0.75 + 0.45, 0.1 * 0.25 + 0.45, 0], [1 / 3] * 3, [0, 0, 1]])
+    np.testing.assert_allclose(
+        found, [[0.1 * 0.75 + 0.45, 0.1 * 0.25 + 0.45, 0], [1 / 3] * 3, [0, 0, 1]]
+    )
     assert tabular.errors(np.eye(3), teacher).tolist() == [0.5, 1.0, 1.0]
     rng = np.random.default_rng(fresh_seed())
     made = sandbox["chain"].make_chain(16, successors=8, triggers=0, noise=0.0, seed=1)
     assert tabular.draw(made, 1000, rng).sum() == 1000
-    assert tabular.samples_needed(made, 0.0, 0.2, rng) > 2 * tabular.samples_needed(made, 1.0, 0.2, rng)
+    assert tabular.samples_needed(made, 0.0, 0.2, rng) > 2 * tabular.samples_needed(
+        made, 1.0, 0.2, rng
+    )
 
 
 def test_measure(sandbox: dict[str, ModuleType]) -> None:
@@ -85,17 +97,39 @@ def test_measure(sandbox: dict[str, ModuleType]) -> None:
     tokens, outputs = chain.sample(made, 20, 60, seed=2)
     truth = chain.next_ids(made, tokens, outputs)
     perfect = measure.measure(made, tokens, outputs, made.kind, truth, 7)
-    assert (perfect["step"], perfect["high"], perfect["low"], perfect["copied"], perfect["probability_of_copy"]) == (7, 0, 0, 1, 1)
+    assert (
+        perfect["step"],
+        perfect["high"],
+        perfect["low"],
+        perfect["copied"],
+        perfect["probability_of_copy"],
+    ) == (7, 0, 0, 1, 1)
     uniform = measure.measure(made, tokens, outputs, made.kind, np.full(truth.shape, 1 / 16), 7)
-    assert uniform["high"] == pytest.approx(1 - 4 / 16) and uniform["probability_of_copy"] == pytest.approx(1 / 16)
-    points = [{"tokens": 10.0, "copied": 0.2, "high": 0.5}, {"tokens": 20.0, "copied": 0.8, "high": 0.1}]
-    assert measure.reached(points, "copied", 0.5) == 15.0 and measure.reached(points, "high", 0.3) == 15.0
-    assert measure.reached(points, "copied", 0.1) == 5.0 and measure.reached(points, "copied", 0.9) == 20.0
+    assert uniform["high"] == pytest.approx(1 - 4 / 16)
+    assert uniform["probability_of_copy"] == pytest.approx(1 / 16)
+    points = [
+        {"tokens": 10.0, "copied": 0.2, "high": 0.5},
+        {"tokens": 20.0, "copied": 0.8, "high": 0.1},
+    ]
+    assert measure.reached(points, "copied", 0.5) == 15.0
+    assert measure.reached(points, "high", 0.3) == 15.0
+    assert measure.reached(points, "copied", 0.1) == 5.0
+    assert measure.reached(points, "copied", 0.9) == 20.0
 
 
 def test_prepared_data_and_teachers(tmp_path: Path) -> None:
     """Every sample of the token file has both teachers' distributions, with the trigger's output where it stands."""
-    command = [sys.executable, str(FOLDER / "prepare.py"), str(tmp_path), "--sequences", "20", "--heldout", "4", "--length", "32"]
+    command = [
+        sys.executable,
+        str(FOLDER / "prepare.py"),
+        str(tmp_path),
+        "--sequences",
+        "20",
+        "--heldout",
+        "4",
+        "--length",
+        "32",
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=100)
     tokens = np.fromfile(tmp_path / "train.bin", dtype="<u2")
     assert len(tokens) == 21 * 32
@@ -105,12 +139,17 @@ def test_prepared_data_and_teachers(tmp_path: Path) -> None:
     for reader, slots in ((exact, 8), (imperfect, 12)):
         target = reader.get(sample)
         assert target.indices.shape == (32, slots)
-        torch.testing.assert_close(target.logprobs.exp().sum(-1)[:-1], torch.ones(31), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            target.logprobs.exp().sum(-1)[:-1], torch.ones(31), rtol=1e-5, atol=1e-5
+        )
     said = exact.get(sample)
     for place in range(31):
         if int(sample[place]) in about["triggers"]:
-            assert said.indices[place, 0] == sample[place + 1] and (said.indices[place, 1:] == -1).all()
+            assert said.indices[place, 0] == sample[place + 1]
+            assert (said.indices[place, 1:] == -1).all()
         else:
             row = np.array(about["rows"][int(sample[place])])
             used = said.indices[place] >= 0
-            np.testing.assert_allclose(said.logprobs[place][used].exp(), row[said.indices[place][used]], rtol=1e-5)
+            np.testing.assert_allclose(
+                said.logprobs[place][used].exp(), row[said.indices[place][used]], rtol=1e-5
+            )

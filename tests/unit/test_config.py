@@ -34,15 +34,25 @@ def leaves(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 
 def test_file_values_and_defaults(load: Load) -> None:
     config = load()
-    assert (config.model.hidden_size, config.optimizer.learning_rate, config.data.train) == (64, 1e-3, ("corpus/text",))
-    assert (config.distill.top_k, config.teacher.source, config.checkpoint.initialize_from) == (64, "none", None)
+    assert (config.model.hidden_size, config.optimizer.learning_rate, config.data.train) == (
+        64,
+        1e-3,
+        ("corpus/text",),
+    )
+    assert (config.distill.top_k, config.teacher.source, config.checkpoint.initialize_from) == (
+        64,
+        "none",
+        None,
+    )
     with pytest.raises(ValidationError, match="frozen"):
         config.train.__setattr__("steps", 11)
 
 
 def test_relative_paths_stay_relative(load: Load) -> None:
     assert load().run.directory == Path("runs/first")
-    assert load("--checkpoint.initialize_from", "runs/zero").checkpoint.initialize_from == Path("runs/zero")
+    assert load("--checkpoint.initialize_from", "runs/zero").checkpoint.initialize_from == Path(
+        "runs/zero"
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,10 +75,16 @@ def test_relative_paths_stay_relative(load: Load) -> None:
         (("--data.train_weights", "0.5"), "data.train_weights", (0.5,)),
         (("--data.valid", '{"code": "p"}'), "data.valid", {"code": "p"}),
         (("--distill.hidden_states", "[]"), "distill.hidden_states", ()),
-        (("--model.mcore", '{"a": {"b": [1, 2.5, true, "x"]}}'), "model.mcore", {"a": {"b": [1, 2.5, True, "x"]}}),
+        (
+            ("--model.mcore", '{"a": {"b": [1, 2.5, true, "x"]}}'),
+            "model.mcore",
+            {"a": {"b": [1, 2.5, True, "x"]}},
+        ),
     ],
 )
-def test_override_wins_over_file(load: Load, run_text: str, overrides: tuple[str, ...], key: str, value: object) -> None:
+def test_override_wins_over_file(
+    load: Load, run_text: str, overrides: tuple[str, ...], key: str, value: object
+) -> None:
     text = run_text.replace("[data]", '[data]\nvalid = { books = "q" }') + "[model.mcore]\nc = 1\n"
     config = load(*overrides, text=text)
     section, name = key.split(".")
@@ -91,25 +107,47 @@ def test_override_wins_over_file(load: Load, run_text: str, overrides: tuple[str
 def test_null_unsets_a_key(load: Load, run_text: str, key: str, given: str, null: str) -> None:
     section, name = key.split(".")
     head = f"[{section}]\n"
-    text = (run_text if head in run_text else run_text + head).replace(head, f"{head}{name} = {given}\n")
+    text = (run_text if head in run_text else run_text + head).replace(
+        head, f"{head}{name} = {given}\n"
+    )
     assert getattr(getattr(load(text=text), section), name) is not None
     assert getattr(getattr(load(f"--{key}", null, text=text), section), name) is None
 
 
 def test_overrides_alone_can_be_a_complete_run(load: Load, run_text: str) -> None:
     file = tomllib.loads(run_text)
-    flat = {f"{section}.{name}": value for section, table in file.items() for name, value in table.items()}
-    overrides = {key: f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flat.items()}
+    flat = {
+        f"{section}.{name}": value
+        for section, table in file.items()
+        for name, value in table.items()
+    }
+    overrides = {
+        key: f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in flat.items()
+    }
     assert load_config(list(overrides.values())) == load()
     del overrides["train.steps"]
     with pytest.raises(ConfigError) as caught:
         load_config(list(overrides.values()))
-    assert str(caught.value) == "train.steps is missing: set it to a whole number > 0 with --train.steps, or give a run file with --config"
+    assert (
+        str(caught.value)
+        == "train.steps is missing: set it to a whole number > 0 with --train.steps, or give a run file with --config"
+    )
 
 
-def test_environment_and_dotenv_are_no_source(load: Load, run_text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_and_dotenv_are_no_source(
+    load: Load, run_text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = load()
-    for name in ("train.steps", "TRAIN.STEPS", "train__steps", "TRAIN__STEPS", "TRAIN_STEPS", "steps", "STEPS"):
+    for name in (
+        "train.steps",
+        "TRAIN.STEPS",
+        "train__steps",
+        "TRAIN__STEPS",
+        "TRAIN_STEPS",
+        "steps",
+        "STEPS",
+    ):
         monkeypatch.setenv(name, "99")
     monkeypatch.setenv("train", '{"steps": 99}')
     monkeypatch.setenv("TRAIN", '{"steps": 99}')
@@ -132,7 +170,11 @@ def test_environment_and_dotenv_are_no_source(load: Load, run_text: str, monkeyp
             3,
             "3 processes cannot be split into parallel.tensor * parallel.pipeline = 2: start a multiple of 2 processes",
         ),
-        ("", 3, "batch.global_batch_size (8) must be a multiple of batch.micro_batch_size * data-parallel size = 2 * 3 = 6"),
+        (
+            "",
+            3,
+            "batch.global_batch_size (8) must be a multiple of batch.micro_batch_size * data-parallel size = 2 * 3 = 6",
+        ),
         (
             "--parallel.pipeline=4 --parallel.virtual_pipeline=2 --model.num_layers=8",
             8,
@@ -141,10 +183,15 @@ def test_environment_and_dotenv_are_no_source(load: Load, run_text: str, monkeyp
         ),
     ],
 )
-def test_data_parallel_size_and_microbatches(load: Load, overrides: str, world_size: int, expected: tuple[int, int] | str) -> None:
+def test_data_parallel_size_and_microbatches(
+    load: Load, overrides: str, world_size: int, expected: tuple[int, int] | str
+) -> None:
     config = load(*overrides.split())
     if isinstance(expected, tuple):
-        assert (config.data_parallel_size(world_size), config.num_microbatches(world_size)) == expected
+        assert (
+            config.data_parallel_size(world_size),
+            config.num_microbatches(world_size),
+        ) == expected
         return
     for method in (config.data_parallel_size, config.num_microbatches):
         with pytest.raises(ConfigError) as caught:
@@ -171,10 +218,25 @@ LAYERS = [
     "overrides",
     [
         [],
-        ["--data.valid", r'{"web": "a/b", "two words": "c \"d\" \\ \u007f é", "": "x", "\n": "y", "1-2_3": "z"}'],
+        [
+            "--data.valid",
+            r'{"web": "a/b", "two words": "c \"d\" \\ \u007f é", "": "x", "\n": "y", "1-2_3": "z"}',
+        ],
         ["--model.mcore", HARD_TABLE],
-        ["--data.train", '["a", "b\'c"]', "--data.train_weights", "[1e-12, 3]", "--run.directory", 'with "quotes" and \\'],
-        ["--teacher.source=online", "--teacher.checkpoint=t", "--optimizer.eps=1e-300", "--train.seed=2147483647"],
+        [
+            "--data.train",
+            '["a", "b\'c"]',
+            "--data.train_weights",
+            "[1e-12, 3]",
+            "--run.directory",
+            'with "quotes" and \\',
+        ],
+        [
+            "--teacher.source=online",
+            "--teacher.checkpoint=t",
+            "--optimizer.eps=1e-300",
+            "--train.seed=2147483647",
+        ],
         ["--distill.num_draws=50"],
         ["--distill.dense=true", "--distill.divergence=mse_logits", "--distill.ab_alpha=0"],
         ["--teacher.source=online", "--teacher.checkpoint=t", *LAYERS],
@@ -192,13 +254,23 @@ def test_a_list_of_tables(load: Load, run_text: str) -> None:
     text += "[[distill.hidden_states]]\nstudent_layer = 1\nteacher_layer = 3\nweight = 1e-3\n"
     text += '[[distill.hidden_states]]\nstudent_layer = 2\nteacher_layer = 3\nweight = 2.0\nloss = "cosine"\n'
     config = load(text=text)
-    assert [tuple(pair.model_dump().values()) for pair in config.distill.hidden_states] == [(1, 3, "mse", 1e-3), (2, 3, "cosine", 2.0)]
+    assert [tuple(pair.model_dump().values()) for pair in config.distill.hidden_states] == [
+        (1, 3, "mse", 1e-3),
+        (2, 3, "cosine", 2.0),
+    ]
     given = ["--teacher.source=online", "--teacher.checkpoint=t"]
-    assert load(*given, *LAYERS) == load(*given, "--distill.hidden_states", f"[{LAYERS[1]}, {LAYERS[3]}]") == config
+    assert (
+        load(*given, *LAYERS)
+        == load(*given, "--distill.hidden_states", f"[{LAYERS[1]}, {LAYERS[3]}]")
+        == config
+    )
 
 
 def test_round_trip_of_dates_from_the_file(load: Load, run_text: str) -> None:
-    text = run_text + "[model.mcore]\nday = 2020-01-02\nat = 10:20:30.5\nwhen = 2020-01-02T10:20:30+01:00\n"
+    text = (
+        run_text
+        + "[model.mcore]\nday = 2020-01-02\nat = 10:20:30.5\nwhen = 2020-01-02T10:20:30+01:00\n"
+    )
     config = load(text=text)
     assert load(text=dump_toml(config)) == config
 
@@ -221,13 +293,23 @@ def test_dump_has_every_key_and_leaves_only_unset_ones_out(load: Load) -> None:
 def test_dump_refuses_what_toml_cannot_hold(load: Load) -> None:
     config = load()
     model = config.model.model_copy(update={"mcore": {"f": {"g": print}}})
-    with pytest.raises(ConfigError, match="model.mcore.f.g cannot be written to a run file: TOML has no form for a builtin_function"):
+    with pytest.raises(
+        ConfigError,
+        match="model.mcore.f.g cannot be written to a run file: TOML has no form for a builtin_function",
+    ):
         dump_toml(config.model_copy(update={"model": model}))
 
 
 def test_help_lists_every_key_with_its_text_and_default() -> None:
-    program = "from megatron_kd.config import load_config; load_config(['--train.steps', 'x', '--help'])"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, env={"COLUMNS": "1000"})
+    program = (
+        "from megatron_kd.config import load_config; load_config(['--train.steps', 'x', '--help'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        env={"COLUMNS": "1000"},
+    )
     assert (done.returncode, done.stderr) == (0, "")
     options = " ".join(done.stdout.split())
     for key, field in leaves(RunConfig).items():
@@ -250,7 +332,17 @@ def test_help_lists_every_key_with_its_text_and_default() -> None:
         "--data.train list Prefixes of the training data (path without .bin/.idx). A JSON list; or repeat the option. (required)",
     ]:
         assert entry in options
-    for noise in ("Optional", "NoneType", "tuple[", "dict[", "int |", "factory", "None)", "True)", "PydanticUndefined"):
+    for noise in (
+        "Optional",
+        "NoneType",
+        "tuple[",
+        "dict[",
+        "int |",
+        "factory",
+        "None)",
+        "True)",
+        "PydanticUndefined",
+    ):
         assert noise not in done.stdout
 
 
@@ -260,4 +352,7 @@ def test_config_imports_neither_torch_nor_megatron_core() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
-                assert name.split(".")[0] != "torch" and not name.startswith("megatron."), (source.name, name)
+                assert name.split(".")[0] != "torch" and not name.startswith("megatron."), (
+                    source.name,
+                    name,
+                )

@@ -16,44 +16,101 @@ BAD_OVERRIDES = {
         ["--optimizer.learning_rat", "3"],
         "unknown key optimizer.learning_rat on the command line: did you mean optimizer.learning_rate?",
     ),
-    "typo with =": (["--train.step=3"], "unknown key train.step on the command line: did you mean train.steps?"),
+    "typo with =": (
+        ["--train.step=3"],
+        "unknown key train.step on the command line: did you mean train.steps?",
+    ),
     "wrong section": (
         ["--train.learning_rate", "3"],
         "unknown key train.learning_rate on the command line: did you mean optimizer.learning_rate?",
     ),
-    "no section": (["--alpha", "1"], "unknown key alpha on the command line: did you mean distill.alpha?"),
+    "no section": (
+        ["--alpha", "1"],
+        "unknown key alpha on the command line: did you mean distill.alpha?",
+    ),
     "far off": (["--zzz", "3"], "unknown key zzz on the command line: --help lists every key"),
-    "config typo": (["--confg", "a.toml"], "unknown key confg on the command line: did you mean config?"),
-    "section": (["--model", "{}"], "model on the command line is a section: override its keys, --model.key value"),
+    "config typo": (
+        ["--confg", "a.toml"],
+        "unknown key confg on the command line: did you mean config?",
+    ),
+    "section": (
+        ["--model", "{}"],
+        "model on the command line is a section: override its keys, --model.key value",
+    ),
     "inside a table": (
         ["--model.mcore.x", "3"],
         "unknown key model.mcore.x on the command line: give the whole of model.mcore as JSON, --model.mcore '{\"name\": value}'",
     ),
     "stray": (["extra"], "unexpected argument extra: write overrides as --section.key value"),
-    "one dash": (["-train.steps"], "unexpected argument -train.steps: write overrides as --section.key value"),
+    "one dash": (
+        ["-train.steps"],
+        "unexpected argument -train.steps: write overrides as --section.key value",
+    ),
     "two files": (["--config", "b.toml"], "--config is given 2 times: one run has one run file"),
-    "no value": (["--train.steps"], "train.steps on the command line needs a value: --train.steps=value"),
+    "no value": (
+        ["--train.steps"],
+        "train.steps on the command line needs a value: --train.steps=value",
+    ),
     "no value before the next": (
         ["--train.steps", "--train.seed", "3"],
         "train.steps on the command line needs a value: --train.steps=value",
     ),
-    "empty": (["--run.directory="], "run.directory on the command line needs a value: --run.directory=value"),
-    "integer": (["--train.steps", "1.5"], "train.steps must be a whole number > 0, got 1.5 on the command line"),
-    "negative": (["--optimizer.learning_rate", "-1e-3"], "optimizer.learning_rate must be a number > 0, got -1e-3 on the command line"),
-    "not finite": (["--optimizer.learning_rate", "nan"], "optimizer.learning_rate must be a number > 0, got nan on the command line"),
-    "closed range": (["--distill.alpha", "1.5"], "distill.alpha must be a number in [0, 1], got 1.5 on the command line"),
-    "half-open range": (["--optimizer.beta2", "1"], "optimizer.beta2 must be a number in [0, 1), got 1 on the command line"),
-    "lower bound": (["--distill.z_loss", "-1"], "distill.z_loss must be a number >= 0, got -1 on the command line"),
-    "boolean": (["--model.qk_norm", "maybe"], "model.qk_norm must be true or false, got maybe on the command line"),
+    "empty": (
+        ["--run.directory="],
+        "run.directory on the command line needs a value: --run.directory=value",
+    ),
+    "integer": (
+        ["--train.steps", "1.5"],
+        "train.steps must be a whole number > 0, got 1.5 on the command line",
+    ),
+    "negative": (
+        ["--optimizer.learning_rate", "-1e-3"],
+        "optimizer.learning_rate must be a number > 0, got -1e-3 on the command line",
+    ),
+    "not finite": (
+        ["--optimizer.learning_rate", "nan"],
+        "optimizer.learning_rate must be a number > 0, got nan on the command line",
+    ),
+    "closed range": (
+        ["--distill.alpha", "1.5"],
+        "distill.alpha must be a number in [0, 1], got 1.5 on the command line",
+    ),
+    "half-open range": (
+        ["--optimizer.beta2", "1"],
+        "optimizer.beta2 must be a number in [0, 1), got 1 on the command line",
+    ),
+    "lower bound": (
+        ["--distill.z_loss", "-1"],
+        "distill.z_loss must be a number >= 0, got -1 on the command line",
+    ),
+    "boolean": (
+        ["--model.qk_norm", "maybe"],
+        "model.qk_norm must be true or false, got maybe on the command line",
+    ),
     "choice": (
         ["--teacher.source", "disk"],
         "teacher.source must be one of none, online, cached, huggingface, got disk on the command line",
     ),
-    "null": (["--run.directory", "null"], "run.directory must be a path, got null on the command line"),
-    "null list": (["--data.train", "null"], "data.train must be a list of text (at least 1), got null on the command line"),
-    "empty list": (["--data.train", "[]"], "data.train must be a list of text (at least 1), got [] on the command line"),
-    "entry": (["--data.train", '["a", 1]'], 'data.train must be a list of text (at least 1), got ["a", 1] on the command line'),
-    "numbers": (["--data.train_weights", "x"], 'data.train_weights must be a list of numbers, got ["x"] on the command line'),
+    "null": (
+        ["--run.directory", "null"],
+        "run.directory must be a path, got null on the command line",
+    ),
+    "null list": (
+        ["--data.train", "null"],
+        "data.train must be a list of text (at least 1), got null on the command line",
+    ),
+    "empty list": (
+        ["--data.train", "[]"],
+        "data.train must be a list of text (at least 1), got [] on the command line",
+    ),
+    "entry": (
+        ["--data.train", '["a", 1]'],
+        'data.train must be a list of text (at least 1), got ["a", 1] on the command line',
+    ),
+    "numbers": (
+        ["--data.train_weights", "x"],
+        'data.train_weights must be a list of numbers, got ["x"] on the command line',
+    ),
     "entry of a list of tables": (
         ["--distill.hidden_states", '{"student_layer": 1, "teacher_layer": 2, "weight": 0}'],
         "distill.hidden_states must be a list of tables of student_layer, teacher_layer, loss, weight, got "
@@ -75,13 +132,22 @@ BAD_OVERRIDES = {
         ["--data.valid", "x"],
         "data.valid must be a table of name = text as JSON, got x on the command line: Expecting value",
     ),
-    "no table": (["--data.valid", "[1]"], "data.valid must be a table of name = text, got [1] on the command line"),
-    "table entry": (["--data.valid", '{"a": 1}'], 'data.valid must be a table of name = text, got {"a": 1} on the command line'),
+    "no table": (
+        ["--data.valid", "[1]"],
+        "data.valid must be a table of name = text, got [1] on the command line",
+    ),
+    "table entry": (
+        ["--data.valid", '{"a": 1}'],
+        'data.valid must be a table of name = text, got {"a": 1} on the command line',
+    ),
     "null in a table": (
         ["--model.mcore", '{"a": [{"b": null}]}'],
         "model.mcore.a.b cannot be written to a run file: TOML has no form for null, leave the key out",
     ),
-    "not Unicode": (["--run.directory", "\udcff"], "run.directory is not valid Unicode text: '\\udcff' cannot be written to a run file"),
+    "not Unicode": (
+        ["--run.directory", "\udcff"],
+        "run.directory is not valid Unicode text: '\\udcff' cannot be written to a run file",
+    ),
 }
 
 
@@ -99,29 +165,81 @@ BAD_FILES = {
         "learning_rate = 1e-3\nlearning_rat = 1",
         "unknown key optimizer.learning_rat in run.toml: did you mean optimizer.learning_rate?",
     ),
-    "section typo": ("[optimizer]", "[optimiser]", "unknown key optimiser in run.toml: did you mean optimizer?"),
-    "outside any section": ("\n[model]", "\nsteps = 3\n[model]", "unknown key steps in run.toml: did you mean train.steps?"),
-    "quoted dots": ("\n[model]", '\n"train.seed" = 3\n[model]', 'unknown key "train.seed" in run.toml: did you mean train.seed?'),
-    "no section": ("\n[model]", "\nteacher = 3\n[model]", "teacher in run.toml must be a section, [teacher] with its keys below, got 3"),
+    "section typo": (
+        "[optimizer]",
+        "[optimiser]",
+        "unknown key optimiser in run.toml: did you mean optimizer?",
+    ),
+    "outside any section": (
+        "\n[model]",
+        "\nsteps = 3\n[model]",
+        "unknown key steps in run.toml: did you mean train.steps?",
+    ),
+    "quoted dots": (
+        "\n[model]",
+        '\n"train.seed" = 3\n[model]',
+        'unknown key "train.seed" in run.toml: did you mean train.seed?',
+    ),
+    "no section": (
+        "\n[model]",
+        "\nteacher = 3\n[model]",
+        "teacher in run.toml must be a section, [teacher] with its keys below, got 3",
+    ),
     "array of sections": (
         "[run]",
         "[[run]]",
         'run in run.toml must be a section, [run] with its keys below, got [{"directory": "runs/first"}]',
     ),
-    "missing key": ("steps = 10", "", "train.steps is missing: set it to a whole number > 0 in run.toml or with --train.steps"),
+    "missing key": (
+        "steps = 10",
+        "",
+        "train.steps is missing: set it to a whole number > 0 in run.toml or with --train.steps",
+    ),
     "missing section": (
         "[run]\ndirectory",
         "[teacher]\ncheckpoint",
         "run.directory is missing: set it to a path in run.toml or with --run.directory",
     ),
-    "text for a number": ("steps = 10", 'steps = "10"', 'train.steps must be a whole number > 0, got "10" in run.toml'),
-    "fraction": ("steps = 10", "steps = 10.0", "train.steps must be a whole number > 0, got 10.0 in run.toml"),
-    "boolean for a number": ("steps = 10", "steps = true", "train.steps must be a whole number > 0, got true in run.toml"),
-    "number for a boolean": ("vocab_size = 512", "vocab_size = 512\nqk_norm = 1", "model.qk_norm must be true or false, got 1 in run.toml"),
-    "section for a number": ("steps = 10", "steps = { a = 1 }", 'train.steps must be a whole number > 0, got {"a": 1} in run.toml'),
-    "range": ("steps = 10", "steps = 0", "train.steps must be a whole number > 0, got 0 in run.toml"),
-    "infinite": ("1e-3", "inf", "optimizer.learning_rate must be a number > 0, got Infinity in run.toml"),
-    "date": ('"runs/first"', "2020-01-01", 'run.directory must be a path, got "2020-01-01" in run.toml'),
+    "text for a number": (
+        "steps = 10",
+        'steps = "10"',
+        'train.steps must be a whole number > 0, got "10" in run.toml',
+    ),
+    "fraction": (
+        "steps = 10",
+        "steps = 10.0",
+        "train.steps must be a whole number > 0, got 10.0 in run.toml",
+    ),
+    "boolean for a number": (
+        "steps = 10",
+        "steps = true",
+        "train.steps must be a whole number > 0, got true in run.toml",
+    ),
+    "number for a boolean": (
+        "vocab_size = 512",
+        "vocab_size = 512\nqk_norm = 1",
+        "model.qk_norm must be true or false, got 1 in run.toml",
+    ),
+    "section for a number": (
+        "steps = 10",
+        "steps = { a = 1 }",
+        'train.steps must be a whole number > 0, got {"a": 1} in run.toml',
+    ),
+    "range": (
+        "steps = 10",
+        "steps = 0",
+        "train.steps must be a whole number > 0, got 0 in run.toml",
+    ),
+    "infinite": (
+        "1e-3",
+        "inf",
+        "optimizer.learning_rate must be a number > 0, got Infinity in run.toml",
+    ),
+    "date": (
+        '"runs/first"',
+        "2020-01-01",
+        'run.directory must be a path, got "2020-01-01" in run.toml',
+    ),
     "key missing in a list of tables": (
         "\n[model]",
         "\n[[distill.hidden_states]]\nstudent_layer = 1\nteacher_layer = 2\n[model]",
@@ -141,14 +259,26 @@ BAD_FILES = {
         '"corpus/text"',
         'data.train must be a list of text (at least 1), got "corpus/text" in run.toml',
     ),
-    "entry": ('["corpus/text"]', "[3]", "data.train must be a list of text (at least 1), got [3] in run.toml"),
-    "syntax": ("steps = 10", "steps = ", "run.toml is not valid TOML: Invalid value (at line 17, column 9)"),
+    "entry": (
+        '["corpus/text"]',
+        "[3]",
+        "data.train must be a list of text (at least 1), got [3] in run.toml",
+    ),
+    "syntax": (
+        "steps = 10",
+        "steps = ",
+        "run.toml is not valid TOML: Invalid value (at line 17, column 9)",
+    ),
     "unfinished": (
         'directory = "runs/first"\n',
         'directory = "runs',
         "run.toml is not valid TOML: Unterminated string (at line 19, column 18)",
     ),
-    "twice": ("steps = 10", "steps = 10\nsteps = 11", "run.toml is not valid TOML: Cannot overwrite a value (at line 18, column 11)"),
+    "twice": (
+        "steps = 10",
+        "steps = 10\nsteps = 11",
+        "run.toml is not valid TOML: Cannot overwrite a value (at line 18, column 11)",
+    ),
 }
 
 
@@ -165,10 +295,16 @@ def test_files_that_cannot_be_read(load: Load) -> None:
     load()
     Path("latin1.toml").write_bytes(b'a = 1\nb = "\xff"')
     for argv, sentence in [
-        ([], "no run file: start with python -m megatron_kd.pretrain --config run.toml [--section.key value ...] (--help lists every key)"),
+        (
+            [],
+            "no run file: start with python -m megatron_kd.pretrain --config run.toml [--section.key value ...] (--help lists every key)",
+        ),
         (["--config", "nowhere.toml"], "run file nowhere.toml does not exist"),
         (["--config", "."], "cannot read run file .: Is a directory"),
-        (["--config", "latin1.toml"], "latin1.toml is not valid TOML: it is not UTF-8 (at line 2, column 6)"),
+        (
+            ["--config", "latin1.toml"],
+            "latin1.toml is not valid TOML: it is not UTF-8 (at line 2, column 6)",
+        ),
     ]:
         with pytest.raises(ConfigError) as caught:
             load_config(argv)
@@ -177,7 +313,13 @@ def test_files_that_cannot_be_read(load: Load) -> None:
 
 def test_every_problem_is_listed_once(load: Load, run_text: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load("--distill.alpha", "2", "--teacher.source", "online", text=run_text.replace("steps = 10", "seed = -1"))
+        load(
+            "--distill.alpha",
+            "2",
+            "--teacher.source",
+            "online",
+            text=run_text.replace("steps = 10", "seed = -1"),
+        )
     assert str(caught.value).splitlines() == [
         "train.seed must be a whole number in [0, 2147483648), got -1 in run.toml",
         'teacher.source = "online" needs teacher.checkpoint',
@@ -187,7 +329,9 @@ def test_every_problem_is_listed_once(load: Load, run_text: str) -> None:
 
 
 def test_a_bad_file_value_is_refused_even_where_overridden(load: Load, run_text: str) -> None:
-    with pytest.raises(ConfigError, match='train.steps must be a whole number > 0, got "10" in run.toml'):
+    with pytest.raises(
+        ConfigError, match='train.steps must be a whole number > 0, got "10" in run.toml'
+    ):
         load("--train.steps", "5", text=run_text.replace("steps = 10", 'steps = "10"'))
 
 

@@ -12,10 +12,22 @@ import pytest
 
 from megatron_kd.config import ConfigError, load_config
 from megatron_kd.data import chats, pieces
-from megatron_kd.data.conversations import BadConversation, ChatTemplate, ConversationEncoder, Packer, messages_of
+from megatron_kd.data.conversations import (
+    BadConversation,
+    ChatTemplate,
+    ConversationEncoder,
+    Packer,
+    messages_of,
+)
 from megatron_kd.data.dataset import build_dataset
 from megatron_kd.data.documents import make_pieces
-from megatron_kd.data.indexed import COUNTS_FOR_LOSS, STARTS_DOCUMENT, check_token_file, read_index, read_roles
+from megatron_kd.data.indexed import (
+    COUNTS_FOR_LOSS,
+    STARTS_DOCUMENT,
+    check_token_file,
+    read_index,
+    read_roles,
+)
 from megatron_kd.data.tokenizer import load_tokenizer
 from megatron_kd.train.inputs import check_inputs
 from tests.helpers.text import END, ROOT, load_tool, make_tokenizers
@@ -36,23 +48,30 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def chat(*contents: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(contents)]
+    return [
+        {"role": ("user", "assistant")[at % 2], "content": content}
+        for at, content in enumerate(contents)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface", "tiktoken"])
 @pytest.mark.parametrize("source", [CHATML, PLAIN], ids=["chatml", "plain"])
-def test_the_loss_counts_on_what_the_assistant_says(kind: str, source: str, tokenizers: dict[str, Path]) -> None:
+def test_the_loss_counts_on_what_the_assistant_says(
+    kind: str, source: str, tokenizers: dict[str, Path]
+) -> None:
     vocabulary, info = load_tokenizer(tokenizers[kind])
     template, end = ChatTemplate(source, vocabulary), info.end_of_document
     assert end is not None
     encoder = ConversationEncoder(vocabulary, template)
     messages = chat("How many?", "Four of them.", "And  now?\n", " Five, naïvely.")
     ids, roles = encoder.encode(messages)
-    assert roles[0] & STARTS_DOCUMENT and not (roles[1:] & STARTS_DOCUMENT).any()
+    assert roles[0] & STARTS_DOCUMENT
+    assert not (roles[1:] & STARTS_DOCUMENT).any()
     # What begins with the assistant's own words: no label of this conversation is its first token.
     opening = [{"role": "assistant", "content": "Well?"}, *messages]
     first = ConversationEncoder(vocabulary, ChatTemplate(PLAIN, vocabulary)).encode(opening)[1]
-    assert first[0] == STARTS_DOCUMENT and first[1] == COUNTS_FOR_LOSS
+    assert first[0] == STARTS_DOCUMENT
+    assert first[1] == COUNTS_FOR_LOSS
     # Read back with the end of document as a mark: the counted runs are the answers and the ends after them, nothing else.
     counts = roles & COUNTS_FOR_LOSS != 0
     runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(counts.astype(int))) + 1)
@@ -78,12 +97,18 @@ def test_what_cannot_be_used_is_said(tokenizers: dict[str, Path]) -> None:
         with pytest.raises(BadConversation, match=reason):
             messages_of(row, **keys)
     with pytest.raises(BadConversation, match="spells the special token"):
-        ConversationEncoder(vocabulary, ChatTemplate(PLAIN, vocabulary)).encode(chat("<|endoftext|>", "no"))
+        ConversationEncoder(vocabulary, ChatTemplate(PLAIN, vocabulary)).encode(
+            chat("<|endoftext|>", "no")
+        )
     shifting = "{% for m in messages %}{% if loop.last %}{{ m.content }}{% else %}...{% endif %}{% endfor %}"
     with pytest.raises(BadConversation, match="writes earlier messages differently"):
-        ConversationEncoder(vocabulary, ChatTemplate(shifting, vocabulary)).encode(chat("one", "two"))
+        ConversationEncoder(vocabulary, ChatTemplate(shifting, vocabulary)).encode(
+            chat("one", "two")
+        )
     with pytest.raises(BadConversation, match="the template refuses it: no"):
-        ConversationEncoder(vocabulary, ChatTemplate("{{ raise_exception('no') }}", vocabulary)).encode(chat("one", "two"))
+        ConversationEncoder(
+            vocabulary, ChatTemplate("{{ raise_exception('no') }}", vocabulary)
+        ).encode(chat("one", "two"))
     with pytest.raises(ConfigError, match="not valid jinja"):
         ChatTemplate("{% for %}", vocabulary)
 
@@ -98,7 +123,8 @@ def test_packing_keeps_conversations_whole() -> None:
         roles[0] |= STARTS_DOCUMENT
         packed.append(packer.add(ids, roles))
     samples = [one for one in [*packed, *packer.finish()] if one is not None]
-    assert all(len(one.ids) == len(one.roles) == 50 for one in samples) and sum(one.conversations for one in samples) == 299
+    assert all(len(one.ids) == len(one.roles) == 50 for one in samples)
+    assert sum(one.conversations for one in samples) == 299
     found: dict[int, int] = {}
     for one in samples:
         starts = np.flatnonzero(one.roles & STARTS_DOCUMENT)
@@ -111,65 +137,153 @@ def test_packing_keeps_conversations_whole() -> None:
     assert len(samples) < 1.25 * sum(map(len, given)) / 50
 
 
-def test_the_tool_writes_packed_samples_that_a_run_accepts(tokenizers: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
-    rows = [{"question": f"What is {a} plus {b}?", "answer": f"It is {a + b}."} for a in range(12) for b in range(12)]
+def test_the_tool_writes_packed_samples_that_a_run_accepts(
+    tokenizers: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
+    rows = [
+        {"question": f"What is {a} plus {b}?", "answer": f"It is {a + b}."}
+        for a in range(12)
+        for b in range(12)
+    ]
     lines = [json.dumps(row) for row in rows]
     lines[5:5] = ["not json", json.dumps({"question": "long", "answer": "word " * 500})]
     (tmp_path / "sums.jsonl").write_text("\n".join(lines))
-    command = ["--input", str(tmp_path / "sums.jsonl"), "--prompt-key", "question", "--response-key", "answer", "--sequence-length", "64"]
-    command += ["--tokenizer", str(tokenizers["sentencepiece"]), "--output", str(tmp_path / "data/sums"), "--holdout", "sums_valid=0.2"]
+    command = [
+        "--input",
+        str(tmp_path / "sums.jsonl"),
+        "--prompt-key",
+        "question",
+        "--response-key",
+        "answer",
+        "--sequence-length",
+        "64",
+    ]
+    command += [
+        "--tokenizer",
+        str(tokenizers["sentencepiece"]),
+        "--output",
+        str(tmp_path / "data/sums"),
+        "--holdout",
+        "sums_valid=0.2",
+    ]
     command += ["--workers", "1"]
-    assert tool.main(command) == 2 and "has no chat template" in capsys.readouterr().err
+    assert tool.main(command) == 2
+    assert "has no chat template" in capsys.readouterr().err
     command += ["--template", str(ROOT / "examples/instructions/plain.jinja")]
     assert tool.main(command) == 0
     captured = capsys.readouterr()
     summary = json.loads(captured.out)
-    assert summary["unreadable"] == summary["too_long"] == 1 and "2 conversations were left out" in captured.err
-    assert [text.split(": ")[0].rpartition(":")[2] for text in summary["unreadable_documents"]] == ["6", "7"]
+    assert summary["unreadable"] == summary["too_long"] == 1
+    assert "2 conversations were left out" in captured.err
+    assert [text.split(": ")[0].rpartition(":")[2] for text in summary["unreadable_documents"]] == [
+        "6",
+        "7",
+    ]
     assert sum(one["conversations"] for one in summary["outputs"].values()) == 144
     vocabulary, info = load_tokenizer(tokenizers["sentencepiece"])
     said = []
     for prefix in (tmp_path / "data/sums", tmp_path / "data/sums_valid"):
         index, roles = read_index(prefix), read_roles(prefix)
         ids = np.fromfile(f"{prefix}.bin", "<u2")
-        assert roles is not None and set(index.lengths) == {64} and len(roles) == len(ids)
-        answers = np.split(ids[roles & COUNTS_FOR_LOSS != 0], np.flatnonzero(ids[roles & COUNTS_FOR_LOSS != 0] == info.end_of_document) + 1)
+        assert roles is not None
+        assert set(index.lengths) == {64}
+        assert len(roles) == len(ids)
+        answers = np.split(
+            ids[roles & COUNTS_FOR_LOSS != 0],
+            np.flatnonzero(ids[roles & COUNTS_FOR_LOSS != 0] == info.end_of_document) + 1,
+        )
         said += [vocabulary.decode(answer[:-1].tolist()) for answer in answers if len(answer)]
     assert sorted(said) == sorted(row["answer"] for row in rows)
     strict = [*command, "--output", str(tmp_path / "strict/sums"), "--strict"]
-    assert tool.main(strict) == 2 and "sums.jsonl:6 cannot be used" in capsys.readouterr().err
-    assert tool.main(command) == 0 and json.loads(capsys.readouterr().out)["kept"] is True
-    assert tool.main([*command, "--sequence-length", "32"]) == 2 and "--overwrite" in capsys.readouterr().err
-    overrides = ["--data.tokenizer", str(tokenizers["sentencepiece"]), "--data.train", json.dumps([str(tmp_path / "data/sums")])]
-    overrides += ["--data.train_weights", "[1.0]", "--data.valid", json.dumps({"sums": str(tmp_path / "data/sums_valid")})]
-    overrides += ["--checkpoint.initialize_from", "null", "--run.directory", str(tmp_path / "run"), "--batch.sequence_length"]
+    assert tool.main(strict) == 2
+    assert "sums.jsonl:6 cannot be used" in capsys.readouterr().err
+    assert tool.main(command) == 0
+    assert json.loads(capsys.readouterr().out)["kept"] is True
+    assert tool.main([*command, "--sequence-length", "32"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    overrides = [
+        "--data.tokenizer",
+        str(tokenizers["sentencepiece"]),
+        "--data.train",
+        json.dumps([str(tmp_path / "data/sums")]),
+    ]
+    overrides += [
+        "--data.train_weights",
+        "[1.0]",
+        "--data.valid",
+        json.dumps({"sums": str(tmp_path / "data/sums_valid")}),
+    ]
+    overrides += [
+        "--checkpoint.initialize_from",
+        "null",
+        "--run.directory",
+        str(tmp_path / "run"),
+        "--batch.sequence_length",
+    ]
     run_file = ["--config", str(ROOT / "examples/instructions/finetune.toml")]
     with pytest.raises(ConfigError, match="packed into samples of 64 tokens"):
         check_inputs(load_config([*run_file, *overrides, "32"]), world_size=2)
     with pytest.raises(ConfigError, match='set data.document_attention = "within"'):
-        check_inputs(load_config([*run_file, *overrides, "64", "--data.document_attention", "across"]), world_size=2)
-    assert check_inputs(load_config([*run_file, *overrides, "64"]), world_size=2).vocab_size == info.vocab_size
+        check_inputs(
+            load_config([*run_file, *overrides, "64", "--data.document_attention", "across"]),
+            world_size=2,
+        )
+    assert (
+        check_inputs(load_config([*run_file, *overrides, "64"]), world_size=2).vocab_size
+        == info.vocab_size
+    )
     with pytest.raises(ConfigError, match="made with another tokenizer"):
-        check_inputs(load_config([*run_file, *overrides, "64", "--data.end_of_document", "a"]), world_size=2)
+        check_inputs(
+            load_config([*run_file, *overrides, "64", "--data.end_of_document", "a"]), world_size=2
+        )
 
 
 def write_chats(path: Path, count: int, rng: random.Random) -> list[str]:
-    rows = [(f"{n}?", " ".join(rng.choice(["yes", "no", "naïve", "7"]) for _ in range(rng.randint(1, 10)))) for n in range(count)]
-    path.write_text("".join(json.dumps({"prompt": ask, "response": say}) + "\n" for ask, say in rows))
+    rows = [
+        (
+            f"{n}?",
+            " ".join(rng.choice(["yes", "no", "naïve", "7"]) for _ in range(rng.randint(1, 10))),
+        )
+        for n in range(count)
+    ]
+    path.write_text(
+        "".join(json.dumps({"prompt": ask, "response": say}) + "\n" for ask, say in rows)
+    )
     return [say for _, say in rows]
 
 
 def contents(folder: Path, names: tuple[str, ...] = ("chats", "valid")) -> dict[str, bytes]:
-    return {f"{name}{end}": (folder / f"{name}{end}").read_bytes() for name in names for end in (".bin", ".idx", ".roles", ".json")}
+    return {
+        f"{name}{end}": (folder / f"{name}{end}").read_bytes()
+        for name in names
+        for end in (".bin", ".idx", ".roles", ".json")
+    }
 
 
-def test_packing_depends_on_nothing_but_the_input(tokenizers: dict[str, Path], tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_packing_depends_on_nothing_but_the_input(
+    tokenizers: dict[str, Path], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
     """One piece or many, one process or two, interrupted in the middle or not."""
     write_chats(tmp_path / "a.jsonl", 300, random.Random(fresh_seed()))
-    command = ["--input", str(tmp_path / "a.jsonl"), "--sequence-length", "64", "--tokenizer", str(tokenizers["tiktoken"]), "--holdout"]
-    command += ["valid=0.3", "--template", str(ROOT / "examples/instructions/plain.jinja"), "--workers"]
+    command = [
+        "--input",
+        str(tmp_path / "a.jsonl"),
+        "--sequence-length",
+        "64",
+        "--tokenizer",
+        str(tokenizers["tiktoken"]),
+        "--holdout",
+    ]
+    command += [
+        "valid=0.3",
+        "--template",
+        str(ROOT / "examples/instructions/plain.jinja"),
+        "--workers",
+    ]
     assert tool.main([*command, "1", "--output", str(tmp_path / "whole/chats")]) == 0
-    monkeypatch.setattr(chats, "make_pieces", lambda files, format: make_pieces(files, format, 3001))
+    monkeypatch.setattr(
+        chats, "make_pieces", lambda files, format: make_pieces(files, format, 3001)
+    )
     capsys.readouterr()
     real, calls = pieces.write_atomically, []
 
@@ -181,27 +295,45 @@ def test_packing_depends_on_nothing_but_the_input(tokenizers: dict[str, Path], t
 
     monkeypatch.setattr(pieces, "write_atomically", interrupted)
     assert tool.main([*command, "1", "--output", str(tmp_path / "cut/chats")]) == 130
-    assert "run the same command again" in capsys.readouterr().err and not list((tmp_path / "cut").glob("*.bin"))
+    assert "run the same command again" in capsys.readouterr().err
+    assert not list((tmp_path / "cut").glob("*.bin"))
     assert tool.main([*command, "2", "--output", str(tmp_path / "cut/chats")]) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["pieces"] > 5 and summary["kept_pieces"] == 2
+    assert summary["pieces"] > 5
+    assert summary["kept_pieces"] == 2
     whole, cut = contents(tmp_path / "whole"), contents(tmp_path / "cut")
     for name in whole:
-        same = [json.dumps(json.loads(one[name]) | {"made_from": ""}) if name.endswith("json") else one[name] for one in (whole, cut)]
+        same = [
+            json.dumps(json.loads(one[name]) | {"made_from": ""})
+            if name.endswith("json")
+            else one[name]
+            for one in (whole, cut)
+        ]
         assert same[0] == same[1], name
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == sorted(cut)
 
 
-def test_a_pass_reads_every_packed_sample(tokenizers: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+def test_a_pass_reads_every_packed_sample(
+    tokenizers: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
     """Also the last one, and where there is one only; labels that count are the answers, all of them, once."""
     said = write_chats(tmp_path / "a.jsonl", 60, random.Random(fresh_seed()))
     vocabulary, info = load_tokenizer(tokenizers["tiktoken"])
-    command = ["--input", str(tmp_path / "a.jsonl"), "--tokenizer", str(tokenizers["tiktoken"]), "--workers", "1"]
+    command = [
+        "--input",
+        str(tmp_path / "a.jsonl"),
+        "--tokenizer",
+        str(tokenizers["tiktoken"]),
+        "--workers",
+        "1",
+    ]
     command += ["--template", str(ROOT / "examples/instructions/plain.jinja")]
     for length in (64, 8192):
         prefix = tmp_path / f"data{length}/chats"
         assert tool.main([*command, "--sequence-length", str(length), "--output", str(prefix)]) == 0
-        settings: dict[str, Any] = dict(sequence_length=length, seed=3, index_cache=tmp_path / "cache", within_documents=True)
+        settings: dict[str, Any] = dict(
+            sequence_length=length, seed=3, index_cache=tmp_path / "cache", within_documents=True
+        )
         settings |= dict(end_of_document=info.end_of_document, vocab_size=info.vocab_size)
         samples = len(read_index(prefix).lengths)
         assert samples == 1 if length == 8192 else samples > 5
@@ -212,25 +344,40 @@ def test_a_pass_reads_every_packed_sample(tokenizers: dict[str, Path], tmp_path:
             for sample in range(samples):
                 row = own[sample]
                 assert any(np.array_equal(row["tokens"], one) for one in tokens)
-                assert np.array_equal(row["labels"][:-1], row["tokens"][1:]) and row["loss_mask"][-1] == 0
+                assert np.array_equal(row["labels"][:-1], row["tokens"][1:])
+                assert row["loss_mask"][-1] == 0
                 found += row["labels"][row["loss_mask"] > 0].tolist()
             text = b"".join(vocabulary.tokens[index] for index in found).decode()
             assert sorted(text.split(END)[:-1]) == sorted(said)
 
 
-def test_packed_files_without_their_roles_are_refused(tokenizers: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+def test_packed_files_without_their_roles_are_refused(
+    tokenizers: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
     write_chats(tmp_path / "a.jsonl", 40, random.Random(fresh_seed()))
-    command = ["--input", str(tmp_path / "a.jsonl"), "--sequence-length", "64", "--tokenizer", str(tokenizers["tiktoken"]), "--workers"]
+    command = [
+        "--input",
+        str(tmp_path / "a.jsonl"),
+        "--sequence-length",
+        "64",
+        "--tokenizer",
+        str(tokenizers["tiktoken"]),
+        "--workers",
+    ]
     command += ["1", "--template", str(ROOT / "examples/instructions/plain.jinja"), "--output"]
     parts = [tmp_path / "one", tmp_path / "two"]
     for part in parts:
         assert tool.main([*command, str(part)]) == 0
     assert merge_data.main([*map(str, parts), "--output", str(tmp_path / "both")]) == 0
     both, one = contents(tmp_path, ("both",)), contents(tmp_path, ("one",))
-    assert both["both.roles"] == 2 * one["one.roles"] and both["both.bin"] == 2 * one["one.bin"]
+    assert both["both.roles"] == 2 * one["one.roles"]
+    assert both["both.bin"] == 2 * one["one.bin"]
     about, own = json.loads(both["both.json"]), json.loads(one["one.json"])
-    assert about["packed_length"] == 64 and about["loss_tokens"] == 2 * own["loss_tokens"] and about["conversations"] == 80
+    assert about["packed_length"] == 64
+    assert about["loss_tokens"] == 2 * own["loss_tokens"]
+    assert about["conversations"] == 80
     (tmp_path / "two.roles").unlink()
     with pytest.raises(ConfigError, match="two.roles is missing"):
         check_token_file(tmp_path / "two", vocab_size=1000)
-    assert merge_data.main([*map(str, parts), "--output", str(tmp_path / "bad")]) == 2 and not list(tmp_path.glob("bad*"))
+    assert merge_data.main([*map(str, parts), "--output", str(tmp_path / "bad")]) == 2
+    assert not list(tmp_path.glob("bad*"))

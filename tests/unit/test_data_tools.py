@@ -32,7 +32,16 @@ train_tokenizer = load_tool("train_tokenizer")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer trained on part of the standard library."""
     output = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    arguments = ["--input", str(STDLIB), "--pattern", "*.py", "--vocab-size", "400", "--output", str(output)]
+    arguments = [
+        "--input",
+        str(STDLIB),
+        "--pattern",
+        "*.py",
+        "--vocab-size",
+        "400",
+        "--output",
+        str(output),
+    ]
     assert train_tokenizer.main(arguments) == 0
     return output
 
@@ -44,7 +53,8 @@ def test_tokenizer_round_trips_source_text(model: Path) -> None:
     texts += [" lead", "trail ", "\n", "\t", "   ", "<s>", "a\n\n\nb"]
     for text in texts:
         assert processor.decode(processor.encode(text)) == text
-    assert info.vocab_size == 400 and info.end_of_document == 2
+    assert info.vocab_size == 400
+    assert info.end_of_document == 2
     assert any(b"\n" in token for token in processor.tokens), "no newline was learned"
 
 
@@ -55,21 +65,40 @@ def test_tokenizer_digest_is_of_the_vocabulary(model: Path, tmp_path: Path) -> N
     other_bytes.write_bytes(model.read_bytes() + bytes([15 << 3, 1]))
     assert load_tokenizer(other_bytes)[1] == info
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"{i} green bottles hanging on the wall number {i * i}" for i in range(3000)))
-    assert train_tokenizer.main(["--input", str(text), "--vocab-size", "310", "--output", str(tmp_path / "a.model")]) == 0
-    text.write_text("\n".join(f"{i} ships came sailing by on monday morning {i * i}" for i in range(3000)))
-    assert train_tokenizer.main(["--input", str(text), "--vocab-size", "310", "--output", str(tmp_path / "b.model")]) == 0
+    text.write_text(
+        "\n".join(f"{i} green bottles hanging on the wall number {i * i}" for i in range(3000))
+    )
+    assert (
+        train_tokenizer.main(
+            ["--input", str(text), "--vocab-size", "310", "--output", str(tmp_path / "a.model")]
+        )
+        == 0
+    )
+    text.write_text(
+        "\n".join(f"{i} ships came sailing by on monday morning {i * i}" for i in range(3000))
+    )
+    assert (
+        train_tokenizer.main(
+            ["--input", str(text), "--vocab-size", "310", "--output", str(tmp_path / "b.model")]
+        )
+        == 0
+    )
     first, second = load_tokenizer(tmp_path / "a.model")[1], load_tokenizer(tmp_path / "b.model")[1]
-    assert first.vocab_size == second.vocab_size and first.digest != second.digest
+    assert first.vocab_size == second.vocab_size
+    assert first.digest != second.digest
 
 
 def test_training_a_tokenizer_is_deterministic(model: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.model"
-    train_tokenizer.main(["--input", str(STDLIB), "--pattern", "*.py", "--vocab-size", "400", "--output", str(again)])
+    train_tokenizer.main(
+        ["--input", str(STDLIB), "--pattern", "*.py", "--vocab-size", "400", "--output", str(again)]
+    )
     assert again.read_bytes() == model.read_bytes()
 
 
-def test_unusable_tokenizers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_tokenizers_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ConfigError, match="cannot read the tokenizer .*missing.model"):
         load_tokenizer(tmp_path / "missing.model")
     for content in (b"", b"hello world", b"{}"):
@@ -77,12 +106,23 @@ def test_unusable_tokenizers_are_refused(tmp_path: Path, capsys: pytest.CaptureF
         with pytest.raises(ConfigError, match="is no tokenizer"):
             load_tokenizer(tmp_path / "bad.model")
     text = iter(["some words to learn from, and some more words"] * 50)
-    settings = dict(vocab_size=30, model_type="bpe", eos_id=-1, hard_vocab_limit=False, minloglevel=2)
+    settings = dict(
+        vocab_size=30, model_type="bpe", eos_id=-1, hard_vocab_limit=False, minloglevel=2
+    )
     with open(tmp_path / "no_eos.model", "wb") as stream:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=text, model_writer=stream, **settings)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=text, model_writer=stream, **settings
+        )
     assert load_tokenizer(tmp_path / "no_eos.model")[1].end_of_document is None
     (tmp_path / "text.txt").write_text("some words")
-    arguments = ["--input", str(tmp_path / "text.txt"), "--tokenizer", str(tmp_path / "no_eos.model"), "--output", str(tmp_path / "out")]
+    arguments = [
+        "--input",
+        str(tmp_path / "text.txt"),
+        "--tokenizer",
+        str(tmp_path / "no_eos.model"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert preprocess_data.main(arguments) == 2
     assert "names no token that ends documents" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="has no token 'nothing'"):
@@ -97,21 +137,43 @@ def test_unusable_tokenizers_are_refused(tmp_path: Path, capsys: pytest.CaptureF
         (["--vocab-size", "400", "--input", "/does/not/exist"], "does not exist"),
     ],
 )
-def test_training_errors_leave_no_output(extra: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_errors_leave_no_output(
+    extra: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "tokenizer.model"
-    assert train_tokenizer.main(["--input", str(STDLIB), "--pattern", "*.py", "--output", str(output), *extra]) == 1
+    assert (
+        train_tokenizer.main(
+            ["--input", str(STDLIB), "--pattern", "*.py", "--output", str(output), *extra]
+        )
+        == 1
+    )
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tokenizer_training_samples_long_and_jsonl_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [json.dumps({"text": f"line {i} of many lines\u2028with words"}, ensure_ascii=False) for i in range(20000)]
+def test_tokenizer_training_samples_long_and_jsonl_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        json.dumps({"text": f"line {i} of many lines\u2028with words"}, ensure_ascii=False)
+        for i in range(20000)
+    ]
     (tmp_path / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    arguments = ["--input", str(tmp_path / "data.jsonl"), "--vocab-size", "300", "--max-megabytes", "0.4"]
+    arguments = [
+        "--input",
+        str(tmp_path / "data.jsonl"),
+        "--vocab-size",
+        "300",
+        "--max-megabytes",
+        "0.4",
+    ]
     assert train_tokenizer.main([*arguments, "--output", str(tmp_path / "t.model")]) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["unreadable_pieces"] == 0 and 0.1 < summary["megabytes"] < 0.6
-    assert '"' not in b"".join(load_tokenizer(tmp_path / "t.model")[0].tokens[259:]).decode(), "JSON syntax was learned"
+    assert summary["unreadable_pieces"] == 0
+    assert 0.1 < summary["megabytes"] < 0.6
+    assert '"' not in b"".join(load_tokenizer(tmp_path / "t.model")[0].tokens[259:]).decode(), (
+        "JSON syntax was learned"
+    )
 
 
 def test_finding_text_files_is_ordered_and_filtered(tmp_path: Path) -> None:
@@ -127,10 +189,15 @@ def corpus(tmp_path: Path) -> Path:
     folder = tmp_path / "corpus"
     (folder / "sub").mkdir(parents=True)
     for number in range(40):
-        (folder / "sub" / f"f{number:02}.py").write_text(f"def f{number}():\n\treturn '{'x' * number}'\n")
+        (folder / "sub" / f"f{number:02}.py").write_text(
+            f"def f{number}():\n\treturn '{'x' * number}'\n"
+        )
     (folder / "latin.py").write_bytes(b"# caf\xe9\n")
     (folder / "empty.py").write_text("")
-    rows = [{"text": f"row {number} é"} for number in range(30)] + [{"other": 1}, {"text": "\ud800"}]
+    rows = [{"text": f"row {number} é"} for number in range(30)] + [
+        {"other": 1},
+        {"text": "\ud800"},
+    ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\nnot json\n")
     return folder
 
@@ -146,51 +213,107 @@ def read_documents(prefix: Path, processor: Vocabulary) -> list[str]:
     return [processor.decode(part[:-1].tolist()) for part in parts]
 
 
-def test_preprocessing_writes_every_document_once(corpus: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preprocessing_writes_every_document_once(
+    corpus: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    arguments = ["--input", str(corpus), "--tokenizer", str(model), "--workers", "1", "--holdout", "valid=0.2"]
+    arguments = [
+        "--input",
+        str(corpus),
+        "--tokenizer",
+        str(model),
+        "--workers",
+        "1",
+        "--holdout",
+        "valid=0.2",
+    ]
     arguments += ["--output", str(out / "train")]
     assert preprocess_data.main(arguments) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert (
-        summary["empty"] == 1
-        and summary["unreadable"] == 4
-        and summary["unreadable_documents"][0].endswith("latin.py: not UTF-8 at byte 5")
-    )
+    assert summary["empty"] == 1
+    assert summary["unreadable"] == 4
+    assert summary["unreadable_documents"][0].endswith("latin.py: not UTF-8 at byte 5")
     processor, info = load_tokenizer(model)
-    train, valid = read_documents(out / "train", processor), read_documents(out / "valid", processor)
-    expected = {path.read_text() for path in corpus.glob("sub/*.py")} | {f"row {number} é" for number in range(30)}
-    assert len(train) + len(valid) == 70 and set(train) | set(valid) == expected and 5 <= len(valid) <= 25
+    train, valid = (
+        read_documents(out / "train", processor),
+        read_documents(out / "valid", processor),
+    )
+    expected = {path.read_text() for path in corpus.glob("sub/*.py")} | {
+        f"row {number} é" for number in range(30)
+    }
+    assert len(train) + len(valid) == 70
+    assert set(train) | set(valid) == expected
+    assert 5 <= len(valid) <= 25
     sidecar = json.loads((out / "valid.json").read_text())
     assert sidecar == summary["outputs"][str(out / "valid")]
-    assert sidecar["tokenizer_digest"] == info.digest and sidecar["vocab_size"] == 400 and sidecar["documents"] == len(valid)
-    assert sidecar["bytes"] == sum(len(text.encode()) for text in valid) and sidecar["dtype"] == "uint16"
-    assert check_token_file(out / "valid", vocab_size=400, tokenizer_digest=info.digest).num_tokens == sidecar["tokens"]
+    assert sidecar["tokenizer_digest"] == info.digest
+    assert sidecar["vocab_size"] == 400
+    assert sidecar["documents"] == len(valid)
+    assert sidecar["bytes"] == sum(len(text.encode()) for text in valid)
+    assert sidecar["dtype"] == "uint16"
+    assert (
+        check_token_file(out / "valid", vocab_size=400, tokenizer_digest=info.digest).num_tokens
+        == sidecar["tokens"]
+    )
     # A file keeps its side when others come or go.
-    assert preprocess_data.main([*arguments, "--exclude", "f0*", "--no-append-eod", "--overwrite"]) == 0
+    assert (
+        preprocess_data.main([*arguments, "--exclude", "f0*", "--no-append-eod", "--overwrite"])
+        == 0
+    )
     tokens = np.fromfile(out / "valid.bin", "<u2")
     excluded = tuple(f"def f{number}(" for number in range(10))
-    assert any(text.startswith(excluded) for text in valid) and EOD not in tokens
-    assert processor.decode(tokens.tolist()) == "".join(text for text in valid if not text.startswith(excluded))
+    assert any(text.startswith(excluded) for text in valid)
+    assert EOD not in tokens
+    assert processor.decode(tokens.tolist()) == "".join(
+        text for text in valid if not text.startswith(excluded)
+    )
 
 
 def test_preprocessing_does_not_depend_on_workers(
-    corpus: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    corpus: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = ["--input", str(corpus), "--tokenizer", str(model), "--holdout", "valid=0.2"]
-    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *arguments, "--workers", "2"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "preprocess_data.py"),
+        *arguments,
+        "--workers",
+        "2",
+    ]
     command += ["--output", str(tmp_path / "two" / "train")]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr.count("\n") == 1 and json.loads(done.stdout)["unreadable"] == 4
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0
+    assert done.stderr.count("\n") == 1
+    assert json.loads(done.stdout)["unreadable"] == 4
     from megatron_kd.data import preprocess
     from megatron_kd.data.documents import make_pieces
 
-    monkeypatch.setattr(preprocess, "make_pieces", lambda files, format, size: make_pieces(files, format, 37))
-    assert preprocess_data.main([*arguments, "--workers", "1", "--output", str(tmp_path / "one" / "train")]) == 0
+    monkeypatch.setattr(
+        preprocess, "make_pieces", lambda files, format, size: make_pieces(files, format, 37)
+    )
+    assert (
+        preprocess_data.main(
+            [*arguments, "--workers", "1", "--output", str(tmp_path / "one" / "train")]
+        )
+        == 0
+    )
     for name in ("train.bin", "train.idx", "train.json", "valid.bin", "valid.idx", "valid.json"):
         one, two = ((tmp_path / folder / name).read_bytes() for folder in ("one", "two"))
         if name.endswith("json"):  # how work was cut is part of what says where it came from
-            one, two = (json.dumps(json.loads(content) | {"made_from": ""}).encode() for content in (one, two))
+            one, two = (
+                json.dumps(json.loads(content) | {"made_from": ""}).encode()
+                for content in (one, two)
+            )
         assert one == two
 
 
@@ -203,9 +326,24 @@ def test_preprocessing_does_not_depend_on_workers(
     ],
 )
 def test_preprocessing_errors_leave_no_output(
-    extra: list[str], message: str, corpus: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    extra: list[str],
+    message: str,
+    corpus: Path,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["--input", str(corpus), "--tokenizer", str(model), "--workers", "1", "--output", str(tmp_path / "out" / "train"), *extra]
+    arguments = [
+        "--input",
+        str(corpus),
+        "--tokenizer",
+        str(model),
+        "--workers",
+        "1",
+        "--output",
+        str(tmp_path / "out" / "train"),
+        *extra,
+    ]
     assert preprocess_data.main(arguments) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not [path for path in tmp_path.glob("out/*") if path.suffix != ".pieces"]

@@ -21,14 +21,23 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.fault(12, 16, "S9", "S10")
-def test_unusable_index_caches_are_refused(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_index_caches_are_refused(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot write .*set data.index_cache to a writable folder"):
+    with pytest.raises(
+        ConfigError, match="cannot write .*set data.index_cache to a writable folder"
+    ):
         build(prefix, tmp_path / "file")
     build(prefix, tmp_path / "cache")
     (array,) = (tmp_path / "cache").glob("samples-*/*shuffle_index.npy")
     complete = array.read_bytes()
-    for content in (complete[:-8], complete[:5], b"", pickle.dumps(Sentinel(str(tmp_path / "sentinel")))):
+    for content in (
+        complete[:-8],
+        complete[:5],
+        b"",
+        pickle.dumps(Sentinel(str(tmp_path / "sentinel"))),
+    ):
         array.write_bytes(content)
         with pytest.raises(ConfigError, match="is damaged .*delete this folder"):
             build(prefix, tmp_path / "cache")
@@ -52,7 +61,9 @@ class Sentinel:
         return os.mkdir, (self.path,)
 
 
-def test_runs_that_start_together(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_start_together(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between the look and the name another run gives its folder that name; and a killed run of the same number has left its own."""
     other = write_tokens(tmp_path / "other", [[1] * 400])
     alone, rename, faster = all_tokens(build([prefix, other], tmp_path / "alone")), os.rename, []
@@ -63,7 +74,8 @@ def test_runs_that_start_together(prefix: str, tmp_path: Path, monkeypatch: pyte
         rename(source, target)
 
     monkeypatch.setattr(dataset_module.os, "rename", rename_too_late)
-    assert torch.equal(all_tokens(build([prefix, other], tmp_path / "cache")), alone) and len(faster) == 3
+    assert torch.equal(all_tokens(build([prefix, other], tmp_path / "cache")), alone)
+    assert len(faster) == 3
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == sorted(faster)
     monkeypatch.setattr(dataset_module.os, "rename", rename)
     for name in faster:

@@ -16,7 +16,9 @@ def test_by_hand() -> None:
     assert pass_at_k(4, 1, 1) == 0.25
     assert pass_at_k(4, 1, 2) == 0.5  # of six pairs, three hold the right one
     assert pass_at_k(4, 2, 2) == pytest.approx(5 / 6)
-    assert pass_at_k(4, 0, 4) == 0.0 and pass_at_k(4, 4, 1) == 1.0 and pass_at_k(4, 1, 4) == 1.0
+    assert pass_at_k(4, 0, 4) == 0.0
+    assert pass_at_k(4, 4, 1) == 1.0
+    assert pass_at_k(4, 1, 4) == 1.0
     assert pass_at_k(5000, 1, 2500) == 0.5  # numbers of choices that no float holds
     assert mean_pass_at_k(4, [1, 2, 0], 2) == pytest.approx((1 / 2 + 5 / 6) / 3)
 
@@ -27,7 +29,9 @@ def test_is_the_share_of_all_choices() -> None:
             marks = [1] * right + [0] * (samples - right)
             for k in range(1, samples + 1):
                 choices = list(itertools.combinations(marks, k))
-                assert pass_at_k(samples, right, k) == pytest.approx(sum(map(any, choices)) / len(choices), abs=1e-12)
+                assert pass_at_k(samples, right, k) == pytest.approx(
+                    sum(map(any, choices)) / len(choices), abs=1e-12
+                )
 
 
 def test_is_unbiased() -> None:
@@ -36,8 +40,12 @@ def test_is_unbiased() -> None:
     for p in rng.uniform(0.05, 0.6, 5):
         chance = [math.comb(32, c) * p**c * (1 - p) ** (32 - c) for c in range(33)]
         for k in (1, 4, 16, 32):
-            assert sum(w * pass_at_k(32, c, k) for c, w in enumerate(chance)) == pytest.approx(1 - (1 - p) ** k, abs=1e-9)
-    assert sum(w * (1 - (1 - c / 32) ** 16) for c, w in enumerate(chance)) != pytest.approx(1 - (1 - p) ** 16, abs=1e-6)
+            assert sum(w * pass_at_k(32, c, k) for c, w in enumerate(chance)) == pytest.approx(
+                1 - (1 - p) ** k, abs=1e-9
+            )
+    assert sum(w * (1 - (1 - c / 32) ** 16) for c, w in enumerate(chance)) != pytest.approx(
+        1 - (1 - p) ** 16, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("numbers", [(4, 5, 1), (4, -1, 1), (4, 1, 0), (4, 1, 5), (0, 0, 1)])

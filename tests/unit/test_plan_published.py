@@ -22,12 +22,24 @@ from megatron_kd.telemetry.flops import flops_per_token, parameter_count
 H100, A100 = known_gpu("h100"), known_gpu("a100")
 
 
-def job_of(model: dict[str, Any], *, batch: int, micro: int, sequence: int, distributed: bool = False, **parallel: Any) -> Job:
+def job_of(
+    model: dict[str, Any],
+    *,
+    batch: int,
+    micro: int,
+    sequence: int,
+    distributed: bool = False,
+    **parallel: Any,
+) -> Job:
     config = RunConfig.model_validate(
         {
             "model": model,
             "data": {"train": ["none"]},
-            "batch": {"global_batch_size": batch, "micro_batch_size": micro, "sequence_length": sequence},
+            "batch": {
+                "global_batch_size": batch,
+                "micro_batch_size": micro,
+                "sequence_length": sequence,
+            },
             "parallel": parallel,
             "optimizer": {"learning_rate": 1e-4, "distributed": distributed},
             "train": {"steps": 1},
@@ -40,15 +52,29 @@ def job_of(model: dict[str, Any], *, batch: int, micro: int, sequence: int, dist
 
 def fitted(job: Job, cluster: Cluster, seconds: float) -> Rates:
     """The one rate at which this run takes the published time: everything else is predicted with it."""
-    rate = rate_of(lambda rate: sum(student_time(job, cluster, rate).values()), seconds, "published")
+    rate = rate_of(
+        lambda rate: sum(student_time(job, cluster, rate).values()), seconds, "published"
+    )
     return Rates(rate, rate)
 
 
-def mfu(model: ModelSection, vocab_size: int, sequence: int, tokens_per_second: float, peak: float, *, embeddings: bool) -> float:
+def mfu(
+    model: ModelSection,
+    vocab_size: int,
+    sequence: int,
+    tokens_per_second: float,
+    peak: float,
+    *,
+    embeddings: bool,
+) -> float:
     """In torchtitan's convention: attention as if every query saw every key, and (early on) the embedding as a product."""
     assert model.head_dim is not None
     scores = 6 * model.num_layers * model.num_attention_heads * model.head_dim * sequence
-    flops = flops_per_token(model, vocab_size, sequence) + scores + (6 * vocab_size * model.hidden_size if embeddings else 0)
+    flops = (
+        flops_per_token(model, vocab_size, sequence)
+        + scores
+        + (6 * vocab_size * model.hidden_size if embeddings else 0)
+    )
     return tokens_per_second * flops / peak
 
 
@@ -57,9 +83,13 @@ def test_mfu_of_llama_8b_in_torchtitan() -> None:
     benchmarks/llama3_h100_202412_torchtitan.md at 31a17bf (8 H100: 5762 and 6667 are 33 % and 39 %)."""
     llama = ModelSection.model_validate({"preset": "llama-3.1-8b"})
     for rate, published in ((2904, 0.568), (2973, 0.582)):
-        assert mfu(llama, 128_256, 8192, rate, 312e12, embeddings=True) == pytest.approx(published, abs=0.002)
+        assert mfu(llama, 128_256, 8192, rate, 312e12, embeddings=True) == pytest.approx(
+            published, abs=0.002
+        )
     for rate, published in ((5762, 0.33), (6667, 0.39)):
-        assert mfu(llama, 128_256, 8192, rate, 989e12, embeddings=False) == pytest.approx(published, abs=0.01)
+        assert mfu(llama, 128_256, 8192, rate, 989e12, embeddings=False) == pytest.approx(
+            published, abs=0.01
+        )
 
 
 # arXiv 2407.21783, table 3.
@@ -87,7 +117,14 @@ def test_flops_and_hours_of_llama_3() -> None:
         ("llama-3.2-3b", 9e12, 460e3, 4),
         ("llama-3.1-8b", 15e12, 1.46e6, 4),
     ):
-        job = job_of({"preset": preset}, batch=512, micro=1, sequence=8192, distributed=True, tensor=1 if "1b" in preset else 2)
+        job = job_of(
+            {"preset": preset},
+            batch=512,
+            micro=1,
+            sequence=8192,
+            distributed=True,
+            tensor=1 if "1b" in preset else 2,
+        )
         cluster = cluster_of(H100, 64)
         time = step_time(job, cluster, Rates(0.45 * cluster.peak, 0.45 * cluster.peak))
         planned = tokens / time.tokens_per_second * cluster.ranks / 3600
@@ -100,7 +137,13 @@ def test_a_shorter_batch_of_llama_405b_is_slower() -> None:
     found = []
     for ranks in (8192, 16384):
         model = {**LLAMA_405B, "num_layers": 128}
-        layout = {"tensor": 8, "pipeline": 16, "virtual_pipeline": 8, "sequence_parallel": True, "overlap_grad_reduce": True}
+        layout = {
+            "tensor": 8,
+            "pipeline": 16,
+            "virtual_pipeline": 8,
+            "sequence_parallel": True,
+            "overlap_grad_reduce": True,
+        }
         job = job_of(model, batch=2048, micro=1, sequence=8192, distributed=True, **layout)
         cluster = cluster_of(H100, ranks)
         found.append(step_time(job, cluster, Rates(0.55 * cluster.peak, 1.0)).achieved)
@@ -110,12 +153,21 @@ def test_a_shorter_batch_of_llama_405b_is_slower() -> None:
 def gpt(hidden: int, layers: int, heads: int) -> dict[str, Any]:
     """A GPT with a 4 H MLP of two matrices, as a model of three matrices with the same weights; activations recomputed."""
     ffn = round(8 * hidden / 3 / 64) * 64
-    shape = {"hidden_size": hidden, "num_layers": layers, "num_attention_heads": heads, "ffn_hidden_size": ffn}
+    shape = {
+        "hidden_size": hidden,
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "ffn_hidden_size": ffn,
+    }
     return {**shape, "vocab_size": 51_200, "recompute": "full"}
 
 
 # arXiv 2104.04473, table 1: hidden, layers, heads, tensor-parallel size, A100s, TFLOP/s each with recomputation; 512 sequences of 2048.
-MEGATRON = {"1.7B": (2304, 24, 24, 1, 32, 137), "3.6B": (3072, 30, 32, 2, 64, 138), "7.5B": (4096, 36, 32, 4, 128, 142)}
+MEGATRON = {
+    "1.7B": (2304, 24, 24, 1, 32, 137),
+    "3.6B": (3072, 30, 32, 2, 64, 138),
+    "7.5B": (4096, 36, 32, 4, 128, 142),
+}
 
 
 def test_steps_of_megatron_lm() -> None:
@@ -123,10 +175,22 @@ def test_steps_of_megatron_lm() -> None:
     within 25 %. They are predicted too slow (1.07, 1.21): gradients were summed in 16 bits there, in 32 here."""
     rates: Rates | None = None
     for name, (hidden, layers, heads, tensor, ranks, achieved) in MEGATRON.items():
-        job, cluster = job_of(gpt(hidden, layers, heads), batch=512, micro=4, sequence=2048, tensor=tensor), cluster_of(A100, ranks)
+        job, cluster = (
+            job_of(gpt(hidden, layers, heads), batch=512, micro=4, sequence=2048, tensor=tensor),
+            cluster_of(A100, ranks),
+        )
         # Equation 3 of the paper: hardware FLOPs, attention not halved.
-        flops = 96 * 512 * 2048 * layers * hidden**2 * (1 + 2048 / (6 * hidden) + 51_200 / (16 * layers * hidden))
-        assert 4 / 3 * 512 * 2048 * flops_per_token(job.config.model, 51_200, 2048) == pytest.approx(flops, rel=0.05)
+        flops = (
+            96
+            * 512
+            * 2048
+            * layers
+            * hidden**2
+            * (1 + 2048 / (6 * hidden) + 51_200 / (16 * layers * hidden))
+        )
+        assert 4 / 3 * 512 * 2048 * flops_per_token(
+            job.config.model, 51_200, 2048
+        ) == pytest.approx(flops, rel=0.05)
         seconds = flops / (ranks * achieved * 1e12)
         if rates is None:
             rates = fitted(job, cluster, seconds)
@@ -137,7 +201,13 @@ def test_steps_of_megatron_lm() -> None:
 # huggingface/bench_cluster's llama-1B (bench_cluster/create_configs.py and template/base_config.py): GPT-2's vocabulary, tied, sequence
 # parallelism, ZeRO-1, fp32 sums of gradients, 1024 sequences of 4096 tokens on 8 H100; log_metrics.csv of its runs in the data set
 # nanotron/old_bench. (DP, TP, PP), micro-batch: seconds of a step, MiB after a step, MiB at the peak.
-ONE_B = {"hidden_size": 2048, "num_layers": 24, "num_attention_heads": 32, "ffn_hidden_size": 4096, "vocab_size": 50_257}
+ONE_B = {
+    "hidden_size": 2048,
+    "num_layers": 24,
+    "num_attention_heads": 32,
+    "ffn_hidden_size": 4096,
+    "vocab_size": 50_257,
+}
 BENCH = {
     ((4, 2, 1), 8): (15.8, 4865.93, 43650.72),
     ((2, 4, 1), 8): (18.8, 3279.84, 25808.34),
@@ -182,14 +252,37 @@ def test_activations_of_a_transformer_layer() -> None:
     the same width (one factor more, SwiGLU's; queries and keys twice, before and after the rotary turn), without dropout."""
     hidden, tokens = 1024, 2048
     model = ModelSection.model_validate(
-        {"hidden_size": hidden, "num_layers": 1, "num_attention_heads": 8, "ffn_hidden_size": 4 * hidden, "vocab_size": 1000}
+        {
+            "hidden_size": hidden,
+            "num_layers": 1,
+            "num_attention_heads": 8,
+            "ffn_hidden_size": 4 * hidden,
+            "vocab_size": 1000,
+        }
     )
     shape = shape_of(
-        model, 1000, tensor=1, sequence_parallel=False, micro_batch_size=1, sequence_length=tokens, precision="bf16", device="cuda"
+        model,
+        1000,
+        tensor=1,
+        sequence_parallel=False,
+        micro_batch_size=1,
+        sequence_length=tokens,
+        precision="bf16",
+        device="cuda",
     )
     gate, turned, dropout = 8, 4, 2
     rotary_and_logsumexp = 2 * 4 * tokens * 128 + 4 * tokens * 8
     assert shape.layer - rotary_and_logsumexp == (34 - dropout + gate + turned) * tokens * hidden
-    split = replace(shape, sequence_split=8, queries=hidden / 8, keys=hidden / 8, ffn=hidden / 2, heads=1, tensor=8)
+    split = replace(
+        shape,
+        sequence_split=8,
+        queries=hidden / 8,
+        keys=hidden / 8,
+        ffn=hidden / 2,
+        heads=1,
+        tensor=8,
+    )
     # Equation 4: with sequence parallelism all of it is split, but for the rotary tables.
-    assert split.layer == pytest.approx((shape.layer - 2 * 4 * tokens * 128) / 8 + 2 * 4 * tokens * 128)
+    assert split.layer == pytest.approx(
+        (shape.layer - 2 * 4 * tokens * 128) / 8 + 2 * 4 * tokens * 128
+    )

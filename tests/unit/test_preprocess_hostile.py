@@ -34,7 +34,17 @@ def write_lines(path: Path, texts: list[str]) -> Path:
 
 def here(source: Path | str, tokenizer: Path, output: Path, *more: str) -> int:
     """The tool's exit code, in this process."""
-    arguments = ["--input", str(source), "--tokenizer", str(tokenizer), "--output", str(output), "--workers", "1", *more]
+    arguments = [
+        "--input",
+        str(source),
+        "--tokenizer",
+        str(tokenizer),
+        "--output",
+        str(output),
+        "--workers",
+        "1",
+        *more,
+    ]
     return int(tool.main(arguments))
 
 
@@ -80,11 +90,15 @@ def test_killed_while_files_get_their_names(
             assert same_tokens(tmp_path / "out" / name, tmp_path / "whole" / name)
     capsys.readouterr()
     assert here(*arguments) == 0, capsys.readouterr().err
-    assert all(same_tokens(tmp_path / "out" / name, tmp_path / "whole" / name) for name in ("a", "b"))
+    assert all(
+        same_tokens(tmp_path / "out" / name, tmp_path / "whole" / name) for name in ("a", "b")
+    )
     assert len(list((tmp_path / "out").iterdir())) == 6, "nothing else stays"
 
 
-def test_output_in_the_folder_of_the_input(tokenizers: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+def test_output_in_the_folder_of_the_input(
+    tokenizers: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
     """Run twice, a job does not read what it wrote; and it never writes over what it reads."""
     (tmp_path / "one.txt").write_text("some text")
     path = tokenizers["tiktoken"]
@@ -93,17 +107,22 @@ def test_output_in_the_folder_of_the_input(tokenizers: dict[str, Path], tmp_path
         assert json.loads(capsys.readouterr().out).get("kept", False) == kept
     (tmp_path / "train.pieces").mkdir()
     (tmp_path / "train.pieces/piece-000000.0.ids").write_bytes(b"left by a killed run")
-    assert here(tmp_path, path, tmp_path / "train") == 0 and not (tmp_path / "train.pieces").exists()
+    assert here(tmp_path, path, tmp_path / "train") == 0
+    assert not (tmp_path / "train.pieces").exists()
     capsys.readouterr()
-    assert here(tmp_path / "train.bin", path, tmp_path / "train") == 2 and "the only input is" in capsys.readouterr().err
+    assert here(tmp_path / "train.bin", path, tmp_path / "train") == 2
+    assert "the only input is" in capsys.readouterr().err
     rows = write_lines(tmp_path / "rows.json", ["a row"])
     before = rows.read_bytes()
     assert here(rows, path, tmp_path / "rows", "--format", "jsonl", "--overwrite") == 2
-    assert "does not describe token files" in capsys.readouterr().err and rows.read_bytes() == before
+    assert "does not describe token files" in capsys.readouterr().err
+    assert rows.read_bytes() == before
 
 
 @pytest.mark.timeout(60)
-def test_long_runs_of_one_character(tokenizers: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+def test_long_runs_of_one_character(
+    tokenizers: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
     """Whitespace in linear time; what the tokenizer's own library gives up on is counted, not a crash."""
     kinds = ["\n" * 400_000, "a" * 100_000, " " * 100_000, "end"]
     vocabulary, _ = load_tokenizer(tokenizers["huggingface"])
@@ -111,11 +130,11 @@ def test_long_runs_of_one_character(tokenizers: dict[str, Path], tmp_path: Path,
     source = write_lines(tmp_path / "a.jsonl", ["first", " " * 1_500_000, *kinds])
     assert here(source, tokenizers["tiktoken"], tmp_path / "out") == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["unreadable"] == 1 and "a.jsonl:2: tiktoken finds no ids for it: " in summary["unreadable_documents"][0]
+    assert summary["unreadable"] == 1
+    assert "a.jsonl:2: tiktoken finds no ids for it: " in summary["unreadable_documents"][0]
     assert summary["outputs"][str(tmp_path / "out")]["documents"] == 5
-    assert (
-        here(source, tokenizers["tiktoken"], tmp_path / "strict", "--strict") == 2 and "a.jsonl:2 cannot be used" in capsys.readouterr().err
-    )
+    assert here(source, tokenizers["tiktoken"], tmp_path / "strict", "--strict") == 2
+    assert "a.jsonl:2 cannot be used" in capsys.readouterr().err
 
 
 def test_a_line_longer_than_many_pieces_is_read_once(tmp_path: Path) -> None:
@@ -128,8 +147,14 @@ def test_a_line_longer_than_many_pieces_is_read_once(tmp_path: Path) -> None:
     found = [document.text for unit in units[1:-1] for document in documents(unit, "text")]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found == [] and peak < 6_000_000
+    assert found == []
+    assert peak < 6_000_000
     stream = io.BytesIO(path.read_bytes())
     stream.seek(100)
-    assert documents_module._skip_line(stream, 1000) >= 1000 and stream.tell() < 2_000_000
-    assert [len(document.text or "") for unit in (units[0], units[-1]) for document in documents(unit, "text")] == [3, 20_000_000, 4]
+    assert documents_module._skip_line(stream, 1000) >= 1000
+    assert stream.tell() < 2_000_000
+    assert [
+        len(document.text or "")
+        for unit in (units[0], units[-1])
+        for document in documents(unit, "text")
+    ] == [3, 20_000_000, 4]

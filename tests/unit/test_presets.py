@@ -70,41 +70,65 @@ def test_sizes_are_the_published_ones(name: str) -> None:
 def test_single_keys_win_over_the_preset(load: Callable[..., RunConfig]) -> None:
     text = f'[model]\npreset = "qwen3-0.6b"\nnum_layers = 4\nvocab_size = 512\n[data]{RUN_FILE.partition("[data]")[2]}'
     model = load(text=text).model
-    assert (model.num_layers, model.vocab_size, model.hidden_size, model.qk_norm) == (4, 512, 1024, True)
-    model = load("--model.ffn_hidden_size", "64", "--model.num_query_groups", "null", text=text).model
+    assert (model.num_layers, model.vocab_size, model.hidden_size, model.qk_norm) == (
+        4,
+        512,
+        1024,
+        True,
+    )
+    model = load(
+        "--model.ffn_hidden_size", "64", "--model.num_query_groups", "null", text=text
+    ).model
     assert (model.ffn_hidden_size, model.num_query_groups) == (64, 8)
 
 
 def test_preset_on_the_command_line_wins_over_the_run_file(load: Callable[..., RunConfig]) -> None:
     model = load("--model.preset", "llama-3.2-1b", "--model.num_layers", "2").model
-    assert (model.hidden_size, model.num_layers, model.vocab_size, model.rope_scaling_factor) == (2048, 2, 128_256, 32.0)
+    assert (model.hidden_size, model.num_layers, model.vocab_size, model.rope_scaling_factor) == (
+        2048,
+        2,
+        128_256,
+        32.0,
+    )
 
 
-def test_a_dumped_run_with_a_preset_is_the_same_run(load: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_a_dumped_run_with_a_preset_is_the_same_run(
+    load: Callable[..., RunConfig], tmp_path: Path
+) -> None:
     config = load("--model.preset", "qwen3-0.3b", "--model.num_layers", "6")
     (tmp_path / "dumped.toml").write_text(dump_toml(config))
     assert load_config(["--config", str(tmp_path / "dumped.toml")]) == config
 
 
 def test_unknown_preset_names_the_nearest(load: Callable[..., RunConfig]) -> None:
-    with pytest.raises(ConfigError, match=r'model.preset \("llama-3.2-1"\) is not known: did you mean "llama-3.2-1b"') as error:
+    with pytest.raises(
+        ConfigError,
+        match=r'model.preset \("llama-3.2-1"\) is not known: did you mean "llama-3.2-1b"',
+    ) as error:
         load("--model.preset", "llama-3.2-1")
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_window_shorter_than_the_sequence_is_refused(load: Callable[..., RunConfig]) -> None:
     assert load("--model.sliding_window", "32").model.sliding_window == 32
-    with pytest.raises(ConfigError, match=r"batch.sequence_length \(32\) must be at most the model's sliding window \(31 tokens\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"batch.sequence_length \(32\) must be at most the model's sliding window \(31 tokens\)",
+    ):
         load("--model.sliding_window", "31")
 
 
 def test_stages_hold_the_whole_model() -> None:
     """Over all stages of one tensor rank: every weight once, the tied head's copy and padding aside."""
     model = ModelSection.model_validate({"preset": "qwen3-8b", "vocab_size_multiple": 1})
-    stages = [rank_parameters(model, 151_936, tensor=1, pipeline=4, stage=stage) for stage in range(4)]
+    stages = [
+        rank_parameters(model, 151_936, tensor=1, pipeline=4, stage=stage) for stage in range(4)
+    ]
     assert sum(stages) == parameter_count(model, 151_936)
     tied = ModelSection.model_validate({"preset": "qwen3-4b", "vocab_size_multiple": 1})
-    stages = [rank_parameters(tied, 151_936, tensor=1, pipeline=4, stage=stage) for stage in range(4)]
+    stages = [
+        rank_parameters(tied, 151_936, tensor=1, pipeline=4, stage=stage) for stage in range(4)
+    ]
     assert sum(stages) == parameter_count(tied, 151_936) + 151_936 * 2560
 
 
@@ -116,30 +140,64 @@ def test_memory_of_a_layout(load: Callable[..., RunConfig]) -> None:
     assert (stage.parameters, stage.weights, stage.gradients) == (count, 2 * count, 4 * count)
     assert stage.optimizer == 12 * -(-count // 4)
     assert stage.activations == 2 * 32 * 4 * (4 * 64 + 4 * 64 + 3 * 128) * 2
-    first, last = run_memory(load("--parallel.pipeline", "2", "--train.precision", "fp32"), 512, world_size=2)
-    assert first.activations == 2 * last.activations and last.optimizer == 8 * last.parameters
+    first, last = run_memory(
+        load("--parallel.pipeline", "2", "--train.precision", "fp32"), 512, world_size=2
+    )
+    assert first.activations == 2 * last.activations
+    assert last.optimizer == 8 * last.parameters
 
 
 def test_memory_of_hidden_states(load: Callable[..., RunConfig]) -> None:
     """Two microbatches of 4 x 32 tokens, layers 1 and 2 of 4 on the first stage, counted by hand."""
-    layout = ["--parallel.pipeline", "2", "--batch.micro_batch_size", "4", "--batch.global_batch_size", "8"]
-    pairs = [{"student_layer": student, "teacher_layer": theirs, "weight": 1} for student, theirs in ((1, 3), (2, 3), (4, 2))]
-    config = load(*layout, "--teacher.source=online", "--teacher.checkpoint=t", "--distill.hidden_states", json.dumps(pairs))
+    layout = [
+        "--parallel.pipeline",
+        "2",
+        "--batch.micro_batch_size",
+        "4",
+        "--batch.global_batch_size",
+        "8",
+    ]
+    pairs = [
+        {"student_layer": student, "teacher_layer": theirs, "weight": 1}
+        for student, theirs in ((1, 3), (2, 3), (4, 2))
+    ]
+    config = load(
+        *layout,
+        "--teacher.source=online",
+        "--teacher.checkpoint=t",
+        "--distill.hidden_states",
+        json.dumps(pairs),
+    )
     wide, same = config.model.model_copy(update={"hidden_size": 96}), config.model
-    plain = run_memory(config.model_copy(update={"distill": config.distill.model_copy(update={"hidden_states": ()})}), 512, world_size=2)
+    plain = run_memory(
+        config.model_copy(
+            update={"distill": config.distill.model_copy(update={"hidden_states": ()})}
+        ),
+        512,
+        world_size=2,
+    )
     tokens = 4 * 32
     for teacher, entries in ((wide, 64 * 96), (same, 0)):
         first, last = run_memory(config, 512, world_size=2, teacher=teacher)
         assert first.hidden_states == tokens * (2 * teacher.hidden_size + 2 * 2 * 64) * 2
         assert last.hidden_states == tokens * (2 * teacher.hidden_size + 1 * 64) * 2
-        assert (first.parameters - plain[0].parameters, last.parameters - plain[1].parameters) == (2 * entries, entries)
-        assert first.total - first.hidden_states == first.weights + first.gradients + first.optimizer + first.activations + first.teacher
+        assert (first.parameters - plain[0].parameters, last.parameters - plain[1].parameters) == (
+            2 * entries,
+            entries,
+        )
+        assert (
+            first.total - first.hidden_states
+            == first.weights + first.gradients + first.optimizer + first.activations + first.teacher
+        )
 
 
 def test_flops_of_projections(load: Callable[..., RunConfig]) -> None:
     """Two entries of one pair of layers share a projection: forward, and two products backward."""
     layers = [(1, 2, "mse"), (1, 2, "cosine"), (3, 1, "mse")]
-    pairs = [HiddenStatesPair(student_layer=s, teacher_layer=t, loss=loss, weight=1.0) for s, t, loss in layers]
+    pairs = [
+        HiddenStatesPair(student_layer=s, teacher_layer=t, loss=loss, weight=1.0)
+        for s, t, loss in layers
+    ]
     model = load().model
     wide = projections_of(pairs, model, model.model_copy(update={"hidden_size": 96}))
     assert projection_flops_per_token(model, wide) == 2 * 3 * (2 * 64 * 96)
@@ -155,8 +213,16 @@ def test_describe_model(tmp_path: Path) -> None:
 
     listed = run()
     assert all(name in listed for name in PRESETS)
-    found = json.loads(run("--preset", "llama-3.2-1b", "--ranks", "8", "--parallel.tensor", "2", "--json"))
+    found = json.loads(
+        run("--preset", "llama-3.2-1b", "--ranks", "8", "--parallel.tensor", "2", "--json")
+    )
     assert found["parameters"]["total"] == RELEASED["llama-3.2-1b"]
-    assert found["layout"]["data"] == 4 and len(found["memory_per_rank"]) == 1
-    done = subprocess.run([sys.executable, str(ROOT / "tools/describe_model.py"), "--preset", "gpt5"], capture_output=True, text=True)
-    assert done.returncode == 2 and "is not known" in done.stderr
+    assert found["layout"]["data"] == 4
+    assert len(found["memory_per_rank"]) == 1
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools/describe_model.py"), "--preset", "gpt5"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "is not known" in done.stderr

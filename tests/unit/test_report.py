@@ -27,44 +27,96 @@ def report() -> ModuleType:
     del sys.modules["report"]
 
 
-def synthetic_run(folder: Path, gain: float, *, splits: tuple[str, ...] = ("books",), last_ce: float | None = None) -> Path:
+def synthetic_run(
+    folder: Path, gain: float, *, splits: tuple[str, ...] = ("books",), last_ce: float | None = None
+) -> Path:
     with RunWriter(folder, tensorboard=False, enabled=True) as writer:
         writer.begin(step=0, steps=40)
         for step in range(1, 41):
             ce = 3.0 - gain + 6 * math.exp(-step / 5)
-            writer.row({"step": step, "ce_loss": ce, "tokens": step * 1000, "tokens_per_second": 100.0 + step})
+            writer.row(
+                {
+                    "step": step,
+                    "ce_loss": ce,
+                    "tokens": step * 1000,
+                    "tokens_per_second": 100.0 + step,
+                }
+            )
             if step % 20 == 0:
                 for split in splits:
-                    writer.row({"step": step, "split": split, "ce_loss": last_ce or math.log(40.0 - gain) + 40 - step, "kd_loss": 0.5})
+                    writer.row(
+                        {
+                            "step": step,
+                            "split": split,
+                            "ce_loss": last_ce or math.log(40.0 - gain) + 40 - step,
+                            "kd_loss": 0.5,
+                        }
+                    )
     return folder
 
 
-def test_report_numbers_table_and_picture(tmp_path: Path, report: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [synthetic_run(tmp_path / "plain", 0.0), synthetic_run(tmp_path / "distilled", 8.0, splits=("books", "code"))]
+def test_report_numbers_table_and_picture(
+    tmp_path: Path, report: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [
+        synthetic_run(tmp_path / "plain", 0.0),
+        synthetic_run(tmp_path / "distilled", 8.0, splits=("books", "code")),
+    ]
     output, numbers = tmp_path / "new" / "out.png", tmp_path / "out.json"
-    assert report.main([*map(str, runs), "--labels", "CE", "KD run", "--output", str(output), "--json", str(numbers)]) == 0
+    assert (
+        report.main(
+            [
+                *map(str, runs),
+                "--labels",
+                "CE",
+                "KD run",
+                "--output",
+                str(output),
+                "--json",
+                str(numbers),
+            ]
+        )
+        == 0
+    )
     plain, distilled = json.loads(numbers.read_text())
-    assert plain["run"] == "CE" and plain["tokens"] == 40_000 and plain["median_tokens_per_second"] == 120.5
-    assert plain["validation"]["books"]["perplexity"] == pytest.approx(40.0) and plain["validation"]["books"]["step"] == 40
+    assert plain["run"] == "CE"
+    assert plain["tokens"] == 40_000
+    assert plain["median_tokens_per_second"] == 120.5
+    assert plain["validation"]["books"]["perplexity"] == pytest.approx(40.0)
+    assert plain["validation"]["books"]["step"] == 40
     assert distilled["validation"]["code"]["ce_loss"] == pytest.approx(math.log(32.0))
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 3 and len({len(line) for line in table}) == 1
+    assert len(table) == 3
+    assert len({len(line) for line in table}) == 1
     assert table[1].split() == ["CE", "3.6889", "40.00", "-", "-", "40,000", "120"]
     header = output.read_bytes()[:24]
-    assert header[:4] == b"\x89PNG" and (int.from_bytes(header[16:20]), int.from_bytes(header[20:24])) == (1200, 500)
+    assert header[:4] == b"\x89PNG"
+    assert (
+        int.from_bytes(header[16:20]),
+        int.from_bytes(header[20:24]),
+    ) == (1200, 500)
 
 
 def test_report_markdown_default_labels_and_nonfinite_losses(
     tmp_path: Path, report: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [synthetic_run(tmp_path / "a" / "seed0", 0.0), synthetic_run(tmp_path / "b" / "seed0", 1.0, last_ce=math.nan)]
+    runs = [
+        synthetic_run(tmp_path / "a" / "seed0", 0.0),
+        synthetic_run(tmp_path / "b" / "seed0", 1.0, last_ce=math.nan),
+    ]
     assert report.main([*map(str, runs), "--output", str(tmp_path / "out.svg"), "--markdown"]) == 0
     header, rule, first, second = capsys.readouterr().out.splitlines()
-    assert header.startswith("| run ") and set(rule) <= set("|-: ") and rule.count(":") == 4
-    assert str(runs[0]) in first and str(runs[1]) in second and second.count("not finite") == 2
+    assert header.startswith("| run ")
+    assert set(rule) <= set("|-: ")
+    assert rule.count(":") == 4
+    assert str(runs[0]) in first
+    assert str(runs[1]) in second
+    assert second.count("not finite") == 2
 
 
-def test_report_places_validation_points_by_consumed_tokens(tmp_path: Path, report: ModuleType) -> None:
+def test_report_places_validation_points_by_consumed_tokens(
+    tmp_path: Path, report: ModuleType
+) -> None:
     run = report.read_run(synthetic_run(tmp_path, 0.0), "x")
     assert run.splits["books"].tokens.tolist() == [20_000.0, 40_000.0]
 
@@ -92,17 +144,25 @@ ROW = '{"step": 1, "ce_loss": 2.0, "tokens": 10, "tokens_per_second": 5.0}\n'
     ],
 )
 def test_report_says_in_one_sentence_what_is_wrong(
-    tmp_path: Path, report: ModuleType, capsys: pytest.CaptureFixture[str], content: str | None, words: str
+    tmp_path: Path,
+    report: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    content: str | None,
+    words: str,
 ) -> None:
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
     assert report.main([str(tmp_path), "--output", str(tmp_path / "out.png")]) == 2
     error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1 and error.endswith(".\n")
+    assert words in error
+    assert error.count("\n") == 1
+    assert error.endswith(".\n")
     assert not (tmp_path / "out.png").exists()
 
 
-def test_report_refuses_labels_and_outputs_that_do_not_fit(tmp_path: Path, report: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_refuses_labels_and_outputs_that_do_not_fit(
+    tmp_path: Path, report: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = synthetic_run(tmp_path / "run", 0.0)
     assert report.main([str(run), "--labels", "a", "b", "--output", str(tmp_path / "out.png")]) == 2
     assert "1 runs, 2 labels" in capsys.readouterr().err
@@ -114,8 +174,15 @@ def test_report_as_a_program_needs_no_torch(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path / "run", 0.0)
     code = f"import runpy, sys; sys.modules['torch'] = None; sys.argv = ['report', {str(run)!r}, '--output', {str(tmp_path / 'o.png')!r}]"
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}; runpy.run_path({str(REPORT)!r}, run_name='__main__')"], capture_output=True, text=True
+        [sys.executable, "-c", f"{code}; runpy.run_path({str(REPORT)!r}, run_name='__main__')"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    missing = subprocess.run([sys.executable, str(REPORT), str(tmp_path), "--output", "o.png"], capture_output=True, text=True)
-    assert missing.returncode == 2 and "does not exist" in missing.stderr
+    missing = subprocess.run(
+        [sys.executable, str(REPORT), str(tmp_path), "--output", "o.png"],
+        capture_output=True,
+        text=True,
+    )
+    assert missing.returncode == 2
+    assert "does not exist" in missing.stderr

@@ -10,7 +10,14 @@ BEFORE, AHEAD, REVERSED = Placement(), Placement(ahead=True), Placement(ahead=Tr
 
 
 def work(
-    pipeline: int, microbatches: int, forward: float, backward: float = 0.0, *, world: int = 2, tensor: int = 1, virtual: int = 1
+    pipeline: int,
+    microbatches: int,
+    forward: float,
+    backward: float = 0.0,
+    *,
+    world: int = 2,
+    tensor: int = 1,
+    virtual: int = 1,
 ) -> Work:
     return Work(world, tensor, pipeline, microbatches, forward, backward, virtual)
 
@@ -53,11 +60,30 @@ def test_virtual_stages_shorten_the_bubble() -> None:
     [
         (work(2, 2, 1, 2), work(2, 2, 4), True, True, REVERSED),
         (work(2, 2, 1, 2), work(2, 2, 4), True, False, BEFORE),
-        (work(2, 2, 1, 2), work(2, 2, 0.5), True, True, BEFORE),  # a small teacher hides in the student's own bubble
+        (
+            work(2, 2, 1, 2),
+            work(2, 2, 0.5),
+            True,
+            True,
+            BEFORE,
+        ),  # a small teacher hides in the student's own bubble
         (work(1, 4, 1, 2), work(2, 4, 4), False, True, BEFORE),  # nothing drains
         (work(2, 100, 1, 2), work(2, 100, 4), True, True, BEFORE),  # less than the share asked for
-        (work(2, 2, 1, 2), work(1, 1, 4, tensor=2), False, True, BEFORE),  # its ranks wait for each other anyway
+        (
+            work(2, 2, 1, 2),
+            work(1, 1, 4, tensor=2),
+            False,
+            True,
+            BEFORE,
+        ),  # its ranks wait for each other anyway
     ],
 )
-def test_what_is_chosen(student: Work, teacher: Work, same_layout: bool, can_reverse: bool, wanted: Placement) -> None:
-    assert best_placement(student, teacher, same_layout=same_layout, can_reverse=can_reverse, gain=0.01) == wanted
+def test_what_is_chosen(
+    student: Work, teacher: Work, same_layout: bool, can_reverse: bool, wanted: Placement
+) -> None:
+    assert (
+        best_placement(
+            student, teacher, same_layout=same_layout, can_reverse=can_reverse, gain=0.01
+        )
+        == wanted
+    )

@@ -13,12 +13,27 @@ from megatron_kd.losses.schedules import alpha_at, learning_rate_at
 PEAK, FLOOR = 8e-3, 2e-3
 
 
-def optimizer(schedule: str, *, warmup: int = 0, decay: int = 0, floor: float = FLOOR) -> OptimizerSection:
-    return OptimizerSection(learning_rate=PEAK, min_learning_rate=floor, schedule=schedule, warmup_steps=warmup, decay_steps=decay)  # type: ignore[arg-type]
+def optimizer(
+    schedule: str, *, warmup: int = 0, decay: int = 0, floor: float = FLOOR
+) -> OptimizerSection:
+    return OptimizerSection(
+        learning_rate=PEAK,
+        min_learning_rate=floor,
+        schedule=schedule,
+        warmup_steps=warmup,
+        decay_steps=decay,
+    )  # type: ignore[arg-type]
 
 
-def distill(schedule: str, *, alpha: float = 0.8, warmup: float = 0.1, decay: float = 0.01) -> DistillSection:
-    return DistillSection(alpha=alpha, alpha_schedule=schedule, alpha_warmup_fraction=warmup, alpha_decay_fraction=decay)  # type: ignore[arg-type]
+def distill(
+    schedule: str, *, alpha: float = 0.8, warmup: float = 0.1, decay: float = 0.01
+) -> DistillSection:
+    return DistillSection(
+        alpha=alpha,
+        alpha_schedule=schedule,
+        alpha_warmup_fraction=warmup,
+        alpha_decay_fraction=decay,
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
@@ -48,7 +63,9 @@ def test_constant_and_wsd() -> None:
     assert {learning_rate_at(step, 9, optimizer("constant")) for step in range(9)} == {PEAK}
     section = optimizer("wsd", warmup=1, decay=2)
     # Warm-up is one update at the peak, then the peak, then two updates of cosine: the middle and the floor.
-    assert [learning_rate_at(step, 6, section) for step in range(6)] == pytest.approx([PEAK] * 4 + [5e-3, FLOOR], rel=1e-12)
+    assert [learning_rate_at(step, 6, section) for step in range(6)] == pytest.approx(
+        [PEAK] * 4 + [5e-3, FLOOR], rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
@@ -56,7 +73,9 @@ def test_the_last_update_is_at_the_floor_and_later_ones_stay_there(schedule: str
     section = optimizer(schedule, warmup=3, decay=5)
     for step in (29, 30, 100):
         assert learning_rate_at(step, 30, section) == pytest.approx(FLOOR, rel=1e-12)
-    assert learning_rate_at(29, 30, optimizer(schedule, warmup=3, decay=5, floor=0.0)) == pytest.approx(0.0, abs=1e-18)
+    assert learning_rate_at(
+        29, 30, optimizer(schedule, warmup=3, decay=5, floor=0.0)
+    ) == pytest.approx(0.0, abs=1e-18)
     rates = [learning_rate_at(step, 30, section) for step in range(2, 30)]
     assert rates == sorted(rates, reverse=True)
 
@@ -69,8 +88,12 @@ def test_short_runs_stay_in_warm_up() -> None:
 
 def test_alpha_constant_and_linear() -> None:
     assert {alpha_at(step, 5, distill("constant")) for step in range(5)} == {0.8}
-    assert [alpha_at(step, 5, distill("linear_up")) for step in range(5)] == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8], abs=1e-12)
-    assert [alpha_at(step, 5, distill("linear_down")) for step in range(5)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0], abs=1e-12)
+    assert [alpha_at(step, 5, distill("linear_up")) for step in range(5)] == pytest.approx(
+        [0.0, 0.2, 0.4, 0.6, 0.8], abs=1e-12
+    )
+    assert [alpha_at(step, 5, distill("linear_down")) for step in range(5)] == pytest.approx(
+        [0.8, 0.6, 0.4, 0.2, 0.0], abs=1e-12
+    )
 
 
 def test_alpha_wsd() -> None:
@@ -78,7 +101,9 @@ def test_alpha_wsd() -> None:
     # 2 of 10 steps up by halves, 6 stable, 2 of cosine: half and nothing.
     found = [alpha_at(step, 10, section) for step in range(10)]
     assert found == pytest.approx([0.4, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.4, 0.0], abs=1e-12)
-    assert {alpha_at(step, 10, distill("wsd", warmup=0.0, decay=0.0)) for step in range(10)} == {0.8}
+    assert {alpha_at(step, 10, distill("wsd", warmup=0.0, decay=0.0)) for step in range(10)} == {
+        0.8
+    }
     halves = [alpha_at(step, 4, distill("wsd", warmup=0.5, decay=0.5)) for step in range(4)]
     assert halves == pytest.approx([0.4, 0.8, 0.4, 0.0], abs=1e-12)
 
@@ -92,18 +117,36 @@ def test_alpha_wsd_on_the_cross_entropy() -> None:
 
 def test_alpha_by_turns() -> None:
     section = distill("period").model_copy(update={"alpha_period_fraction": 0.4})
-    assert [alpha_at(step, 10, section) for step in range(10)] == [0.8, 0.8, 0, 0, 0.8, 0.8, 0, 0, 0.8, 0.8]
+    assert [alpha_at(step, 10, section) for step in range(10)] == [
+        0.8,
+        0.8,
+        0,
+        0,
+        0.8,
+        0.8,
+        0,
+        0,
+        0.8,
+        0.8,
+    ]
     once = section.model_copy(update={"alpha_period_fraction": 1.0})
     assert [alpha_at(step, 6, once) for step in range(6)] == [0.8] * 3 + [0] * 3
-    assert [alpha_at(step, 3, section) for step in range(3)] == [0.8, 0, 0.8], "a turn is a step at least"
+    assert [alpha_at(step, 3, section) for step in range(3)] == [0.8, 0, 0.8], (
+        "a turn is a step at least"
+    )
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear_up", "linear_down", "period", "wsd", "wsd_ce"])
+@pytest.mark.parametrize(
+    "schedule", ["constant", "linear_up", "linear_down", "period", "wsd", "wsd_ce"]
+)
 def test_alpha_stays_a_weight(schedule: str) -> None:
     """In [0, alpha] for every run length, one step included."""
     for steps in (1, 2, 3, 7, 100):
         for step in range(steps):
-            assert -1e-12 <= alpha_at(step, steps, distill(schedule, alpha=1.0)) <= 1.0, (steps, step)
+            assert -1e-12 <= alpha_at(step, steps, distill(schedule, alpha=1.0)) <= 1.0, (
+                steps,
+                step,
+            )
     assert alpha_at(0, 1, distill("linear_up")) == 0.0
     assert alpha_at(0, 1, distill("linear_down")) == 0.8
 
@@ -113,8 +156,14 @@ def test_nothing_is_remembered_between_calls() -> None:
     cases = [
         (at, step, section)
         for at, section in (
-            *((learning_rate_at, optimizer(name, warmup=5, decay=7)) for name in ("cosine", "linear", "constant", "wsd")),
-            *((alpha_at, distill(name)) for name in ("constant", "linear_up", "linear_down", "period", "wsd", "wsd_ce")),
+            *(
+                (learning_rate_at, optimizer(name, warmup=5, decay=7))
+                for name in ("cosine", "linear", "constant", "wsd")
+            ),
+            *(
+                (alpha_at, distill(name))
+                for name in ("constant", "linear_up", "linear_down", "period", "wsd", "wsd_ce")
+            ),
         )
         for step in range(40)
     ]

@@ -18,7 +18,15 @@ from megatron_kd.experiments.grid import resolve
 from megatron_kd.experiments.page import page
 from megatron_kd.experiments.plots import pictures
 from megatron_kd.experiments.record import write_sweep as write_record
-from megatron_kd.experiments.results import Result, Sample, as_json, decimals, read_result, shown, table
+from megatron_kd.experiments.results import (
+    Result,
+    Sample,
+    as_json,
+    decimals,
+    read_result,
+    shown,
+    table,
+)
 from megatron_kd.experiments.state import Folder, write_json
 from tests.helpers.browser import Browser, missing
 from tests.helpers.sweeps import tool, write_sweep
@@ -110,12 +118,21 @@ def fill(folder: Path, text: str = SWEEP) -> Path:
                 (run / "sweep").mkdir(parents=True, exist_ok=True)
                 write_json(Folder(sweep.out).record(task, step), content)
             write_json(run / "status.json", {"state": "finished", "step": STEPS})
-            rows: list[dict[str, Any]] = [{"step": s, "tokens": 10 * s, "ce_loss": 9 / s + loss(number, seed)} for s in range(1, STEPS + 1)]
-            rows += [{"step": s, "split": "valid", "ce_loss": loss(number, seed) + 1 - s / STEPS} for s in (125, STEPS)]
+            rows: list[dict[str, Any]] = [
+                {"step": s, "tokens": 10 * s, "ce_loss": 9 / s + loss(number, seed)}
+                for s in range(1, STEPS + 1)
+            ]
+            rows += [
+                {"step": s, "split": "valid", "ce_loss": loss(number, seed) + 1 - s / STEPS}
+                for s in (125, STEPS)
+            ]
             rows += [{"step": STEPS, "split": "other", "ce_loss": 0.0}]
             (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             points = [{"t": t, "x": 10 * t + seed, "y": number + t} for t in (0.5, 1.0)]
-            write_json(run / "evaluate.json", {"results": [{"score": number * 10 + seed}], "points": points})
+            write_json(
+                run / "evaluate.json",
+                {"results": [{"score": number * 10 + seed}], "points": points},
+            )
     return sweep.out
 
 
@@ -127,29 +144,49 @@ def damaged(tmp_path: Path) -> Callable[[], Path]:
 
 def test_numbers(finished: Path) -> None:
     result = read_result(finished)
-    assert [row.name[:7] for row in result.rows] == ["lm", "_ alpha", "_ alpha", "_ alpha"] and result.notes() == []
+    assert [row.name[:7] for row in result.rows] == [
+        "lm",
+        "_ alpha",
+        "_ alpha",
+        "_ alpha",
+    ]
+    assert result.notes() == []
     for number, row in enumerate(result.rows):
         values = [loss(number, seed) for seed in (1, 2, 3)]
         sample = row.samples["loss"]
-        assert sample.mean == pytest.approx(statistics.fmean(values)) and sample.sd == pytest.approx(statistics.stdev(values))
+        assert sample.mean == pytest.approx(statistics.fmean(values))
+        assert sample.sd == pytest.approx(statistics.stdev(values))
         assert row.samples["score"].values == {seed: number * 10.0 + seed for seed in (1, 2, 3)}
         difference = row.differences["loss"]
         if number == 0:
-            assert difference is None and row.paper == {}
+            assert difference is None
+            assert row.paper == {}
             continue
         pairs = [loss(number, seed) - loss(0, seed) for seed in (1, 2, 3)]
-        assert difference is not None and difference.mean == pytest.approx(statistics.fmean(pairs))
-        assert difference.sd == pytest.approx(statistics.stdev(pairs)), "paired: the spread is that of the differences"
+        assert difference is not None
+        assert difference.mean == pytest.approx(statistics.fmean(pairs))
+        assert difference.sd == pytest.approx(statistics.stdev(pairs)), (
+            "paired: the spread is that of the differences"
+        )
     assert [row.paper.get("loss") for row in result.rows] == [None, 3.5, None, 2.5]
     header, first, second = table(result)[:3]
-    assert header == ["cell", "group", "seeds", "loss (nats)", "loss - lm", "loss, paper", "score", "score - lm"]
-    assert first[2:] == ["3", "4.020 ± 0.010", "-", "-", "2.0 ± 1.0", "-"] and second[4] == "-0.480 ± 0.010" and second[5] == "3.5"
+    assert header == [
+        "cell",
+        "group",
+        "seeds",
+        "loss (nats)",
+        "loss - lm",
+        "loss, paper",
+        "score",
+        "score - lm",
+    ]
+    assert first[2:] == ["3", "4.020 ± 0.010", "-", "-", "2.0 ± 1.0", "-"]
+    assert second[4] == "-0.480 ± 0.010"
+    assert second[5] == "3.5"
     cell = as_json(result)["cells"][1]["metrics"]["loss"]
-    assert (
-        cell["values"] == pytest.approx({str(seed): loss(1, seed) for seed in (1, 2, 3)})
-        and cell["difference"]["n"] == 3
-        and cell["paper"] == 3.5
-    )
+    assert cell["values"] == pytest.approx({str(seed): loss(1, seed) for seed in (1, 2, 3)})
+    assert cell["difference"]["n"] == 3
+    assert cell["paper"] == 3.5
 
 
 def test_a_baseline_for_each_group(tmp_path: Path) -> None:
@@ -157,26 +194,47 @@ def test_a_baseline_for_each_group(tmp_path: Path) -> None:
     own = f'["lm", "_ alpha 0.5 {EVIL}"]'
     result = read_result(fill(tmp_path, SWEEP.replace('baseline = "lm"', f"baseline = {own}")))
     lm, zero, half, one = result.rows
-    assert lm.differences["loss"] is None and half.differences["loss"] is None
+    assert lm.differences["loss"] is None
+    assert half.differences["loss"] is None
     for number, row in ((1, zero), (3, one)):
         difference = row.differences["loss"]
-        assert difference is not None and difference.values == pytest.approx({s: loss(number, s) - loss(2, s) for s in (1, 2, 3)})
-    assert table(result)[0][4] == "loss - its group's baseline" and "loss − its group&#x27;s baseline" in page([result])
-    alone = read_result(fill(tmp_path / "alone", SWEEP.replace('baseline = "lm"', 'baseline = ["lm"]')))
-    assert not any(row.differences["loss"] for row in alone.rows) and len(table(alone)[0]) == len(table(result)[0]) - 2
+        assert difference is not None
+        assert difference.values == pytest.approx(
+            {s: loss(number, s) - loss(2, s) for s in (1, 2, 3)}
+        )
+    assert table(result)[0][4] == "loss - its group's baseline"
+    assert "loss − its group&#x27;s baseline" in page([result])
+    alone = read_result(
+        fill(tmp_path / "alone", SWEEP.replace('baseline = "lm"', 'baseline = ["lm"]'))
+    )
+    assert not any(row.differences["loss"] for row in alone.rows)
+    assert len(table(alone)[0]) == len(table(result)[0]) - 2
 
 
 def test_a_metric_of_the_source_alone(tmp_path: Path) -> None:
     """No column of ours, no note that nothing was measured; its figures in the table and on the page."""
     text = SWEEP.replace("paper = { loss", "paper = { average = 38.5, loss")
-    out = fill(tmp_path, text.split("[[plot]]")[0] + '[[metric]]\nname = "average"\nkey = "none"\nunit = "%"\ngroups = []\n')
+    out = fill(
+        tmp_path,
+        text.split("[[plot]]")[0]
+        + '[[metric]]\nname = "average"\nkey = "none"\nunit = "%"\ngroups = []\n',
+    )
     result = read_result(out)
     header, first, second = table(result)[:3]
-    assert header[-2:] == ["score - lm", "average (%), paper"] and first[-1] == "-" and second[-1] == "38.5" and not result.notes()
+    assert header[-2:] == ["score - lm", "average (%), paper"]
+    assert first[-1] == "-"
+    assert second[-1] == "38.5"
+    assert not result.notes()
     shown = page([result])
-    assert re.search(r"average \(%\), paper", shown) and "average (%)<" not in shown and "average − lm" not in shown
-    (head, body) = re.search(r"<thead>(.*?)</thead>.*?<tbody>\s*(<tr>.*?</tr>)", shown, flags=re.DOTALL).groups()
-    assert head.count("<th ") == body.count("<td") + body.count("<th "), "a heading for every number"
+    assert re.search(r"average \(%\), paper", shown)
+    assert "average (%)<" not in shown
+    assert "average − lm" not in shown
+    (head, body) = re.search(
+        r"<thead>(.*?)</thead>.*?<tbody>\s*(<tr>.*?</tr>)", shown, flags=re.DOTALL
+    ).groups()
+    assert head.count("<th ") == body.count("<td") + body.count("<th "), (
+        "a heading for every number"
+    )
 
 
 def test_what_lacks_seeds_is_told(damaged: Callable[[], Path]) -> None:
@@ -188,23 +246,38 @@ def test_what_lacks_seeds_is_told(damaged: Callable[[], Path]) -> None:
     write_json(runs[0] / "seed-1/sweep/run.json", {"digest": "x"})
     (runs[0] / "seed-2/sweep/measure-1.json").unlink()
     write_json(runs[1] / "seed-1/evaluate.json", {"results": []})
-    (runs[1] / "seed-2/metrics.jsonl").write_text('{"step": 1, "split": "valid", "ce_loss": null}\n')
+    (runs[1] / "seed-2/metrics.jsonl").write_text(
+        '{"step": 1, "split": "valid", "ce_loss": null}\n'
+    )
     (runs[1] / "seed-3/evaluate.json").write_text("{")
     result = read_result(out)
     lm, one, two, _ = result.rows
-    assert (lm.samples["loss"].n, one.samples["loss"].n, two.samples["loss"].n, two.samples["score"].n) == (1, 1, 2, 1)
+    assert (
+        lm.samples["loss"].n,
+        one.samples["loss"].n,
+        two.samples["loss"].n,
+        two.samples["score"].n,
+    ) == (1, 1, 2, 1)
     assert lm.samples["loss"].lacking == {1: "not finished", 2: "not finished"}
     assert one.lacking == {1: "run is of another definition", 2: "measure-1 not done"}
-    assert two.samples["loss"].lacking == {2: "not finite"} and two.samples["score"].values == {2: 22.0}
-    assert one.differences["loss"] is not None and one.differences["loss"].values == {3: pytest.approx(loss(1, 3) - loss(0, 3))}
+    assert two.samples["loss"].lacking == {2: "not finite"}
+    assert two.samples["score"].values == {2: 22.0}
+    assert one.differences["loss"] is not None
+    assert one.differences["loss"].values == {3: pytest.approx(loss(1, 3) - loss(0, 3))}
     rows = table(result)
-    assert rows[1][2] == "1 of 3" and rows[1][3].endswith("(1 of 3)") and rows[3][3].endswith("(2 of 3)") and "±" not in rows[1][3]
+    assert rows[1][2] == "1 of 3"
+    assert rows[1][3].endswith("(1 of 3)")
+    assert rows[3][3].endswith("(2 of 3)")
+    assert "±" not in rows[1][3]
     notes = "\n".join(result.notes())
-    assert "lm: 1 of 3 seeds are complete (seed 1: not finished; seed 2" in notes and "score: evaluate.json cannot be read" in notes
+    assert "lm: 1 of 3 seeds are complete (seed 1: not finished; seed 2" in notes
+    assert "score: evaluate.json cannot be read" in notes
     code, told = tool("report", str(out))
-    assert code == 0 and notes in told
+    assert code == 0
+    assert notes in told
     text = page([result])
-    assert "Not complete" in text and "measure-1 not done" in text
+    assert "Not complete" in text
+    assert "measure-1 not done" in text
     (out / "sweep.json").write_text("{")
     assert tool("report", str(out))[0] == 2
 
@@ -212,44 +285,74 @@ def test_what_lacks_seeds_is_told(damaged: Callable[[], Path]) -> None:
 def test_what_the_pictures_show(finished: Path) -> None:
     result = read_result(finished)
     curve, long, bars, lines, tradeoff, points = pictures(result)
-    assert [(point.x, round(point.y, 6)) for point in curve.series[0].points] == [(1250.0, 4.52), (2500.0, 4.02)]
-    assert curve.series[1].points[1].y_sd == pytest.approx(0.02) and "3 seeds" in curve.series[0].points[0].text
+    assert [(point.x, round(point.y, 6)) for point in curve.series[0].points] == [
+        (1250.0, 4.52),
+        (2500.0, 4.02),
+    ]
+    assert curve.series[1].points[1].y_sd == pytest.approx(0.02)
+    assert "3 seeds" in curve.series[0].points[0].text
     first = long.series[0].points
-    assert len(first) == 200 and first[-1].x == STEPS and first[0].y == pytest.approx(statistics.fmean([9, 4.5]) + 4.02)
+    assert len(first) == 200
+    assert first[-1].x == STEPS
+    assert first[0].y == pytest.approx(statistics.fmean([9, 4.5]) + 4.02)
     assert [series.points[0].x for series in bars.series] == [2.0, 12.0, 22.0, 32.0]
     (line,) = lines.series
-    assert [point.x for point in line.points] == [0.0, 0.5, 1.0] and [point.y for point in line.paper] == [3.5, 2.5]
-    assert len(tradeoff.series) == 3 and tradeoff.series[0].points[0].x_sd == pytest.approx(0.02)
+    assert [point.x for point in line.points] == [0.0, 0.5, 1.0]
+    assert [point.y for point in line.paper] == [3.5, 2.5]
+    assert len(tradeoff.series) == 3
+    assert tradeoff.series[0].points[0].x_sd == pytest.approx(0.02)
     assert [(point.x, point.y) for point in points.series[2].points] == [(7.0, 2.5), (12.0, 3.0)]
-    assert "t 0.5" in points.series[0].points[0].text and points.series[0].points[0].x_sd == 1.0
+    assert "t 0.5" in points.series[0].points[0].text
+    assert points.series[0].points[0].x_sd == 1.0
     drawn = svg(lines, "n")
-    assert "the paper's figure" in drawn and "alpha" in drawn and drawn.count("<title>") == 5
+    assert "the paper's figure" in drawn
+    assert "alpha" in drawn
+    assert drawn.count("<title>") == 5
 
 
 def test_digits() -> None:
     """Two of the spread; four in all without one."""
-    for values, digits in (({1: 4.0, 2: 4.001}, 5), ({1: 40.0, 2: 44.0}, 1), ({1: 5.0}, 3), ({1: 1234.0}, 0), ({}, 4), ({1: 0.02}, 5)):
+    for values, digits in (
+        ({1: 4.0, 2: 4.001}, 5),
+        ({1: 40.0, 2: 44.0}, 1),
+        ({1: 5.0}, 3),
+        ({1: 1234.0}, 0),
+        ({}, 4),
+        ({1: 0.02}, 5),
+    ):
         assert decimals([Sample(dict(values), {})]) == digits, values
-    assert shown(Sample({1: 0.5, 2: 0.25}, {3: "x"}), 2, sign="+") == "+0.38 ± 0.18 (2 of 3)" and shown(Sample({}, {1: "x"}), 2) == "-"
+    assert shown(Sample({1: 0.5, 2: 0.25}, {3: "x"}), 2, sign="+") == "+0.38 ± 0.18 (2 of 3)"
+    assert shown(Sample({}, {1: "x"}), 2) == "-"
 
 
-def test_report_writes_everything(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_writes_everything(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["--html", str(tmp_path / "a/r.html"), "--json", str(tmp_path / "r.json"), "--markdown"]
     code, told = tool("report", str(finished), str(finished), *words)
     assert code == 0 and told.count("| lm ") == 2, told
-    assert tool("report", str(finished), "--pictures", str(tmp_path / "p"))[0] == 0 and len(list((tmp_path / "p").glob("*.png"))) == 6
+    assert tool("report", str(finished), "--pictures", str(tmp_path / "p"))[0] == 0
+    assert len(list((tmp_path / "p").glob("*.png"))) == 6
     assert len(json.loads((tmp_path / "r.json").read_text())) == 2
     text = (tmp_path / "a/r.html").read_text()
-    assert not re.search(r"https?:|<script>alert|<img|<b>line", text) and text.count("<svg") == 12
+    assert not re.search(r"https?:|<script>alert|<img|<b>line", text)
+    assert text.count("<svg") == 12
     ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids)) > 50, "two pictures share an id"
     assert {found for found in re.findall(r'(?:href="#|url\(#)([^")]+)', text)} <= set(ids)
-    for bad, sentence in ((["--output", "x.png"], "--output are for runs"), ([str(tmp_path)], "one after the other")):
+    for bad, sentence in (
+        (["--output", "x.png"], "--output are for runs"),
+        ([str(tmp_path)], "one after the other"),
+    ):
         code, told = tool("report", str(finished), *bad)
-        assert code == 2 and sentence in told and told.count("\n") == 1
+        assert code == 2
+        assert sentence in told
+        assert told.count("\n") == 1
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, told = tool("report", str(finished), "--html", str(tmp_path / "no.html"))
-    assert code == 2 and "pip install 'megatron-kd[report]'" in told and not (tmp_path / "no.html").exists()
+    assert code == 2
+    assert "pip install 'megatron-kd[report]'" in told
+    assert not (tmp_path / "no.html").exists()
     assert tool("report", str(finished))[0] == 0, "the table needs no matplotlib"
     with pytest.raises(ConfigError, match=r"sweep\.json does not exist"):
         read_result(tmp_path)
@@ -265,17 +368,19 @@ def test_page_in_a_browser(finished: Path, tmp_path: Path) -> None:
     for dark, width in ((False, 1200), (True, 400)):
         with Browser(tmp_path / f"profile{width}", dark=dark, width=width) as browser:
             browser.open(path.as_uri())
-            assert browser.messages() == [] and browser.requests() == [path.as_uri()]
+            assert browser.messages() == []
+            assert browser.requests() == [path.as_uri()]
             boxes = browser.run(
                 "return [...document.querySelectorAll('svg')].map(s => [s.getBoundingClientRect().width, s.getAttribute('aria-label')])"
             )
-            assert len(boxes) == 6 and all(wide > 300 and len(alt) > 40 for wide, alt in boxes), boxes
-            assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth"), (
-                "the page itself is as wide as the window"
+            assert len(boxes) == 6 and all(wide > 300 and len(alt) > 40 for wide, alt in boxes), (
+                boxes
             )
-            assert browser.run("return document.images.length") == 0 and EVIL.replace("\\", "") in browser.run(
-                "return document.body.innerText"
-            )
+            assert browser.run(
+                "return document.documentElement.scrollWidth <= window.innerWidth"
+            ), "the page itself is as wide as the window"
+            assert browser.run("return document.images.length") == 0
+            assert EVIL.replace("\\", "") in browser.run("return document.body.innerText")
             marks = browser.run(
                 "return [...document.querySelectorAll('.point')].map(p => [p.querySelector('title').textContent, p.getBBox().width])"
             )
@@ -290,6 +395,10 @@ def test_page_in_a_browser(finished: Path, tmp_path: Path) -> None:
             browser.click("thead button", 5)
             papers = browser.each("tbody tr", "e.cells[5].textContent")
             assert papers == ["2.5", "3.5", "-", "-"], "missing numbers come last"
-            assert browser.run("return document.querySelectorAll('th')[5].getAttribute('aria-sort')") == "ascending"
-            assert browser.messages() == [] and browser.requests() == []
+            assert (
+                browser.run("return document.querySelectorAll('th')[5].getAttribute('aria-sort')")
+                == "ascending"
+            )
+            assert browser.messages() == []
+            assert browser.requests() == []
     assert lightness == ["rgb(255, 255, 255)", "rgb(20, 23, 27)"]

@@ -17,10 +17,29 @@ import torch.multiprocessing as mp
 
 from megatron_kd.config.sections import ModelSection
 from megatron_kd.telemetry import METRICS, Progress, RunWriter, Stopwatch, reduce_reports
-from megatron_kd.telemetry.flops import flops_per_token, measure_peak_tflops, parameter_count, peak_tflops
+from megatron_kd.telemetry.flops import (
+    flops_per_token,
+    measure_peak_tflops,
+    parameter_count,
+    peak_tflops,
+)
 
-VERBS = ("all_", "gather", "scatter", "broadcast", "reduce", "barrier", "send", "recv", "isend", "irecv", "batch_isend")
-COLLECTIVES = [name for name in dir(dist) if name.startswith(VERBS) and callable(getattr(dist, name))]
+VERBS = (
+    "all_",
+    "gather",
+    "scatter",
+    "broadcast",
+    "reduce",
+    "barrier",
+    "send",
+    "recv",
+    "isend",
+    "irecv",
+    "batch_isend",
+)
+COLLECTIVES = [
+    name for name in dir(dist) if name.startswith(VERBS) and callable(getattr(dist, name))
+]
 
 
 class Clock:
@@ -38,7 +57,11 @@ def pair(total: float, count: float, dtype: torch.dtype = torch.float64) -> torc
 
 
 def test_reduce_divides_once_over_unequal_microbatches() -> None:
-    reports = [{"total_loss": pair(6.0, 3.0), "ce_loss": pair(2.0, 1.0, torch.float32)}, {"total_loss": pair(1.0, 1.0)}, {}]
+    reports = [
+        {"total_loss": pair(6.0, 3.0), "ce_loss": pair(2.0, 1.0, torch.float32)},
+        {"total_loss": pair(1.0, 1.0)},
+        {},
+    ]
     before = [{name: value.clone() for name, value in report.items()} for report in reports]
     result = reduce_reports(reports, contribute=True, group=None, device="cpu")
     assert list(result) == [metric.name for metric in METRICS]
@@ -46,7 +69,11 @@ def test_reduce_divides_once_over_unequal_microbatches() -> None:
     assert result["ce_loss"] == 2.0
     assert result["tokens"] == 4.0
     assert result["kd_loss"] is None
-    assert all(torch.equal(old[name], new[name]) for old, new in zip(before, reports, strict=True) for name in old)
+    assert all(
+        torch.equal(old[name], new[name])
+        for old, new in zip(before, reports, strict=True)
+        for name in old
+    )
 
 
 def test_reduce_keeps_fp64_precision_and_nan() -> None:
@@ -57,8 +84,11 @@ def test_reduce_keeps_fp64_precision_and_nan() -> None:
 
 
 def test_reduce_without_contribution_is_empty() -> None:
-    result = reduce_reports([{"total_loss": pair(5.0, 2.0)}], contribute=False, group=None, device="cpu")
-    assert result["tokens"] == 0.0 and result["total_loss"] is None
+    result = reduce_reports(
+        [{"total_loss": pair(5.0, 2.0)}], contribute=False, group=None, device="cpu"
+    )
+    assert result["tokens"] == 0.0
+    assert result["total_loss"] is None
 
 
 @pytest.mark.parametrize(
@@ -92,7 +122,13 @@ def _count_collectives() -> list[str]:
 
 
 def _reduce_on_rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=30),
+    )
     calls = _count_collectives()
     mine = [
         [{"total_loss": pair(6, 3), "kd_loss": pair(8, 2)}, {"total_loss": pair(1, 1)}],
@@ -102,11 +138,18 @@ def _reduce_on_rank(rank: int, folder: str) -> None:
     calls_per_step = list(calls)
     first = reduce_reports(mine, contribute=rank == 0, group=dist.group.WORLD, device="cpu")
     try:
-        reduce_reports([{"oops": pair(1, 1)}] if rank == 1 else mine, contribute=True, group=dist.group.WORLD, device="cpu")
+        reduce_reports(
+            [{"oops": pair(1, 1)}] if rank == 1 else mine,
+            contribute=True,
+            group=dist.group.WORLD,
+            device="cpu",
+        )
         error = None
     except ValueError as caught:
         error = str(caught)
-    Path(folder, f"rank{rank}.json").write_text(json.dumps({"both": both, "first": first, "calls": calls_per_step, "error": error}))
+    Path(folder, f"rank{rank}.json").write_text(
+        json.dumps({"both": both, "first": first, "calls": calls_per_step, "error": error})
+    )
     dist.destroy_process_group()
 
 
@@ -122,21 +165,39 @@ def test_reduce_on_two_ranks(tmp_path: Path) -> None:
                 process.kill()
     zero, one = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert zero["calls"] == one["calls"] == ["all_reduce"]
-    assert zero["both"] == one["both"] and zero["first"] == one["first"]
-    assert zero["both"]["total_loss"] == 17 / 6 and zero["both"]["kd_loss"] == 4.0 and zero["both"]["tokens"] == 6.0
+    assert zero["both"] == one["both"]
+    assert zero["first"] == one["first"]
+    assert zero["both"]["total_loss"] == 17 / 6
+    assert zero["both"]["kd_loss"] == 4.0
+    assert zero["both"]["tokens"] == 6.0
     assert zero["both"]["kl"] is None
-    assert zero["first"]["total_loss"] == 7 / 4 and zero["first"]["tokens"] == 4.0
-    assert "oops" in one["error"] and "other rank" in zero["error"]
+    assert zero["first"]["total_loss"] == 7 / 4
+    assert zero["first"]["tokens"] == 4.0
+    assert "oops" in one["error"]
+    assert "other rank" in zero["error"]
 
 
 def section(**changes) -> ModelSection:
-    fields = {"hidden_size": 48, "num_layers": 3, "num_attention_heads": 6, "num_query_groups": 2, "head_dim": 16, "ffn_hidden_size": 80}
+    fields = {
+        "hidden_size": 48,
+        "num_layers": 3,
+        "num_attention_heads": 6,
+        "num_query_groups": 2,
+        "head_dim": 16,
+        "ffn_hidden_size": 80,
+    }
     return ModelSection(**(fields | changes))
 
 
 def test_flops_are_those_of_the_matrix_products() -> None:
     sequence, vocab = 32, 97
-    query, key_value, output, gate_up, down = (48, 6 * 16), (48, 2 * 16), (6 * 16, 48), (48, 80), (80, 48)
+    query, key_value, output, gate_up, down = (
+        (48, 6 * 16),
+        (48, 2 * 16),
+        (6 * 16, 48),
+        (48, 80),
+        (80, 48),
+    )
     layer = [query, key_value, key_value, output, gate_up, gate_up, down]
     matrices = [*layer * 3, (48, vocab)]
     products = sum(2 * sequence * rows * columns for rows, columns in matrices)
@@ -159,8 +220,16 @@ def test_flops_default_heads_and_groups() -> None:
     [  # parameter counts of the released checkpoints
         ((4096, 32, 32, 32, 128, 11008, {}), 32000, 6_738_415_616),  # Llama 2 7B
         ((4096, 32, 32, 8, 128, 14336, {}), 128256, 8_030_261_248),  # Llama 3 8B
-        ((1024, 28, 16, 8, 128, 3072, {"tied_embeddings": True, "qk_norm": True}), 151936, 596_049_920),  # Qwen3 0.6B
-        ((896, 24, 14, 2, 64, 4864, {"tied_embeddings": True, "qkv_bias": True}), 151936, 494_032_768),  # Qwen2.5 0.5B
+        (
+            (1024, 28, 16, 8, 128, 3072, {"tied_embeddings": True, "qk_norm": True}),
+            151936,
+            596_049_920,
+        ),  # Qwen3 0.6B
+        (
+            (896, 24, 14, 2, 64, 4864, {"tied_embeddings": True, "qkv_bias": True}),
+            151936,
+            494_032_768,
+        ),  # Qwen2.5 0.5B
     ],
 )
 def test_parameter_count_of_released_models(shape: tuple, vocab: int, published: int) -> None:
@@ -191,7 +260,9 @@ PEAKS = {
 }
 
 
-@pytest.mark.parametrize(("name", "peak"), [(name, peak) for peak, names in PEAKS.items() for name in names])
+@pytest.mark.parametrize(
+    ("name", "peak"), [(name, peak) for peak, names in PEAKS.items() for name in names]
+)
 def test_peak_by_name(name: str, peak: float | None) -> None:
     assert peak_tflops(name) == peak
 
@@ -232,7 +303,8 @@ def test_stopwatch_goes_on_after_an_error_in_a_pause_and_without_peak() -> None:
         raise RuntimeError
     clock.now += 1.0
     lap = watch.lap()
-    assert lap.seconds == 1.0 and lap.mfu is None
+    assert lap.seconds == 1.0
+    assert lap.mfu is None
     assert watch.lap().tokens_per_second == 0.0
 
 
@@ -240,7 +312,10 @@ def read_jsonl(folder: Path) -> list[dict]:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line, parse_constant=refuse)
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -254,8 +329,24 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
 def test_rows_are_strict_json_and_on_disk_at_once(tmp_path: Path) -> None:
     with RunWriter(tmp_path / "run", tensorboard=False, enabled=True) as writer:
         writer.begin(step=0, steps=3)
-        writer.row({"step": 1, "ce_loss": math.nan, "grad_norm": math.inf, "nested": {"a": [-math.inf, 2.0]}, "kl": None})
-        assert read_jsonl(tmp_path / "run") == [{"step": 1, "ce_loss": None, "grad_norm": None, "nested": {"a": [None, 2.0]}, "kl": None}]
+        writer.row(
+            {
+                "step": 1,
+                "ce_loss": math.nan,
+                "grad_norm": math.inf,
+                "nested": {"a": [-math.inf, 2.0]},
+                "kl": None,
+            }
+        )
+        assert read_jsonl(tmp_path / "run") == [
+            {
+                "step": 1,
+                "ce_loss": None,
+                "grad_norm": None,
+                "nested": {"a": [None, 2.0]},
+                "kl": None,
+            }
+        ]
         with pytest.raises(ValueError, match="step"):
             writer.row({"ce_loss": 1.0})
     with pytest.raises(RuntimeError, match="begin"):
@@ -282,13 +373,22 @@ def test_resume_drops_newer_rows_and_a_torn_line(tmp_path: Path) -> None:
     assert [(row["step"], row.get("split"), row["ce_loss"]) for row in rows] == [
         (1, None, 1.0), (2, None, 2.0), (3, None, 3.0), (3, "books", 13.0), (4, None, 104.0), (5, None, 105.0), (6, None, 106.0),
     ]  # fmt: skip
-    assert scalars(tmp_path, "train/ce_loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 104.0), (5, 105.0), (6, 106.0)]
+    assert scalars(tmp_path, "train/ce_loss") == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 3.0),
+        (4, 104.0),
+        (5, 105.0),
+        (6, 106.0),
+    ]
     assert scalars(tmp_path, "validation/books/ce_loss") == [(3, 13.0)]
 
 
 def test_a_start_at_step_0_keeps_nothing_and_a_damaged_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0, "split": "a", "ce_loss": 1.0}\nnonsense\n{"step": 2, "ce_loss": 1.0}\n')
+    path.write_text(
+        '{"step": 0, "split": "a", "ce_loss": 1.0}\nnonsense\n{"step": 2, "ce_loss": 1.0}\n'
+    )
     writer = RunWriter(tmp_path, tensorboard=False, enabled=True)
     with pytest.raises(ValueError, match="line 2 "):
         writer.begin(step=1, steps=2)
@@ -313,7 +413,9 @@ def test_status_is_complete_and_checked(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_status_survives_a_failure_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_survives_a_failure_while_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writer = RunWriter(tmp_path, tensorboard=False, enabled=True)
     writer.status("running", step=1)
     before = (tmp_path / "status.json").read_text()
@@ -359,14 +461,20 @@ def test_lines_first_last_and_every_interval() -> None:
     assert lines[0] == "step 1/200  loss 5.123  kd 2.200  12.3k tokens/s  ETA --:--:--"
     assert lines[2] == "step 41/200  loss 5.123  kd 2.200  12.3k tokens/s  ETA 00:01:20"
     assert lines[-1] == "step 200/200  loss 5.123  kd 2.200  12.3k tokens/s  ETA 00:00:00"
-    assert [line.split("/")[0] for line in lines] == [f"step {step}" for step in (*range(1, 200, 20), 200)]
+    assert [line.split("/")[0] for line in lines] == [
+        f"step {step}" for step in (*range(1, 200, 20), 200)
+    ]
 
 
 def test_lines_of_a_resumed_run_that_stops_early() -> None:
     stream, clock = io.StringIO(), Clock()
-    progress = Progress("lines", steps=10_000, start_step=500, enabled=True, stream=stream, clock=clock)
+    progress = Progress(
+        "lines", steps=10_000, start_step=500, enabled=True, stream=stream, clock=clock
+    )
     for step in range(501, 504):
-        clock.now += 1000.0 if step == 501 else 4.0  # the first step compiles; it must not spoil the time left
+        clock.now += (
+            1000.0 if step == 501 else 4.0
+        )  # the first step compiles; it must not spoil the time left
         progress.update(step, loss=math.nan, tokens_per_second=950.0)
     progress.message("stopped by a signal")
     progress.close()
@@ -388,11 +496,14 @@ def test_bar_on_a_terminal() -> None:
     assert "step 4/4  loss 1.500  2.50M tokens/s" in stream.getvalue()
 
 
-@pytest.mark.parametrize(("mode", "enabled"), [("auto", False), ("bar", False), ("lines", False), ("off", True)])
+@pytest.mark.parametrize(
+    ("mode", "enabled"), [("auto", False), ("bar", False), ("lines", False), ("off", True)]
+)
 def test_silence(mode: str, enabled: bool, capfd: pytest.CaptureFixture[str]) -> None:
     stream = Terminal()
     progress = Progress(mode, steps=2, enabled=enabled, stream=stream, clock=Clock())
     progress.update(2, loss=1.0)
     progress.message("hello")
     progress.close()
-    assert stream.getvalue() == "" and tuple(capfd.readouterr()) == ("", "")
+    assert stream.getvalue() == ""
+    assert tuple(capfd.readouterr()) == ("", "")

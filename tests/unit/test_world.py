@@ -7,7 +7,12 @@ import pytest
 from megatron_kd.config import ConfigError
 from megatron_kd.parallel.world import world_from_environment
 
-SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "2"}
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_ID": "2",
+}
 PLACE = {"MASTER_ADDR": "node1", "MASTER_PORT": "20050"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}
 
@@ -19,13 +24,24 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}
         (TORCHRUN, (3, 4, 2)),
         ({**SRUN, **PLACE}, (5, 8, 1)),
         ({**SRUN, **PLACE, **TORCHRUN}, (3, 4, 2)),  # torchrun, which srun started
-        ({**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, (0, 1, 0)),
-        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}, (0, 1, 0)),  # a batch script
-        ({**SRUN, "SLURM_STEP_ID": str(0xFFFFFFFB)}, (0, 1, 0)),  # a batch script, of later releases
+        (
+            {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"},
+            (0, 1, 0),
+        ),
+        (
+            {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"},
+            (0, 1, 0),
+        ),  # a batch script
+        (
+            {**SRUN, "SLURM_STEP_ID": str(0xFFFFFFFB)},
+            (0, 1, 0),
+        ),  # a batch script, of later releases
         ({**SRUN, "SLURM_STEP_ID": str(0xFFFFFFFA)}, (0, 1, 0)),  # salloc's shell
     ],
 )
-def test_launchers(variables: dict[str, str], wanted: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launchers(
+    variables: dict[str, str], wanted: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in {*SRUN, *PLACE, *TORCHRUN, "SLURM_NTASKS"}:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
