@@ -22,7 +22,7 @@ setup(
     packages=find_packages(include=["megatron_kd", "megatron_kd.*"]),
     package_data={
         "megatron_kd.cache": ["FORMAT.md"],
-        "megatron_kd.experiments": ["page.css", "page.js"],
+        "megatron_kd.sweep": ["page.css", "page.js"],
     },
     install_requires=[
         # 2.10 repairs a hole in reading checkpoints (CVE-2026-24747); NGC images call theirs 2.10.0a0.

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from megatron_kd.config import ConfigError, RunConfig, load_config
-from megatron_kd.config.packages import check_packages
 from megatron_kd.parallel.world import world_from_environment
+from megatron_kd.train.startup.packages import check_packages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(sys.argv[1:] if argv is None else argv)
         check_packages()
-        from megatron_kd.train.inputs import check_inputs
+        from megatron_kd.train.startup.input_checks import check_inputs
 
         _, world_size, local_rank = world_from_environment()
         # Bad input is found before torch and megatron-core, which take seconds to import.
@@ -38,12 +38,12 @@ def _run(config: RunConfig, local_rank: int) -> int:
     # Before anything else imports megatron-core: on a CPU it must be imported prepared.
     start_platform(config.train.device, local_rank)
     from megatron_kd.parallel.groups import stop_groups
-    from megatron_kd.parallel.watch import LostRankError
+    from megatron_kd.parallel.watchdog import LostRankError
     from megatron_kd.train.build import build_run
     from megatron_kd.train.capture import CaptureError
     from megatron_kd.train.guards import LossSpikeError
-    from megatron_kd.train.leaving import FINISHED, NEVER_AGAIN, REQUEUE, Leaving, Request
     from megatron_kd.train.loop import NonFiniteError, train
+    from megatron_kd.train.shutdown import FINISHED, NEVER_AGAIN, REQUEUE, Leaving, Request
 
     leaving = Leaving(
         config.run.directory,

@@ -36,8 +36,8 @@ import torch
 from megatron_kd.cache.decode import decode_many
 from megatron_kd.cache.encode import encode
 from megatron_kd.config import ConfigError, RunConfig, load_config
+from megatron_kd.storage.provenance import commit
 from megatron_kd.targets import SampleSelection, Selection, SparseTarget, TopSelection
-from megatron_kd.telemetry.provenance import commit
 
 SELECTIONS: dict[str, Selection] = {
     "50 draws": SampleSelection(50, seed=0),
@@ -129,11 +129,11 @@ def targets_of_teacher(config: RunConfig, samples: int) -> dict[str, list[Sparse
     """By name of the selection, the targets [S, K] of the first samples of data.train."""
     from megatron_kd.parallel.groups import start_groups, stop_groups
     from megatron_kd.parallel.platform import start_platform
+    from megatron_kd.teacher.build import online_teacher
     from megatron_kd.teacher.extract import ShardPlan, microbatches
     from megatron_kd.teacher.online import SelectTargets
     from megatron_kd.train.build import token_dataset
-    from megatron_kd.train.inputs import check_inputs
-    from megatron_kd.train.teachers import online_teacher
+    from megatron_kd.train.startup.input_checks import check_inputs
 
     inputs = check_inputs(config, world_size=1)
     groups = start_groups(

@@ -44,8 +44,8 @@ from bench_peers import (
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_kd.storage.provenance import commit
 from megatron_kd.targets import SparseTarget
-from megatron_kd.telemetry.provenance import commit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULTS = {

@@ -11,7 +11,7 @@ other. On a CPU the same ratios of processor seconds are given: they leave out w
 
 Shares of a step: "waiting" is measured, the part of it in which a rank does not compute, mean over the ranks (on a CPU, time without
 processor time in the step's thread; on a GPU, time without a kernel that is not NCCL's, in a profiled step). "bubble" is what the pipeline
-schedules alone make of it, by telemetry/schedule_time.py with the measured forward and backward times; "communication" is the rest of
+schedules alone make of it, by planning/placement.py with the measured forward and backward times; "communication" is the rest of
 waiting: messages, and work spread unevenly.
 """
 
@@ -35,8 +35,8 @@ from pydantic import ValidationError
 
 from megatron_kd.config import ConfigError, RunConfig, dump_toml
 from megatron_kd.parallel.world import world_from_environment
-from megatron_kd.telemetry.provenance import commit
-from megatron_kd.telemetry.schedule_time import Placement, Work, step_time
+from megatron_kd.planning.placement import Placement, Work, step_time
+from megatron_kd.storage.provenance import commit
 
 KINDS = ("plain", "cached", "online", "teacher")
 
@@ -275,9 +275,9 @@ def _of_pair(
     cached: bool,
 ) -> list[dict[str, Any]]:
     """Everything at one pair of layouts, round after round. Collective over the world, which it joins."""
+    from megatron_kd.teacher.build import placement_of
     from megatron_kd.train.build import build_run
     from megatron_kd.train.step import train_step
-    from megatron_kd.train.teachers import placement_of
 
     rendezvous = (
         f"file://{folder}/rendezvous-{student}-{teacher}"  # torchrun's own serves one world
@@ -322,7 +322,7 @@ def _of_pair(
 def _bare(run: Any) -> Callable[[], object]:
     """The teacher's layers and logits on this rank's share of a step."""
     from megatron_kd.teacher.ahead import AheadTeacher
-    from megatron_kd.teacher.own_layout import OwnLayoutTeacher
+    from megatron_kd.teacher.separate_layout import OwnLayoutTeacher
 
     teacher, microbatches = run.teacher, run.train_data.microbatches(0)
     if isinstance(teacher, AheadTeacher):

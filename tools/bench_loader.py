@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_kd.config import ConfigError, RunConfig, load_config
 from megatron_kd.parallel.world import world_from_environment
-from megatron_kd.telemetry.provenance import commit
+from megatron_kd.storage.provenance import commit
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,9 +95,9 @@ def measure(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     import torch.distributed as dist
 
     from megatron_kd.parallel.groups import stop_groups
+    from megatron_kd.teacher.build import attach_of
     from megatron_kd.train.build import batch_source, build_run
     from megatron_kd.train.step import train_step
-    from megatron_kd.train.teachers import attach_of
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import megatron_kd.losses as losses
+from megatron_kd.head.output_weight import chunk_size, linear_logits
+from megatron_kd.head.token_chunks import TokenChunks
 from megatron_kd.losses import kd_cross_entropy, linear_kd_cross_entropy
-from megatron_kd.parallel.shards import vocab_shard
+from megatron_kd.parallel.vocab_shards import vocab_shard
 from megatron_kd.targets import SparseTarget, TopSelection, linear_targets
-from megatron_kd.targets.chunks import TokenChunks
-from megatron_kd.targets.logits import chunk_size, linear_logits
 
 # Largest relative error of a gradient, by the type of the inputs. What rounds its logits to the inputs' type loses far more
 # than that near the teacher; megatron-core's fused cross-entropy hands its gradient out in bf16 whatever it is given.

@@ -27,9 +27,9 @@ from statistics import median
 from typing import Any
 
 from megatron_kd.config import ConfigError
-from megatron_kd.config.durable import write_atomically
 from megatron_kd.data.tokenizer import load_tokenizer, tokenizer_file
 from megatron_kd.data.vocabularies import PATTERNS
+from megatron_kd.storage.atomic_files import write_atomically
 
 HERE = Path(__file__).resolve().parent
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_kd.config import ConfigError, RunConfig, load_config
 from megatron_kd.parallel.world import world_from_environment
-from megatron_kd.telemetry.provenance import commit
+from megatron_kd.storage.provenance import commit
 
 KINDS = ("none", "waited for", "asynchronous")
 

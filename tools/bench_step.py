@@ -30,7 +30,7 @@ from megatron_kd.config import ConfigError, ModelSection, RunConfig
 from megatron_kd.config.sections import TeacherParallelSection, TeacherSection
 from megatron_kd.data.indexed import TokenFileWriter, optimal_dtype
 from megatron_kd.parallel.world import world_from_environment
-from megatron_kd.telemetry.provenance import commit
+from megatron_kd.storage.provenance import commit
 
 
 def main() -> int:
@@ -170,9 +170,9 @@ def bare_forward(teacher: Any, microbatches: Any) -> None:
     """The teacher's layers and its logits, chunk by chunk, and nothing made of them."""
     import torch
 
-    from megatron_kd.parallel.shards import vocab_shard
-    from megatron_kd.targets.chunks import TokenChunks
-    from megatron_kd.targets.logits import chunk_size, linear_logits
+    from megatron_kd.head.output_weight import chunk_size, linear_logits
+    from megatron_kd.head.token_chunks import TokenChunks
+    from megatron_kd.parallel.vocab_shards import vocab_shard
 
     groups, chosen = teacher.groups, teacher.make_target
 

@@ -26,7 +26,7 @@ from megatron_kd.parallel.world import world_from_environment
 
 if TYPE_CHECKING:
     from megatron_kd.parallel.platform import Platform
-    from megatron_kd.telemetry.progress import Progress
+    from megatron_kd.telemetry.progress_bar import Progress
 
 
 def main() -> int:
@@ -119,11 +119,11 @@ def _extract(config: RunConfig, arguments: argparse.Namespace) -> int:
 
 def _run(config: RunConfig, arguments: argparse.Namespace, platform: Platform) -> int:
     from megatron_kd.parallel.groups import start_groups
+    from megatron_kd.teacher.build import build_extraction
     from megatron_kd.teacher.extract import ShardPlan, agree_on_finished, extract, sole_writer
-    from megatron_kd.telemetry.progress import Progress
+    from megatron_kd.telemetry.progress_bar import Progress
     from megatron_kd.train.build import token_dataset
-    from megatron_kd.train.inputs import check_inputs
-    from megatron_kd.train.teachers import build_extraction
+    from megatron_kd.train.startup.input_checks import check_inputs
 
     inputs = check_inputs(config, world_size=world_from_environment()[1])
     groups = start_groups(platform, config.parallel, timeout_seconds=config.train.timeout_seconds)

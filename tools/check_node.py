@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kd.config import ConfigError
-from megatron_kd.config.durable import write_atomically
 from megatron_kd.parallel.world import world_from_environment
+from megatron_kd.storage.atomic_files import write_atomically
 
 NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ELEMENTS = 1 << 18  # of the all-reduce: a mebibyte of fp32

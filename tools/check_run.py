@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 from megatron_kd.config import ConfigError, RunConfig, load_config
-from megatron_kd.train.inputs import Inputs, check_inputs
+from megatron_kd.train.startup.input_checks import Inputs, check_inputs
 
 GIB = 2**30
 

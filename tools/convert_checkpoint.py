@@ -237,7 +237,7 @@ def _model_file(model: ModelSection) -> dict[str, bytes]:
 def _report(output: Path, folder: Path, digest: str | None) -> None:
     """Print the model section as it was saved, and how to use the result."""
     from megatron_kd.checkpoint.store import read_info
-    from megatron_kd.telemetry.flops import parameter_count
+    from megatron_kd.planning.flops import parameter_count
 
     info = read_info(folder, what="output")
     model = info.model_section()
@@ -295,14 +295,14 @@ def _check(ours: Path, theirs: Path) -> int:
     platform = start_platform("cpu")
     from megatron_kd.checkpoint.store import read_info
     from megatron_kd.config import ParallelSection
-    from megatron_kd.parallel.groups import start_groups, stop_groups
-    from megatron_kd.train.compare import (
+    from megatron_kd.inference.logit_parity import (
         LIMIT,
         compare,
         huggingface_logits,
         our_logits,
         random_tokens,
     )
+    from megatron_kd.parallel.groups import start_groups, stop_groups
 
     info: CheckpointInfo = read_info(ours, what="check")
     tokens = random_tokens(info, seed=0)

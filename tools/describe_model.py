@@ -6,7 +6,7 @@
 
 Keys of the run file are overridden as --section.key value. Without --config, sequences are 4096 tokens, one per rank and step. A
 teacher.checkpoint that exists is counted too. Weights, gradients and optimizer state are exact; activations are an estimate
-(telemetry/memory.py says of what), and the framework itself is not counted.
+(planning/state_memory.py says of what), and the framework itself is not counted.
 
 Exit codes: 0 done, 2 bad input.
 """
@@ -84,8 +84,8 @@ def _config(arguments: argparse.Namespace, overrides: list[str]) -> RunConfig:
 
 def describe(config: RunConfig, ranks: int | None) -> dict[str, Any]:
     """Everything about a run's model as plain numbers: parameters, FLOPs, bytes."""
-    from megatron_kd.telemetry.flops import flops_per_token
-    from megatron_kd.telemetry.memory import run_memory
+    from megatron_kd.planning.flops import flops_per_token
+    from megatron_kd.planning.state_memory import run_memory
 
     model, length = config.model, config.batch.sequence_length
     vocab_size = model.vocab_size or _tokenizer_size(config)
@@ -120,7 +120,7 @@ def describe(config: RunConfig, ranks: int | None) -> dict[str, Any]:
 
 
 def _parameters(model: ModelSection, vocab_size: int) -> dict[str, int]:
-    from megatron_kd.telemetry.flops import parameter_count
+    from megatron_kd.planning.flops import parameter_count
 
     total = parameter_count(model, vocab_size)
     embeddings = vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)

@@ -149,9 +149,9 @@ def _perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
         _check_teacher(taught, info, length)
     _, world_size, local_rank = world_from_environment()
     platform = start_platform(arguments.device, local_rank)
+    from megatron_kd.inference.frozen_model import FrozenModel, inference_layout
+    from megatron_kd.inference.perplexity import measure
     from megatron_kd.parallel.groups import start_groups, stop_groups
-    from megatron_kd.train.frozen import FrozenModel, inference_layout
-    from megatron_kd.train.perplexity import measure
 
     layout = inference_layout(
         info, tensor=arguments.tensor, pipeline=arguments.pipeline, world_size=world_size
@@ -259,7 +259,7 @@ def _check_data(
 
 
 def _tasks(arguments: argparse.Namespace) -> dict[str, Any]:
-    from megatron_kd.train.harness import read_task, run_tasks
+    from megatron_kd.inference.lm_eval import read_task, run_tasks
 
     tasks = [read_task(path, arguments.data_folder) for path in arguments.task]
     results = run_tasks(
@@ -276,7 +276,7 @@ def _tasks(arguments: argparse.Namespace) -> dict[str, Any]:
 def _report(found: dict[str, Any], path: Path | None) -> None:
     """A table on standard output, and the whole as JSON in `path`."""
     if path is not None:
-        from megatron_kd.config.durable import write_atomically
+        from megatron_kd.storage.atomic_files import write_atomically
 
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(found, indent=2) + "\n").encode())

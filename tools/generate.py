@@ -99,9 +99,9 @@ def _run(arguments: argparse.Namespace) -> int:
     info = read_info(folder, what="checkpoint")
     rank, world_size, local_rank = world_from_environment()
     platform = start_platform(arguments.device, local_rank)
+    from megatron_kd.inference.frozen_model import FrozenModel, inference_layout, tokenizer_of
+    from megatron_kd.inference.generate import Sampling, generate
     from megatron_kd.parallel.groups import start_groups, stop_groups
-    from megatron_kd.train.frozen import FrozenModel, inference_layout, tokenizer_of
-    from megatron_kd.train.generate import Sampling, generate
 
     sampling = Sampling(
         arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed, stop

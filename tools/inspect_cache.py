@@ -174,11 +174,11 @@ def _recompute(arguments: argparse.Namespace) -> int:
 
     platform = start_platform(config.train.device, local_rank)
     from megatron_kd.parallel.groups import start_groups, stop_groups
+    from megatron_kd.teacher.build import build_extraction
     from megatron_kd.teacher.extract import ShardPlan
     from megatron_kd.teacher.recheck import TOLERANCE, recheck
     from megatron_kd.train.build import token_dataset
-    from megatron_kd.train.inputs import check_inputs
-    from megatron_kd.train.teachers import build_extraction
+    from megatron_kd.train.startup.input_checks import check_inputs
 
     inputs = check_inputs(config, world_size=world_size)
     groups = start_groups(platform, config.parallel, timeout_seconds=config.train.timeout_seconds)

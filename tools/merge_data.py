@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_kd.config import ConfigError
 from megatron_kd.data.indexed import check_token_file, read_index, read_roles
-from megatron_kd.data.publish import publish
+from megatron_kd.data.preparation.publish import publish
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

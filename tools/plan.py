@@ -27,16 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kd.config import ConfigError, ModelSection, RunConfig, load_config
-from megatron_kd.config.durable import write_atomically
 from megatron_kd.planning.budget import Budget, Prices, Steps, assumed_bytes_per_token, budget
-from megatron_kd.planning.calibration import (
-    KIND,
-    Calibration,
-    bench_job,
-    bench_runs,
-    calibrate,
-    read_calibration,
-)
 from megatron_kd.planning.hardware import (
     FRAMEWORK,
     GIB,
@@ -48,10 +39,19 @@ from megatron_kd.planning.hardware import (
     cluster_of,
     known_gpu,
 )
+from megatron_kd.planning.machine_rates import (
+    KIND,
+    Calibration,
+    bench_job,
+    bench_runs,
+    calibrate,
+    read_calibration,
+)
 from megatron_kd.planning.memory import Job
 from megatron_kd.planning.report import Report, as_numbers, as_text
 from megatron_kd.planning.search import Found, Plan, evaluate, search
 from megatron_kd.planning.step_time import Rates
+from megatron_kd.storage.atomic_files import write_atomically
 
 TOOLS = Path(__file__).parent
 

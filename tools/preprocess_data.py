@@ -18,8 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_kd.data.documents import FORMATS
-from megatron_kd.data.preprocess import (
+from megatron_kd.data.preparation.command_line import (
+    Progress,
+    check_outputs,
+    parse_holdout,
+    run_and_report,
+)
+from megatron_kd.data.preparation.documents import FORMATS
+from megatron_kd.data.preparation.preprocess import (
     Plan,
     already_made,
     make_plan,
@@ -27,7 +33,6 @@ from megatron_kd.data.preprocess import (
     make_whole,
     submit,
 )
-from megatron_kd.data.progress import Progress, check_outputs, parse_holdout, run_and_report
 from megatron_kd.data.vocabularies import PATTERNS
 
 _EXIT_CODES = "Exit codes: 0 done, 2 bad input, 5 no space left (finished pieces are kept), 1 another failure, 130 interrupted."

@@ -21,9 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_kd.data.chats import make_chat_plan
-from megatron_kd.data.preprocess import already_made, make_whole
-from megatron_kd.data.progress import Progress, check_outputs, parse_holdout, run_and_report
+from megatron_kd.data.preparation.chats import make_chat_plan
+from megatron_kd.data.preparation.command_line import (
+    Progress,
+    check_outputs,
+    parse_holdout,
+    run_and_report,
+)
+from megatron_kd.data.preparation.preprocess import already_made, make_whole
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_kd.config import ConfigError
-from megatron_kd.config.durable import write_atomically
-from megatron_kd.experiments.record import SWEEP_FILE
-from megatron_kd.experiments.results import as_json, read_result, table
+from megatron_kd.storage.atomic_files import write_atomically
+from megatron_kd.sweep.results import as_json, read_result, table
+from megatron_kd.sweep.sweep_record import SWEEP_FILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -348,12 +348,12 @@ def report_sweeps(options: argparse.Namespace) -> None:
         print(align(table(result), markdown=options.markdown))
         print("".join(f"\n{'* ' if options.markdown else ''}{note}" for note in result.notes()))
     if options.html is not None:
-        from megatron_kd.experiments.page import page
+        from megatron_kd.sweep.page import page
 
         write(options.html, page(results))
     if options.pictures is not None:
-        from megatron_kd.experiments.draw import save_pictures
-        from megatron_kd.experiments.plots import pictures
+        from megatron_kd.sweep.draw import save_pictures
+        from megatron_kd.sweep.plots import pictures
 
         for number, result in enumerate(results, 1):
             save_pictures(

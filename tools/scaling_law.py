@@ -9,7 +9,7 @@ Points are a .csv or .json table (parameters without embeddings, tokens, loss, t
 (--hold supervised.gamma=0.452). Single coefficients are poorly determined even by hundreds of runs, and their intervals say so; predicted
 losses are what to use. Measured on 24 sets of points made with the published coefficients (24 or 73 runs without, 40 or 150 with a
 teacher, noise of 0.1, 0.5 or 2 %): 95 % intervals held the truth of 348 of 360 coefficients and 138 of 144 predicted losses
-(tests/unit/test_scaling_law.py, test_coverage).
+(tests/sweep/test_scaling_law.py, test_coverage).
 
 With --teacher-parameters or --teacher-preset, distillation is compared with plain training at equal FLOPs, the teacher's forward passes
 counted by --teacher-forward (1: online; 1/k: a cache for k students; 0: a cache that exists) and its own training by --teacher-training
@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kd.config import ConfigError, ModelSection
-from megatron_kd.planning.scaling_compute import Prices, compare, forward_flops
-from megatron_kd.planning.scaling_law import (
+from megatron_kd.sweep.scaling.compute import Prices, compare, forward_flops
+from megatron_kd.sweep.scaling.law import (
     PUBLISHED_DISTILLATION,
     PUBLISHED_SUPERVISED,
     DistillationLaw,
@@ -40,7 +40,7 @@ from megatron_kd.planning.scaling_law import (
     fit_distillation,
     fit_supervised,
 )
-from megatron_kd.planning.scaling_points import read_run, read_table
+from megatron_kd.sweep.scaling.points import read_run, read_table
 
 Supervised = Fit[SupervisedLaw] | SupervisedLaw
 Distilled = Fit[DistillationLaw] | DistillationLaw | None
@@ -57,11 +57,11 @@ def main(argv: list[str] | None = None) -> int:
             "predictions": _predictions(supervised, distilled, query, arguments),
         }
         if arguments.picture is not None:
-            from megatron_kd.planning.scaling_picture import draw
+            from megatron_kd.sweep.scaling.picture import draw
 
             draw(supervised, distilled, arguments.picture, query)
         if arguments.json is not None:
-            from megatron_kd.config.durable import write_atomically
+            from megatron_kd.storage.atomic_files import write_atomically
 
             write_atomically(
                 arguments.json, (json.dumps({"query": query, **found}, indent=2) + "\n").encode()
@@ -245,7 +245,7 @@ def _size(
             f"--{prefix}parameters and --{prefix}preset say the same thing: give one of them"
         )
     from megatron_kd.config.presets import preset_values
-    from megatron_kd.telemetry.flops import flops_per_token, parameter_count
+    from megatron_kd.planning.flops import flops_per_token, parameter_count
 
     try:
         vocab_size = preset_values(preset)["vocab_size"]

@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from megatron_kd.data.selection import Rule, read_documents
+    from megatron_kd.data.preparation.selection import Rule, read_documents
 
     rule = Rule(arguments.keep_fraction, arguments.threshold, arguments.keep_tokens)
     _check_output(arguments.output)
@@ -177,10 +177,10 @@ def _score(
     import torch.distributed as dist
 
     from megatron_kd.checkpoint.store import checkpoint_digest
+    from megatron_kd.inference import document_scores as scoring
+    from megatron_kd.inference.frozen_model import FrozenModel, inference_layout
     from megatron_kd.parallel.collectives import from_rank_zero
     from megatron_kd.parallel.groups import start_groups, stop_groups
-    from megatron_kd.train import scoring
-    from megatron_kd.train.frozen import FrozenModel, inference_layout
 
     sizes = {"tensor": arguments.tensor, "pipeline": arguments.pipeline, "world_size": world_size}
     layouts = {name: inference_layout(info, **sizes) for name, (_, info) in models.items()}
@@ -237,7 +237,7 @@ class _Report:
     """Shards and tokens per second of the first replica."""
 
     def __init__(self, shards: int, finished: int, mine: int, groups: Any) -> None:
-        from megatron_kd.telemetry.progress import Progress
+        from megatron_kd.telemetry.progress_bar import Progress
 
         self._progress = Progress(
             "auto", steps=mine, enabled=groups.reports_loss and groups.data_rank == 0
@@ -267,8 +267,8 @@ def _choose(
     """Write the chosen documents and the report, on rank 0."""
     from dataclasses import asdict
 
-    from megatron_kd.config.durable import write_atomically
-    from megatron_kd.data.selection import choose, summary, write_chosen
+    from megatron_kd.data.preparation.selection import choose, summary, write_chosen
+    from megatron_kd.storage.atomic_files import write_atomically
 
     lengths = index.lengths.astype("int64")
     chosen = choose(scores, lengths, rule)

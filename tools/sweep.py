@@ -24,13 +24,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_kd.config import ConfigError
-from megatron_kd.config.lease import Lease, Owner
-from megatron_kd.experiments.grid import Sweep, Task, resolve, select
-from megatron_kd.experiments.record import SWEEP_FILE, provenance, write_sweep
-from megatron_kd.experiments.schedule import print_line, run_tasks
-from megatron_kd.experiments.slurm import submissions, submit
-from megatron_kd.experiments.state import State, look, redo, refuse_changed
-from megatron_kd.experiments.work import BAD_INPUT, FINISHED, NEVER_AGAIN, REQUEUE, Outcome, Shop
+from megatron_kd.storage.directory_lock import Lease, Owner
+from megatron_kd.sweep.grid import Sweep, Task, resolve, select
+from megatron_kd.sweep.local_runner import print_line, run_tasks
+from megatron_kd.sweep.slurm import submissions, submit
+from megatron_kd.sweep.sweep_record import SWEEP_FILE, provenance, write_sweep
+from megatron_kd.sweep.task_runner import BAD_INPUT, FINISHED, NEVER_AGAIN, REQUEUE, Outcome, Shop
+from megatron_kd.sweep.task_state import State, look, redo, refuse_changed
 
 # How long a task waits for what it needs: network file systems may show a new file a minute later.
 _SEEN_WITHIN = 70.0

@@ -21,9 +21,9 @@ from pathlib import Path
 from sentencepiece import SentencePieceTrainer
 
 from megatron_kd.config import ConfigError
-from megatron_kd.config.durable import write_atomically
-from megatron_kd.data.documents import TextFile, find_text_files
+from megatron_kd.data.preparation.documents import TextFile, find_text_files
 from megatron_kd.data.tokenizer import load_tokenizer
+from megatron_kd.storage.atomic_files import write_atomically
 
 _CHUNK = 1 << 18
 _BLOCK_CHARACTERS = 4096

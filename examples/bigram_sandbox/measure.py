@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from chain import Chain, Floats, Ids, next_ids
 
 from megatron_kd.config import ParallelSection
-from megatron_kd.config.durable import write_atomically
 from megatron_kd.parallel.platform import start_platform
+from megatron_kd.storage.atomic_files import write_atomically
 
 
 def main() -> None:
@@ -82,8 +82,8 @@ def every_checkpoint(run: Path, tokens: Ids) -> Any:
     """(step, probabilities fp64 [N, S, V]) of each checkpoint, in order."""
     platform = start_platform("cpu")
     from megatron_kd.checkpoint.store import complete_steps, read_info, step_folder
+    from megatron_kd.inference.frozen_model import FrozenModel
     from megatron_kd.parallel.groups import start_groups, stop_groups
-    from megatron_kd.train.frozen import FrozenModel
 
     layout = ParallelSection()
     groups = start_groups(platform, layout, timeout_seconds=600)

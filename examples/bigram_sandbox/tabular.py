@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from chain import Chain, Floats, Ids, imperfect, make_chain
 
-from megatron_kd.config.durable import write_atomically
+from megatron_kd.storage.atomic_files import write_atomically
 
 ALPHAS = {"plain": 0.0, "dpt50": 0.5, "dpt90": 0.9, "dpt90_routed": 0.9}
 SIZES = (64, 128, 256, 512, 1024)

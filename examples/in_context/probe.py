@@ -4,7 +4,7 @@
 
 DATA: the folder of prepare.py. Copying and finding: how often the likeliest id is the right one, every position given the right ids before
 it. Sums: `--samples` continuations of each held-out problem at each temperature, right where every step is; pass@k for every k by the
-unbiased estimator (megatron_kd/train/pass_at_k.py). A draw depends on --seed, and on the places of problem, sample and id alone.
+unbiased estimator (megatron_kd/inference/pass_at_k.py). A draw depends on --seed, and on the places of problem, sample and id alone.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from language import END, IDS, MOST_TERMS, WORDS, right_solutions
 
 from megatron_kd.config import ConfigError
-from megatron_kd.config.durable import write_atomically
-from megatron_kd.train.pass_at_k import mean_pass_at_k
+from megatron_kd.inference.pass_at_k import mean_pass_at_k
+from megatron_kd.storage.atomic_files import write_atomically
 
 Ids = list[int]
 TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -92,9 +92,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     platform = start_platform(arguments.device)
     from megatron_kd.config import ParallelSection
+    from megatron_kd.inference.frozen_model import FrozenModel
+    from megatron_kd.inference.generate import Sampling, generate_ids
     from megatron_kd.parallel.groups import start_groups, stop_groups
-    from megatron_kd.train.frozen import FrozenModel
-    from megatron_kd.train.generate import Sampling, generate_ids
 
     layout = ParallelSection()
     try:

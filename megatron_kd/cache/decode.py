@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from megatron_kd.cache.bits import Bytes, Ints, join
 from megatron_kd.cache.encode import sums
 from megatron_kd.cache.levels import Levels, Singles
-from megatron_kd.cache.record import (
+from megatron_kd.cache.sample_record import (
     ENTROPY,
     ENTROPY_STEPS,
     FP32,

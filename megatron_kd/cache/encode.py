@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_kd.cache.bits import Ints, split
 from megatron_kd.cache.levels import Levels, Singles, steps_for
-from megatron_kd.cache.record import (
+from megatron_kd.cache.sample_record import (
     ENTROPY,
     ENTROPY_STEPS,
     FP32,

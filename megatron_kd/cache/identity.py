@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kd.cache.encode import VALUE_ENCODINGS
-from megatron_kd.config.durable import write_atomically
+from megatron_kd.storage.atomic_files import write_atomically
 from megatron_kd.targets.select import Selection
 
 FORMAT, SCHEMA_VERSION = "megatron_kd teacher cache", 1

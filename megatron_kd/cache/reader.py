@@ -21,7 +21,7 @@ from megatron_kd.cache.identity import (
     MissingTarget,
     parse_identity,
 )
-from megatron_kd.cache.record import BadRecord
+from megatron_kd.cache.sample_record import BadRecord
 from megatron_kd.cache.shard import Record, Shard, ShardInfo, parse_info, readable
 from megatron_kd.targets.keys import KEY_BYTES, sample_key
 from megatron_kd.targets.sparse import SparseTarget

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_kd.cache.identity import CacheError, CacheIdentity, WrongCache
 from megatron_kd.cache.shard import ShardInfo, ShardWriter, info_bytes, parse_info
 from megatron_kd.cache.writer import WriterLock, check_sample, make_record
-from megatron_kd.config.durable import sync_path, write_atomically
+from megatron_kd.storage.atomic_files import sync_path, write_atomically
 from megatron_kd.targets.keys import sample_key
 from megatron_kd.targets.sparse import SparseTarget
 

@@ -19,10 +19,10 @@ from megatron_kd.cache.identity import (
     write_identity,
 )
 from megatron_kd.cache.reader import CacheReader, Storage, check_record
-from megatron_kd.cache.record import BadRecord
+from megatron_kd.cache.sample_record import BadRecord
 from megatron_kd.cache.shard import Record, Shard, ShardWriter, parse_info
 from megatron_kd.cache.writer import WriterLock
-from megatron_kd.config.durable import file_digest
+from megatron_kd.storage.atomic_files import file_digest
 
 
 @dataclass

@@ -21,9 +21,7 @@ from megatron_kd import __version__
 from megatron_kd.checkpoint.store import CheckpointInfo, PendingCheckpoint, check_digests
 from megatron_kd.checkpoint.tensors import Piece, TensorReader, write_pieces
 from megatron_kd.config import ConfigError, ModelSection
-from megatron_kd.config.durable import sync_path
-from megatron_kd.config.jsonfile import read_json
-from megatron_kd.models.huggingface import (
+from megatron_kd.models.huggingface.families import (
     EXTRA_STATES,
     IGNORED_SUFFIXES,
     Row,
@@ -34,8 +32,10 @@ from megatron_kd.models.huggingface import (
     their_names,
     their_shapes,
 )
-from megatron_kd.models.safetensors import SafetensorsFolder, write_safetensors
-from megatron_kd.parallel.shards import padded_vocab_size
+from megatron_kd.models.huggingface.safetensors import SafetensorsFolder, write_safetensors
+from megatron_kd.parallel.vocab_shards import padded_vocab_size
+from megatron_kd.storage.atomic_files import sync_path
+from megatron_kd.storage.json_files import read_json
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _HF_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

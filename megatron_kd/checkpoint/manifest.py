@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_kd.config.durable import sync_path
+from megatron_kd.storage.atomic_files import sync_path
 
 MANIFEST, COMMIT = "manifest.json", "commit.json"
 STALE_SECONDS = 3.0  # how long a network file system may show an old view of a folder

@@ -21,10 +21,11 @@ import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_kd.checkpoint.background import CheckpointLog, Verifier
-from megatron_kd.checkpoint.job import DONE, FAILED, RUNNING, Job
+from megatron_kd.checkpoint.background_job import DONE, FAILED, RUNNING, Job
+from megatron_kd.checkpoint.background_verify import CheckpointLog, Verifier
+from megatron_kd.checkpoint.distributed_writer import Said, StateWriter, plan_save
 from megatron_kd.checkpoint.manifest import FileRecord, wait_for_sizes
-from megatron_kd.checkpoint.state import OptimizerState, training_state
+from megatron_kd.checkpoint.sharded_state import OptimizerState, training_state
 from megatron_kd.checkpoint.store import (
     CheckpointError,
     CheckpointInfo,
@@ -33,9 +34,7 @@ from megatron_kd.checkpoint.store import (
     remove_leftovers,
     step_folder,
 )
-from megatron_kd.checkpoint.writer import Said, StateWriter, plan_save
 from megatron_kd.config import CheckpointSection
-from megatron_kd.config.lease import LostLeaseError
 from megatron_kd.parallel.collectives import (
     from_rank_zero,
     maximum,
@@ -43,7 +42,8 @@ from megatron_kd.parallel.collectives import (
     raise_together,
     to_rank_zero,
 )
-from megatron_kd.parallel.watch import Watch
+from megatron_kd.parallel.watchdog import Watch
+from megatron_kd.storage.directory_lock import LostLeaseError
 
 
 @dataclass

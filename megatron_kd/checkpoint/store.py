@@ -26,7 +26,7 @@ from megatron_kd.checkpoint.manifest import (
     write_file,
 )
 from megatron_kd.config import ConfigError, ModelSection
-from megatron_kd.config.durable import sync_path
+from megatron_kd.storage.atomic_files import sync_path
 
 FORMAT = 2  # 1: without digests
 _STEP = re.compile(r"step-(\d{8})")

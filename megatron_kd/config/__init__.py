@@ -1,10 +1,10 @@
 """One run's configuration: frozen sections, a run file with overrides, and nothing that needs torch."""
 
-from megatron_kd.config.capture import CaptureSection
-from megatron_kd.config.distill import AlphaSchedule
+from megatron_kd.config.capture_section import CaptureSection
+from megatron_kd.config.distill_section import AlphaSchedule
 from megatron_kd.config.dump import dump_toml
 from megatron_kd.config.load import load_config
-from megatron_kd.config.run import ConfigError, RunConfig
+from megatron_kd.config.run_config import ConfigError, RunConfig
 from megatron_kd.config.sections import (
     BatchSection,
     CheckpointSection,

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megatron_kd.config.run import ConfigError, RunConfig
+from megatron_kd.config.run_config import ConfigError, RunConfig
 
 
 def dump_toml(config: RunConfig) -> str:

@@ -11,11 +11,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_kd.config.distill import DistillSection as DistillSection
-from megatron_kd.config.model import ModelSection as ModelSection
-from megatron_kd.config.model import Section as Section
-from megatron_kd.config.teacher import TeacherParallelSection as TeacherParallelSection
-from megatron_kd.config.teacher import TeacherSection as TeacherSection
+from megatron_kd.config.distill_section import DistillSection as DistillSection
+from megatron_kd.config.model_section import ModelSection as ModelSection
+from megatron_kd.config.model_section import Section as Section
+from megatron_kd.config.teacher_section import TeacherParallelSection as TeacherParallelSection
+from megatron_kd.config.teacher_section import TeacherSection as TeacherSection
 
 
 class DataSection(Section):

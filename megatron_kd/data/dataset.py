@@ -30,8 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_kd.config.durable import sync_path
-from megatron_kd.config.run import ConfigError
+from megatron_kd.config.run_config import ConfigError
 from megatron_kd.data.indexed import (
     COUNTS_FOR_LOSS,
     STARTS_DOCUMENT,
@@ -40,6 +39,7 @@ from megatron_kd.data.indexed import (
     read_roles,
 )
 from megatron_kd.parallel.collectives import raise_together
+from megatron_kd.storage.atomic_files import sync_path
 from megatron_kd.targets.keys import mark_starts
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_kd.config.durable import write_atomically
-from megatron_kd.config.run import ConfigError
+from megatron_kd.config.run_config import ConfigError
+from megatron_kd.storage.atomic_files import write_atomically
 
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"

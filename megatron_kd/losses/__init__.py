@@ -5,7 +5,7 @@ from megatron_kd.losses.divergences import DenseTeacher, linear_divergence
 from megatron_kd.losses.given_logits import kd_cross_entropy
 from megatron_kd.losses.head import linear_kd_cross_entropy
 from megatron_kd.losses.reference import reference_kd_cross_entropy
-from megatron_kd.losses.types import KDLoss
+from megatron_kd.losses.spec import KDLoss
 
 __all__ = [
     "DenseTeacher",

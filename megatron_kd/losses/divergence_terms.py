@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from megatron_kd.config.divergences import DIVERGENCES
-from megatron_kd.kernels import PUNCHED
+from megatron_kd.head.logit_rows import PUNCHED
 
 ABSENT = PUNCHED
 

@@ -1,12 +1,12 @@
 """Every divergence of `losses/divergence_terms.py` through the chunked head, against a sparse target or the whole teacher.
 
-Against a sparse target the chunk's logits are walked as for forward_kl (`losses/rows.py`): only the derivative on the kept
+Against a sparse target the chunk's logits are walked as for forward_kl (`losses/sparse_loss.py`): only the derivative on the kept
 ids and on the rest differ. Against the whole teacher its logits are multiplied chunk by chunk beside the student's, and the
 logit gradient replaces the student's logits at once, so that a chunk holds two buffers [C, V/tp] and nothing outlives it but
 what the schedule keeps.
 
 Gradient with respect to the student's logits z: with f' the derivative of an id's term with respect to its log p, G the sum
-of all f', s = w k c / t and a as in `losses/rows.py`,
+of all f', s = w k c / t and a as in `losses/sparse_loss.py`,
     a p + s (f' - p^t G), on the label further - w e
 and for ids that share one entry (the bucket, whose mass is r) f' p^t / r in place of f'.
 """
@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 
 from megatron_kd.config.divergences import sparse_problem
-from megatron_kd.kernels import ChunkRows
-from megatron_kd.losses.dense_rows import DivergenceLoss
+from megatron_kd.head.chunked_head import ChunkLoss
+from megatron_kd.head.logit_rows import ChunkRows
+from megatron_kd.head.output_weight import compute_dtype, linear_logits
+from megatron_kd.head.statistics import over_entries
+from megatron_kd.losses.dense_loss import DivergenceLoss
 from megatron_kd.losses.divergence_terms import ABSENT, Divergence
 from megatron_kd.losses.head import HeadOptions, check_head, head_loss, run_head, token_weights
-from megatron_kd.losses.rows import TokenLoss
-from megatron_kd.losses.types import KDLoss, LossSpec, TokenTerms, check_inputs
-from megatron_kd.losses.walk import ChunkLoss
+from megatron_kd.losses.sparse_loss import TokenLoss
+from megatron_kd.losses.spec import KDLoss, LossSpec, TokenTerms, check_inputs
 from megatron_kd.parallel.collectives import Group, group_rank, group_size
-from megatron_kd.parallel.shards import VocabShard, vocab_shard
-from megatron_kd.targets.logits import compute_dtype, linear_logits
-from megatron_kd.targets.rows import over_entries
+from megatron_kd.parallel.vocab_shards import VocabShard, vocab_shard
 from megatron_kd.targets.sparse import SparseTarget
 
 

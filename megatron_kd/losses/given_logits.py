@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_kd.losses.rows import TokenLoss
-from megatron_kd.losses.types import KDLoss, LossSpec, check_inputs
+from megatron_kd.head.output_weight import chunk_size, compute_dtype, given_logits
+from megatron_kd.head.token_chunks import TokenChunks
+from megatron_kd.losses.sparse_loss import TokenLoss
+from megatron_kd.losses.spec import KDLoss, LossSpec, check_inputs
 from megatron_kd.parallel.collectives import Group, group_rank, group_size
-from megatron_kd.parallel.shards import VocabShard, vocab_shard
-from megatron_kd.targets.chunks import TokenChunks
-from megatron_kd.targets.logits import chunk_size, compute_dtype, given_logits
+from megatron_kd.parallel.vocab_shards import VocabShard, vocab_shard
 from megatron_kd.targets.sparse import SparseTarget
 
 

@@ -22,15 +22,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_kd.kernels import ChunkRows
-from megatron_kd.losses.rows import HEALTH, TokenLoss
-from megatron_kd.losses.types import KDLoss, LossSpec, TokenTerms, check_inputs
-from megatron_kd.losses.walk import SCHEDULES, HeadCall, HeadFunction, MakeLoss
-from megatron_kd.losses.weight_gradient import takes_main_grad
+from megatron_kd.head.chunked_head import SCHEDULES, HeadCall, HeadFunction, MakeLoss
+from megatron_kd.head.logit_rows import ChunkRows
+from megatron_kd.head.output_weight import chunk_size
+from megatron_kd.head.token_chunks import TokenChunks
+from megatron_kd.head.weight_gradient import takes_main_grad
+from megatron_kd.losses.sparse_loss import HEALTH, TokenLoss
+from megatron_kd.losses.spec import KDLoss, LossSpec, TokenTerms, check_inputs
 from megatron_kd.parallel.collectives import Group, group_rank, group_size
-from megatron_kd.parallel.shards import VocabShard, vocab_shard
-from megatron_kd.targets.chunks import TokenChunks
-from megatron_kd.targets.logits import chunk_size
+from megatron_kd.parallel.vocab_shards import VocabShard, vocab_shard
 from megatron_kd.targets.sparse import SparseTarget
 
 # Logits of all tokens that "auto" still keeps: 1 GiB on a GPU, 64 MiB on a CPU.
@@ -57,7 +57,7 @@ def linear_kd_cross_entropy(
 ) -> KDLoss:
     """Cross-entropy and sparse distillation loss of `hidden @ weight.T`, vocabulary-parallel, without full logits.
 
-    Formulas: `reference_kd_cross_entropy`; gradients: `losses/rows.py`.
+    Formulas: `reference_kd_cross_entropy`; gradients: `losses/sparse_loss.py`.
 
     Args:
         hidden: [S, B, H] or [N, H], any float type. Without sequence_parallel replicated over `tp_group`; with it this

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_kd.kernels import ChunkRows
+from megatron_kd.head.chunked_head import HeadCall, HeadFunction
+from megatron_kd.head.logit_rows import ChunkRows
+from megatron_kd.head.statistics import row_statistics
 from megatron_kd.losses.head import HeadOptions, check_head
-from megatron_kd.losses.rows import RowLoss
+from megatron_kd.losses.sparse_loss import RowLoss
 from megatron_kd.losses.token_rules import Look, deviation
-from megatron_kd.losses.walk import HeadCall, HeadFunction
 from megatron_kd.parallel.collectives import Group
-from megatron_kd.parallel.shards import VocabShard
-from megatron_kd.targets.rows import row_statistics
+from megatron_kd.parallel.vocab_shards import VocabShard
 from megatron_kd.targets.sparse import SparseTarget
 
 

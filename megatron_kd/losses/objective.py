@@ -14,9 +14,9 @@ from megatron_kd.losses.divergence_terms import Divergence
 from megatron_kd.losses.divergences import DivergenceHead, Target
 from megatron_kd.losses.head import HeadOptions
 from megatron_kd.losses.look import look_at
-from megatron_kd.losses.rows import HEALTH
+from megatron_kd.losses.sparse_loss import HEALTH
+from megatron_kd.losses.spec import KDLoss, LossSpec, TokenTerms
 from megatron_kd.losses.token_rules import Seen, TokenRule
-from megatron_kd.losses.types import KDLoss, LossSpec, TokenTerms
 from megatron_kd.targets.sparse import SparseTarget
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_kd.losses.types import IGNORED_LABEL, KDLoss, LossSpec, check_inputs
+from megatron_kd.losses.spec import IGNORED_LABEL, KDLoss, LossSpec, check_inputs
 from megatron_kd.targets.sparse import SparseTarget, kept_distribution
 
 

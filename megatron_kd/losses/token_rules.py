@@ -27,7 +27,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_kd.losses.types import TokenTerms
+from megatron_kd.losses.spec import TokenTerms
 from megatron_kd.targets.sparse import SparseTarget
 
 

@@ -10,7 +10,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_kd.config.hidden_states import Projection
+from megatron_kd.config.hidden_state_pairs import Projection
 
 PROJECTIONS = "hidden_projections"  # of a chunk: a ModuleDict by Projection.name, and what the names of its weights start with
 

@@ -16,11 +16,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_kd.config import RunConfig
-from megatron_kd.config.hidden_states import Projection
-from megatron_kd.models.config import transformer_config
+from megatron_kd.config.hidden_state_pairs import Projection
+from megatron_kd.models.gpt_model import build_chunks
 from megatron_kd.models.initialize import initialize_weights
-from megatron_kd.models.model import build_chunks
 from megatron_kd.models.projections import add_projections
+from megatron_kd.models.transformer_config import transformer_config
 from megatron_kd.parallel.groups import Groups
 
 

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_kd.config import ParallelSection
 from megatron_kd.parallel.platform import Platform
-from megatron_kd.parallel.watch import Watch
+from megatron_kd.parallel.watchdog import Watch
 from megatron_kd.parallel.world import world_from_environment
 
 
@@ -89,9 +89,10 @@ def start_groups(
     timeout = timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
         if rendezvous is None and world_size == 1:
+            store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(
-                platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-            )  # type: ignore[attr-defined]
+                platform.backend, store=store, rank=0, world_size=1, timeout=timeout
+            )
         else:
             dist.init_process_group(
                 platform.backend,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_kd.config import ConfigError
-from megatron_kd.telemetry.flops import peak_tflops
+from megatron_kd.planning.flops import peak_tflops
 
 GIB = 1 << 30
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from megatron_kd.config import ModelSection, RunConfig
 from megatron_kd.planning.shape import ELEMENT, Shape, microbatches_in_flight, shape_of
-from megatron_kd.telemetry.memory import rank_parameters
+from megatron_kd.planning.state_memory import rank_parameters
 
-# The program's own sizes (targets/logits.py, losses/head.py, kernels/plain.py), which need torch; a test holds them equal.
+# The program's own sizes (head/output_weight.py, losses/head.py, head/plain_rows.py), which need torch; a test holds them equal.
 CHUNK_LOGITS = {"cuda": 1 << 26, "cpu": 1 << 24}
 SAVED_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 24}
 MIN_CHUNK = {"cuda": 2048, "cpu": 64}
@@ -230,7 +230,7 @@ def _optimizer_temporaries(job: Job, world_size: int, parameters: int) -> float:
 
 
 def _head(job: Job) -> tuple[float, float]:
-    """Bytes of the output head in its forward and backward, beside the activations: see losses/head.py and losses/walk.py."""
+    """Bytes of the output head in its forward and backward, beside the activations: see losses/head.py and head/chunked_head.py."""
     shape, distill = job.student, job.config.distill
     tokens, rows = shape.tokens, shape.vocabulary_rows
     width = buffer_width(min(rows, job.vocab_size))

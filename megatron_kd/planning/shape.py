@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_kd.config import ModelSection
-from megatron_kd.parallel.shards import padded_vocab_size
+from megatron_kd.parallel.vocab_shards import padded_vocab_size
 
 ELEMENT = {"bf16": 2, "fp32": 4}
 

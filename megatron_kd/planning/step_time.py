@@ -21,11 +21,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_kd.config import ModelSection
+from megatron_kd.planning.flops import flops_per_token
 from megatron_kd.planning.hardware import Cluster
 from megatron_kd.planning.memory import Job
 from megatron_kd.planning.shape import Shape
-from megatron_kd.telemetry.flops import flops_per_token
-from megatron_kd.telemetry.memory import rank_parameters
+from megatron_kd.planning.state_memory import rank_parameters
 
 STEP_PARTS = ("student", "tensor", "pipeline", "bubble", "data", "optimizer", "teacher", "exchange")
 # Passes over fp32 logits: the loss with its gradient and the health figures; more of them with a target; choosing a target. CPU: measured

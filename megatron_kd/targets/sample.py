@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from megatron_kd.kernels import ChunkRows
+from megatron_kd.head.logit_rows import ChunkRows
+from megatron_kd.head.statistics import row_statistics
 from megatron_kd.parallel.collectives import Group, all_gather, group_rank
-from megatron_kd.parallel.shards import VocabShard
-from megatron_kd.targets.rows import row_statistics
+from megatron_kd.parallel.vocab_shards import VocabShard
 from megatron_kd.targets.select import target_of
 from megatron_kd.targets.sparse import SparseTarget
 

@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_kd.kernels import ChunkRows
+from megatron_kd.head.logit_rows import ChunkRows
+from megatron_kd.head.output_weight import chunk_size, given_logits, linear_logits
+from megatron_kd.head.statistics import row_logsumexp, row_statistics
+from megatron_kd.head.token_chunks import TokenChunks
 from megatron_kd.parallel.collectives import Group, all_gather, group_rank, group_size
-from megatron_kd.parallel.shards import VocabShard, vocab_shard
-from megatron_kd.targets.chunks import TokenChunks
-from megatron_kd.targets.logits import chunk_size, given_logits, linear_logits
-from megatron_kd.targets.rows import row_logsumexp, row_statistics
+from megatron_kd.parallel.vocab_shards import VocabShard, vocab_shard
 from megatron_kd.targets.sparse import SparseTarget, likeliest_first
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +35,10 @@ class SparseTarget:
     def map(self, function: Callable[[Tensor], Tensor]) -> SparseTarget:
         """The same target with `function` applied to every tensor."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{name: function(t) for name, t in named.items() if isinstance(t, Tensor)}
-        )  # type: ignore[arg-type]
+        mapped: dict[str, Any] = {
+            name: function(t) for name, t in named.items() if isinstance(t, Tensor)
+        }
+        return replace(self, **mapped)
 
     def tensors(self) -> list[Tensor]:
         """Those of the tensors that there are, in order."""

@@ -21,9 +21,9 @@ from torch import Tensor
 from megatron_kd.config import ModelSection, ParallelSection
 from megatron_kd.data.batches import Microbatch
 from megatron_kd.losses.divergences import DenseTeacher, Target
-from megatron_kd.models.config import transformer_config
+from megatron_kd.models.gpt_model import build_chunks, output_weight
 from megatron_kd.models.layer_outputs import LayerOutputs
-from megatron_kd.models.model import build_chunks, output_weight
+from megatron_kd.models.transformer_config import transformer_config
 from megatron_kd.parallel.groups import Groups
 from megatron_kd.targets import Selection, SparseTarget, linear_targets
 from megatron_kd.targets.keys import row_keys

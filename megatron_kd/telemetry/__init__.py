@@ -6,16 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_kd.telemetry.flops import (
+    from megatron_kd.planning.flops import (
         flops_per_token,
         measure_peak_tflops,
         parameter_count,
         peak_tflops,
     )
     from megatron_kd.telemetry.metrics import METRICS, Metric, reduce_reports
-    from megatron_kd.telemetry.progress import Progress
+    from megatron_kd.telemetry.progress_bar import Progress
+    from megatron_kd.telemetry.run_files import RunWriter
     from megatron_kd.telemetry.throughput import Lap, Stopwatch
-    from megatron_kd.telemetry.writer import RunWriter
 
 __all__ = [
     "METRICS",

@@ -8,36 +8,36 @@ from functools import partial
 
 from megatron_kd import __version__
 from megatron_kd.checkpoint.saver import Saver
-from megatron_kd.checkpoint.state import load_training_state, load_weights
+from megatron_kd.checkpoint.sharded_state import load_training_state, load_weights
 from megatron_kd.checkpoint.store import CheckpointInfo
 from megatron_kd.config import ConfigError, RunConfig
 from megatron_kd.data.batches import Attach, BatchSource, Microbatch
 from megatron_kd.data.dataset import TokenDataset, build_dataset
-from megatron_kd.kernels import compile_rows
+from megatron_kd.head.logit_rows import compile_rows
 from megatron_kd.losses import Divergence
 from megatron_kd.losses.divergences import DivergenceHead, Target, same_vocabulary_ranges
 from megatron_kd.losses.head import HeadOptions
 from megatron_kd.losses.objective import Objective
-from megatron_kd.losses.schedules import alpha_at, learning_rate_at
-from megatron_kd.losses.types import LossSpec
+from megatron_kd.losses.spec import LossSpec
 from megatron_kd.models.student import Student
 from megatron_kd.parallel.groups import Groups, start_groups
 from megatron_kd.parallel.platform import start_platform
-from megatron_kd.parallel.shards import padded_vocab_size
+from megatron_kd.parallel.vocab_shards import padded_vocab_size
 from megatron_kd.parallel.world import world_from_environment
 from megatron_kd.targets.sparse import give_rest_to_label
 from megatron_kd.teacher.ahead import AheadTeacher
+from megatron_kd.teacher.build import attach_of, build_teacher
 from megatron_kd.teacher.cached import CachedTeacher, check_coverage
 from megatron_kd.teacher.source import TeacherSource
 from megatron_kd.train.capture import Capture, build_capture
 from megatron_kd.train.guards import RankTimes
-from megatron_kd.train.hidden_states import HiddenStates, build_hidden_states
-from megatron_kd.train.inputs import Inputs, check_inputs, checkpoints_folder
+from megatron_kd.train.hidden_state_loss import HiddenStates, build_hidden_states
 from megatron_kd.train.optimizer import Optimizer
-from megatron_kd.train.progress import RunProgress
-from megatron_kd.train.resume import choose_checkpoint, with_settings
-from megatron_kd.train.teachers import attach_of, build_teacher
-from megatron_kd.train.token_rules import CutOf, cut_of, rules_of
+from megatron_kd.train.routing import CutOf, cut_of, rules_of
+from megatron_kd.train.run_progress import RunProgress
+from megatron_kd.train.schedules import alpha_at, learning_rate_at
+from megatron_kd.train.startup.input_checks import Inputs, check_inputs, checkpoints_folder
+from megatron_kd.train.startup.resume import choose_checkpoint, with_settings
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_kd.cache import CacheError, CacheIdentity
-from megatron_kd.cache.background import BackgroundWriter
+from megatron_kd.cache.background_writer import BackgroundWriter
 from megatron_kd.cache.identity import write_identity
 from megatron_kd.cache.staged import StagedWriter, settle
 from megatron_kd.config import ConfigError, RunConfig
@@ -25,10 +25,10 @@ from megatron_kd.parallel.collectives import on_any_rank, raise_together
 from megatron_kd.parallel.groups import Groups
 from megatron_kd.targets.keys import row_keys
 from megatron_kd.targets.sparse import SparseTarget
+from megatron_kd.teacher.build import selection_of
 from megatron_kd.teacher.online import SelectTargets
-from megatron_kd.train.identity import RunDescription, remember_run
-from megatron_kd.train.inputs import Inputs
-from megatron_kd.train.teachers import selection_of
+from megatron_kd.train.startup.input_checks import Inputs
+from megatron_kd.train.startup.weights_fingerprint import RunDescription, remember_run
 
 # (hidden [S, B, H], weight [V/tp, H], microbatch): shown what goes into the loss of one microbatch, on the last stage.
 Observe = Callable[[Tensor, Tensor, Microbatch], None]

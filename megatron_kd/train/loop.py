@@ -8,25 +8,25 @@ import torch
 
 from megatron_kd.checkpoint.store import CheckpointError
 from megatron_kd.config import ConfigError, dump_toml
-from megatron_kd.config.lease import Lease
-from megatron_kd.models.config import DTYPES
+from megatron_kd.models.transformer_config import DTYPES
 from megatron_kd.parallel.collectives import from_rank_zero, raise_together
 from megatron_kd.parallel.groups import seed_step
-from megatron_kd.telemetry.flops import (
+from megatron_kd.planning.flops import (
     flops_per_token,
     measure_peak_tflops,
     peak_tflops,
     projection_flops_per_token,
 )
-from megatron_kd.telemetry.progress import Progress
+from megatron_kd.storage.directory_lock import Lease
+from megatron_kd.telemetry.progress_bar import Progress
+from megatron_kd.telemetry.run_files import RunWriter, State
 from megatron_kd.telemetry.throughput import Stopwatch
-from megatron_kd.telemetry.writer import RunWriter, State
 from megatron_kd.train.build import Run
 from megatron_kd.train.capture import CaptureError
 from megatron_kd.train.evaluate import evaluate
 from megatron_kd.train.guards import DataGuard, LossSpikeError, SpikeGuard
-from megatron_kd.train.leaving import Leaving, NeverLeaving, Request
-from megatron_kd.train.resume import settle
+from megatron_kd.train.shutdown import Leaving, NeverLeaving, Request
+from megatron_kd.train.startup.resume import settle
 from megatron_kd.train.step import StepReport, train_step
 
 

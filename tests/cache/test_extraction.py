@@ -157,7 +157,8 @@ def test_recheck_finds_what_the_teacher_does_not_say(selection: Selection, tmp_p
     found = recheck(
         teacher, CacheReader(tmp_path), plan, samples=50, seed=seed, device=torch.device("cpu")
     )
-    assert found is not None and list(found.wrong) == [9], say(seed)
+    assert found is not None, say(seed)
+    assert list(found.wrong) == [9], say(seed)
 
 
 def _batch(tokens: Tensor) -> Microbatch:

@@ -56,9 +56,10 @@ def test_statistics(tmp_path: Path) -> None:
         sum(float(t.entropy.double().sum()) for _, t in made if t.entropy is not None)
     )
     code, output = tool("stats", tmp_path / "cache", "--json", "--picture", tmp_path / "kept.png")
-    assert code == 0 and json.loads(output)["bytes_per_token"] == pytest.approx(
-        found.bytes / found.tokens
-    ), output
+    assert code == 0, output
+    assert json.loads(output)["bytes_per_token"] == pytest.approx(found.bytes / found.tokens), (
+        output
+    )
     assert (tmp_path / "kept.png").stat().st_size > 1000
     code, output = tool("stats", tmp_path / "cache", "--samples", "3")
     assert code == 0
@@ -86,7 +87,8 @@ def test_verify_and_repair(tmp_path: Path) -> None:
     assert code == 1
     assert "1 bad shards" in output
     code, output = tool("repair", cache)
-    assert code == 0 and "1 shards to write again" in output, output
+    assert code == 0, output
+    assert "1 shards to write again" in output, output
     assert verify(cache) == ({}, [])
     assert holds(cache, made[:10] + made[20:])
     (cache / "cache.json").write_text("{}")
@@ -102,7 +104,8 @@ def test_merge(tmp_path: Path) -> None:
     assert holds(tmp_path / "all", made)
     assert verify(tmp_path / "all") == ({}, [])
     code, output = tool("merge", tmp_path / "first", "--output", tmp_path / "all")
-    assert code == 0 and "0 shards added, 40 samples" in output, output
+    assert code == 0, output
+    assert "0 shards added, 40 samples" in output, output
 
     with_steps = tmp_path / "steps"
     write_identity(with_steps, IDENTITY)

@@ -238,7 +238,8 @@ def test_truncation_at_any_length_is_named(cache: tuple[Path, list[Sample]]) -> 
         ):
             path.write_bytes(good[:length])
             problem = read_all(directory, made)
-            assert problem is not None and name in problem, say(seed, name, length, problem)
+            assert problem is not None, say(seed, name, length, problem)
+            assert name in problem, say(seed, name, length, problem)
         path.write_bytes(good)
 
 

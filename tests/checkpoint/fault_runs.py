@@ -33,7 +33,7 @@ from megatron_kd.checkpoint.tensors import read_metadata
 from tests.helpers.tools import ROOT
 
 HOLD = """
-import sys; from pathlib import Path; from megatron_kd.config.lease import Lease
+import sys; from pathlib import Path; from megatron_kd.storage.directory_lock import Lease
 lease = Lease(Path(sys.argv[1])); print("held", flush=True); input()
 """
 
@@ -119,7 +119,7 @@ def killed_in_time(run_file: Path, seconds: float) -> int:
 
 def slow_disk(run_file: Path, seconds: float, then: Callable[[int], None], *overrides: str) -> int:
     """The program whose state takes `seconds` longer to write; `then(step)` is called before each step."""
-    from megatron_kd.checkpoint.writer import StateWriter
+    from megatron_kd.checkpoint.distributed_writer import StateWriter
     from megatron_kd.train import loop
 
     write, step_once = StateWriter.write, loop.train_step

@@ -27,7 +27,7 @@ def told(action: Callable[[], Any]) -> str:
 @contextmanager
 def changed_write(change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """StateWriter.write as `change` makes it."""
-    from megatron_kd.checkpoint.writer import StateWriter
+    from megatron_kd.checkpoint.distributed_writer import StateWriter
 
     real = StateWriter.write
     StateWriter.write = change(real)  # type: ignore[method-assign]
@@ -156,6 +156,6 @@ def in_two_ranks(rendezvous: str, config: RunConfig, folder: Path) -> dict[str, 
 
 
 def _lost() -> Exception:
-    from megatron_kd.config.lease import LostLeaseError
+    from megatron_kd.storage.directory_lock import LostLeaseError
 
     return LostLeaseError("run.directory was taken over by somebody")

@@ -167,7 +167,12 @@ def test_killed_at_any_moment(runs: Runs, measured: Callable[[str], None]) -> No
         runs.ended[f"look{number}"].output for number in range(8)
     ]
     newest = [each[-1] if each else 0 for each in found]
-    assert newest == sorted(newest) and runs.codes("killed") == [0], (
+    assert newest == sorted(newest), (
+        runs.seed,
+        newest,
+        runs.ended["killed"].output,
+    )
+    assert runs.codes("killed") == [0], (
         runs.seed,
         newest,
         runs.ended["killed"].output,
@@ -189,11 +194,10 @@ def test_killed_at_any_moment(runs: Runs, measured: Callable[[str], None]) -> No
 @pytest.mark.fault(5)
 def test_damaged_ones_are_passed_over(runs: Runs) -> None:
     output = runs.ended["damaged"].output
-    assert runs.codes("damaged") == [0] and runs.codes("stop") == [-signal.SIGKILL], output
-    assert (
-        "the checkpoint of step 6 is damaged and passed over" in output
-        and "__0_0.distcp has SHA-256" in output
-    ), output
+    assert runs.codes("damaged") == [0], output
+    assert runs.codes("stop") == [-signal.SIGKILL], output
+    assert "the checkpoint of step 6 is damaged and passed over" in output, output
+    assert "__0_0.distcp has SHA-256" in output, output
     assert "the checkpoint of step 4 is damaged" in output
     assert "going on from the checkpoint of step 2" in output
     assert state_of(runs.folder / "whole", STEPS).keys() == {"__0_0.distcp", "common.pt"}
@@ -215,7 +219,8 @@ def test_none_is_good(runs: Runs) -> None:
         for line in runs.ended["none good"].output.splitlines()
         if "no checkpoint is sound" in line
     ]
-    assert runs.codes("none good") == [2] and len(told) == 1, runs.ended["none good"].output
+    assert runs.codes("none good") == [2], runs.ended["none good"].output
+    assert len(told) == 1, runs.ended["none good"].output
     assert all(f"step {step}: " in told[0] for step in range(2, STEPS + 1, 2))
     assert complete_steps(runs.folder / "damaged/checkpoints")
 
@@ -225,11 +230,11 @@ def test_full_disk(runs: Runs) -> None:
     for name in ("full", "full later"):
         output = runs.ended[name].output
         told = [line for line in output.splitlines() if line.startswith("megatron_kd: stopped:")]
-        assert runs.codes(name) == [5] and len(told) == 1 and "Traceback" not in output, output
-        assert (
-            "__0_0.distcp: File too large" in told[0]
-            and "the checkpoint of step 6 is untouched" in told[0]
-        ), told
+        assert runs.codes(name) == [5], output
+        assert len(told) == 1, output
+        assert "Traceback" not in output, output
+        assert "__0_0.distcp: File too large" in told[0], told
+        assert "the checkpoint of step 6 is untouched" in told[0], told
     assert sound_steps(runs.folder / "full") == [2, 4, 6]
     assert not list((runs.folder / "full/checkpoints").glob(".*"))
     status = json.loads((runs.folder / "full/status.json").read_text())
@@ -242,9 +247,8 @@ def test_room_for_no_further_checkpoint(runs: Runs) -> None:
     """Found before anything is written; a warning while there is room for one."""
     output = runs.ended["no room"].output
     assert runs.codes("no room", "tight") == [5, 0], output
-    assert (
-        "GB are free: make room" in output and "the checkpoint of step 2 is untouched" in output
-    ), output
+    assert "GB are free: make room" in output, output
+    assert "the checkpoint of step 2 is untouched" in output, output
     assert sound_steps(runs.folder / "no room") == [2]
     assert not list((runs.folder / "no room/checkpoints").glob(".*"))
     assert runs.ended["tight"].output.count("room for this checkpoint and no other") == 1, (
@@ -255,22 +259,18 @@ def test_room_for_no_further_checkpoint(runs: Runs) -> None:
 @pytest.mark.fault(6)
 def test_folder_that_cannot_be_made(runs: Runs) -> None:
     output = runs.ended["blocked"].output
-    assert (
-        runs.codes("blocked") == [5]
-        and "there is no earlier one" in output
-        and "Traceback" not in output
-    ), output
+    assert runs.codes("blocked") == [5], output
+    assert "there is no earlier one" in output, output
+    assert "Traceback" not in output, output
 
 
 @pytest.mark.fault("S3")
 def test_save_that_takes_too_long(runs: Runs) -> None:
     output = runs.ended["slow"].output
     words = r"writing to a slow disk has taken 0\.\d s, more than checkpoint.timeout_seconds = 0.2"
-    assert (
-        runs.codes("slow") == [5]
-        and re.search(words, output)
-        and complete_steps(runs.folder / "slow/checkpoints") == []
-    ), output
+    assert runs.codes("slow") == [5], output
+    assert re.search(words, output), output
+    assert complete_steps(runs.folder / "slow/checkpoints") == [], output
 
 
 @pytest.mark.fault(4)
@@ -333,7 +333,8 @@ def test_disk_that_is_full(tmp_path: Path, later: str) -> None:
         (ended,) = run_ranks(in_forks, 1, [(small_disk, arguments)])[0]
         if ended.value is None:
             pytest.skip(f"no file system can be mounted here: {ended.output[-300:]}")
-        assert ended.value == (5, steps) and told in ended.output, ended
+        assert ended.value == (5, steps), ended
+        assert told in ended.output, ended
         assert "Traceback" not in ended.output
 
 
@@ -362,9 +363,8 @@ def test_killed_at_every_phase(runs: Runs, tmp_path: Path, measured: Callable[[s
         for each, (call, _) in zip(ended, calls, strict=False)
         if call is sound_steps
     )
-    assert ended[-1].value == 0 and state_of(tmp_path / "killed", STEPS) == state_of(
-        runs.folder / "whole", STEPS
-    ), runs.seed
+    assert ended[-1].value == 0, runs.seed
+    assert state_of(tmp_path / "killed", STEPS) == state_of(runs.folder / "whole", STEPS), runs.seed
     measured(
         f"{sum(each.signal == signal.SIGKILL for each in ended)} kills, 0 lost, end bit-identical"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_kd.checkpoint.background import CheckpointLog, Verifier
+from megatron_kd.checkpoint.background_verify import CheckpointLog, Verifier
 from megatron_kd.checkpoint.manifest import (
     COMMIT,
     MANIFEST,
@@ -82,9 +82,9 @@ def test_any_byte_of_any_file(tmp_path: Path) -> None:
             )
             assert problems or harmless, (seed, path.name, at)
             if path.name not in (MANIFEST, COMMIT):
-                assert (
-                    len(problems) == 1 and str(path) in problems[0] and "expected" in problems[0]
-                ), (seed, problems)
+                assert len(problems) == 1, (seed, problems)
+                assert str(path) in problems[0], (seed, problems)
+                assert "expected" in problems[0], (seed, problems)
         path.write_bytes(whole)
     assert verify(folder) == []
 

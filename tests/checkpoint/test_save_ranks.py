@@ -73,14 +73,10 @@ def test_all_are_told_of_one_ranks_failure(saved: tuple[Path, list[dict[str, Any
                 f"{prefix}the checkpoint of step 6 could not be written: ",
                 f"the checkpoint of step {newest} is untouched",
             )
-            assert (
-                each[name].startswith(words[0])
-                and "part: No space left on device" in each[name]
-                and words[1] in each[name]
-            ), each[name]
-        assert (
-            each["slow"].startswith(f"{prefix}the checkpoint of step 6")
-            and "writing part has taken 0." in each["slow"]
-        ), each["slow"]
+            assert each[name].startswith(words[0]), each[name]
+            assert "part: No space left on device" in each[name], each[name]
+            assert words[1] in each[name], each[name]
+        assert each["slow"].startswith(f"{prefix}the checkpoint of step 6"), each["slow"]
+        assert "writing part has taken 0." in each["slow"], each["slow"]
         assert "taken over by somebody" in each["lost"]
     assert sound_steps(folder / "waiting") == [2]

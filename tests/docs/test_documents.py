@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from megatron_kd.config import ConfigError, load_config
-from megatron_kd.experiments.grid import resolve
 from megatron_kd.parallel.platform import check_apex
+from megatron_kd.sweep.grid import resolve
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -90,7 +90,8 @@ def test_sweep_files_are_valid(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
-    assert done.returncode == 0 and done.stdout.count("open ") == 12, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("open ") == 12, done.stderr
 
 
 def test_readme_python() -> None:
@@ -149,7 +150,8 @@ def test_readme_tools(tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=200
         )
-        assert done.returncode == 0 and done.stdout, done.stderr
+        assert done.returncode == 0, done.stderr
+        assert done.stdout, done.stderr
     (essentials,) = blocks("toml")
     run = tmp_path / "run.toml"
     run.write_text(
@@ -176,9 +178,8 @@ def test_plans() -> None:
         text=True,
         timeout=100,
     )
-    assert done.returncode == 0 and "llama-3.2-1b from llama-3.1-8b on 64 x h100" in done.stdout, (
-        done.stderr
-    )
+    assert done.returncode == 0, done.stderr
+    assert "llama-3.2-1b from llama-3.1-8b on 64 x h100" in done.stdout, done.stderr
     environment = {**os.environ, "PYTHON": sys.executable}
     command = ["bash", str(ROOT / "examples/planning/plan.sh")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)

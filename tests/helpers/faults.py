@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 
-from megatron_kd.telemetry.provenance import commit
+from megatron_kd.storage.provenance import commit
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_kd.losses import kd_cross_entropy, linear_kd_cross_entropy, reference_kd_cross_entropy
 from megatron_kd.parallel.collectives import Group, group_rank, group_size
-from megatron_kd.parallel.shards import vocab_shard
+from megatron_kd.parallel.vocab_shards import vocab_shard
 from megatron_kd.targets import SparseTarget, TopSelection, linear_targets, select_targets
 
 S, B, H, K, ROWS = 8, 2, 4, 3, 10

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megatron_kd.losses import DenseTeacher, linear_divergence
-from megatron_kd.losses.dense_rows import BLOCK_CPU
+from megatron_kd.losses.dense_loss import BLOCK_CPU
+from tests.head.test_head_memory import BLOCKS, FLOAT, H, V
 from tests.helpers.allocations import peak_bytes
-from tests.losses.test_head_memory import BLOCKS, FLOAT, H, V
 
 # What the terms of a block of rows and their derivatives take.
 TERMS = 24 * BLOCK_CPU * FLOAT

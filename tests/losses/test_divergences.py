@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron_kd.losses import DenseTeacher, Divergence, linear_divergence
 from megatron_kd.losses.divergences import DivergenceHead
 from megatron_kd.losses.head import HeadOptions
-from megatron_kd.losses.rows import HEALTH
-from megatron_kd.losses.types import LossSpec
+from megatron_kd.losses.sparse_loss import HEALTH
+from megatron_kd.losses.spec import LossSpec
 from megatron_kd.targets import TopSelection, linear_targets, select_targets
 from tests.losses.cases import (
     Outcome,
@@ -55,7 +55,7 @@ UPSTREAM = {"chunk": 0.37, "direct": 1.0}
 def _small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Too small for "auto" to keep the logits, and blocks of a few rows."""
     monkeypatch.setattr("megatron_kd.losses.head.SAVED_LOGITS_CPU", 0)
-    monkeypatch.setattr("megatron_kd.losses.dense_rows.BLOCK_CPU", 3 * 96)
+    monkeypatch.setattr("megatron_kd.losses.dense_loss.BLOCK_CPU", 3 * 96)
 
 
 def upstream_for(schedule: str, upstream: Tensor) -> Tensor:
@@ -255,9 +255,8 @@ def test_identical_models_have_a_divergence_of_exactly_zero() -> None:
         options = dict(alpha=1.0, temperature=temperature, chunk_tokens=chunk_tokens)
         upstream = torch.ones(40)
         found = divergence_outcome(problem, teacher, DIVERGENCES[name], upstream, None, **options)
-        assert not found.kd.any() and not found.total.any(), say(
-            seed, name, options, found.kd.abs().amax()
-        )
+        assert not found.kd.any(), say(seed, name, options, found.kd.abs().amax())
+        assert not found.total.any(), say(seed, name, options, found.kd.abs().amax())
         assert found.hidden.abs().amax() < 1e-5, say(seed, name, options, found.hidden.abs().amax())
 
 
@@ -373,9 +372,9 @@ def test_masked_rows_are_exactly_zero() -> None:
             torch.zeros(40),
             **options,
         )
-        assert not masked.total.any() and not masked.hidden.any() and not masked.weight.any(), say(
-            seed, name
-        )
+        assert not masked.total.any(), say(seed, name)
+        assert not masked.hidden.any(), say(seed, name)
+        assert not masked.weight.any(), say(seed, name)
         some = divergence_outcome(
             case.problem,
             teacher,
@@ -397,7 +396,8 @@ def test_masked_rows_are_exactly_zero() -> None:
                 case.problem, broken, DIVERGENCES[name], case.problem.upstream, mask, **options
             )
             assert all(torch.equal(a, b) for a, b in zip(some, again, strict=True)), say(seed, name)
-        assert not some.hidden[off].any() and some.hidden[~off].any(1).all(), say(seed, name)
+        assert not some.hidden[off].any(), say(seed, name)
+        assert some.hidden[~off].any(1).all(), say(seed, name)
 
 
 def test_chunk_sizes_and_shapes_change_nothing() -> None:
@@ -571,13 +571,12 @@ def test_health_of_whole_distributions() -> None:
     _, found = DivergenceHead(DIVERGENCES["reverse_kl"])(
         problem.hidden, problem.weight, problem.labels, twin, LossSpec(1.0), options
     )
-    assert found is not None and bool((found[:, HEALTH.index("top1_agreement")] == 1).all()), say(
-        seed
-    )
+    assert found is not None, say(seed)
+    assert bool((found[:, HEALTH.index("top1_agreement")] == 1).all()), say(seed)
 
 
 def test_what_makes_no_sense_is_refused_with_a_reason() -> None:
-    """On several ranks, before any collective: tests/parallel/test_head_ranks.py."""
+    """On several ranks, before any collective: tests/layouts/test_head_ranks.py."""
     mistakes = divergence_mistakes(None, sequence_parallel=False)
     problems = [problem for mistake in mistakes if (problem := problem_with(mistake)) is not None]
     assert not problems, "\n".join(problems)

@@ -1,4 +1,4 @@
-"""Every refusal, on one rank. On several ranks, before any collective: tests/parallel/test_head_ranks.py."""
+"""Every refusal, on one rank. On several ranks, before any collective: tests/layouts/test_head_ranks.py."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from megatron_kd.losses import (
     reference_kd_cross_entropy,
 )
 from megatron_kd.losses.head import HeadOptions, head_loss
-from megatron_kd.losses.rows import HEALTH, TokenLoss
-from megatron_kd.losses.types import LossSpec
+from megatron_kd.losses.sparse_loss import HEALTH, TokenLoss
+from megatron_kd.losses.spec import LossSpec
 from megatron_kd.targets import SparseTarget, TopSelection, linear_targets, select_targets
 from tests.losses.cases import (
     TAILS,
@@ -62,9 +62,8 @@ def test_identical_models_have_a_divergence_of_exactly_zero() -> None:
             vocab_size=90,
             chunk_tokens=chunk_tokens,
         )
-        assert not found.kd.any() and not found.total.any(), say(
-            seed, teacher, student, top_k, found.kd.abs().amax()
-        )
+        assert not found.kd.any(), say(seed, teacher, student, top_k, found.kd.abs().amax())
+        assert not found.total.any(), say(seed, teacher, student, top_k, found.kd.abs().amax())
     logits = (hidden @ weights[0][:90].T) * 3
     for twin in (logits, torch.nn.functional.pad(logits, (0, 6), value=1e3)):
         target = select_targets(twin, TopSelection(8, top_p=0.9), vocab_size=90)
@@ -142,12 +141,10 @@ def test_alpha_zero_is_cross_entropy() -> None:
             found = head_outcome(problem, given, problem.upstream, None, dtype, alpha=0.0)
             assert torch.equal(found.total, found.ce), say(seed)
             assert relative_error(found.total, expected.detach()) < limit, say(seed, dtype)
-            assert hidden.grad is not None and relative_error(found.hidden, hidden.grad) < limit, (
-                say(seed, dtype)
-            )
-            assert (
-                weight.grad is not None and relative_error(found.weight[:90], weight.grad) < limit
-            ), say(seed, dtype)
+            assert hidden.grad is not None, say(seed, dtype)
+            assert relative_error(found.hidden, hidden.grad) < limit, say(seed, dtype)
+            assert weight.grad is not None, say(seed, dtype)
+            assert relative_error(found.weight[:90], weight.grad) < limit, say(seed, dtype)
 
 
 def test_a_shift_of_all_logits_changes_nothing() -> None:
@@ -213,15 +210,15 @@ def test_masked_rows_are_exactly_zero() -> None:
         found = head_outcome(nothing, target, upstream, None, **options)
         assert not any(t.any() for t in found), say(seed, tail, schedule)
         masked = head_outcome(problem, target, upstream, zeros, **options)
-        assert (
-            not any(t.any() for t in (masked.total, masked.hidden, masked.weight))
-            and masked.ce.any()
-        ), say(seed, tail, schedule)
-        some = head_outcome(problem, target, upstream, problem.mask.float(), **options)
-        gone = (problem.mask == 0) | (problem.labels < 0)
-        assert gone.any() and not some.hidden[gone].any() and not some.total[gone].any(), say(
+        assert not any(t.any() for t in (masked.total, masked.hidden, masked.weight)), say(
             seed, tail, schedule
         )
+        assert masked.ce.any(), say(seed, tail, schedule)
+        some = head_outcome(problem, target, upstream, problem.mask.float(), **options)
+        gone = (problem.mask == 0) | (problem.labels < 0)
+        assert gone.any(), say(seed, tail, schedule)
+        assert not some.hidden[gone].any(), say(seed, tail, schedule)
+        assert not some.total[gone].any(), say(seed, tail, schedule)
         assert some.hidden[~gone].abs().sum(1).all(), say(seed, tail, schedule)
     for tail in TAILS:
         given = given_logits_outcome(nothing, target, problem.upstream, None, tail=tail, **scalars)
@@ -243,9 +240,8 @@ def test_padding_rows_get_exactly_zero_gradient() -> None:
             z_loss=0.1,
             schedule=schedule,
         )
-        assert found.weight[:90].abs().sum(1).all() and not found.weight[90:].any(), say(
-            seed, tail, schedule
-        )
+        assert found.weight[:90].abs().sum(1).all(), say(seed, tail, schedule)
+        assert not found.weight[90:].any(), say(seed, tail, schedule)
     logits = torch.randn(40, 96, requires_grad=True)
     kd_cross_entropy(
         logits, problem.labels, target, alpha=0.5, tail="bucket", vocab_size=90
@@ -503,9 +499,9 @@ def test_ce_and_kd_have_no_gradient() -> None:
         found = loss(
             problem.hidden.float().requires_grad_(), problem.weight.float().requires_grad_(), target
         )
-        assert (
-            found.total.requires_grad and not found.ce.requires_grad and not found.kd.requires_grad
-        ), name
+        assert found.total.requires_grad, name
+        assert not found.ce.requires_grad, name
+        assert not found.kd.requires_grad, name
 
 
 def test_without_autograd_no_gradient_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:

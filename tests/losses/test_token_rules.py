@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_kd.losses.head import HeadOptions
 from megatron_kd.losses.look import look_at
+from megatron_kd.losses.spec import TokenTerms
 from megatron_kd.losses.token_rules import (
     Between,
     ByDifficulty,
@@ -23,7 +24,6 @@ from megatron_kd.losses.token_rules import (
     lowest,
     relative_entropy,
 )
-from megatron_kd.losses.types import TokenTerms
 from megatron_kd.targets.sparse import SparseTarget
 from tests.losses.cases import fresh_seed, make_problem, say
 

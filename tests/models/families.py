@@ -112,8 +112,8 @@ def convert_all(rendezvous: str, root: Path, seed: int) -> dict[str, Found]:
 def _there_and_back(folder: Path, name: str, seed: int, tokens: torch.Tensor) -> Found:
     from megatron_kd.checkpoint.convert import open_huggingface, write_checkpoint, write_huggingface
     from megatron_kd.checkpoint.store import read_info
-    from megatron_kd.models.safetensors import SafetensorsFolder
-    from megatron_kd.train.compare import huggingface_logits
+    from megatron_kd.inference.logit_parity import huggingface_logits
+    from megatron_kd.models.huggingface.safetensors import SafetensorsFolder
 
     make_model(folder / "theirs", name, seed=seed)
     wanted = huggingface_logits(folder / "theirs", tokens)
@@ -139,8 +139,8 @@ def _there_and_back(folder: Path, name: str, seed: int, tokens: torch.Tensor) ->
 def _difference(folder: Path, groups: Any, parallel: Any, tokens: torch.Tensor) -> float:
     """Largest difference of our logits from transformers' on any rank that has them."""
     from megatron_kd.checkpoint.store import find_checkpoint, read_info
-    from megatron_kd.telemetry.memory import rank_parameters
-    from megatron_kd.train.frozen import FrozenModel, KeyValueCache
+    from megatron_kd.inference.frozen_model import FrozenModel, KeyValueCache
+    from megatron_kd.planning.state_memory import rank_parameters
 
     checkpoint = find_checkpoint(folder / "ours", what="test")
     info = read_info(checkpoint, what="test")

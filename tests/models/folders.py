@@ -9,7 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_kd.config import ModelSection
-from megatron_kd.models.huggingface import config_from_model, rows_of, their_names, their_shapes
+from megatron_kd.models.huggingface.families import (
+    config_from_model,
+    rows_of,
+    their_names,
+    their_shapes,
+)
 
 
 def write_folder(

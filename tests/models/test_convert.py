@@ -25,8 +25,8 @@ from megatron_kd.checkpoint.store import read_info
 from megatron_kd.checkpoint.tensors import TensorReader
 from megatron_kd.config import ConfigError, ModelSection
 from megatron_kd.data.tokenizer_files import huggingface_files
-from megatron_kd.models.huggingface import config_from_model, model_from_config, rows_of
-from megatron_kd.models.transformers_model import load_text_tokenizer
+from megatron_kd.models.huggingface.families import config_from_model, model_from_config, rows_of
+from megatron_kd.models.huggingface.transformers_model import load_text_tokenizer
 from tests.helpers.ranks import run_ranks
 from tests.losses.cases import fresh_seed
 from tests.models.families import FAMILIES, LAYOUTS, Found, convert_all

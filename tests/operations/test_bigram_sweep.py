@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kd.experiments.results import read_result
+from megatron_kd.sweep.results import read_result
 from tests.helpers.sweeps import ROOT, sweep, tool
 
 
@@ -48,5 +48,6 @@ def test_bigram_sandbox(tmp_path: Path) -> None:
         found[cells[2]].samples["high-entropy rows"].mean or 0
     )
     code, output = tool("report", str(out), "--html", str(out / "report.html"))
-    assert code == 0 and "transformer dpt90 routed imperfect" in output, output
+    assert code == 0, output
+    assert "transformer dpt90 routed imperfect" in output, output
     assert (out / "report.html").read_text().count("<svg") >= 4

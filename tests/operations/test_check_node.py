@@ -83,20 +83,16 @@ def test_nodes(tmp_path: Path) -> None:
     assert fit.ends() == ({0}, "check_node: 2 ranks on 2 nodes are fit\n")
     assert fit.exclude.read_text() == ""
     codes, text = full.ends()
-    assert (
-        codes == {1}
-        and "--exclude=gpu-01,gpu-02" in text
-        and full.exclude.read_text() == "gpu-01,gpu-02\n"
-    ), text
+    assert codes == {1}, text
+    assert "--exclude=gpu-01,gpu-02" in text, text
+    assert full.exclude.read_text() == "gpu-01,gpu-02\n", text
     assert "gpu-02: rank 1: " in text
     assert "GB free" in text
     assert "/proc/nowhere cannot be written" in text
     codes, text = silent.ends()
-    assert (
-        codes == {1}
-        and "no answer from rank 1 (gpu-02)" in text
-        and silent.exclude.read_text() == "gpu-02\n"
-    ), text
+    assert codes == {1}, text
+    assert "no answer from rank 1 (gpu-02)" in text, text
+    assert silent.exclude.read_text() == "gpu-02\n", text
 
 
 def test_lists_of_nodes(tool: types.ModuleType) -> None:

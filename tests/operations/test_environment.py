@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_kd.train.leaving import Leaving, Request
+from megatron_kd.train.shutdown import Leaving, Request
 from tests.checkpoint.fault_runs import main
 from tests.helpers.forks import in_forks
 from tests.helpers.ranks import run_ranks
@@ -41,11 +41,9 @@ def test_what_is_not_installed_is_named_at_the_start(tmp_path: Path) -> None:
         command = [sys.executable, "-c", WITHOUT.replace("{names}", repr(set(names))), str(run)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
         told = done.stderr.splitlines()
-        assert (
-            done.returncode == 2
-            and len(told) == 1
-            and f"not installed here: {', '.join(sorted(names, key=order))}" in told[0]
-        ), done.stderr
+        assert done.returncode == 2, done.stderr
+        assert len(told) == 1, done.stderr
+        assert f"not installed here: {', '.join(sorted(names, key=order))}" in told[0], done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -134,11 +132,9 @@ def test_a_run_does_not_go_on_with_other_settings(
     assert [each.value for each in ended[:2]] == [0, 0], ended[1].output
     found = dict(zip(tries, ended[2:], strict=True))
     for key, (_, sentence) in cases.items():
-        assert (
-            found[key].value == 2
-            and found[key].output.count("megatron_kd: error") == 1
-            and sentence in found[key].output
-        ), found[key].output
+        assert found[key].value == 2, found[key].output
+        assert found[key].output.count("megatron_kd: error") == 1, found[key].output
+        assert sentence in found[key].output, found[key].output
     assert [found[name].value for name in ("longer", "allowed", "as allowed", "as before")] == [
         0,
         0,

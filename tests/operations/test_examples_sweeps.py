@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_kd.experiments.plots import pictures
-from megatron_kd.experiments.results import read_result
+from megatron_kd.sweep.plots import pictures
+from megatron_kd.sweep.results import read_result
 from tests.helpers.program import ROOT
 from tests.helpers.sweeps import sweep, tool
 
@@ -43,11 +43,13 @@ def run_toy(name: str, out: Path, cells: list[str], **settings: Any) -> dict[str
         "--only",
         *(f"{cell}, seed 1" for cell in cells),
     )
-    assert code == 0 and "all done" in told, told
+    assert code == 0, told
+    assert "all done" in told, told
     code, told = tool(
         "report", str(out), "--html", str(out / "report.html"), "--json", str(out / "report.json")
     )
-    assert code == 0 and (out / "report.html").stat().st_size > 50_000, told
+    assert code == 0, told
+    assert (out / "report.html").stat().st_size > 50_000, told
     (found,) = json.loads((out / "report.json").read_text())
     return {cell["name"]: cell for cell in found["cells"]}
 
@@ -69,9 +71,8 @@ def test_design_space(tmp_path: Path) -> None:
     numbers = {cell: [found[cell]["metrics"][name]["mean"] for name in names] for cell in cells}
     assert all(math.isfinite(number) for row in numbers.values() for number in row)
     losses = [row[0] for row in numbers.values()]
-    assert len(set(losses)) == len(losses) and all(
-        3 < loss < math.log(600) + 0.5 for loss in losses
-    ), "no two of them are one run"
+    assert len(set(losses)) == len(losses), "no two of them are one run"
+    assert all(3 < loss < math.log(600) + 0.5 for loss in losses), "no two of them are one run"
     assert found["KLD"]["metrics"]["held_out"]["difference"]["n"] == 1
     assert found["KLD"]["metrics"]["average"]["paper"] == 38.7
     assert found["LM"]["metrics"]["ECE"]["paper"] == 0.003
@@ -101,9 +102,8 @@ def test_weak_teachers(tmp_path: Path) -> None:
     numbers = {cell: [found[cell]["metrics"][name]["mean"] for name in names] for cell in cells}
     assert all(math.isfinite(number) for row in numbers.values() for number in row)
     losses = [row[0] for row in numbers.values()]
-    assert len(set(losses)) == len(losses) and all(
-        3 < loss < math.log(600) + 0.5 for loss in losses
-    ), "no two of them are one run"
+    assert len(set(losses)) == len(losses), "no two of them are one run"
+    assert all(3 < loss < math.log(600) + 0.5 for loss in losses), "no two of them are one run"
     assert all(row[1] == pytest.approx(math.exp(row[0])) for row in numbers.values())
     lines = next(
         picture

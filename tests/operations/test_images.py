@@ -63,7 +63,8 @@ def test_scripts(name: str) -> None:
 def test_the_entrypoint_names_what_is_there() -> None:
     done = run("help")
     tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
-    assert done.returncode == 0 and tools <= set(done.stdout.split()), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert tools <= set(done.stdout.split()), done.stderr
     assert "megatron-core 0" in done.stdout
     assert run("train_tokenizer", "--help").stdout.startswith("usage: train_tokenizer.py")
     assert "--config" in run("pretrain", "--help").stdout
@@ -82,7 +83,8 @@ def test_the_entrypoint_hands_on_words_signals_and_codes(tmp_path: Path) -> None
     home = run(
         "sh", "-c", 'touch "$HOME/x" && echo "$TRITON_CACHE_DIR"', HOME=str(tmp_path / "none")
     )
-    assert home.returncode == 0 and not home.stdout.startswith(str(tmp_path)), home.stderr
+    assert home.returncode == 0, home.stderr
+    assert not home.stdout.startswith(str(tmp_path)), home.stderr
 
 
 def test_build_says_what_is_missing() -> None:

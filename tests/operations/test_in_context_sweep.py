@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kd.experiments.results import read_result
+from megatron_kd.sweep.results import read_result
 from tests.helpers.program import ROOT
 from tests.helpers.sweeps import sweep, tool
 
@@ -29,7 +29,8 @@ def test_the_sweep_from_data_to_page(tmp_path: Path) -> None:
     (here / "sweep.toml").write_text(text.replace("\nseeds = [1, 2, 3]\n", "\nseeds = [1]\n"))
     settings = [word for name, value in TOY.items() for word in ("--set", f"{name}={value}")]
     code, told = sweep(here / "sweep.toml", out, "--small", "--jobs", "2", *settings)
-    assert code == 0 and "all done" in told, told
+    assert code == 0, told
+    assert "all done" in told, told
     result = read_result(out)
     assert not result.notes()
     assert [row.name for row in result.rows] == CELLS
@@ -55,6 +56,8 @@ def test_the_sweep_from_data_to_page(tmp_path: Path) -> None:
     code, told = tool(
         "report", str(out), "--html", str(out / "report.html"), "--pictures", str(out / "pictures")
     )
-    assert code == 0 and "SPT-2x" in told and "pass@16" in told, told
+    assert code == 0, told
+    assert "SPT-2x" in told, told
+    assert "pass@16" in told, told
     assert len(list((out / "pictures").iterdir())) >= 8
     assert (out / "report.html").stat().st_size > 50_000

@@ -14,9 +14,9 @@ import torch
 
 from megatron_kd.checkpoint.convert import open_huggingface
 from megatron_kd.config import ConfigError, ModelSection, load_config
-from megatron_kd.data.conversations import BadConversation, ChatTemplate
+from megatron_kd.data.preparation.conversations import BadConversation, ChatTemplate
 from megatron_kd.data.tokenizer import load_tokenizer
-from megatron_kd.models.transformers_model import load_causal_lm, load_text_tokenizer
+from megatron_kd.models.huggingface.transformers_model import load_causal_lm, load_text_tokenizer
 from tests.helpers.text import make_tokenizers
 from tests.models.folders import write_folder
 

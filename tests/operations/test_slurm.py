@@ -39,7 +39,8 @@ def test_every_script_would_be_accepted(site: Site) -> None:
             text=True,
             timeout=60,
         )
-        assert done.returncode == 0 and "to start at" in done.stderr, (script, done.stderr)
+        assert done.returncode == 0, (script, done.stderr)
+        assert "to start at" in done.stderr, (script, done.stderr)
 
 
 def test_commands_of_the_page(site: Site) -> None:
@@ -63,7 +64,8 @@ def test_commands_of_the_page(site: Site) -> None:
             text=True,
             timeout=60,
         )
-        assert done.returncode == 0 and "to start at" in done.stderr, (words, done.stderr)
+        assert done.returncode == 0, (words, done.stderr)
+        assert "to start at" in done.stderr, (words, done.stderr)
 
 
 @pytest.mark.fault(4, 14)

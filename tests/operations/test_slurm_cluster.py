@@ -126,11 +126,9 @@ def test_time_limit_and_node_failure(site: Site) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             task.resume()
     log = site.ends(job)
-    assert (
-        len(tasks) == 2
-        and int(site.cluster.show(job, "Restarts")) >= 1
-        and "saved and left: SIGUSR1 asked for it" in log
-    ), log
+    assert len(tasks) == 2, log
+    assert int(site.cluster.show(job, "Restarts")) >= 1, log
+    assert "saved and left: SIGUSR1 asked for it" in log, log
     assert site.curve("runs/limited") == site.curve("runs/whole")
     assert site.weights("e3/student-1b") == site.weights("e4/student-1b")
 

@@ -340,7 +340,13 @@ def test_newlines_are_refused(fake: Fake) -> None:
     ]
     for script, words, environment in cases:
         code, log = fake.job(*words, script=script, **environment)
-        assert code == (2 if script.endswith(".sh") else 93) and "control character" in log, (
+        assert code == (2 if script.endswith(".sh") else 93), (
+            script,
+            words,
+            environment,
+            log,
+        )
+        assert "control character" in log, (
             script,
             words,
             environment,
@@ -409,11 +415,9 @@ def test_dry_runs(checkout: Checkout) -> None:
     own, torchrun, cache, students, evaluate, pieces, preprocess, two_phase, chain = dry_runs(
         checkout, jobs
     )
-    assert (
-        own[0] == 0
-        and "16 nodes x 8 tasks = 128 ranks" in own[1]
-        and "tensor 2 x pipeline 2 x data 32" in own[1]
-    ), own
+    assert own[0] == 0, own
+    assert "16 nodes x 8 tasks = 128 ranks" in own[1], own
+    assert "tensor 2 x pipeline 2 x data 32" in own[1], own
     training = shown(own[1], "training")
     assert training[training.index("--config") + 2 :] == [
         *small,

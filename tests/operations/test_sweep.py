@@ -147,7 +147,8 @@ def test_changes_are_refused(tmp_path: Path) -> None:
     assert "--redo 'j0'" in told
     assert "2 more" in told
     code, told = sweep(path, out, "--only", "j*", "--redo", "j0")
-    assert code == 0 and notes(tmp_path, "end") == Counter({"j0": 2, "j1": 2, "j2": 1}), told
+    assert code == 0, told
+    assert notes(tmp_path, "end") == Counter({"j0": 2, "j1": 2, "j2": 1}), told
     assert (out / "aside/jobs-j1-1/sweep/command.json").exists(), "what was redone is kept"
     # A record that is damaged is no evidence; what was made from something that is gone is not taken for made from the new one.
     (out / "jobs/j2/sweep/command.json").write_text('{"digest": ')
@@ -209,11 +210,9 @@ def test_leaving_waits_for_the_children(tmp_path: Path, signals: int) -> None:
     if signals == 2:
         process.send_signal(signal.SIGINT)
     told = process.communicate(timeout=20)[1]
-    assert (
-        process.returncode == 85
-        and "2 left to do" in told
-        and (tmp_path / "saved").exists() == (signals == 1)
-    ), told
+    assert process.returncode == 85, told
+    assert "2 left to do" in told, told
+    assert (tmp_path / "saved").exists() == (signals == 1), told
     assert not notes(tmp_path, "begin")
 
 
@@ -234,7 +233,8 @@ def test_slurm_dry_run_and_tasks(tmp_path: Path) -> None:
         "--partition=a b",
     ]
     code, told = sweep(path, out, *words)
-    assert code == 0 and not out.exists(), told
+    assert code == 0, told
+    assert not out.exists(), told
     lines = [line for line in told.splitlines() if line.startswith("sbatch")]
     assert [
         f"--array={numbers} " in line
@@ -243,7 +243,8 @@ def test_slurm_dry_run_and_tasks(tmp_path: Path) -> None:
     assert "--dependency" not in lines[0]
     assert "--dependency=afterok:JOB1 --kill-on-invalid-dep=yes" in lines[2]
     assert "'--partition=a b'" in lines[2]
-    assert "--gpus" not in told and "--cpus-per-task=8" in lines[2], "every run is on CPUs"
+    assert "--gpus" not in told, "every run is on CPUs"
+    assert "--cpus-per-task=8" in lines[2], "every run is on CPUs"
     code, told = sweep(path, out, *words[:3], "--set", "seconds=a\nb", "--dry-run")
     assert code == 2
     assert "newline" in told
@@ -263,7 +264,9 @@ def test_slurm_dry_run_and_tasks(tmp_path: Path) -> None:
     finally:
         os.environ["PATH"] = before
     scripts = (programs / "sbatch.calls").read_text().splitlines()
-    assert code == 0 and len(scripts) == 2 and "level-1 7" in told, told
+    assert code == 0, told
+    assert len(scripts) == 2, told
+    assert "level-1 7" in told, told
     for script, task in ((scripts[0], "0"), (scripts[1], "2"), (scripts[1], "1")):
         done = subprocess.run(
             ["bash", script],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kd.experiments.results import read_result
+from megatron_kd.sweep.results import read_result
 from tests.helpers.sweeps import start_sweep, sweep, tool, write_sweep
 from tests.helpers.tiny import write_tokens
 
@@ -63,13 +63,16 @@ def test_a_sweep_of_runs(tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     rows = out / "runs/rate-0.001/seed-1/metrics.jsonl"
     while not (rows.exists() and rows.read_text()):
-        assert time.monotonic() < deadline and first.poll() is None, first.communicate()
+        assert time.monotonic() < deadline, first.communicate()
+        assert first.poll() is None, first.communicate()
         time.sleep(0.01)
     first.send_signal(signal.SIGTERM)
     told = first.communicate(timeout=60)[1]
-    assert first.returncode == 85 and "left to do" in told, told
+    assert first.returncode == 85, told
+    assert "left to do" in told, told
     code, told = sweep(path, out, "--jobs", "2")
-    assert code == 0 and "all done" in told, told
+    assert code == 0, told
+    assert "all done" in told, told
     for folder in out.glob("runs/*/seed-*"):
         steps = [
             json.loads(line)["step"]
@@ -96,18 +99,18 @@ def _again(path: Path, out: Path) -> None:
     before = (run / "status.json").read_bytes()
     (run / "sweep/run.json").rename(run / "sweep/lost")
     code, told = sweep(path, out)
-    assert code == 0 and "4 done before" in told and (run / "status.json").read_bytes() == before, (
-        told
-    )
+    assert code == 0, told
+    assert "4 done before" in told, told
+    assert (run / "status.json").read_bytes() == before, told
     student = path.parent / "student.toml"
     student.write_text(student.read_text().replace("warmup_steps = 2", "warmup_steps = 3"))
     code, told = sweep(path, out)
-    assert (
-        code == 2
-        and "(optimizer.warmup_steps: 2 then, 3 now) (3 more are changed too)" in told
-        and told.count("\n") == 1
-    ), told
+    assert code == 2, told
+    assert "(optimizer.warmup_steps: 2 then, 3 now) (3 more are changed too)" in told, told
+    assert told.count("\n") == 1, told
     student.write_text(student.read_text().replace("warmup_steps = 3", "warmup_steps = 2"))
     shutil.copy(out / "runs/rate-0.001/seed-1/config.toml", run / "config.toml")
     code, told = sweep(path, out, "--list")
-    assert code == 0 and told.count("changed ") == 1 and told.count("done ") == 3, told
+    assert code == 0, told
+    assert told.count("changed ") == 1, told
+    assert told.count("done ") == 3, told

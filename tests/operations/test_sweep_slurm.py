@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kd.experiments.results import read_result
+from megatron_kd.sweep.results import read_result
 from tests.helpers.slurm import Cluster, missing
 from tests.helpers.slurm_site import HOSTILE, whole_rows
 from tests.helpers.sweeps import TOOL, write_sweep

@@ -17,7 +17,7 @@ from megatron_kd.cache import CacheReader
 from megatron_kd.cache.decode import decode
 from megatron_kd.config import RunConfig
 from megatron_kd.targets.sparse import SparseTarget
-from tests.parallel.layouts import Trained, run_all
+from tests.layouts.layouts import Trained, run_all
 
 # (first step, last step of the shard, worker, key) -> payload
 Records = dict[tuple[int, int, str, bytes], bytes]
@@ -94,7 +94,7 @@ def full_disk(run_file: Path, limit: int) -> int:
 
 def counted(jobs: list[tuple[RunConfig, int, bool]]) -> tuple[list[Trained], int]:
     """`run_all` in one process, and how many microbatches were handed to a writer."""
-    from megatron_kd.cache.background import BackgroundWriter
+    from megatron_kd.cache.background_writer import BackgroundWriter
 
     calls = []
     real = BackgroundWriter.put
@@ -110,7 +110,7 @@ def counted(jobs: list[tuple[RunConfig, int, bool]]) -> tuple[list[Trained], int
 
 def poisoned(config: RunConfig, step: int) -> int:
     """A run whose output weight is not a number at `step`: how many steps did not reach the weights."""
-    from megatron_kd.models.model import output_weight
+    from megatron_kd.models.gpt_model import output_weight
     from megatron_kd.parallel.groups import stop_groups
     from megatron_kd.train.build import build_run
     from megatron_kd.train.step import train_step

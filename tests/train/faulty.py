@@ -25,7 +25,7 @@ def main() -> int:
 
     use_cpu()
     from megatron_kd.pretrain import main as program
-    from megatron_kd.teacher import own_layout
+    from megatron_kd.teacher import separate_layout as own_layout
 
     # Asleep it never comes to the exchange; whatever else happens, happens inside.
     name = "_pack" if mode == "sleep" else "exchange"

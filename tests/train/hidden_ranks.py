@@ -9,7 +9,7 @@ import torch
 
 from megatron_kd.config import RunConfig
 from megatron_kd.data.batches import BatchSource, Microbatch
-from tests.parallel.layouts import Trained, run_all
+from tests.layouts.layouts import Trained, run_all
 from tests.train.plain_run import engine_steps
 
 
@@ -31,7 +31,7 @@ def run_masked(
 ) -> Ran:
     """`run_all`, then `engine_steps`, on data where every third id takes no part in the loss."""
     from megatron_kd.parallel.groups import stop_groups
-    from megatron_kd.train import hidden_states
+    from megatron_kd.train import hidden_state_loss as hidden_states
 
     whole, exchange, ran = BatchSource.microbatches, hidden_states.exchange, Ran()
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_kd.cache import CacheIdentity, CacheInUse, CacheReader, WrongCache
-from megatron_kd.cache.background import BackgroundWriter
+from megatron_kd.cache.background_writer import BackgroundWriter
 from megatron_kd.cache.identity import write_identity
 from megatron_kd.cache.staged import StagedWriter, settle
 from megatron_kd.config import RunConfig, dump_toml
@@ -24,8 +24,8 @@ from megatron_kd.targets.sparse import SparseTarget
 from tests.helpers.forks import Ended, in_forks
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import VOCAB, tiny, write_tokens
+from tests.layouts.layouts import Trained
 from tests.losses.cases import fresh_seed
-from tests.parallel.layouts import Trained
 from tests.train.capture_ranks import (
     by_step,
     counted,
@@ -260,17 +260,16 @@ def test_records_are_what_the_checkpoint_of_their_step_says(alone: Alone) -> Non
     assert alone.ended["each"].value == 0, alone.ended["each"].output
     for step in range(1, STEPS):
         wanted = alone.ended[f"recomputed{step}"]
-        assert wanted.value is not None and len(wanted.value) == 4, wanted.output
+        assert wanted.value is not None, wanted.output
+        assert len(wanted.value) == 4, wanted.output
         assert all(same(found[step, key], target) for key, target in wanted.value)
     first, last = (
         next(target for (step, _), target in found.items() if step == wanted)
         for wanted in (0, STEPS - 1)
     )
-    assert (
-        first.entropy is not None
-        and last.entropy is not None
-        and last.entropy.mean() < first.entropy.mean()
-    ), "it learns"
+    assert first.entropy is not None, "it learns"
+    assert last.entropy is not None, "it learns"
+    assert last.entropy.mean() < first.entropy.mean(), "it learns"
 
 
 @pytest.mark.fault(1)
@@ -369,11 +368,9 @@ def test_a_step_that_is_not_finite_is_not_stored(alone: Alone) -> None:
 def test_a_full_disk_stops_the_run(alone: Alone, pair: tuple[dict[str, Trained], str]) -> None:
     """In one process with the exit code for it; where one rank of two meets it, both stop with its sentence."""
     ended = alone.ended["full"]
+    assert ended.value == 5, ended.output
     assert (
-        ended.value == 5
-        and ended.output.count(
-            "megatron_kd: stopped: targets cannot be written to capture.directory"
-        )
+        ended.output.count("megatron_kd: stopped: targets cannot be written to capture.directory")
         == 1
     ), ended.output
     assert "File too large" in ended.output
@@ -390,7 +387,9 @@ def test_bad_input_is_one_sentence(alone: Alone) -> None:
         told = [
             line for line in ended.output.splitlines() if line.startswith("megatron_kd: error:")
         ]
-        assert ended.value == 2 and len(told) == 1 and sentence in told[0], (name, ended.output)
+        assert ended.value == 2, (name, ended.output)
+        assert len(told) == 1, (name, ended.output)
+        assert sentence in told[0], (name, ended.output)
 
 
 IDENTITY = CacheIdentity("0" * 64, None, VOCAB, 5, TopSelection(3), "fp32")
@@ -447,9 +446,8 @@ def test_what_has_a_name_is_never_removed(tmp_path: Path) -> None:
         WrongCache, match=r"steps up to 5, but training goes on at step 3 .* from step 2 on"
     ):
         settle(tmp_path, 3)
-    assert len(CacheReader(tmp_path)) == 6 and not list(tmp_path.glob(".step-*")), (
-        "hidden steps from 3 on are made again"
-    )
+    assert len(CacheReader(tmp_path)) == 6, "hidden steps from 3 on are made again"
+    assert not list(tmp_path.glob(".step-*")), "hidden steps from 3 on are made again"
     settle(tmp_path, 6)
 
 

@@ -9,7 +9,7 @@ import pytest
 from megatron_kd.config import ConfigError, RunConfig
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny, write_tokens
-from tests.parallel.layouts import Trained, run_all, worst_loss, worst_weight
+from tests.layouts.layouts import Trained, run_all, worst_loss, worst_weight
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -107,7 +107,8 @@ def test_the_distillation_loss_falls(runs: dict[str, Trained], name: str) -> Non
             "kl",
             "kd_loss",
         ):
-            assert report[column] is not None and 0 <= report[column] < 10, column
+            assert report[column] is not None, column
+            assert 0 <= report[column] < 10, column
 
 
 def test_whole_teacher_equals_all_ids_of_it(runs: dict[str, Trained]) -> None:

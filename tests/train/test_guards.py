@@ -95,7 +95,9 @@ def test_a_run_that_jumps(tmp_path: Path) -> None:
     )
     code, output = finish(start(command(run)))
     last = rows(tmp_path / "run")[-1]["step"]
-    assert code == 93 and f"stopped: step {last}: total_loss" in output and last > 20, output
+    assert code == 93, output
+    assert f"stopped: step {last}: total_loss" in output, output
+    assert last > 20, output
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 

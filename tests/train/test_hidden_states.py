@@ -14,12 +14,12 @@ from megatron_kd.checkpoint.store import find_checkpoint, read_info
 from megatron_kd.checkpoint.tensors import TensorReader
 from megatron_kd.config import ConfigError, RunConfig
 from megatron_kd.losses import reference_kd_cross_entropy
-from megatron_kd.models.safetensors import SafetensorsFolder
-from megatron_kd.train.inputs import check_inputs
+from megatron_kd.models.huggingface.safetensors import SafetensorsFolder
+from megatron_kd.train.startup.input_checks import check_inputs
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny, write_tokens
+from tests.layouts.layouts import Trained, worst_loss, worst_weight
 from tests.losses.cases import fresh_seed
-from tests.parallel.layouts import Trained, worst_loss, worst_weight
 from tests.train.hidden_ranks import Ran, run_masked
 from tests.train.plain import plain_adamw, plain_logits
 

@@ -14,7 +14,7 @@ import pytest
 from tests.helpers.program import finish_ranks, start_ranks
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny, write_tokens
-from tests.parallel.layouts import run_all
+from tests.layouts.layouts import run_all
 from tests.train.test_program import write_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]

@@ -12,7 +12,7 @@ import torch
 from megatron_kd.losses import reference_kd_cross_entropy
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny, write_tokens
-from tests.parallel.layouts import run_all
+from tests.layouts.layouts import run_all
 from tests.train.plain import plain_adamw, plain_logits
 from tests.train.plain_run import engine_steps
 

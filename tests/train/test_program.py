@@ -153,7 +153,8 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
 
     # The finished run again does nothing; a longer one goes on from its end.
     code, output = finish(start(command(whole, "--train.steps", "62", ranks=2)))
-    assert code == 0 and rows(tmp_path / "whole")[-1]["step"] == 62, output
+    assert code == 0, output
+    assert rows(tmp_path / "whole")[-1]["step"] == 62, output
 
 
 @pytest.mark.fault(8)
@@ -171,12 +172,14 @@ def test_nan_stops_before_the_weights(tmp_path: Path) -> None:
         },
     )
     code, output = finish(start(command(run)))
-    assert code == 93 and "the weights were not changed" in output, output
+    assert code == 93, output
+    assert "the weights were not changed" in output, output
     assert json.loads((tmp_path / "nan/status.json").read_text())["state"] == "stopped"
     code, output = finish(
         start(command(run, "--train.nonfinite", "skip", "--train.max_nonfinite_steps", "3"))
     )
-    assert code == 93 and "4 such step(s)" in output, output
+    assert code == 93, output
+    assert "4 such step(s)" in output, output
     assert rows(tmp_path / "nan")[-1]["nonfinite_steps"] >= 3
 
 
@@ -191,7 +194,9 @@ def test_bad_input_is_one_sentence_on_every_rank(tmp_path: Path) -> None:
         for process in processes:
             code, output = finish(process)
             told = [line for line in output.splitlines() if line.startswith("megatron_kd: error:")]
-            assert code == 2 and len(told) == 1 and sentence in told[0], (name, code, output)
+            assert code == 2, (name, code, output)
+            assert len(told) == 1, (name, code, output)
+            assert sentence in told[0], (name, code, output)
             assert "Traceback" not in output, (name, output)
 
 

@@ -9,7 +9,7 @@ import pytest
 from megatron_kd.config import RunConfig
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny, write_tokens
-from tests.parallel.layouts import Trained, run_all, worst_loss, worst_weight
+from tests.layouts.layouts import Trained, run_all, worst_loss, worst_weight
 
 pytestmark = pytest.mark.dist
 

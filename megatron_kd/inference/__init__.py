@@ -1,0 +1,1 @@
+"""Use of a finished model: logits, continuations, scores. Nothing here trains."""

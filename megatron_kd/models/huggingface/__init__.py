@@ -1,0 +1,1 @@
+"""Hugging Face folders: configurations of known families, safetensors files, transformers models."""

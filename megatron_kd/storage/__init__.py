@@ -1,0 +1,1 @@
+"""Files: written atomically, digested, locked, and the code version they come from. No torch."""

@@ -1,0 +1,1 @@
+"""Checks and decisions before the first step: inputs, run fingerprint, resume."""

@@ -1,0 +1,35 @@
+"""Kernels run compiled where there is a GPU, else in Triton's interpreter on CPU tensors.
+
+What a kernel is gets decided when triton is imported, so that happens here, with the variable set for as long as it takes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
+import torch
+
+INTERPRETED = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+
+if importlib.util.find_spec("triton") is None:  # a system that triton is not made for
+    collect_ignore_glob = ["test_*.py"]
+else:
+    with patch.dict("os.environ", INTERPRETED):
+        from megatron_kd.head import triton_kernels
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _kernels() -> Iterator[None]:
+    """One thread, for tiny tensors; and no kernel that a CPU could not run."""
+    interpreted = type(triton_kernels.tile_kernel).__name__ == "InterpretedFunction"
+    assert interpreted != torch.cuda.is_available(), (
+        "triton was imported before tests/kernels: run these tests by themselves"
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with patch.dict("os.environ", INTERPRETED):
+        yield
+    torch.set_num_threads(before)

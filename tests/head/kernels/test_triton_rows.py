@@ -1,0 +1,381 @@
+"""TritonRows against the same operations in fp64 and against PlainRows. Small blocks, so that several are walked through."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import astuple
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_kd.head import triton_rows
+from megatron_kd.head.logit_rows import PUNCHED, PlainRows, chunk_rows
+from megatron_kd.head.triton_rows import TritonRows
+from tests.head.kernels.rows import (
+    DEVICE,
+    Case,
+    Coefficients,
+    gradient_in_fp64,
+    make_case,
+    make_coefficients,
+    split_in_fp64,
+    triton_gradient,
+)
+from tests.losses.cases import fresh_seed, say
+
+# numpy's word for what a GPU does silently: exp() of what is replaced afterwards, NaN that is there on purpose.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
+)
+
+WIDTHS = (1, 31, 32, 33)
+TEMPERATURES = (1.0, 2.0, 0.7)
+EXACT = [0, 5]  # columns of a split that are read, not summed; the support follows from 6 on
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("TILES", 4), ("MERGE", 4), ("IDS", 4), ("BLOCK", 64)):
+        monkeypatch.setattr(triton_rows, name, size)
+
+
+def cases(seed: int) -> Iterator[tuple[Case, float, tuple[object, ...]]]:
+    """Every width with few ids or none, sixteen and all of them, as far as it has so many; each with a temperature by turns."""
+    draw = random.Random(seed)
+    turn = draw.randint(0, 2)
+    for valid in (*WIDTHS, draw.randint(200, 300)):
+        for count in sorted({draw.choice((0, 1, 7)), 16, valid if valid < 40 else 7}):
+            if count <= valid:
+                turn += 1
+                temperature = TEMPERATURES[turn % 3]
+                yield (
+                    make_case(seed + turn, rows=3, valid=valid, count=count),
+                    temperature,
+                    (valid, count, temperature),
+                )
+
+
+def split_error(found: Tensor, expected: Tensor, case: Case) -> float:
+    """Largest relative error of a sum (of the sum of all logits: relative to the sum of their sizes); inf where what is read differs."""
+    exact = [*EXACT, *range(6, found.shape[1])]
+    if not torch.equal(found[:, exact].double(), expected[:, exact]):
+        return float("inf")
+    size = expected[:, 1:5].abs().clamp(min=1e-30)
+    size[:, 2] = case.logits.double().abs().sum(1).clamp(min=1e-30)
+    return ((found[:, 1:5].double() - expected[:, 1:5]).abs() / size).amax().item()
+
+
+def test_split() -> None:
+    seed = fresh_seed()
+    flags = random.Random(seed)
+    for case, temperature, what in cases(seed):
+        asked = dict(total=flags.random() < 0.5, entropy=flags.random() < 0.5)
+        rows, plain = case.triton(), case.plain()
+        found = rows.split(*case.ids(), temperature, **asked).cpu()
+        error = split_error(found, split_in_fp64(case, temperature, **asked), case)
+        assert error < 1e-6, say(seed, what, asked, error)
+        error = split_error(
+            found, plain.split(*case.ids(), temperature, **asked).cpu().double(), case
+        )
+        assert error < 2e-6, say(seed, what, asked, "against PlainRows", error)
+        assert torch.equal(rows.buffer, plain.buffer), say(
+            seed, what, "the support is not lifted out, or something else is"
+        )
+
+
+def test_split_once_more() -> None:
+    """A second split reads the rows as the first one left them, whatever was summed before."""
+    seed = fresh_seed()
+    case, again = make_case(seed, valid=200, count=9), make_case(seed + 1, valid=200, count=5)
+    rows, plain = case.triton(), case.plain()
+    rows.top(5, 2.0)
+    for given, temperature in ((case, 1.0), (again, 2.0)):
+        found, expected = (
+            r.split(*given.ids(), temperature, total=False, entropy=True).cpu()
+            for r in (rows, plain)
+        )
+        assert torch.allclose(found, expected, rtol=2e-6, atol=0), say(seed, temperature)
+
+
+def test_logits_of_ten_thousand() -> None:
+    """The support 2e4 above the rest, and a few logits at its foot: the rest is relative to its own largest."""
+    seed = fresh_seed()
+    case = make_case(seed, valid=150, count=7)
+    case.logits.copy_(torch.where(case.support(), 1e4, -1e4) + case.logits)
+    case.logits[0] = case.logits[0].abs() * 3e3
+    for temperature in TEMPERATURES:
+        found = case.triton().split(*case.ids(), temperature, total=True, entropy=True).cpu()
+        error = split_error(found, split_in_fp64(case, temperature, total=True, entropy=True), case)
+        assert error < 1e-6, say(seed, temperature, error)
+        assert found.isfinite()[:, :5].all(), say(seed, temperature, error)
+
+
+def test_masked_out_logits() -> None:
+    """Ids that a caller has masked out are PUNCHED: no mass, but part of the sum of all logits, as elsewhere."""
+    seed = fresh_seed()
+    case = make_case(seed, valid=100, count=7)
+    case.logits[:, 30:90] = PUNCHED
+    case.logits[2] = PUNCHED
+    found, expected = (
+        r.split(*case.ids(), 2.0, total=True, entropy=True).cpu()
+        for r in (case.triton(), case.plain())
+    )
+    assert torch.allclose(found, expected, rtol=2e-6, atol=0), say(seed, found, expected)
+    assert found[2, :3].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_shard_without_logits() -> None:
+    nothing = Case(
+        torch.empty(3, 0), torch.zeros((3, 5), dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    )
+    rows = nothing.triton()
+    found = rows.split(*nothing.ids(), 2.0, total=True, entropy=True).cpu()
+    assert torch.equal(found, torch.tensor([0.0] * 5 + [-torch.inf] * 6).expand(3, -1))
+    assert [tuple(t.shape) for t in rows.top(0)] == [(3, 0), (3, 0)]
+    assert not any(t.any() for t in rows.mass(2.0))
+    given = make_coefficients(0, nothing, constant=True)
+    assert triton_gradient(nothing.triton(torch.bfloat16), nothing, given, 2.0).shape == (3, 0)
+
+
+def test_nan_is_seen() -> None:
+    """Among the rest, as the only logit of the rest, in the support, as the label: never a number, and no other row's affair."""
+    seed = fresh_seed()
+    for nan, temperature in product((torch.nan, -torch.nan), (1.0, 2.0)):
+        case = make_case(seed, rows=5, valid=100, count=7)
+        inside, outside = case.columns[3].sort().values[0], (~case.support()[0]).nonzero()[-1]
+        case.logits[0, outside], case.logits[3, inside] = nan, nan
+        case.logits[4] = PUNCHED
+        case.logits[4, (~case.support()[4]).nonzero()[0]] = nan
+        found, expected = (
+            r.split(*case.ids(), temperature, total=True, entropy=True).cpu()
+            for r in (case.triton(), case.plain())
+        )
+        assert torch.equal(found.isnan(), expected.isnan()), say(seed, temperature, found, expected)
+        assert found[0, :5].isnan().all()
+        assert found[4, :5].isnan().all()
+        assert found[3, 3].isnan()
+        assert not found[1].isnan().any()
+        assert case.triton().mass(temperature)[1].isnan().tolist() == [
+            True,
+            False,
+            False,
+            True,
+            True,
+        ]
+        values, columns = (t.cpu() for t in case.triton().top(7))
+        assert values[:, 0].isnan().tolist() == [True, False, False, True, True], say(seed, values)
+        assert columns[0, 0] == outside
+        assert columns[3, 0] == inside
+        assert columns.max() < 100
+
+
+def test_mass() -> None:
+    seed = fresh_seed()
+    for case, temperature, what in list(cases(seed))[::2]:
+        largest, mass = (t.cpu().double() for t in case.triton().mass(temperature))
+        z = case.logits.double()
+        assert torch.equal(largest, z.amax(1)), say(seed, what)
+        error = (
+            (mass / ((z - largest.unsqueeze(1)) / temperature).exp().sum(1) - 1).abs().amax().item()
+        )
+        assert error < 1e-6, say(seed, what, error)
+
+
+def sorted_row(case: Case, count: int) -> tuple[Tensor, Tensor]:
+    values, columns = case.logits.double().sort(dim=1, descending=True, stable=True)
+    return values[:, :count], columns[:, :count]
+
+
+def test_top() -> None:
+    """Continuous values, a few values with many ties, one value; both zeros, masked-out ids and -inf among them."""
+    seed = fresh_seed()
+    generator = torch.Generator().manual_seed(seed)
+    for valid in (1, 33, random.Random(seed).randint(70, 250)):
+        case = make_case(seed, rows=6, valid=valid, count=0)
+        case.logits[1:4] = torch.randint(-2, 3, (3, valid), generator=generator).float()
+        case.logits[2, ::3] = -0.0
+        case.logits[3, ::2] = PUNCHED
+        case.logits[4] = torch.where(
+            torch.rand(valid, generator=generator) < 0.9, -torch.inf, case.logits[4]
+        )
+        case.logits[4, ::5] = PUNCHED
+        case.logits[5] = -1.5
+        rows = case.triton()
+        for count in {1, min(7, valid), min(65, valid)}:
+            values, columns = (t.cpu() for t in rows.top(count))
+            expected = sorted_row(case, count)
+            assert columns.dtype == torch.int64, say(seed, valid, count)
+            assert torch.equal(columns, expected[1]), say(seed, valid, count)
+            assert torch.equal(values.double(), expected[0]), say(seed, valid, count)
+
+
+def test_top_beyond_what_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = fresh_seed()
+    case = make_case(seed, valid=300, count=0)
+    for name in ("MOST_CHOSEN", "MOST_TILES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(triton_rows, name, 4)
+            assert torch.equal(case.triton().top(6)[1].cpu(), sorted_row(case, 6)[1]), say(
+                seed, name
+            )
+
+
+def test_a_teacher_reads_its_logits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Largest logits, mass and split from one pass over the tiles, with the bits that each has alone."""
+    seed = fresh_seed()
+    launched: list[str] = []
+    launch = triton_rows._launch
+
+    def counting(kernel: object, *arguments: object, **constants: object) -> None:
+        launched.append(kernel.fn.__name__ if hasattr(kernel, "fn") else str(kernel))
+        launch(kernel, *arguments, **constants)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(triton_rows, "_launch", counting)
+    for temperature in (1.0, 2.0):
+        case = make_case(seed, rows=2, valid=150, count=0)
+        rows = case.triton()
+        _, columns = rows.top(6, temperature)
+        case = Case(case.logits, columns.cpu(), case.label)
+        mass = rows.mass(temperature)
+        launched.clear()
+        split = rows.split(columns, case.ids()[1], temperature, total=False, entropy=True)
+        assert launched == ["split_kernel"]
+        assert torch.equal(
+            split, case.triton().split(*case.ids(), temperature, total=False, entropy=True)
+        ), say(seed)
+        assert all(
+            torch.equal(a, b) for a, b in zip(mass, case.triton().mass(temperature), strict=True)
+        ), say(seed)
+        # What was not asked for the first time is not taken from there.
+        for another, total in ((0.7, False), (temperature, True)):
+            other = case.triton()
+            other.top(6, temperature)
+            found = other.split(*case.ids(), another, total=total, entropy=True)
+            assert torch.equal(
+                found, case.triton().split(*case.ids(), another, total=total, entropy=True)
+            ), say(seed, another)
+
+
+def test_tiles_as_in_torch() -> None:
+    seed = fresh_seed()
+    case = make_case(seed, valid=150, count=0)
+    rows, plain = case.triton(), case.plain()
+    chosen = torch.tensor([[0, 4], [1, 1], [2, 3], [4, 0]], device=DEVICE)
+    shift = plain.buffer.amax(1)
+    assert rows.tile == plain.tile
+    assert torch.equal(rows.tiles(chosen), plain.tiles(chosen))
+    assert torch.equal(rows.tile_mass(shift, 2.0), plain.tile_mass(shift, 2.0))
+
+
+@pytest.mark.parametrize("punched", [True, False], ids=["after split", "multiplied again"])
+def test_gradient(punched: bool) -> None:
+    """Relative to the sizes of the terms that each entry is a sum of; in bf16 within one unit in the last place."""
+    seed = fresh_seed()
+    coin = random.Random(seed)
+    for case, temperature, what in cases(seed):
+        given = make_coefficients(seed, case, constant=coin.random() < 0.5)
+        expected = gradient_in_fp64(case, given, temperature)
+        sizes = gradient_in_fp64(case, absolute(given), temperature).abs()
+        for dtype, limit in ((None, 1e-5), (torch.bfloat16, 2**-7 + 1e-5)):
+            rows = case.triton(dtype, extra=32 * coin.randint(0, 3))
+            if punched:
+                rows.buffer.scatter_(1, case.ids()[0], PUNCHED)
+            found = triton_gradient(rows, case, given, temperature)
+            assert found.dtype == (dtype or torch.float32)
+            assert found.shape == expected.shape
+            assert torch.equal(rows.buffer.view(found.dtype)[:, : case.valid].cpu(), found)
+            scale = sizes if dtype is None else expected.abs() + 1e-3 * sizes
+            error = ((found.double() - expected).abs() / scale.clamp(min=1e-30)).amax().item()
+            assert error < limit, say(seed, what, dtype, punched, error)
+
+
+def absolute(given: object) -> object:
+    """The same coefficients with every term made positive; the constant is subtracted, so it becomes negative."""
+    parts = {name: value for name, value in vars(given).items() if name != "shift"}
+    positive = {name: None if value is None else value.abs() for name, value in parts.items()}
+    if positive["constant"] is not None:
+        positive["constant"] = -positive["constant"]
+    return type(given)(shift=given.shift, **positive)  # type: ignore[attr-defined]
+
+
+def test_gradient_of_huge_logits() -> None:
+    """Logits multiplied again hold the support far above the rest's shift: what overflows there is replaced."""
+    seed = fresh_seed()
+    case = make_case(seed, valid=150, count=7)
+    case.label[1:] = 150
+    case.logits.copy_(torch.where(case.support(), 1e4, -1e4) + case.logits)
+    given = make_coefficients(seed, case, constant=True)
+    for dtype, limit in ((None, 1e-5), (torch.bfloat16, 2**-7)):
+        found = triton_gradient(case.triton(dtype), case, given, 2.0).double()
+        plain = Case(case.logits.where(~case.support(), -1e4), case.columns, case.label)
+        expected = gradient_in_fp64(plain, given, 2.0)
+        assert (found - expected).norm() < limit * expected.norm(), say(seed, dtype)
+
+
+@pytest.mark.parametrize("make", [Case.plain, Case.triton], ids=["plain", "triton"])
+def test_each_row_at_its_own_temperature(make: Callable[[Case], PlainRows]) -> None:
+    """Bit for bit what the rows give one by one, each at its temperature as a number."""
+    seed = fresh_seed()
+    case = make_case(seed, rows=5, valid=random.Random(seed).randint(40, 200), count=7)
+    temperatures = torch.rand(5, generator=torch.Generator().manual_seed(seed)) * 3 + 0.2
+    given = make_coefficients(seed, case, constant=False)
+    columns, label = case.ids()
+
+    def both(of: Case, part: slice, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+        coefficients = Coefficients(*(t[part] if t is not None else None for t in astuple(given)))
+        split = make(of).split(columns[part], label[part], temperature, total=True, entropy=True)
+        return split.cpu(), triton_gradient(make(of), of, coefficients, temperature)  # type: ignore[arg-type]
+
+    together = both(case, slice(None), temperatures.to(DEVICE))
+    for row in range(5):
+        part = slice(row, row + 1)
+        alone = both(
+            Case(case.logits[part], case.columns[part], case.label[part]),
+            part,
+            float(temperatures[row]),
+        )
+        assert all(
+            torch.equal(whole[part], single) for whole, single in zip(together, alone, strict=True)
+        ), (row, say(seed))
+    assert not torch.equal(together[0], both(case, slice(None), float(temperatures[0]))[0])
+
+
+def test_runs_repeat() -> None:
+    seed = fresh_seed()
+    case = make_case(seed, rows=3, valid=150, count=16)
+    given = make_coefficients(seed, case, constant=False)
+
+    def run() -> list[Tensor]:
+        rows = case.triton(torch.bfloat16)
+        return [
+            *rows.top(16),
+            rows.split(*case.ids(), 2.0, total=True, entropy=True),
+            triton_gradient(rows, case, given, 2.0),
+        ]
+
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(run(), run(), strict=True)
+    ), say(seed)
+
+
+def test_what_it_refuses() -> None:
+    for buffer in (
+        torch.zeros(2, 64, dtype=torch.float64),
+        torch.zeros(2, 128)[:, ::2],
+        torch.zeros(4, 128)[:, :64],
+    ):
+        with pytest.raises(ValueError, match="TritonRows takes contiguous rows of fp32"):
+            TritonRows(buffer, 40)
+
+
+def test_rows_by_where_the_logits_are() -> None:
+    """Plain torch on a CPU and in fp64; and nobody's import asks for triton."""
+    for dtype in (torch.float32, torch.float64):
+        assert type(chunk_rows(torch.zeros(2, 64, dtype=dtype), 40, torch.bfloat16)) is PlainRows
+    code = "import sys, megatron_kd.losses, megatron_kd.targets; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,503 @@
+"""What every rank does in the tests of the head over a tensor-parallel group. A module of its own: spawned ranks import it.
+
+Four ranks are one group of four and, for tensor parallelism of two, two groups of two that do the same work. Ranks only run
+and hand back what they hold; test_head_ranks.py makes the same cases again and judges. A collective costs milliseconds
+here, so each case is run in few chunks and nothing is gathered for the test.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import cycle, product
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_kd.losses import (
+    DenseTeacher,
+    KDLoss,
+    kd_cross_entropy,
+    linear_divergence,
+    linear_kd_cross_entropy,
+)
+from megatron_kd.targets import (
+    SampleSelection,
+    Selection,
+    SparseTarget,
+    TopSelection,
+    linear_targets,
+    select_targets,
+)
+from tests.losses.cases import TAILS, Outcome, Problem, extreme_problem, hand_target, make_problem
+from tests.losses.divergence_cases import (
+    DENSE_ONLY,
+    DIVERGENCES,
+    DenseProblem,
+    dense_problem,
+    divergence_mistakes,
+)
+from tests.losses.mistakes import loss_mistakes, problem_with, selection_mistakes
+
+SIZES = (2, 4)
+SEQUENCE, BATCH, CHUNK = 20, 2, 23
+CHUNKS = 2
+COLLECTIVES = ("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor")
+
+
+class LossCase(NamedTuple):
+    what: str
+    problem: Problem
+    target: SparseTarget
+    upstream: Tensor
+    dtype: torch.dtype
+    limit: float
+    scalars: dict[str, Any]
+    schedule: str
+
+
+class DivergenceCase(NamedTuple):
+    what: str
+    dense: DenseProblem
+    target: SparseTarget | None  # None: against the whole teacher
+    name: str
+    upstream: Tensor
+    dtype: torch.dtype
+    limit: float
+    scalars: dict[str, Any]
+    schedule: str
+
+
+class SelectionCase(NamedTuple):
+    what: str
+    problem: Problem
+    selection: Selection
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This rank's place in a tensor-parallel group."""
+
+    group: dist.ProcessGroup
+    size: int
+    rank: int
+    sequence_parallel: bool
+
+    def lines(self, tensor: Tensor) -> Tensor:
+        """[N, ...] -> this rank's [S(/tp), B, ...]."""
+        whole = in_lines(tensor)
+        return whole.chunk(self.size)[self.rank] if self.sequence_parallel else whole
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """[padded vocabulary, ...] -> this rank's rows."""
+        return tensor.chunk(self.size)[self.rank]
+
+    def leaves(self, problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """This rank's hidden states and weight, new tensors that want gradients."""
+        hidden, weight = self.lines(problem.hidden), self.rows(problem.weight)
+        return hidden.detach().to(dtype, copy=True).requires_grad_(), weight.detach().to(
+            dtype, copy=True
+        ).requires_grad_()
+
+    def options(self, problem: Problem) -> dict[str, Any]:
+        return dict(
+            vocab_size=problem.vocab_size,
+            tp_group=self.group,
+            sequence_parallel=self.sequence_parallel,
+            chunk_tokens=CHUNK,
+        )
+
+
+def in_lines(tensor: Tensor) -> Tensor:
+    return tensor.reshape(SEQUENCE, BATCH, *tensor.shape[1:])
+
+
+def problems(size: int, seed: int) -> dict[str, Problem]:
+    """Vocabularies that do not divide: the last rank's shard partly padding, and the last rank with nothing but padding."""
+    return {
+        "uneven": make_problem(seed, vocab_size=90, rows=92),
+        "empty shard": make_problem(seed, vocab_size={2: 46, 4: 60}[size], rows=92),
+    }
+
+
+def loss_cases(size: int, seed: int) -> list[LossCase]:
+    """Every tail and temperature in fp64 and fp32, the schedules taking turns; then logits of +-1e4."""
+    found, turns = [], cycle(("recompute", "chunk", "save"))
+    for (name, problem), temperature, tail in product(
+        problems(size, seed).items(), (1.0, 2.0), TAILS
+    ):
+        scalars = dict(
+            alpha=0.6, temperature=temperature, temperature_squared=True, tail=tail, z_loss=1e-2
+        )
+        for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+            schedule = next(turns)
+            exact = problem.rounded_to(dtype)
+            target = hand_target(problem.teacher, top_k=8, temperature=temperature, dtype=dtype)
+            upstream = (
+                torch.full_like(exact.upstream, 0.37) if schedule == "chunk" else exact.upstream
+            )
+            what = f"{name} {schedule} {dtype} {temperature} {tail}"
+            found.append(LossCase(what, exact, target, upstream, dtype, limit, scalars, schedule))
+    extreme = extreme_problem(seed, top_k=8)
+    for temperature, tail in product((1.0, 2.0), ("renormalize", "bucket")):
+        target = hand_target(
+            extreme.teacher, top_k=8, temperature=temperature, dtype=torch.float32, ragged=False
+        )
+        scalars = dict(alpha=1.0, temperature=temperature, tail=tail)
+        what = f"1e4 {temperature} {tail}"
+        found.append(
+            LossCase(
+                what,
+                extreme,
+                target,
+                torch.ones_like(extreme.upstream),
+                torch.float32,
+                1e-5,
+                scalars,
+                "chunk",
+            )
+        )
+    return found
+
+
+def selection_cases(size: int, seed: int) -> list[SelectionCase]:
+    """top_k within a shard, past it (23 rows a rank) and the whole vocabulary; draws; rows full of equal logits."""
+    found = []
+    for name, problem in problems(size, seed).items():
+        tied = replace(problem, weight=problem.weight.round(), hidden=problem.hidden.sign())
+        whole = problem.vocab_size
+        kinds = (
+            (8, 1.0, 2.0),
+            (8, 0.5, 1.0),
+            (40, 1.0, 1.0),
+            (40, 0.9, 2.0),
+            (whole, 1.0, 1.0),
+            (whole, 0.9, 2.0),
+        )
+        for top_k, top_p, temperature in kinds:
+            selection = TopSelection(top_k, top_p=top_p, min_k=2, temperature=temperature)
+            found.append(SelectionCase(f"{name} {selection}", problem, selection))
+        found += [
+            SelectionCase(f"{name} draws {t}", problem, SampleSelection(40, seed, temperature=t))
+            for t in (1.0, 2.0)
+        ]
+        found += [SelectionCase(f"tied {name} {k}", tied, TopSelection(k)) for k in (8, 40, whole)]
+    return found
+
+
+def divergence_cases(size: int, seed: int) -> list[DivergenceCase]:
+    """Every divergence against the whole teacher and against a sparse target, layouts, types and schedules taking turns."""
+    found = []
+    few = {2: 46, 4: 60}[size]
+    vocabularies, schedules = (
+        cycle((90, few, few, 90)),
+        cycle(("save", "chunk", "save", "save", "chunk")),
+    )
+    types = cycle(((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float64, 1e-12)))
+    for name, sparse in product(DIVERGENCES, (False, True)):
+        vocab_size, schedule, (dtype, limit) = next(vocabularies), next(schedules), next(types)
+        if sparse and name in DENSE_ONLY:
+            continue
+        dense = dense_problem(seed, dtype, vocab_size=vocab_size, rows=92)
+        target = (
+            hand_target(dense.problem.teacher, top_k=8, temperature=2.0, dtype=dtype)
+            if sparse
+            else None
+        )
+        upstream = (
+            torch.full_like(dense.problem.upstream, 0.37)
+            if schedule == "chunk"
+            else dense.problem.upstream
+        )
+        scalars = dict(
+            alpha=0.6, temperature=2.0, temperature_squared=True, tail="bucket", z_loss=1e-2
+        )
+        what = f"{name} {'sparse' if sparse else 'dense'} {vocab_size} {schedule} {dtype}"
+        found.append(
+            DivergenceCase(what, dense, target, name, upstream, dtype, limit, scalars, schedule)
+        )
+    return found
+
+
+class Findings(NamedTuple):
+    """What one rank holds in one layout, in the order of the cases."""
+
+    losses: list[Outcome]  # gradients are this rank's shards
+    given_logits: list[
+        tuple[KDLoss, Tensor]
+    ]  # with the gradient of this rank's logits; without sequence parallelism only
+    targets: list[SparseTarget]
+    written_to: list[str]
+    identical: KDLoss
+    default_chunks: Tensor
+    repeats_differ: int
+    calls: dict[str, dict[str, int]]
+    refusals: list[str]
+    divergences: list[Outcome]
+
+
+def run_everything(rendezvous: str, seed: int, grid: bool = False) -> dict[tuple[int, bool], Any]:
+    """(tensor-parallel size, sequence_parallel) -> findings of this rank, all in one world of four; grid: of `grid_cases` alone."""
+    dist.init_process_group(
+        "gloo",
+        init_method=rendezvous,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+    torch.manual_seed(seed)
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    rank = dist.get_rank()
+    places: dict[int, tuple[Any, int]] = {
+        2: (pairs[rank // 2], rank % 2),
+        4: (dist.group.WORLD, rank),
+    }
+    run = _run_grid if grid else _run_layout
+    try:
+        return {
+            (size, split): run(Layout(places[size][0], size, places[size][1], split), seed)
+            for size, split in product(SIZES, (False, True))
+        }
+    finally:
+        dist.destroy_process_group()
+
+
+def grid_cases(size: int, seed: int) -> list[LossCase]:
+    """Every tail x temperature x alpha x schedule, in fp32."""
+    found = []
+    exact = problems(size, seed)["uneven"].rounded_to(torch.float32)
+    upstream = {
+        "chunk": torch.full_like(exact.upstream, 0.37),
+        "direct": torch.ones_like(exact.upstream),
+    }
+    for temperature, tail, alpha in product((1.0, 2.0), TAILS, (0.0, 0.5, 1.0)):
+        target = hand_target(exact.teacher, top_k=8, temperature=temperature, dtype=torch.float32)
+        scalars = dict(alpha=alpha, temperature=temperature, tail=tail, z_loss=1e-2)
+        for schedule in ("save", "chunk", "direct", "recompute"):
+            what = f"{schedule} {temperature} {tail} {alpha}"
+            given = upstream.get(schedule, exact.upstream)
+            found.append(
+                LossCase(what, exact, target, given, torch.float32, 1e-5, scalars, schedule)
+            )
+    return found
+
+
+def _run_grid(layout: Layout, seed: int) -> list[Outcome]:
+    return [run_head(layout, case, []) for case in grid_cases(layout.size, seed)]
+
+
+def _run_layout(layout: Layout, seed: int) -> Findings:
+    losses, divergences = loss_cases(layout.size, seed), divergence_cases(layout.size, seed)
+    whole_logits = (
+        [] if layout.sequence_parallel else [case for case in losses if case.dtype == torch.float64]
+    )
+    written_to: list[str] = []
+    first, again = (run_head(layout, losses[0], written_to) for _ in "12")
+    return Findings(
+        losses=[run_head(layout, case, written_to) for case in losses],
+        given_logits=[_run_given_logits(layout, case) for case in whole_logits],
+        targets=[
+            target
+            for case in selection_cases(layout.size, seed)
+            for target in _run_selection(layout, case, written_to)
+        ],
+        written_to=written_to,
+        identical=_run_identical(layout, seed),
+        default_chunks=_run_default_chunks(layout, seed),
+        repeats_differ=sum(not torch.equal(a, b) for a, b in zip(first, again, strict=True)),
+        calls=_count_all_calls(layout, losses[0], divergences[1]),
+        refusals=list(_refusals(layout)),
+        divergences=[_run_divergence(layout, case) for case in divergences],
+    )
+
+
+def run_head(layout: Layout, case: LossCase, written_to: list[str]) -> Outcome:
+    hidden, weight = layout.leaves(case.problem, case.dtype)
+    before = hidden.detach().clone(), weight.detach().clone()
+    if case.schedule == "direct":
+        weight.main_grad = torch.zeros_like(weight)
+    loss = linear_kd_cross_entropy(
+        hidden,
+        weight,
+        in_lines(case.problem.labels),
+        case.target.map(in_lines),
+        loss_mask=in_lines(case.problem.mask).to(case.dtype),
+        schedule=case.schedule,
+        **case.scalars,
+        **layout.options(case.problem),
+    )
+    loss.total.backward(in_lines(case.upstream).to(loss.total.dtype))
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    if not torch.equal(hidden, before[0]) or not torch.equal(weight, before[1]):
+        written_to.append(case.what)
+    gradient = weight.main_grad if case.schedule == "direct" else weight.grad
+    return Outcome(*(t.detach().flatten() for t in loss), hidden.grad, gradient)
+
+
+def _run_divergence(layout: Layout, case: DivergenceCase) -> Outcome:
+    problem = case.dense.problem
+    hidden, weight = layout.leaves(problem, case.dtype)
+    teacher = DenseTeacher(
+        layout.lines(case.dense.hidden).to(case.dtype),
+        layout.rows(case.dense.weight).to(case.dtype),
+    )
+    loss = linear_divergence(
+        hidden,
+        weight,
+        in_lines(problem.labels),
+        teacher if case.target is None else case.target.map(in_lines),
+        divergence=DIVERGENCES[case.name],
+        loss_mask=in_lines(problem.mask).to(case.dtype),
+        schedule=case.schedule,
+        **case.scalars,
+        **layout.options(problem),
+    )
+    loss.total.backward(in_lines(case.upstream).to(loss.total.dtype))
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return Outcome(*(t.detach().flatten() for t in loss), hidden.grad, weight.grad)
+
+
+def _run_given_logits(layout: Layout, case: LossCase) -> tuple[KDLoss, Tensor]:
+    whole = case.problem.hidden @ case.problem.weight.T
+    mine = layout.rows(whole.T).T.contiguous().requires_grad_()
+    loss = kd_cross_entropy(
+        mine,
+        case.problem.labels,
+        case.target,
+        vocab_size=case.problem.vocab_size,
+        tp_group=layout.group,
+        **case.scalars,
+    )
+    loss.total.backward(case.problem.upstream)
+    assert mine.grad is not None
+    return KDLoss(*(t.detach() for t in loss)), mine.grad
+
+
+def _run_selection(
+    layout: Layout, case: SelectionCase, written_to: list[str]
+) -> Iterator[SparseTarget]:
+    """From hidden states, and in the layouts that have whole logits also from those."""
+    hidden, weight = layout.lines(case.problem.hidden), layout.rows(case.problem.weight)
+    shard = layout.rows((case.problem.hidden @ case.problem.weight.T).T).T
+    before = hidden.clone(), weight.clone(), shard.clone()
+    yield linear_targets(hidden, weight, case.selection, **layout.options(case.problem)).flatten()
+    if not layout.sequence_parallel:
+        yield select_targets(
+            shard, case.selection, vocab_size=case.problem.vocab_size, tp_group=layout.group
+        )
+    if not all(torch.equal(a, b) for a, b in zip(before, (hidden, weight, shard), strict=True)):
+        written_to.append(case.what)
+
+
+def _run_identical(layout: Layout, seed: int) -> KDLoss:
+    """Teacher and student are the same fp32 model."""
+    problem = problems(layout.size, seed)["uneven"]
+    hidden, weight = (leaf.detach() for leaf in layout.leaves(problem, torch.float32))
+    target = linear_targets(hidden, weight, TopSelection(8, top_p=0.9), **layout.options(problem))
+    return linear_kd_cross_entropy(
+        hidden,
+        weight,
+        in_lines(problem.labels),
+        target,
+        alpha=1.0,
+        tail="bucket",
+        **layout.options(problem),
+    )
+
+
+@contextmanager
+def _counted() -> Iterator[dict[str, int]]:
+    """Collectives called inside, by name."""
+    calls = dict.fromkeys(COLLECTIVES, 0)
+
+    def counting(name: str) -> Any:
+        original = getattr(dist, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    patches = [patch.object(dist, name, counting(name)) for name in COLLECTIVES]
+    for active in patches:
+        active.start()
+    try:
+        yield calls
+    finally:
+        for active in patches:
+            active.stop()
+
+
+def _count_all_calls(
+    layout: Layout, case: LossCase, divergence: DivergenceCase
+) -> dict[str, dict[str, int]]:
+    found = {
+        schedule: _count_calls(layout, case, schedule)
+        for schedule in ("chunk", "save", "recompute")
+    }
+    with _counted() as found["dense"]:
+        _run_divergence(
+            layout,
+            divergence._replace(
+                target=None, schedule="chunk", upstream=torch.ones_like(divergence.upstream)
+            ),
+        )
+    return found
+
+
+def default_chunks_problem(size: int, seed: int) -> Problem:
+    """160 tokens, more than the 64 that a chunk has at least, and a last rank with nothing but padding."""
+    return make_problem(seed, tokens=160, vocab_size={2: 46, 4: 60}[size], rows=92)
+
+
+def _run_default_chunks(layout: Layout, seed: int) -> Tensor:
+    """total [N] without chunk_tokens, in sizes where ranks that went by their own rows would cut the tokens differently."""
+    problem = default_chunks_problem(layout.size, seed)
+    options = {**layout.options(problem), "chunk_tokens": None}
+    hidden = (
+        problem.hidden.float().chunk(layout.size)[layout.rank]
+        if layout.sequence_parallel
+        else problem.hidden.float()
+    )
+    hidden, weight = (
+        hidden.clone().requires_grad_(),
+        layout.rows(problem.weight).float().requires_grad_(),
+    )
+    chunk_logits = 80 * -(-problem.vocab_size // layout.size)
+    with (
+        patch("megatron_kd.head.output_weight.CHUNK_LOGITS_CPU", chunk_logits),
+        patch("megatron_kd.losses.head.SAVED_LOGITS_CPU", 100 * 23),
+    ):
+        target = linear_targets(hidden, weight, TopSelection(8), **options)
+        loss = linear_kd_cross_entropy(
+            hidden, weight, problem.labels, target, alpha=0.5, tail="bucket", **options
+        )
+        loss.total.sum().backward()
+    return loss.total.detach()
+
+
+def _count_calls(layout: Layout, case: LossCase, schedule: str) -> dict[str, int]:
+    with _counted() as calls:
+        run_head(
+            layout, case._replace(schedule=schedule, upstream=torch.ones_like(case.upstream)), []
+        )
+    return calls
+
+
+def _refusals(layout: Layout) -> Iterator[str]:
+    """Every rank refuses by itself and has sent nothing, so that no rank is left waiting. Yields what went otherwise."""
+    for make in (loss_mistakes, selection_mistakes, divergence_mistakes):
+        mistakes = make(layout.group, sequence_parallel=layout.sequence_parallel)
+        assert len(mistakes) > 10
+        for mistake in mistakes:
+            with _counted() as calls:
+                problem = problem_with(mistake)
+            if problem is not None or sum(calls.values()):
+                yield f"{mistake.name}: {problem}, {calls}"
