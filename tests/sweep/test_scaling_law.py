@@ -30,7 +30,7 @@ from megatron_kd.sweep.scaling.law import (
     fit_supervised,
 )
 from megatron_kd.sweep.scaling.points import read_run, read_table
-from megatron_kd.telemetry import RunWriter
+from megatron_kd.telemetry.run_files import RunWriter
 from tests.helpers.tools import run_tools
 from tests.losses.cases import fresh_seed
 

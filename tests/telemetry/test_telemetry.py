@@ -22,7 +22,10 @@ from megatron_kd.planning.flops import (
     parameter_count,
     peak_tflops,
 )
-from megatron_kd.telemetry import METRICS, Progress, RunWriter, Stopwatch, reduce_reports
+from megatron_kd.telemetry.metrics import METRICS, reduce_reports
+from megatron_kd.telemetry.progress_bar import Progress
+from megatron_kd.telemetry.run_files import RunWriter
+from megatron_kd.telemetry.throughput import Stopwatch
 
 VERBS = (
     "all_",

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from megatron_kd.telemetry import RunWriter
+from megatron_kd.telemetry.run_files import RunWriter
 
 REPORT = Path(__file__).parents[2] / "tools" / "report.py"
 
