@@ -7,6 +7,14 @@ from collections.abc import Sequence
 
 from megatron_kd.config import ConfigError, RunConfig, load_config
 from megatron_kd.parallel.world import world_from_environment
+from megatron_kd.storage.exit_codes import (
+    BAD_INPUT,
+    DO_NOT_RESTART,
+    FAILED,
+    FINISHED,
+    REQUEUE,
+    WRITE_FAILED,
+)
 from megatron_kd.train.startup.packages import check_packages
 
 
@@ -28,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(config, local_rank)
     except ConfigError as error:
         print(f"megatron_kd: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return BAD_INPUT
 
 
 def _run(config: RunConfig, local_rank: int) -> int:
@@ -43,9 +51,9 @@ def _run(config: RunConfig, local_rank: int) -> int:
     from megatron_kd.train.capture import CaptureError
     from megatron_kd.train.guards import LossSpikeError
     from megatron_kd.train.loop import NonFiniteError, train
-    from megatron_kd.train.shutdown import FINISHED, NEVER_AGAIN, REQUEUE, Leaving, Request
+    from megatron_kd.train.shutdown import Action, ShutdownRequest
 
-    leaving = Leaving(
+    leaving = ShutdownRequest(
         config.run.directory,
         minutes=config.train.minutes,
         watches_file=world_from_environment()[0] == 0,
@@ -54,15 +62,15 @@ def _run(config: RunConfig, local_rank: int) -> int:
         request = train(build_run(config), leaving)
         if request:
             print(f"megatron_kd: saved and left: {leaving.reason}", file=sys.stderr, flush=True)
-        return {Request.REQUEUE: REQUEUE, Request.STOP: NEVER_AGAIN}.get(request, FINISHED)
+        return {Action.REQUEUE: REQUEUE, Action.STOP: DO_NOT_RESTART}.get(request, FINISHED)
     except (NonFiniteError, LossSpikeError, CaptureError, CheckpointError, LostRankError) as error:
         print(f"megatron_kd: stopped: {error}", file=sys.stderr, flush=True)
         return {
-            NonFiniteError: NEVER_AGAIN,
-            LossSpikeError: NEVER_AGAIN,
-            CaptureError: 5,
-            CheckpointError: 5,
-        }.get(type(error), 1)
+            NonFiniteError: DO_NOT_RESTART,
+            LossSpikeError: DO_NOT_RESTART,
+            CaptureError: WRITE_FAILED,
+            CheckpointError: WRITE_FAILED,
+        }.get(type(error), FAILED)
     finally:
         stop_groups()
 

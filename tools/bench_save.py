@@ -97,7 +97,9 @@ def measure(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         folder = config.run.directory / f"checkpoints-{kind.replace(' ', '-')}" / "checkpoints"
         runs[kind] = replace(
             run,
-            saver=Saver(folder, section, device=run.groups.platform.device, watch=run.groups.watch),
+            saver=Saver(
+                folder, section, device=run.groups.platform.device, watchdog=run.groups.watchdog
+            ),
         )
     windows: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for number in range(arguments.rounds + 1):

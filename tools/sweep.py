@@ -25,11 +25,12 @@ from pathlib import Path
 
 from megatron_kd.config import ConfigError
 from megatron_kd.storage.directory_lock import Lease, Owner
+from megatron_kd.storage.exit_codes import BAD_INPUT, DO_NOT_RESTART, FAILED, FINISHED, REQUEUE
 from megatron_kd.sweep.grid import Sweep, Task, resolve, select
 from megatron_kd.sweep.local_runner import print_line, run_tasks
 from megatron_kd.sweep.slurm import submissions, submit
 from megatron_kd.sweep.sweep_record import SWEEP_FILE, provenance, write_sweep
-from megatron_kd.sweep.task_runner import BAD_INPUT, FINISHED, NEVER_AGAIN, REQUEUE, Outcome, Shop
+from megatron_kd.sweep.task_runner import Outcome, Shop
 from megatron_kd.sweep.task_state import State, look, redo, refuse_changed
 
 # How long a task waits for what it needs: network file systems may show a new file a minute later.
@@ -219,7 +220,7 @@ def _one(sweep: Sweep, options: argparse.Namespace) -> int:
         say=print_line,
     )
     return (
-        NEVER_AGAIN
+        DO_NOT_RESTART
         if any(each.word == "stopped" for each in outcomes.values())
         else _report(outcomes)
     )
@@ -281,7 +282,7 @@ def _report(outcomes: Mapping[str, Outcome]) -> int:
         print_line(f"{len(left)} left to do: start it again to go on")
         return REQUEUE
     print_line(f"{len(bad)} not done" if bad else "all done")
-    return 1 if bad else FINISHED
+    return FAILED if bad else FINISHED
 
 
 def _held(directory: Path, owner: Owner, age: float) -> str:

@@ -42,7 +42,7 @@ from megatron_kd.parallel.collectives import (
     raise_together,
     to_rank_zero,
 )
-from megatron_kd.parallel.watchdog import Watch
+from megatron_kd.parallel.watchdog import Watchdog
 from megatron_kd.storage.directory_lock import LostLeaseError
 
 
@@ -70,17 +70,22 @@ class Saver:
         checkpoints: the folder of all of them.
         section: [checkpoint] of the run file.
         device: where a number for all ranks lives.
-        watch: is told where this rank stands.
+        watchdog: is told where this rank stands.
     """
 
     def __init__(
-        self, checkpoints: Path, section: CheckpointSection, *, device: torch.device, watch: Watch
+        self,
+        checkpoints: Path,
+        section: CheckpointSection,
+        *,
+        device: torch.device,
+        watchdog: Watchdog,
     ) -> None:
-        self.checkpoints, self._section, self._device, self._watch = (
+        self.checkpoints, self._section, self._device, self._watchdog = (
             checkpoints,
             section,
             device,
-            watch,
+            watchdog,
         )
         self._first = dist.get_rank() == 0
         self.log = CheckpointLog(checkpoints.parent / "checkpoints.jsonl")
@@ -96,7 +101,9 @@ class Saver:
         """Write a checkpoint; returns once it is complete, or on its way where section.asynchronous."""
         self._complete()
         begin = time.perf_counter()
-        self._watch.at("planning a checkpoint", limit_seconds=self._section.timeout_seconds)
+        self._watchdog.enter_phase(
+            "planning a checkpoint", limit_seconds=self._section.timeout_seconds
+        )
         pending = PendingCheckpoint(self.checkpoints, info.step)
         try:
             from_rank_zero(lambda: self._make_folder(pending, info.step))
@@ -225,7 +232,7 @@ class Saver:
         pause = 0.001
         while (save := self._save) is not None:
             # Each look is a collective of its own: no rank waits in one for as long as another one's disk takes.
-            self._watch.at("saving a checkpoint")
+            self._watchdog.enter_phase("saving a checkpoint")
             if self.poll():
                 time.sleep(pause)
                 save.stalled += pause
@@ -242,7 +249,7 @@ class Saver:
         while on_any_rank(
             self._first and self.verifier.busy and time.monotonic() - begin < limit, self._device
         ):
-            self._watch.at("reading a checkpoint back")
+            self._watchdog.enter_phase("reading a checkpoint back")
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
         problem = (

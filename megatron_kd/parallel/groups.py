@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_kd.config import ParallelSection
 from megatron_kd.parallel.platform import Platform
-from megatron_kd.parallel.watchdog import Watch
+from megatron_kd.parallel.watchdog import Watchdog
 from megatron_kd.parallel.world import world_from_environment
 
 
@@ -23,7 +23,7 @@ from megatron_kd.parallel.world import world_from_environment
 class Groups:
     """This rank's place in the layout. `tp` is None for tensor-parallel size 1, so single-rank code costs no collective.
 
-    watch: tells the other ranks where this one stands. reversed_stages: the first pipeline stage is on the last ranks.
+    watchdog: tells the other ranks where this one stands. reversed_stages: the first pipeline stage is on the last ranks.
     """
 
     platform: Platform
@@ -37,7 +37,7 @@ class Groups:
     data_size: int
     virtual_pipeline: int
     collection: ProcessGroupCollection
-    watch: Watch
+    watchdog: Watchdog
     reversed_stages: bool = False
 
     @property
@@ -63,7 +63,7 @@ class Groups:
             for tensor in range(self.tensor_size)
         ]
 
-    def nearest(self, data: int, rank: int) -> int:
+    def load_balanced_rank(self, data: int, rank: int) -> int:
         """`rank` itself where it is one of the replica's, else one of them, so that many askers share the answering."""
         ranks = self.replica(data)
         return rank if rank in ranks else ranks[rank % len(ranks)]
@@ -121,7 +121,7 @@ def start_groups(
         data_size=parallel_state.get_data_parallel_world_size(),
         virtual_pipeline=virtual,
         collection=ProcessGroupCollection.use_mpu_process_groups(),
-        watch=Watch(
+        watchdog=Watchdog(
             dist.distributed_c10d._get_default_store(),
             rank=rank,
             world_size=world_size,
@@ -137,7 +137,7 @@ def can_reverse_stages() -> bool:
     return "sort_ranks" in inspect.signature(dist.new_group).parameters
 
 
-def second_layout(
+def start_separate_layout(
     first: Groups,
     *,
     tensor: int,
@@ -187,7 +187,7 @@ def second_layout(
         data_size=data,
         virtual_pipeline=1,
         collection=collection,
-        watch=first.watch,
+        watchdog=first.watchdog,
         reversed_stages=reversed_stages,
     )
 

@@ -19,14 +19,14 @@ from typing import Any
 import torch.distributed as dist
 
 _SHOWN = 8  # ranks that one sentence names
-_LOOKERS = 32  # ranks that read what all others said; the rest read the verdict: a store serves thousands one after the other
+_MAX_READERS = 32  # ranks that read what all others said; the rest read the verdict: a store serves thousands one after the other
 
 
 class LostRankError(RuntimeError):
     """Another rank died, stopped or stays behind; the message names it and what it was doing."""
 
 
-class Watch:
+class Watchdog:
     """Where this rank stands, for the others to read; and a look at them where one of them is missing.
 
     Every rank says `at` the same things in the same order. Used as a context: inside it a thread publishes, and ends the process
@@ -65,7 +65,9 @@ class Watch:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def at(self, what: str, *, limited: bool = True, limit_seconds: float | None = None) -> None:
+    def enter_phase(
+        self, what: str, *, limited: bool = True, limit_seconds: float | None = None
+    ) -> None:
         """This rank begins `what`. limited: False where it may take as long as it likes. limit_seconds: where it may take longer than a
         collective (a checkpoint).
         """
@@ -73,7 +75,7 @@ class Watch:
         self._patience = max(limit_seconds or 0.0, self.limit_seconds)
         self._place = (self._place[0] + 1, what, time.monotonic())
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         if self._store is not None and self._thread is None:
             self._publish()
             self._stop.clear()
@@ -107,7 +109,9 @@ class Watch:
         Takes about three intervals: a rank is silent that gives no sign of life in them.
         """
         try:
-            told = self._verdict or (self._wait_for_verdict() if self.rank >= _LOOKERS else None)
+            told = self._verdict or (
+                self._wait_for_verdict() if self.rank >= _MAX_READERS else None
+            )
             if told is not None:
                 return told
             before = self._read()

@@ -17,11 +17,10 @@ from typing import Any, Literal
 
 from megatron_kd.config import ConfigError
 from megatron_kd.storage.directory_lock import Lease, Owner
+from megatron_kd.storage.exit_codes import BAD_INPUT, DO_NOT_RESTART, FINISHED, REQUEUE
 from megatron_kd.sweep.grid import REPO, Step, Task
 from megatron_kd.sweep.task_state import Folder, Found, State, new_record, write_json
 
-# The codes of a training run (train/shutdown.py); 2 is bad input everywhere here.
-FINISHED, BAD_INPUT, REQUEUE, NEVER_AGAIN = 0, 2, 85, 93
 _SUPERVISE = str(Path(__file__).with_name("supervise.py"))
 _SAME_STEP = 3
 
@@ -135,7 +134,7 @@ class Shop:
             if self.stopping:
                 return Outcome("left", "asked to leave")
             message = f"{step.name} ended with {code}: {last_line(self.folder.log(task, step))}"
-            if state == "stopped" or code in (BAD_INPUT, NEVER_AGAIN):
+            if state == "stopped" or code in (BAD_INPUT, DO_NOT_RESTART):
                 return Outcome("stopped", message)
             if state == "requeue" or code == REQUEUE:
                 stuck, at = (stuck + 1 if reached == at else 0), reached

@@ -15,7 +15,7 @@ from megatron_kd.checkpoint.store import checkpoint_digest
 from megatron_kd.config import ConfigError, ParallelSection, RunConfig
 from megatron_kd.data.batches import Attach
 from megatron_kd.parallel.collectives import from_rank_zero, raise_together
-from megatron_kd.parallel.groups import Groups, can_reverse_stages, second_layout
+from megatron_kd.parallel.groups import Groups, can_reverse_stages, start_separate_layout
 from megatron_kd.parallel.vocab_shards import padded_vocab_size
 from megatron_kd.planning.flops import flops_per_token
 from megatron_kd.planning.placement import Placement, Work, best_placement
@@ -103,7 +103,7 @@ def _live_teacher(
             layers={pair.teacher_layer for pair in config.distill.hidden_states},
         )
     tensor, pipeline, micro_batch_size = config.teacher_layout(groups.world_size)
-    own = second_layout(
+    own = start_separate_layout(
         groups,
         tensor=tensor,
         pipeline=pipeline,

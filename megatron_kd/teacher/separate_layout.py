@@ -66,14 +66,14 @@ class OwnLayoutTeacher:
         split = self._split(microbatches)
         if not split.total:
             return [None] * len(microbatches)
-        watch = self.student.watch
-        watch.at("finding the teacher's samples")
+        watchdog = self.student.watchdog
+        watchdog.enter_phase("finding the teacher's samples")
         rows = self._fetch(split, microbatches)
-        watch.at("running the teacher")
+        watchdog.enter_phase("running the teacher")
         found = self.teacher.targets(self._microbatches(rows))
         if self._form is None:
             self._form = _agree(found, self.student)
-        watch.at("packing targets")
+        watchdog.enter_phase("packing targets")
         own = _pack(found, rows, self._form, self.sequence_length)
         return self._deliver(split, own, self._form, microbatches)
 
@@ -114,14 +114,14 @@ class OwnLayoutTeacher:
         sends, sizes = {}, {}
         for part in split.ranges():
             for receiver in own.replica(part.worker):
-                sender = student.nearest(
+                sender = student.load_balanced_rank(
                     part.owner, receiver
                 )  # any rank of the replica has its samples, also the receiver itself
                 if sender == student.rank:
                     sends[receiver] = rows[part.start - first : part.stop - first]
                 if receiver == student.rank:
                     sizes[sender] = (part.stop - part.start) * width
-        self.student.watch.at("waiting for samples of other ranks")
+        self.student.watchdog.enter_phase("waiting for samples of other ranks")
         received = exchange(sends, sizes, like=rows)
         # A replica of the student sends from one rank, and they come in the order of the samples.
         return (
@@ -176,7 +176,7 @@ class OwnLayoutTeacher:
                     sends[receiver] = torch.cat([rows[:, start:stop], rows[:, -KEY_WORDS:]], 1)
                 if receiver == student.rank:
                     sizes[sender] = (part.stop - part.start) * (stop - start + KEY_WORDS)
-        self.student.watch.at("waiting for targets of other ranks")
+        self.student.watchdog.enter_phase("waiting for targets of other ranks")
         received = exchange(sends, sizes, like=packed)
         if not student.is_last_stage or not microbatches:
             return [None] * len(microbatches)

@@ -160,7 +160,10 @@ def build_run(config: RunConfig, *, rendezvous: str | None = None) -> Run:
         student.on_drained.append(partial(_look_ahead, config, teacher, train_data, progress))
     capture = build_capture(config, inputs, groups, step=progress.step)
     saver = Saver(
-        checkpoints_folder(config), config.checkpoint, device=platform.device, watch=groups.watch
+        checkpoints_folder(config),
+        config.checkpoint,
+        device=platform.device,
+        watchdog=groups.watchdog,
     )
     student_side = (config, inputs, groups, student, optimizer)
     cut = cut_of(config.distill, groups)

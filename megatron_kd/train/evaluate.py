@@ -23,7 +23,7 @@ def evaluate(run: Run) -> dict[str, dict[str, float | None]]:
     for split, source in run.valid_data.items():
         reports = []
         for index in range(source.num_batches):
-            run.groups.watch.at(f"evaluating on {split}")
+            run.groups.watchdog.enter_phase(f"evaluating on {split}")
             microbatches = source.microbatches(index * run.config.batch.global_batch_size)
             targets = run.teacher.targets(microbatches)
             through = run.hidden_states.through(microbatches)

@@ -25,7 +25,7 @@ from megatron_kd.train.build import Run
 from megatron_kd.train.capture import CaptureError
 from megatron_kd.train.evaluate import evaluate
 from megatron_kd.train.guards import DataGuard, LossSpikeError, SpikeGuard
-from megatron_kd.train.shutdown import Leaving, NeverLeaving, Request
+from megatron_kd.train.shutdown import Action, NoShutdown, ShutdownRequest
 from megatron_kd.train.startup.resume import settle
 from megatron_kd.train.step import StepReport, train_step
 
@@ -34,16 +34,16 @@ class NonFiniteError(RuntimeError):
     """The loss or the gradient was not finite and the policy says stop. No weight was changed by that step."""
 
 
-def train(run: Run, leaving: Leaving | None = None) -> Request:
+def train(run: Run, leaving: ShutdownRequest | None = None) -> Action:
     """Train to train.steps from wherever `run` stands, or until `leaving` asks to go. Collective over the world.
 
-    Returns GO_ON when finished, else what was asked for; the run is saved then. NonFiniteError, LossSpikeError, CaptureError and
+    Returns CONTINUE when finished, else what was asked for; the run is saved then. NonFiniteError, LossSpikeError, CaptureError and
     CheckpointError on every rank alike, ConfigError where another run has the directory; LostRankError where another rank is missing (see
-    `Watch`, which may also end the process).
+    `Watchdog`, which may also end the process).
     """
     lease = _hold(run)
     try:
-        request = _train(run, leaving or NeverLeaving())
+        request = _train(run, leaving or NoShutdown())
     finally:
         run.saver.verifier.close()
         if lease is not None:
@@ -81,7 +81,7 @@ def _hold(run: Run) -> Lease | None:
     return held[0]
 
 
-def _train(run: Run, leaving: Leaving) -> Request:
+def _train(run: Run, leaving: ShutdownRequest) -> Action:
     config, progress = run.config, run.progress
     first = run.groups.rank == 0
     with RunWriter(
@@ -103,19 +103,19 @@ def _train(run: Run, leaving: Leaving) -> Request:
             enabled=first,
         )
         try:
-            with run.groups.watch as watch:
-                watch.on_lost = lambda sentence: writer.status(
+            with run.groups.watchdog as watchdog:
+                watchdog.on_lost = lambda sentence: writer.status(
                     "failed", step=progress.step, message=sentence
                 )
                 try:
                     request = _loop(run, writer, bar, leaving)
                 except (NonFiniteError, LossSpikeError, CaptureError):
-                    _finish_what_is_on_its_way(run)
+                    _flush_pending_checkpoint(run)
                     raise
             writer.status(
                 _STATES[request], step=progress.step, message=leaving.reason if request else ""
             )
-            leaving.heeded()
+            leaving.acknowledge()
             return request
         except BaseException as error:
             known = NonFiniteError | LossSpikeError | CaptureError | CheckpointError
@@ -129,7 +129,7 @@ def _train(run: Run, leaving: Leaving) -> Request:
             run.capture.close()
 
 
-def _finish_what_is_on_its_way(run: Run) -> None:
+def _flush_pending_checkpoint(run: Run) -> None:
     """Of a run that stops on every rank alike, the checkpoint that is being written is still worth having."""
     try:
         run.saver.finish(read_back=False)
@@ -137,14 +137,14 @@ def _finish_what_is_on_its_way(run: Run) -> None:
         run.saver.log.warn("failed", run.progress.step, str(error))
 
 
-_STATES: dict[Request, State] = {
-    Request.GO_ON: "finished",
-    Request.REQUEUE: "requeue",
-    Request.STOP: "stopped",
+_STATES: dict[Action, State] = {
+    Action.CONTINUE: "finished",
+    Action.REQUEUE: "requeue",
+    Action.STOP: "stopped",
 }
 
 
-def _loop(run: Run, writer: RunWriter, bar: Progress, leaving: Leaving) -> Request:
+def _loop(run: Run, writer: RunWriter, bar: Progress, leaving: ShutdownRequest) -> Action:
     config, progress = run.config, run.progress
     watch = _stopwatch(run)
     saved = progress.step
@@ -152,7 +152,7 @@ def _loop(run: Run, writer: RunWriter, bar: Progress, leaving: Leaving) -> Reque
         SpikeGuard(config.train.loss_spike, stops=config.train.on_loss_spike == "stop"),
         DataGuard(),
     )
-    request = leaving.agreed(run.groups.platform.device)
+    request = leaving.agree(run.groups.platform.device)
     while progress.step < config.train.steps and not request:
         seed_step(config.train.seed, progress.step, run.groups)
         report = train_step(run)
@@ -168,7 +168,7 @@ def _loop(run: Run, writer: RunWriter, bar: Progress, leaving: Leaving) -> Reque
         spike = spikes.look(progress.step, report.metrics["total_loss"])
         if spike is not None:
             bar.message(f"warning: {spike}")
-        request = leaving.agreed(run.groups.platform.device)
+        request = leaving.agree(run.groups.platform.device)
         with watch.pause():
             # Whoever asks may not wait for an evaluation.
             if request and progress.step < config.train.steps:
@@ -187,11 +187,13 @@ def _loop(run: Run, writer: RunWriter, bar: Progress, leaving: Leaving) -> Reque
         # Whoever asks may not wait for what is written to be read back: the next start does that.
         run.saver.finish(read_back=not request)
     assert saved == progress.step
-    return request if progress.step < config.train.steps else Request.GO_ON
+    return request if progress.step < config.train.steps else Action.CONTINUE
 
 
 def _save(run: Run) -> int:
-    run.groups.watch.at("saving a checkpoint", limit_seconds=run.config.checkpoint.timeout_seconds)
+    run.groups.watchdog.enter_phase(
+        "saving a checkpoint", limit_seconds=run.config.checkpoint.timeout_seconds
+    )
     run.save()
     return run.progress.step
 

@@ -36,16 +36,16 @@ class StepReport:
 
 def train_step(run: Run) -> StepReport:
     """Advance the student by one optimizer update over one global batch. Collective over the world."""
-    learning_rate, alpha, watch = run.learning_rate, run.alpha, run.groups.watch
-    watch.step = run.progress.step + 1
-    watch.at("reading data")
+    learning_rate, alpha, watchdog = run.learning_rate, run.alpha, run.groups.watchdog
+    watchdog.step = run.progress.step + 1
+    watchdog.enter_phase("reading data")
     run.times.begin()
     microbatches = run.train_data.microbatches(run.progress.consumed_samples)
     run.times.has_data()
-    watch.at("running the teacher")
+    watchdog.enter_phase("running the teacher")
     targets = run.teacher.targets(microbatches)
     through = run.hidden_states.through(microbatches)
-    watch.at("running the student")
+    watchdog.enter_phase("running the student")
     run.student.zero_grad()
     run.optimizer.zero_grad()
     objective = run.objective_now(microbatches, targets)
@@ -57,7 +57,7 @@ def train_step(run: Run) -> StepReport:
     )
     reports = run.student.run_schedule(step, list(zip(microbatches, targets, strict=True)))
     metrics = reduce_step(run, reports)
-    watch.at("updating the weights")
+    watchdog.enter_phase("updating the weights")
     run.optimizer.set_learning_rate(learning_rate)
     updated, grad_norm = run.optimizer.step(allowed=math.isfinite(metrics["total_loss"] or 0.0))
     batch = run.config.batch

@@ -68,7 +68,7 @@ class Bench:
             self.folder / name / "checkpoints",
             section,
             device=groups.platform.device,
-            watch=groups.watch,
+            watchdog=groups.watchdog,
         )
 
     def save(self, to: Any) -> None:
@@ -146,7 +146,7 @@ def in_two_ranks(rendezvous: str, config: RunConfig, folder: Path) -> dict[str, 
     from megatron_kd.parallel.groups import stop_groups
 
     bench = Bench(rendezvous, config, folder)
-    with bench.run.groups.watch:
+    with bench.run.groups.watchdog:
         bench.save(waiting := bench.saver("waiting", asynchronous=False))
         waiting.finish()
         bench.held_up(later := bench.saver("later", asynchronous=True))

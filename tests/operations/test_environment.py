@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_kd.train.shutdown import Leaving, Request
+from megatron_kd.train.shutdown import Action, ShutdownRequest
 from tests.checkpoint.fault_runs import main
 from tests.helpers.forks import in_forks
 from tests.helpers.ranks import run_ranks
@@ -58,10 +58,10 @@ def asked_with_other_clocks(rendezvous: str, folder: Path) -> list[tuple[int, in
     rank, now = int(os.environ["RANK"]), [100.0]
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     time.monotonic = lambda: now[0] * (5 if rank else 1) + 3600 * rank  # type: ignore[assignment]
-    leaving = Leaving(folder, minutes=1.0, watches_file=False)
+    leaving = ShutdownRequest(folder, minutes=1.0, watches_file=False)
     found = []
     for _ in range(6):
-        found.append((int(leaving.asked()), int(leaving.agreed(torch.device("cpu")))))
+        found.append((int(leaving.poll()), int(leaving.agree(torch.device("cpu")))))
         now[0] += 5
     dist.destroy_process_group()
     return found
@@ -72,10 +72,10 @@ def asked_with_other_clocks(rendezvous: str, folder: Path) -> list[tuple[int, in
 def test_clocks_that_differ(tmp_path: Path, measured: Callable[[str], None]) -> None:
     """The fast clock's rank thinks the minute is over after 12 seconds: all leave with it."""
     slow, fast = run_ranks(asked_with_other_clocks, 2, tmp_path)
-    assert [own for own, _ in slow] == [Request.GO_ON] * 6
-    assert Request.REQUEUE in [own for own, _ in fast]
+    assert [own for own, _ in slow] == [Action.CONTINUE] * 6
+    assert Action.REQUEUE in [own for own, _ in fast]
     measured(
-        f"one clock an hour off and five times as fast: all leave at look {[own for own, _ in fast].index(Request.REQUEUE) + 1} of 6"
+        f"one clock an hour off and five times as fast: all leave at look {[own for own, _ in fast].index(Action.REQUEUE) + 1} of 6"
     )
     assert (
         [agreed for _, agreed in slow] == [agreed for _, agreed in fast] == [own for own, _ in fast]
