@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(
             ["--config", arguments.config, *rest, "--train.steps", str(arguments.rounds + 2)]
         )
-        if config.teacher.source != "cached":
+        if not config.teacher.reads_cache:
             raise ConfigError(
                 f'bench_loader needs a run with teacher.source = "cached", not "{config.teacher.source}"'
             )

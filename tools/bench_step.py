@@ -121,7 +121,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         teacher, microbatches = runs["online"].teacher, runs["online"].train_data.microbatches(0)
         alone, share = (
             (teacher.teacher, teacher.share(microbatches))
-            if online.teacher.has_own_layout
+            if online.teacher.has_separate_layout
             else (teacher, microbatches)
         )
         tasks: dict[str, Callable[[], object]] = {

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_kd.config import ConfigError, RunConfig, load_config
+from megatron_kd.config.teacher_section import TEACHER_SOURCES
 from megatron_kd.parallel.world import world_from_environment
 
 if TYPE_CHECKING:
@@ -88,7 +89,9 @@ def _overrides(arguments: argparse.Namespace, rest: list[str]) -> list[str]:
         )
     except (OSError, ValueError):
         source = None  # load_config says what is wrong with it
-    return directory + ([] if source == "huggingface" else ["--teacher.source", "online"])
+    traits = TEACHER_SOURCES.get(str(source))
+    runs = traits is not None and traits.runs_in_job
+    return directory + ([] if runs else ["--teacher.source", "online"])
 
 
 def _extract(config: RunConfig, arguments: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ def main() -> int:
     arguments, rest = _parser().parse_known_args()
     try:
         config = load_config(["--config", arguments.config, *rest])
-        if arguments.extraction and config.teacher.source in ("none", "cached"):
+        if arguments.extraction and not config.teacher.runs_in_job:
             config = load_config(
                 ["--config", arguments.config, *rest, "--teacher.source", "online"]
             )
@@ -90,12 +90,12 @@ def _plan(config: RunConfig, ranks: int) -> str:
         f"run        {train.steps:,} steps = {train.steps * tokens / 1e9:,.4g}e9 tokens, a checkpoint every {config.checkpoint.interval}",
         f"directory  {config.run.directory}",
     ]
-    if config.teacher.source == "online":
+    if config.teacher.uses_megatron:
         tensor, pipeline, _ = config.teacher_layout(ranks)
         lines.append(
-            f"teacher    online, {config.teacher.checkpoint}: tensor {tensor} x pipeline {pipeline}"
+            f"teacher    {config.teacher.source}, {config.teacher.checkpoint}: tensor {tensor} x pipeline {pipeline}"
         )
-    elif config.teacher.source != "none":
+    elif config.teacher.enabled:
         lines.append(
             f"teacher    {config.teacher.source}: {config.teacher.cache or config.teacher.checkpoint}"
         )

@@ -135,7 +135,7 @@ def _tokenizer_size(config: RunConfig) -> int:
 
 
 def _teacher(config: RunConfig) -> ModelSection | None:
-    if config.teacher.source == "none" or config.teacher.checkpoint is None:
+    if not config.teacher.enabled or config.teacher.checkpoint is None:
         return None
     from megatron_kd.checkpoint.store import find_checkpoint, read_info
 

@@ -319,7 +319,7 @@ def _config(arguments: argparse.Namespace, overrides: list[str]) -> RunConfig:
             *overrides,
         ]
         config = load_config(words)
-        if arguments.teacher_preset is None or config.teacher.source != "none":
+        if arguments.teacher_preset is None or config.teacher.enabled:
             return config
         return load_config(
             [*words, "--teacher.source", "online", "--teacher.checkpoint", arguments.teacher_preset]
@@ -356,7 +356,7 @@ def _teacher(arguments: argparse.Namespace, config: RunConfig) -> ModelSection |
             raise ConfigError(
                 f"--teacher-preset: {error.errors()[0]['msg'] if hasattr(error, 'errors') else error}"
             ) from None
-    if config.teacher.source == "none" or config.teacher.checkpoint is None:
+    if not config.teacher.enabled or config.teacher.checkpoint is None:
         return None
     from megatron_kd.checkpoint.store import find_checkpoint, read_info
 
@@ -368,7 +368,7 @@ def _teacher(arguments: argparse.Namespace, config: RunConfig) -> ModelSection |
 
 def _teacher_name(arguments: argparse.Namespace, config: RunConfig) -> str:
     name = arguments.teacher_preset or config.teacher.checkpoint
-    return "" if config.teacher.source == "none" else f" from {name or 'a cache'}"
+    return f" from {name or 'a cache'}" if config.teacher.enabled else ""
 
 
 def _tokenizer_size(config: RunConfig) -> int:

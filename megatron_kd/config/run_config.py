@@ -109,17 +109,17 @@ class RunConfig(Section):
             found.append(
                 "set model.vocab_size or data.tokenizer: one of them must give the vocabulary size"
             )
-        selects = self.teacher.source != "none" or self.capture.directory is not None
+        selects = self.teacher.enabled or self.capture.directory is not None
         chooses = selects and self.distill.num_draws is None and not self.distill.dense
         if chooses and model.vocab_size is not None and self.distill.top_k > model.vocab_size:
             found.append(
                 f"distill.top_k ({self.distill.top_k}) must be at most model.vocab_size ({model.vocab_size})"
             )
-        if self.distill.dense and self.teacher.source == "cached":
+        if self.distill.dense and self.teacher.reads_cache:
             found.append(
                 'distill.dense compares whole distributions, which a cache does not hold: set teacher.source = "online"'
             )
-        if self.distill.dense and self.teacher.has_own_layout:
+        if self.distill.dense and self.teacher.has_separate_layout:
             found.append(
                 "distill.dense needs the teacher in the student's layout: unset teacher.parallel and teacher.micro_batch_size"
             )
@@ -143,16 +143,17 @@ class RunConfig(Section):
         return found + self._hidden_states_problems() + self._capture_problems()
 
     def _hidden_states_problems(self) -> list[str]:
-        pairs, source = self.distill.hidden_states, self.teacher.source
+        pairs = self.distill.hidden_states
         if not pairs:
             return []
         found = pair_problems(pairs, self.model)
-        if source != "online":
+        if not self.teacher.uses_megatron:
             found.append(
-                f'distill.hidden_states compares layers with those of a live teacher of this program, not of teacher.source = "{source}": '
+                "distill.hidden_states compares layers with those of a live teacher of this "
+                f'program, not of teacher.source = "{self.teacher.source}": '
                 'set teacher.source = "online", or remove distill.hidden_states'
             )
-        if self.teacher.has_own_layout:
+        if self.teacher.has_separate_layout:
             found.append(
                 "distill.hidden_states needs the teacher in the student's layout: unset teacher.parallel and teacher.micro_batch_size"
             )
@@ -243,7 +244,7 @@ class RunConfig(Section):
         ConfigError where its layout does not fit `world_size`.
         """
         tensor, pipeline = self.parallel.tensor, self.parallel.pipeline
-        if self.teacher.has_own_layout:
+        if self.teacher.has_separate_layout:
             tensor, pipeline, _ = self.teacher_layout(world_size)
         for name, size, by, ranks in teacher.not_divisible(tensor=tensor, stages=pipeline):
             return f"{name} = {size}, which {ranks} {by}-parallel ranks cannot share: set teacher.parallel.{by} to a divisor of {size}"

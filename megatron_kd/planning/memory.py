@@ -65,7 +65,9 @@ class Job:
         """The teacher in its layout."""
         assert self.teacher is not None
         tensor, _, micro_batch_size = self.config.teacher_layout(world_size)
-        split = self.config.parallel.sequence_parallel and not self.config.teacher.has_own_layout
+        split = (
+            self.config.parallel.sequence_parallel and not self.config.teacher.has_separate_layout
+        )
         return self._shape(self.teacher, tensor, split, micro_batch_size)
 
     def _shape(
@@ -91,7 +93,7 @@ class Job:
     @property
     def lives(self) -> bool:
         """Whether the teacher runs beside the student."""
-        return self.config.teacher.source in ("online", "huggingface") and self.teacher is not None
+        return self.config.teacher.runs_in_job and self.teacher is not None
 
 
 def run_memory(job: Job, world_size: int, *, framework: float = 0.0) -> list[RankMemory]:
@@ -153,7 +155,7 @@ def _states(job: Job, world_size: int, stage: int) -> tuple[dict[str, float], in
         # tokens, labels and positions of 8 bytes and a mask of 4, of this step and of the next one, which is being read
         "batches": 2 * 28 * step_tokens,
     }
-    if config.teacher.source != "none" and stage == config.parallel.pipeline - 1:
+    if config.teacher.enabled and stage == config.parallel.pipeline - 1:
         if config.distill.dense and job.teacher is not None:
             split = config.parallel.tensor if config.parallel.sequence_parallel else 1
             parts["targets"] = step_tokens * element * job.teacher.hidden_size / split
@@ -244,9 +246,7 @@ def _head(job: Job) -> tuple[float, float]:
         4.0 * tokens * shape.hidden / shape.sequence_split + 4.0 * chunk * shape.hidden
     )
     # What a token's loss holds: ids, log-probabilities, probabilities and statistics of each entry.
-    small = (
-        tokens * (40.0 * job.slots + 64.0) if job.config.teacher.source != "none" else 64.0 * tokens
-    )
+    small = tokens * (40.0 * job.slots + 64.0) if job.config.teacher.enabled else 64.0 * tokens
     blocks = 8.0 * width * max(1, min(chunk, BLOCK // width)) if job.device == "cpu" else 0.0
     # A CPU multiplies fp32 by fp32: bf16 weights are widened once.
     widened = weight_gradient if job.device == "cpu" and shape.element == 2 else 0.0
@@ -283,7 +283,7 @@ def _teacher_weights(job: Job, world_size: int, stage: int) -> float:
     """Of the fullest stage of the teacher, where it has a layout of its own."""
     assert job.teacher is not None
     tensor, pipeline, _ = job.config.teacher_layout(world_size)
-    stages = range(pipeline) if job.config.teacher.has_own_layout else [stage]
+    stages = range(pipeline) if job.config.teacher.has_separate_layout else [stage]
     most = max(
         rank_parameters(job.teacher, job.vocab_size, tensor=tensor, pipeline=pipeline, stage=each)
         for each in stages
@@ -294,7 +294,7 @@ def _teacher_weights(job: Job, world_size: int, stage: int) -> float:
 def _left_over(job: Job, world_size: int, stage: int) -> float:
     """What the schedules of a pipeline leave on the last stage until their next pass: the teacher's hidden states and what came in."""
     pipeline = job.config.parallel.pipeline
-    if pipeline == 1 or stage < pipeline - 1 or job.config.teacher.has_own_layout:
+    if pipeline == 1 or stage < pipeline - 1 or job.config.teacher.has_separate_layout:
         return 0.0
     return 3 * job.teacher_shape(world_size).layer_input + 2 * job.student.layer_input
 
@@ -303,7 +303,7 @@ def _teacher_moments(job: Job, world_size: int, stage: int) -> dict[str, dict[st
     """The teacher's forward: one layer, then one chunk of logits and what is chosen from it; and targets on their way."""
     shape, config = job.teacher_shape(world_size), job.config
     _, pipeline, _ = config.teacher_layout(world_size)
-    own = config.teacher.has_own_layout
+    own = config.teacher.has_separate_layout
     moments = {"teacher's layers": {"teacher activations": shape.layer_forward}}
     if stage == pipeline - 1 or own:
         width, chunk = (

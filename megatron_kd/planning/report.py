@@ -52,7 +52,7 @@ def teacher_text(plan: Plan, world_size: int) -> str:
     tensor, pipeline, size = plan.job.config.teacher_layout(world_size)
     return (
         f"tp{tensor} pp{pipeline} dp{world_size // (tensor * pipeline)} mb{size}"
-        if plan.job.config.teacher.has_own_layout
+        if plan.job.config.teacher.has_separate_layout
         else "same"
     )
 

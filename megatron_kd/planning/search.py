@@ -92,9 +92,9 @@ def evaluate(job: Job, cluster: Cluster, rates: Rates) -> Plan:
 
 def search(job: Job, cluster: Cluster, rates: Rates, *, keep: int = 40) -> Found:
     """The `keep` fastest layouts of `job` on `cluster`. ConfigError, one sentence, where none fits or none is possible."""
-    if job.config.teacher.source == "huggingface":
+    if job.config.teacher.runs_in_job and not job.config.teacher.uses_megatron:
         raise ConfigError(
-            'teacher.source = "huggingface" is not planned: convert the teacher (tools/convert_checkpoint.py) and use "online"'
+            f'teacher.source = "{job.config.teacher.source}" is not planned: convert the teacher (tools/convert_checkpoint.py) and use "online"'
         )
     options = list(_students(job, cluster))
     if not options:
@@ -231,7 +231,7 @@ class _Teacher:
 
 def _teachers(job: Job, cluster: Cluster, rates: Rates) -> Iterator[_Teacher]:
     """Layouts of the teacher over the same ranks that the program accepts."""
-    if job.config.distill.dense or job.config.teacher.source != "online":
+    if job.config.distill.dense or not job.config.teacher.uses_megatron:
         return
     assert job.teacher is not None
     base = _checked(job.config, {}, 1, "none", False)

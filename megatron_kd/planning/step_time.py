@@ -80,7 +80,7 @@ def step_time(job: Job, cluster: Cluster, rates: Rates) -> StepTime:
     if job.lives:
         assert job.teacher is not None
         parts["teacher"] = teacher_time(job, cluster, rates.teacher)
-        if config.teacher.has_own_layout:
+        if config.teacher.has_separate_layout:
             parts["exchange"] = _exchange(job, cluster)
     tokens = config.batch.global_batch_size * config.batch.sequence_length
     flops = tokens * flops_per_token(config.model, job.vocab_size, config.batch.sequence_length)
@@ -112,9 +112,7 @@ def student_time(job: Job, cluster: Cluster, rate: float) -> dict[str, float]:
         / rate
         * (4 if config.distill.head_schedule == "recompute" else 3)
     )
-    passes = LOSS_PASSES[job.device] + (
-        TARGET_PASSES[job.device] if config.teacher.source != "none" else 0
-    )
+    passes = LOSS_PASSES[job.device] + (TARGET_PASSES[job.device] if config.teacher.enabled else 0)
     rows = passes * 4 * shape.tokens * job.vocab_size / shape.tensor / cluster.row_bandwidth
     work = [
         layer_work * (4 if recompute else 3) + (stage == last) * (head_work + rows)

@@ -95,7 +95,7 @@ def _live_teacher(
     config: RunConfig, inputs: Inputs, groups: Groups, *, placement: Placement, even: bool
 ) -> TeacherSource:
     """The teacher of teacher.checkpoint in the student's layout, or in its own where it needs one."""
-    if not config.teacher.has_own_layout and not placement.reverse:
+    if not config.teacher.has_separate_layout and not placement.reverse:
         return online_teacher(
             config,
             inputs,
@@ -110,7 +110,7 @@ def _live_teacher(
         timeout_seconds=config.train.timeout_seconds,
         reversed_stages=placement.reverse,
     )
-    sequence_parallel = config.parallel.sequence_parallel and not config.teacher.has_own_layout
+    sequence_parallel = config.parallel.sequence_parallel and not config.teacher.has_separate_layout
     teacher_alone = config.model_copy(
         update={
             "parallel": ParallelSection(
@@ -128,7 +128,7 @@ def _live_teacher(
 
 def placement_of(config: RunConfig, inputs: Inputs, world_size: int) -> Placement:
     """When an online teacher runs, from teacher.overlap: the same on every rank."""
-    model, own = inputs.teacher_model, config.teacher.has_own_layout
+    model, own = inputs.teacher_model, config.teacher.has_separate_layout
     if (
         config.teacher.overlap == "none"
         or config.distill.dense

@@ -65,7 +65,7 @@ class Run:
         """Weight of the distillation loss in the coming step; 0 without a teacher."""
         return (
             alpha_at(self.progress.step, self.config.train.steps, self.config.distill)
-            if self.config.teacher.source != "none"
+            if self.config.teacher.enabled
             else 0.0
         )
 

@@ -16,7 +16,7 @@ def evaluate(run: Run) -> dict[str, dict[str, float | None]]:
     None without a teacher.
     """
     # alpha must not leave a term out of the report, and one that is 0 in this step must not need a target.
-    alpha = 0.5 if run.config.teacher.source != "none" else 0.0
+    alpha = 0.5 if run.config.teacher.enabled else 0.0
     objective = replace(run.objective, spec=replace(run.objective.spec, alpha=alpha), rules=())
     run.student.train(False)
     found = {}

@@ -81,7 +81,7 @@ def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
             f"model.vocab_size ({vocab_size}) is smaller than the vocabulary of data.tokenizer ({tokenizer.vocab_size} ids)"
         )
     if (
-        (config.teacher.source != "none" or config.capture.directory is not None)
+        (config.teacher.enabled or config.capture.directory is not None)
         and config.distill.num_draws is None
         and not config.distill.dense
         and config.distill.top_k > vocab_size
@@ -101,7 +101,7 @@ def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
     teacher = huggingface = None
     if config.teacher.source == "huggingface":
         huggingface = check_huggingface_teacher(config, vocab_size=vocab_size, digest=digest)
-    elif config.teacher.source != "none" and config.teacher.checkpoint is not None:
+    elif config.teacher.enabled and config.teacher.checkpoint is not None:
         teacher = _check_teacher(config, config.teacher.checkpoint, vocab_size, digest, world_size)
     projections = (
         projections_of(config.distill.hidden_states, config.model, teacher[1].model_section())
@@ -156,7 +156,7 @@ def _check_teacher_layout(
     config: RunConfig, model: ModelSection, folder: Path, world_size: int
 ) -> None:
     """ConfigError where the teacher cannot be cut as the run file says: by its own sizes, or by the student's."""
-    if config.teacher.source == "cached" and config.teacher.on_miss != "online":
+    if config.teacher.reads_cache and not config.teacher.falls_back:
         return
     problem = config.teacher_problem(model, world_size)
     if problem is not None:

@@ -33,9 +33,9 @@ def settings_of(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     content and not by path. Called on one rank. ConfigError where the teacher's cache cannot be read.
     """
     found = student_settings(config, inputs)
-    if config.teacher.source == "none":
+    if not config.teacher.enabled:
         return found
-    if config.teacher.source == "cached":
+    if config.teacher.reads_cache:
         try:
             found["teacher.cache"] = json.loads(
                 identity_in(Storage(str(config.teacher.cache))).to_json()
@@ -62,7 +62,7 @@ def student_settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     }
     found |= _changed("data", config.data, leave={"tokenizer", "train", "valid", "index_cache"})
     found["data.train"] = [data_digest(prefix) for prefix in config.data.train]
-    if config.teacher.source == "none":
+    if not config.teacher.enabled:
         return found | {"distill.z_loss": config.distill.z_loss} if config.distill.z_loss else found
     return found | _changed("distill", config.distill, leave=_DISTILL_LAYOUT)
 

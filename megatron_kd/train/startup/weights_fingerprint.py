@@ -74,11 +74,11 @@ def _lines(text: str) -> dict[str, str]:
 
 def _settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     found = student_settings(config, inputs)
-    if config.teacher.source == "none":
+    if not config.teacher.enabled:
         return found
     if inputs.teacher is not None:
         found["teacher.checkpoint"] = checkpoint_digest(inputs.teacher[0])
-    if config.teacher.source == "cached":
+    if config.teacher.reads_cache:
         found["teacher.cache"] = json.loads(
             CacheReader(str(config.teacher.cache)).identity.to_json()
         )
