@@ -1,7 +1,6 @@
 """One run's configuration: frozen sections, a run file with overrides, and nothing that needs torch."""
 
 from megatron_kd.config.capture_section import CaptureSection
-from megatron_kd.config.distill_section import AlphaSchedule
 from megatron_kd.config.dump import dump_toml
 from megatron_kd.config.load import load_config
 from megatron_kd.config.run_config import ConfigError, RunConfig
@@ -21,7 +20,6 @@ from megatron_kd.config.sections import (
 )
 
 __all__ = [
-    "AlphaSchedule",
     "BatchSection",
     "CaptureSection",
     "CheckpointSection",

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from megatron_kd.config.divergences import DivergenceName, sparse_problem
 from megatron_kd.config.hidden_state_pairs import HiddenStatesPair
 from megatron_kd.config.model_section import Section
+from megatron_kd.config.schedules import ALPHA_SCHEDULES, AlphaScheduleName, describe_schedules
 
-AlphaSchedule = Literal["constant", "linear_up", "linear_down", "period", "wsd", "wsd_ce"]
 AdaptiveMethod = Literal[
     "none",
     "normkd",
@@ -107,10 +107,9 @@ class DistillSection(Section):
         le=1,
         description="Largest weight of the distillation loss, in [0, 1]. Unused without a teacher.",
     )
-    alpha_schedule: AlphaSchedule = Field(
+    alpha_schedule: AlphaScheduleName = Field(
         default="constant",
-        description="Alpha over the run: constant; linear_up 0 to alpha; linear_down alpha to 0; period: alpha and 0 by turns; wsd: linear "
-        "warm-up, stable, cosine decay to 0; wsd_ce: 1 - alpha has that shape, up to the value of alpha.",
+        description=f"Alpha over the run. {describe_schedules(ALPHA_SCHEDULES)}.",
     )
     alpha_period_fraction: float = Field(
         default=0.2,

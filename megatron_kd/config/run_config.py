@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from megatron_kd.config.capture_section import CaptureSection
 from megatron_kd.config.hidden_state_pairs import pair_problems
+from megatron_kd.config.schedules import LEARNING_RATE_SCHEDULES
 from megatron_kd.config.sections import (
     BatchSection,
     CheckpointSection,
@@ -131,7 +132,8 @@ class RunConfig(Section):
             found.append(
                 f"optimizer.warmup_steps ({opt.warmup_steps}) must be at most train.steps ({train.steps})"
             )
-        if opt.schedule == "wsd" and opt.warmup_steps + opt.decay_steps > train.steps:
+        uses_decay_steps = LEARNING_RATE_SCHEDULES[opt.schedule].uses_decay_steps
+        if uses_decay_steps and opt.warmup_steps + opt.decay_steps > train.steps:
             found.append(
                 f"optimizer.warmup_steps ({opt.warmup_steps}) + optimizer.decay_steps ({opt.decay_steps}) "
                 f"must be at most train.steps ({train.steps})"

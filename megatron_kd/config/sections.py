@@ -14,6 +14,11 @@ from pydantic import Field, model_validator
 from megatron_kd.config.distill_section import DistillSection as DistillSection
 from megatron_kd.config.model_section import ModelSection as ModelSection
 from megatron_kd.config.model_section import Section as Section
+from megatron_kd.config.schedules import (
+    LEARNING_RATE_SCHEDULES,
+    LearningRateScheduleName,
+    describe_schedules,
+)
 from megatron_kd.config.teacher_section import TeacherParallelSection as TeacherParallelSection
 from megatron_kd.config.teacher_section import TeacherSection as TeacherSection
 
@@ -89,10 +94,9 @@ class OptimizerSection(Section):
         ge=0,
         description="Learning rate at the end of the schedule, at most learning_rate.",
     )
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+    schedule: LearningRateScheduleName = Field(
         default="cosine",
-        description="Learning rate after warm-up: cosine or linear to min_learning_rate, constant, or wsd (stable, then decay_steps of "
-        "decay).",
+        description=f"Learning rate after warm-up. {describe_schedules(LEARNING_RATE_SCHEDULES)}.",
     )
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up from 0.")
     decay_steps: int = Field(default=0, ge=0, description="wsd: steps of cosine decay at the end.")
@@ -117,8 +121,8 @@ class OptimizerSection(Section):
             raise ValueError(
                 f"min_learning_rate ({self.min_learning_rate}) must be at most learning_rate ({self.learning_rate})"
             )
-        if self.schedule == "wsd" and self.decay_steps == 0:
-            raise ValueError('schedule = "wsd" needs optimizer.decay_steps > 0')
+        if LEARNING_RATE_SCHEDULES[self.schedule].uses_decay_steps and self.decay_steps == 0:
+            raise ValueError(f'schedule = "{self.schedule}" needs optimizer.decay_steps > 0')
         return self
 
 
