@@ -10,6 +10,15 @@ VERSION = next(
     for line in (HERE / "megatron_kd/__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
+# The programs are installed as a sub-package. Images install the requirements before they copy them.
+PROGRAMS = {
+    package: folder
+    for package, folder in (
+        ("megatron_kd.tools", "tools"),
+        ("megatron_kd.tools.bench", "tools/bench"),
+    )
+    if (HERE / folder).is_dir()
+}
 
 setup(
     name="megatron-kd",
@@ -19,7 +28,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["megatron_kd", "megatron_kd.*"]),
+    packages=[*find_packages(include=["megatron_kd", "megatron_kd.*"]), *PROGRAMS],
+    package_dir=PROGRAMS,
+    entry_points={"console_scripts": ["megatron-kd = megatron_kd.cli:main"]},
     package_data={
         "megatron_kd.cache": ["FORMAT.md"],
         "megatron_kd.sweep": ["page.css", "page.js"],

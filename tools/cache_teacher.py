@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from megatron_kd.telemetry.progress_bar import Progress
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse, build the teacher and the data, extract."""
-    arguments, rest = _parser().parse_known_args()
+    arguments, rest = _parser().parse_known_args(argv)
     try:
         config = load_config(["--config", arguments.config, *_overrides(arguments, rest), *rest])
         if not 0 <= arguments.worker < arguments.workers:

@@ -33,9 +33,9 @@ NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ELEMENTS = 1 << 18  # of the all-reduce: a mebibyte of fp32
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse, check this rank, and on rank 0 all of them."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     try:
         rank, world_size, local_rank = world_from_environment()
     except ConfigError as error:

@@ -22,9 +22,9 @@ from megatron_kd.train.startup.input_checks import Inputs, check_inputs
 GIB = 2**30
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse, check, print."""
-    arguments, rest = _parser().parse_known_args()
+    arguments, rest = _parser().parse_known_args(argv)
     try:
         config = load_config(["--config", arguments.config, *rest])
         if arguments.extraction and not config.teacher.runs_in_job:

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 SAVED_CONFIG, MODEL_FILE = "huggingface_config.json", "model.toml"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse and convert."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except ConfigError as error:

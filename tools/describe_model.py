@@ -23,9 +23,9 @@ from megatron_kd.config import ConfigError, ModelSection, RunConfig, load_config
 from megatron_kd.config.presets import PRESETS
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse, compute, print."""
-    arguments, overrides = _parser().parse_known_args()
+    arguments, overrides = _parser().parse_known_args(argv)
     try:
         if arguments.ranks is not None and arguments.ranks < 1:
             raise ConfigError(f"--ranks ({arguments.ranks}) must be at least 1")

@@ -29,9 +29,9 @@ from megatron_kd.config import ConfigError
 from megatron_kd.parallel.world import world_from_environment
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse and measure."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     try:
         found = arguments.run(arguments)
         if world_from_environment()[0] == 0:

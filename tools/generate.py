@@ -21,9 +21,9 @@ from megatron_kd.config import ConfigError
 from megatron_kd.parallel.world import world_from_environment
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse, load, generate, print."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     try:
         return _run(arguments)
     except ConfigError as error:

@@ -27,10 +27,10 @@ from megatron_kd.config import ConfigError, load_config
 from megatron_kd.parallel.world import world_from_environment
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run one of the commands."""
     parser = _parser()
-    arguments, arguments.overrides = parser.parse_known_args()
+    arguments, arguments.overrides = parser.parse_known_args(argv)
     if arguments.overrides and not getattr(arguments, "config", None):
         parser.error(f"unknown arguments {' '.join(arguments.overrides)}")
     try:

@@ -21,7 +21,7 @@ from megatron_kd.config import ConfigError, ParallelSection
 from megatron_kd.parallel.world import world_from_environment
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Measure; rank 0 prints."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--mebibytes", type=float, default=4.0, help="size of the large all-reduce")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         found = measure(arguments)
     except ConfigError as error:

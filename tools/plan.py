@@ -56,13 +56,14 @@ from megatron_kd.storage.atomic_files import write_atomically
 TOOLS = Path(__file__).parent
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse, plan, print."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        if sys.argv[1:2] == ["calibrate"]:
-            print(_calibrate(sys.argv[2:]))
+        if words[:1] == ["calibrate"]:
+            print(_calibrate(words[1:]))
             return 0
-        arguments, overrides = _arguments()
+        arguments, overrides = _arguments(words)
         report = plan(arguments, overrides)
         if arguments.picture is not None:
             from megatron_kd.planning.picture import draw
@@ -156,12 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _arguments() -> tuple[argparse.Namespace, list[str]]:
+def _arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = _parser()
-    arguments, overrides = parser.parse_known_args()
+    arguments, overrides = parser.parse_known_args(words)
     if arguments.cluster is not None:
         parser.set_defaults(**_cluster_file(Path(arguments.cluster), vars(arguments)))
-        arguments, overrides = parser.parse_known_args()
+        arguments, overrides = parser.parse_known_args(words)
     _check(arguments)
     return arguments, overrides
 

@@ -29,9 +29,9 @@ from megatron_kd.parallel.world import world_from_environment
 _WAIT = 4 * 3600  # seconds that finished ranks wait for the last shard of others
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse, score, choose, write."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     try:
         found = _run(arguments)
         if world_from_environment()[0] == 0:

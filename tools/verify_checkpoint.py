@@ -25,7 +25,7 @@ from megatron_kd.checkpoint.store import complete_steps, has_digests, read_info,
 from megatron_kd.config import ConfigError
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Verify; one line per step, or JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -37,7 +37,7 @@ def main() -> int:
         help="a run directory, its checkpoints folder, or one step-* folder",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     folders = step_folders(arguments.path)
     if not folders:
         print(
