@@ -176,7 +176,7 @@ def bare_forward(teacher: Any, microbatches: Any) -> None:
 
     groups, chosen = teacher.groups, teacher.make_target
 
-    def only_logits(hidden: Any, weight: Any, row_keys: Any) -> None:
+    def only_logits(hidden: Any, weight: Any, token_keys: Any) -> None:
         shard = vocab_shard(
             weight.shape[0],
             rank=groups.tensor_rank,

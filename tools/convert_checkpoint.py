@@ -115,7 +115,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _from_huggingface(arguments: argparse.Namespace) -> int:
     _must_not_exist(arguments.output)
-    from megatron_kd.checkpoint.convert import open_huggingface, write_checkpoint
+    from megatron_kd.checkpoint.conversion.from_huggingface import (
+        open_huggingface,
+        write_checkpoint,
+    )
 
     if arguments.vocab_size_multiple < 1:
         raise ConfigError(
@@ -138,7 +141,7 @@ def _from_huggingface(arguments: argparse.Namespace) -> int:
 
 def _from_megatron(arguments: argparse.Namespace) -> int:
     _must_not_exist(arguments.output)
-    from megatron_kd.checkpoint.convert import adopt_checkpoint
+    from megatron_kd.checkpoint.conversion.from_megatron import adopt_checkpoint
 
     model = _read_model(arguments.model)
     assert model.vocab_size is not None
@@ -151,7 +154,7 @@ def _from_megatron(arguments: argparse.Namespace) -> int:
 
 
 def _to_huggingface(arguments: argparse.Namespace) -> int:
-    from megatron_kd.checkpoint.convert import write_huggingface
+    from megatron_kd.checkpoint.conversion.to_huggingface import write_huggingface
     from megatron_kd.checkpoint.store import find_checkpoint, read_info
 
     if not 0 < arguments.shard_gigabytes < float("inf"):

@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_kd.cache import CacheError, CacheReader
-from megatron_kd.cache.verify import discard, merge, statistics, verify
+from megatron_kd.cache.verify import merge, remove_shard, statistics, verify
 from megatron_kd.config import ConfigError, load_config
 from megatron_kd.parallel.world import world_from_environment
 
@@ -234,7 +234,7 @@ def _repair(arguments: argparse.Namespace) -> int:
             )
             return 1
         print(f"removed: {problem}")
-        discard(arguments.cache, shard)
+        remove_shard(arguments.cache, shard)
     for stray in strays:
         (arguments.cache / stray).unlink()
         print(f"removed: {stray}, not finished")

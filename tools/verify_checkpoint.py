@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_kd.checkpoint.manifest import DamagedCheckpoint, read_manifest, verify
+from megatron_kd.checkpoint.manifest import DamagedCheckpointError, read_manifest, verify
 from megatron_kd.checkpoint.store import complete_steps, has_digests, read_info, step_folder
 from megatron_kd.config import ConfigError
 
@@ -80,7 +80,7 @@ def verify_step(folder: Path) -> dict[str, Any]:
                 "problems": ["written by an earlier version, without digests"],
             }
         files = read_manifest(folder)
-    except (ConfigError, DamagedCheckpoint) as error:
+    except (ConfigError, DamagedCheckpointError) as error:
         return {**result, "seconds": 0.0, "problems": [str(error)]}
     result |= {"files": len(files), "bytes": sum(record.bytes for record in files.values())}
     with tqdm(

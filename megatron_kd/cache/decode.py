@@ -19,10 +19,10 @@ from megatron_kd.cache.sample_record import (
     FP32,
     SAMPLED,
     TAIL,
-    BadRecord,
+    BadRecordError,
     RecordParts,
     decompress,
-    take_apart,
+    parse_record,
 )
 from megatron_kd.targets.sparse import SparseTarget
 
@@ -30,7 +30,7 @@ _MOST = np.iinfo(np.int32).max
 
 
 def decode(data: bytes | memoryview) -> SparseTarget:
-    """The target [S, K] of a record, K as it went in, ids of a token rising (fp32: as they went in). BadRecord for other bytes.
+    """The target [S, K] of a record, K as it went in, ids of a token rising (fp32: as they went in). BadRecordError for other bytes.
 
     That the bytes are those that were written is for the caller's checksum to say; this finds what contradicts itself.
     """
@@ -38,20 +38,20 @@ def decode(data: bytes | memoryview) -> SparseTarget:
 
 
 def decode_many(data: Sequence[bytes | memoryview]) -> SparseTarget:
-    """The targets [B, S, K] of B records of one kind and length, K the largest of theirs. BadRecord as `decode`."""
-    records = [take_apart(one) for one in data]
+    """The targets [B, S, K] of B records of one kind and length, K the largest of theirs. BadRecordError as `decode`."""
+    records = [parse_record(one) for one in data]
     first = records[0]
     if any(
         (r.flags, r.tokens, r.temperature) != (first.flags, first.tokens, first.temperature)
         for r in records
     ):
-        raise BadRecord(
+        raise BadRecordError(
             "records of different kinds: of other lengths or temperatures, or some with and some without a part"
         )
     try:
         return _decode(records)
     except (ValueError, IndexError, zstandard.ZstdError) as error:
-        raise BadRecord(f"a section contradicts the record's header: {error}") from error
+        raise BadRecordError(f"a section contradicts the record's header: {error}") from error
 
 
 def _decode(records: Sequence[RecordParts]) -> SparseTarget:

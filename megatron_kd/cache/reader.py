@@ -21,7 +21,7 @@ from megatron_kd.cache.identity import (
     MissingTarget,
     parse_identity,
 )
-from megatron_kd.cache.sample_record import BadRecord
+from megatron_kd.cache.sample_record import BadRecordError
 from megatron_kd.cache.shard import Record, Shard, ShardInfo, parse_info, readable
 from megatron_kd.targets.keys import KEY_BYTES, sample_key
 from megatron_kd.targets.sparse import SparseTarget
@@ -29,7 +29,7 @@ from megatron_kd.targets.sparse import SparseTarget
 OPEN_BATCHES = 256  # record batches kept at hand; they are views of a memory map
 
 
-class Storage:
+class CacheFiles:
     """The files of one folder: a path, or a URL that fsspec knows (s3://, gs://, memory://, ...)."""
 
     def __init__(self, directory: str | Path) -> None:
@@ -73,7 +73,7 @@ class Storage:
             return pa.memory_map(str(Path(self.name, name)), "r")
 
 
-class Place(NamedTuple):
+class RecordPosition(NamedTuple):
     """Where a record is."""
 
     shard: int
@@ -81,7 +81,7 @@ class Place(NamedTuple):
     row: int
 
 
-def identity_in(storage: Storage) -> CacheIdentity:
+def read_identity(storage: CacheFiles) -> CacheIdentity:
     """What a cache is, from its one small file. MissingTarget where there is none, CorruptCache."""
     if IDENTITY_FILE not in storage.list():
         raise MissingTarget(
@@ -105,8 +105,8 @@ class CacheReader:
     """
 
     def __init__(self, directory: str | Path, *, expect: CacheIdentity | None = None) -> None:
-        self.storage = Storage(directory)
-        self.identity = identity_in(self.storage)
+        self.storage = CacheFiles(directory)
+        self.identity = read_identity(self.storage)
         if expect is not None:
             self.identity.check(expect, self.storage.name)
         names = self.storage.list()
@@ -165,7 +165,7 @@ class CacheReader:
     def __len__(self) -> int:
         return len(self._firsts)
 
-    def find(self, keys: Sequence[bytes]) -> list[Place | None]:
+    def find(self, keys: Sequence[bytes]) -> list[RecordPosition | None]:
         """Where the record of each key is; None where there is none."""
         wanted = np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2)
         starts = np.searchsorted(self._firsts, wanted[:, 0]).tolist()
@@ -174,11 +174,11 @@ class CacheReader:
             for start, halves in zip(starts, wanted.tolist(), strict=True)
         ]
 
-    def _from(self, start: int, first: int, second: int) -> Place | None:
+    def _from(self, start: int, first: int, second: int) -> RecordPosition | None:
         """The place of a key, whose first half stands from `start` on if anywhere."""
         while start < len(self) and self._firsts[start] == first:
             if self._seconds[start] == second:
-                return Place(*self._places[start].tolist())
+                return RecordPosition(*self._places[start].tolist())
             start += 1
         return None
 
@@ -190,7 +190,7 @@ class CacheReader:
         """The record of `key`, its checksum compared. MissingTarget, CorruptCache."""
         return self._record(key, self.find([key])[0])
 
-    def _record(self, key: bytes, place: Place | None) -> Record:
+    def _record(self, key: bytes, place: RecordPosition | None) -> Record:
         if place is None:
             raise MissingTarget(
                 f"{self.storage.name} holds no target for the sample {key.hex()} among its {len(self)}: it was made from other data, "
@@ -210,7 +210,7 @@ class CacheReader:
             np.array(halves).tobytes() for halves in zip(self._firsts, self._seconds, strict=True)
         )
 
-    def _batch(self, place: Place) -> pa.RecordBatch:
+    def _batch(self, place: RecordPosition) -> pa.RecordBatch:
         at = place.shard, place.batch
         with self._guard:
             if at in self._batches:
@@ -233,7 +233,7 @@ class CacheReader:
         ]
         try:
             targets = decode_many([record.payload for record in records])
-        except BadRecord as error:
+        except BadRecordError as error:
             for record in records:
                 self._check(record)
             raise CorruptCache(
@@ -251,18 +251,18 @@ class CacheReader:
         """CorruptCache naming this record, if it is the bad one."""
         try:
             check_record(record, self.identity)
-        except BadRecord as error:
+        except BadRecordError as error:
             raise CorruptCache(
                 f"{self.storage.name}: record {record.key.hex()}: {error}"
             ) from error
 
 
 def check_record(record: Record, identity: CacheIdentity) -> SparseTarget:
-    """The target [S, K] of a record that fits its cache; BadRecord for another."""
+    """The target [S, K] of a record that fits its cache; BadRecordError for another."""
     target = decode(record.payload)
     tokens, last = target.indices.shape[0], int(target.indices.max())
     if tokens != record.tokens or last >= identity.vocab_size:
-        raise BadRecord(
+        raise BadRecordError(
             f"it has {tokens} tokens and ids up to {last}, expected {record.tokens} tokens and ids below {identity.vocab_size}"
         )
     return target

@@ -15,7 +15,7 @@ SECTIONS = ("kept", "classes", "gaps", "base", "low", "high", "tail", "entropy")
 HEADER = struct.Struct(f"<BBHIIIId{len(SECTIONS)}I")
 
 
-class BadRecord(ValueError):
+class BadRecordError(ValueError):
     """Bytes that are not a record of this format."""
 
 
@@ -52,18 +52,22 @@ class RecordParts:
         return HEADER.pack(VERSION, *fields, *map(len, sections)) + b"".join(sections)
 
 
-def take_apart(data: bytes | memoryview) -> RecordParts:
-    """The parts of a record's bytes. BadRecord where the header is not one, or contradicts itself or the length."""
+def parse_record(data: bytes | memoryview) -> RecordParts:
+    """The parts of a record's bytes. BadRecordError where the header is not one, or contradicts itself or the length."""
     view = memoryview(data)
     if len(view) < HEADER.size:
-        raise BadRecord(f"{len(view)} bytes are too few for a record's header of {HEADER.size}")
+        raise BadRecordError(
+            f"{len(view)} bytes are too few for a record's header of {HEADER.size}"
+        )
     version, flags, slots, count, entries, draws, steps, temperature, *lengths = HEADER.unpack(
         view[: HEADER.size]
     )
     if version != VERSION:
-        raise BadRecord(f"record version {version}; this program reads {VERSION}")
+        raise BadRecordError(f"record version {version}; this program reads {VERSION}")
     if HEADER.size + sum(lengths) != len(view):
-        raise BadRecord(f"{len(view)} bytes, but the header speaks of {HEADER.size + sum(lengths)}")
+        raise BadRecordError(
+            f"{len(view)} bytes, but the header speaks of {HEADER.size + sum(lengths)}"
+        )
     sections: dict[str, bytes | memoryview] = {}
     start = HEADER.size
     for name, length in zip(SECTIONS, lengths, strict=True):
@@ -74,11 +78,11 @@ def take_apart(data: bytes | memoryview) -> RecordParts:
         not record.tokens <= record.entries <= record.tokens * record.slots
         or not record.temperature > 0
     ):
-        raise BadRecord(
+        raise BadRecordError(
             f"{record.entries} entries for {record.tokens} tokens of at most {record.slots}, at {record.temperature}"
         )
     if not record.flags & (SAMPLED | FP32) and record.entries and not record.steps:
-        raise BadRecord("levels of no width")
+        raise BadRecordError("levels of no width")
     return record
 
 

@@ -90,7 +90,7 @@ class StagedWriter:
         self._uncommitted = True
 
     def close(self) -> None:
-        """Let others write. What no checkpoint can hold is dropped; what one may hold is for `settle` to judge."""
+        """Let others write. What no checkpoint can hold is dropped; what one may hold is for `reconcile` to judge."""
         if self._open is not None:
             self._open.discard()
             self._open = None
@@ -101,7 +101,7 @@ class StagedWriter:
         self._lock.release()
 
 
-def settle(directory: Path, step: int) -> None:
+def reconcile(directory: Path, step: int) -> None:
     """Decide about what a killed job has left hidden, of any worker, now that training goes on at `step`.
 
     One process does so while it holds a worker's lock and before the others take theirs. Raises WrongCache where the cache

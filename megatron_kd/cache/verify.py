@@ -18,8 +18,8 @@ from megatron_kd.cache.identity import (
     parse_identity,
     write_identity,
 )
-from megatron_kd.cache.reader import CacheReader, Storage, check_record
-from megatron_kd.cache.sample_record import BadRecord
+from megatron_kd.cache.reader import CacheFiles, CacheReader, check_record
+from megatron_kd.cache.sample_record import BadRecordError
 from megatron_kd.cache.shard import Record, Shard, ShardWriter, parse_info
 from megatron_kd.cache.writer import WriterLock
 from megatron_kd.storage.atomic_files import file_digest
@@ -66,7 +66,7 @@ class CacheStatistics:
         }
 
 
-def records_of(reader: CacheReader) -> Iterator[Record]:
+def iterate_records(reader: CacheReader) -> Iterator[Record]:
     """Every record of the cache, shard by shard, its checksum compared."""
     for shard in reader.shards:
         yield from _records_of(shard)
@@ -82,7 +82,7 @@ def _records_of(shard: Shard) -> Iterator[Record]:
 def statistics(reader: CacheReader, samples: int | None = None) -> CacheStatistics:
     """Of the first `samples` records; None: of all."""
     found = CacheStatistics()
-    for number, record in enumerate(records_of(reader)):
+    for number, record in enumerate(iterate_records(reader)):
         if number == samples:
             break
         found.add(record)
@@ -91,7 +91,7 @@ def statistics(reader: CacheReader, samples: int | None = None) -> CacheStatisti
 
 def verify(directory: Path) -> tuple[dict[str, str], list[str]]:
     """Reads every byte. Returns what is wrong with which file, and files that belong to no finished shard."""
-    storage = Storage(directory)
+    storage = CacheFiles(directory)
     names = storage.list()
     problems: dict[str, str] = {}
     try:
@@ -114,7 +114,7 @@ def verify(directory: Path) -> tuple[dict[str, str], list[str]]:
     return problems, strays
 
 
-def _verify_shard(storage: Storage, directory: Path, name: str, identity: CacheIdentity) -> None:
+def _verify_shard(storage: CacheFiles, directory: Path, name: str, identity: CacheIdentity) -> None:
     info = parse_info(storage.read(name), storage.path(name))
     path = directory / info.file
     if not path.exists():
@@ -139,13 +139,13 @@ def _verify_records(shard: Shard) -> None:
         found += 1
         try:
             check_record(record, identity)
-        except BadRecord as error:
+        except BadRecordError as error:
             raise CorruptCache(f"{path}: record {record.key.hex()}: {error}") from error
     if found != info.records:
         raise CorruptCache(f"{path}: {found} records, expected {info.records}")
 
 
-def discard(directory: Path, shard: str) -> None:
+def remove_shard(directory: Path, shard: str) -> None:
     """Remove a bad shard, so that the next extraction writes it again; its description goes first."""
     for ending in (".json", ".arrow"):
         (directory / f"{shard}{ending}").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""One thing to be done with files while the process does something else, and what there is to say about it."""
+"""One thing to be done with files while the process does something else, and what there is to report_phase about it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 RUNNING, DONE, FAILED = 1, 0, 2
 
 
-class Job:
-    """`work(say)` in a thread; `say(phase)` tells where it is. Not waited for at exit: a process must not hang on a disk that does.
+class BackgroundJob:
+    """`work(report_phase)` in a thread; `report_phase(phase)` tells where it is. Not waited for at exit: a process must not hang on a disk that does.
 
     limit_seconds: after these it has failed, whatever becomes of it. low_priority: give way to the training.
     """

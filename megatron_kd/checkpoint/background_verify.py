@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kd.checkpoint.background_job import lower_priority
-from megatron_kd.checkpoint.manifest import one_sentence, verify
+from megatron_kd.checkpoint.manifest import summarize_problems, verify
 from megatron_kd.checkpoint.store import prune, step_folder
 
 
@@ -126,7 +126,7 @@ class Verifier:
             step_folder(self._checkpoints, step), from_disk=True, progress=self._look_up
         )
         if problems:
-            self.bad[step] = one_sentence(problems)
+            self.bad[step] = summarize_problems(problems)
             message = f"the checkpoint of step {step} was written and does not read back: {self.bad[step]}; older ones are kept"
             self._log.warn("damaged", step, message)
             return False

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_kd.checkpoint.files import BACKEND, COMMON, DigestingFiles
 from megatron_kd.checkpoint.manifest import FileRecord, wait_for_folder
 
-Said = Callable[[str], None]
+PhaseReporter = Callable[[str], None]
 
 
 class StateWriter(FileSystemWriterAsync):
@@ -68,16 +68,16 @@ class StateWriter(FileSystemWriterAsync):
         torch.save(common, content)
         self._bytes = {COMMON: content.getvalue(), "metadata.json": json.dumps(BACKEND).encode()}
 
-    def write(self, say: Said) -> list[WriteResult]:
+    def write(self, report_phase: PhaseReporter) -> list[WriteResult]:
         """Write this rank's files and make them durable."""
         results: list[WriteResult] = []
         wait_for_folder(self.folder)
         for name, content in self._bytes.items():
-            say(f"writing {name}")
+            report_phase(f"writing {name}")
             with self.fs.create_stream(self.folder / name, "xb") as stream:
                 stream.write(content)
         if self._items:
-            say(f"writing {self._name}")
+            report_phase(f"writing {self._name}")
             with self.fs.create_stream(self.folder / self._name, "xb") as stream:
                 for item, data in self._items:
                     data = _alone(data)

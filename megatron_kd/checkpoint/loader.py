@@ -50,7 +50,7 @@ class _Planner(MCoreLoadPlanner):
         )
 
 
-class LoadSharded(TorchDistLoadShardedStrategy):
+class ShardedLoadStrategy(TorchDistLoadShardedStrategy):
     """megatron-core's strategy with a reader and a planner of our own. what: the run-file key that an error names."""
 
     def __init__(self, *, what: str) -> None:
@@ -84,7 +84,7 @@ class LoadSharded(TorchDistLoadShardedStrategy):
         return restored
 
 
-class LoadCommon(TorchCommonLoadStrategy):
+class CommonLoadStrategy(TorchCommonLoadStrategy):
     """megatron-core's strategy, which says in so many words that nothing but plain values may come out of the file."""
 
     def load_common(self, checkpoint_dir: str | Path) -> Any:

@@ -29,7 +29,7 @@ _CHUNK = 1 << 20
 _THREADS = 4
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpointError(ValueError):
     """A checkpoint is not what was written; one sentence says which file, what was expected and what was found."""
 
 
@@ -115,14 +115,14 @@ def seal(folder: Path, files: Mapping[str, FileRecord]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
-    """What the folder must hold, by name. DamagedCheckpoint where that is not to be known."""
+    """What the folder must hold, by name. DamagedCheckpointError where that is not to be known."""
     told = _read_small(folder, COMMIT)
     data = _read_small(folder, MANIFEST)
     try:
         expected = json.loads(told)["manifest_sha256"]
         found = hashlib.sha256(data).hexdigest()
         if found != expected:
-            raise DamagedCheckpoint(
+            raise DamagedCheckpointError(
                 f"{folder / MANIFEST} has SHA-256 {found}, {COMMIT} says {expected}"
             )
         content = json.loads(data, object_pairs_hook=_without_repeats)
@@ -132,9 +132,9 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
             )
         return {name: _record(name, entry) for name, entry in content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, DamagedCheckpoint):
+        if isinstance(error, DamagedCheckpointError):
             raise
-        raise DamagedCheckpoint(
+        raise DamagedCheckpointError(
             f"{folder / MANIFEST} or {COMMIT} beside it is not a list of files and digests ({error})"
         ) from error
 
@@ -149,7 +149,7 @@ def _record(name: str, entry: Any) -> FileRecord:
 
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name) or name in (".", "..", MANIFEST, COMMIT):
-        raise DamagedCheckpoint(
+        raise DamagedCheckpointError(
             f"a file of a checkpoint cannot be called {name[:200]!r}: names are plain, without folders"
         )
 
@@ -167,9 +167,9 @@ def _read_small(folder: Path, name: str) -> bytes:
         with os.fdopen(descriptor, "rb") as stream:
             return stream.read()
     except FileNotFoundError:
-        raise DamagedCheckpoint(f"{folder / name} is missing") from None
+        raise DamagedCheckpointError(f"{folder / name} is missing") from None
     except OSError as error:
-        raise DamagedCheckpoint(
+        raise DamagedCheckpointError(
             f"{folder / name} cannot be read ({error.strerror or error})"
         ) from error
 
@@ -219,7 +219,7 @@ def file_problem(folder: Path, name: str) -> str | None:
     """What is wrong with one file of a checkpoint, or with the manifest that should list it."""
     try:
         record = read_manifest(folder).get(name)
-    except DamagedCheckpoint as error:
+    except DamagedCheckpointError as error:
         return str(error)
     return (
         f"{folder / name} is not in {MANIFEST}"
@@ -233,7 +233,7 @@ def _look(folder: Path) -> tuple[dict[str, FileRecord], list[str]]:
     try:
         files = read_manifest(folder)
         present = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
-    except DamagedCheckpoint as error:
+    except DamagedCheckpointError as error:
         return {}, [str(error)]
     except OSError as error:
         return {}, [f"{folder} cannot be read ({error.strerror or error})"]
@@ -315,7 +315,7 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def one_sentence(problems: Iterable[str]) -> str:
+def summarize_problems(problems: Iterable[str]) -> str:
     """The first problem, and how many more there are."""
     first, *more = problems
     return f"{first}; and {len(more)} more" if more else first

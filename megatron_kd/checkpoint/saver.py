@@ -21,9 +21,9 @@ import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_kd.checkpoint.background_job import DONE, FAILED, RUNNING, Job
+from megatron_kd.checkpoint.background_job import DONE, FAILED, RUNNING, BackgroundJob
 from megatron_kd.checkpoint.background_verify import CheckpointLog, Verifier
-from megatron_kd.checkpoint.distributed_writer import Said, StateWriter, plan_save
+from megatron_kd.checkpoint.distributed_writer import PhaseReporter, StateWriter, plan_save
 from megatron_kd.checkpoint.manifest import FileRecord, wait_for_sizes
 from megatron_kd.checkpoint.sharded_state import OptimizerState, training_state
 from megatron_kd.checkpoint.store import (
@@ -54,7 +54,7 @@ class _Save:
     pending: PendingCheckpoint
     writer: StateWriter
     metadata: Metadata | None
-    job: Job
+    job: BackgroundJob
     begin: float
     stalled: float = 0.0
     committing: bool = False
@@ -153,8 +153,8 @@ class Saver:
             )
         self._tight = free < 2 * size
 
-    def _start(self, work: Callable[[Said], Any]) -> Job:
-        return Job(
+    def _start(self, work: Callable[[PhaseReporter], Any]) -> BackgroundJob:
+        return BackgroundJob(
             work,
             limit_seconds=self._section.timeout_seconds,
             low_priority=self._section.asynchronous,
@@ -181,20 +181,23 @@ class Saver:
         written = to_rank_zero((save.job.result, save.writer.records))
         save.committing = True
         save.job = self._start(
-            lambda say: self._commit(save, written, say) if self._first else None
+            lambda report_phase: self._commit(save, written, report_phase) if self._first else None
         )
 
     def _commit(
-        self, save: _Save, written: list[tuple[Any, dict[str, FileRecord]]], say: Said
+        self,
+        save: _Save,
+        written: list[tuple[Any, dict[str, FileRecord]]],
+        report_phase: PhaseReporter,
     ) -> dict[str, FileRecord]:
-        say("collecting what all ranks have written")
+        report_phase("collecting what all ranks have written")
         self.check()
         files = {name: record for _, records in written for name, record in records.items()}
         wait_for_sizes(save.pending.folder, files)
-        say("writing .metadata")
+        report_phase("writing .metadata")
         assert save.metadata is not None
         save.writer.finish(save.metadata, [results for results, _ in written])
-        say("writing the manifest")
+        report_phase("writing the manifest")
         return save.pending.commit(save.info, {**files, **save.writer.records})
 
     def _finish(self, save: _Save) -> None:

@@ -14,9 +14,9 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_kd.checkpoint.loader import LoadCommon, LoadSharded
+from megatron_kd.checkpoint.loader import CommonLoadStrategy, ShardedLoadStrategy
 from megatron_kd.checkpoint.manifest import STALE_SECONDS, verify
-from megatron_kd.checkpoint.store import CheckpointInfo, damage, has_digests, read_info
+from megatron_kd.checkpoint.store import CheckpointInfo, damage_message, has_digests, read_info
 from megatron_kd.checkpoint.tensors import read_metadata
 from megatron_kd.config import ConfigError
 from megatron_kd.models.projections import PROJECTIONS
@@ -70,7 +70,7 @@ def check_together(folder: Path, info: CheckpointInfo, *, what: str) -> None:
     """ConfigError on every rank where a file of the checkpoint is not what was written. Collective over the world."""
     problems = find_damage(folder, info)
     if problems:
-        raise ConfigError(f"{what}: {damage(problems)}")
+        raise ConfigError(f"{what}: {damage_message(problems)}")
 
 
 def load_weights(folder: Path, models: Sequence[GPTModel], *, what: str) -> None:
@@ -140,7 +140,7 @@ def _load(state: dict[str, Any], folder: Path, what: str) -> dict[str, Any]:
     raise_together(problem, ConfigError)
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(
-            state, str(folder), LoadSharded(what=what), LoadCommon()
+            state, str(folder), ShardedLoadStrategy(what=what), CommonLoadStrategy()
         )
     except (
         CheckpointingException,

@@ -20,8 +20,8 @@ from megatron_kd.checkpoint.manifest import (
     COMMIT,
     MANIFEST,
     FileRecord,
-    one_sentence,
     seal,
+    summarize_problems,
     verify,
     write_file,
 )
@@ -131,7 +131,7 @@ def check_digests(folder: Path, info: CheckpointInfo, *, what: str) -> None:
     """ConfigError where a file of the checkpoint is not what was written. Reads all of them; no collective."""
     problems = verify(folder) if has_digests(folder, info) else []
     if problems:
-        raise ConfigError(f"{what}: {damage(problems)}")
+        raise ConfigError(f"{what}: {damage_message(problems)}")
 
 
 def has_digests(folder: Path, info: CheckpointInfo) -> bool:
@@ -139,9 +139,9 @@ def has_digests(folder: Path, info: CheckpointInfo) -> bool:
     return info.format > 1 or any((folder / name).exists() for name in (MANIFEST, COMMIT))
 
 
-def damage(problems: Iterable[str]) -> str:
+def damage_message(problems: Iterable[str]) -> str:
     """One sentence for the files that are wrong."""
-    return f"{one_sentence(problems)}: the checkpoint is damaged, use another copy or another step"
+    return f"{summarize_problems(problems)}: the checkpoint is damaged, use another copy or another step"
 
 
 def check_same_model(
@@ -242,7 +242,7 @@ def remove_leftovers(checkpoints: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def set_aside(folder: Path) -> Path:
+def quarantine(folder: Path) -> Path:
     """Give a damaged checkpoint a name under which nothing looks for it; returns that."""
     aside = folder.with_name(f"damaged-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)

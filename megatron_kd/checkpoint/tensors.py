@@ -243,7 +243,7 @@ class _Fill:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """One slice of a tensor to be written: [shape] at `offset` of the tensor's `whole` shape; `load` is called when its turn comes."""
 
     name: str
@@ -254,8 +254,8 @@ class Piece:
     load: Callable[[], Tensor]
 
 
-def write_pieces(
-    folder: Path, pieces: Iterable[Piece], *, objects: Iterable[str] = ()
+def write_slices(
+    folder: Path, pieces: Iterable[TensorSlice], *, objects: Iterable[str] = ()
 ) -> dict[str, FileRecord]:
     """Write a distributed checkpoint that megatron-core loads in any layout, holding one piece in memory at a time; returns its files.
 
@@ -284,7 +284,7 @@ def write_pieces(
 
 
 class _LazyPlanner(SavePlanner):
-    def __init__(self, pieces: list[Piece], objects: list[str]) -> None:
+    def __init__(self, pieces: list[TensorSlice], objects: list[str]) -> None:
         self.pieces = {(piece.name, piece.offset): piece for piece in pieces}
         self.objects = objects
 
@@ -332,7 +332,7 @@ class _LazyPlanner(SavePlanner):
         return tensor
 
 
-def _write_item(piece: Piece) -> WriteItem:
+def _write_item(piece: TensorSlice) -> WriteItem:
     return WriteItem(
         index=MetadataIndex(piece.name, torch.Size(piece.offset)),
         type=WriteItemType.SHARD,

@@ -15,7 +15,7 @@ import torch
 
 from megatron_kd.config.run_config import ConfigError
 from megatron_kd.data.dataset import TokenDataset
-from megatron_kd.targets.keys import mark_starts, read_starts, sample_keys
+from megatron_kd.targets.keys import mark_starts, sample_keys, unmark_starts
 from megatron_kd.targets.sparse import SparseTarget
 
 Attach = Callable[[torch.Tensor, torch.Tensor], SparseTarget | None]
@@ -57,7 +57,7 @@ class Microbatch:
         keys: torch.Tensor | None = None,
     ) -> Microbatch:
         """named: int64 [B, S], see `TokenDataset`; the other tensors as above; attach: see `BatchSource`; keys: where they are known."""
-        tokens, starts = read_starts(named)
+        tokens, starts = unmark_starts(named)
         positions = (
             torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens).contiguous()
         )

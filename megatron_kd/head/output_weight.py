@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_kd.head.logit_rows import PUNCHED, ChunkRows, buffer_width, chunk_rows
+from megatron_kd.head.logit_rows import MASKED, ChunkRows, buffer_width, chunk_rows
 from megatron_kd.head.token_chunks import HiddenChunks, TokenChunks
 from megatron_kd.parallel.collectives import Group
 from megatron_kd.parallel.vocab_shards import VocabShard
@@ -114,5 +114,5 @@ def given_logits(logits: Tensor, shard: VocabShard, chunks: TokenChunks) -> Chun
         chunk[:, : shard.valid] = logits[part, : shard.valid]
         yield (
             part,
-            chunk_rows(chunk.clamp_(min=PUNCHED), shard.valid),
+            chunk_rows(chunk.clamp_(min=MASKED), shard.valid),
         )  # masked-out ids come as -inf

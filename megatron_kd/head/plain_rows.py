@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Stands for "not here" among logits. Finite, so that 0 * PUNCHED is 0: with -inf the entropy's p * z would be NaN.
-PUNCHED = -1e30
+# Stands for "not here" among logits. Finite, so that 0 * MASKED is 0: with -inf the entropy's p * z would be NaN.
+MASKED = -1e30
 # Columns whose maximum is found first when the largest logits of a row are looked for.
 TILE = 32
 # Logits per block: on a CPU with one scratch copy they fit a second-level cache; on a GPU scratch is 64 MiB.
@@ -40,7 +40,7 @@ def buffer_width(valid: int) -> int:
 class PlainRows:
     """Logits [C, W] of a chunk, before temperature; columns from `valid` on are the sink and padding. All methods are local.
 
-    `split` leaves PUNCHED at the columns it lifts out; `gradient` consumes the logits. gradient_dtype: the type in which the
+    `split` leaves MASKED at the columns it lifts out; `gradient` consumes the logits. gradient_dtype: the type in which the
     caller would take the gradient; here it is the buffer's whatever is asked for.
     """
 
@@ -49,7 +49,7 @@ class PlainRows:
     def __init__(
         self, buffer: Tensor, valid: int, gradient_dtype: torch.dtype | None = None
     ) -> None:
-        buffer[:, valid:] = PUNCHED
+        buffer[:, valid:] = MASKED
         self.buffer, self.valid = buffer, valid
         self.gradient_dtype = buffer.dtype
 
@@ -73,7 +73,7 @@ class PlainRows:
             :, self.valid :
         ] = -torch.inf  # padding must not stand before logits that someone has masked out
         found = _top(self.buffer, count)
-        self.buffer[:, self.valid :] = PUNCHED
+        self.buffer[:, self.valid :] = MASKED
         return found
 
     def mass(self, temperature: float) -> tuple[Tensor, Tensor]:
@@ -134,9 +134,9 @@ class PlainRows:
             )
             if total:
                 out[:, 3] = block[:, : self.valid].sum(1)
-            block.scatter_(1, columns[part], PUNCHED)
+            block.scatter_(1, columns[part], MASKED)
             largest = block.amax(1)
-            largest = torch.where(largest <= PUNCHED, 0.0, largest)
+            largest = torch.where(largest <= MASKED, 0.0, largest)
             out[:, 0] = largest
             if not two:
                 out[:, 1] = self._exp_sum(block, largest, shifted)

@@ -5,7 +5,7 @@ bit for bit. Within a program a store and a later load of the same bytes, or a l
 threads: a barrier stands between them. Offsets of rows are 64-bit: a chunk may hold more than 2^31 logits. Values are widened to
 fp32 as they are loaded, and nothing else is computed in a narrower type.
 
-Shapes: C tokens, W columns stored per row of which the first n are logits and the rest PUNCHED, T = W / TILE tiles, K ids.
+Shapes: C tokens, W columns stored per row of which the first n are logits and the rest MASKED, T = W / TILE tiles, K ids.
 """
 
 # Types are checked by Triton's compiler, not by mypy: a kernel's arguments are pointers and scalars of the device.
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from megatron_kd.head import plain_rows as plain
 
-PUNCHED = tl.constexpr(plain.PUNCHED)
+MASKED = tl.constexpr(plain.MASKED)
 TILE = tl.constexpr(plain.TILE)
 
 
@@ -34,11 +34,11 @@ def _temperature_of(temperature, row, PER_ROW: tl.constexpr):
 def _tile_sums(z, temperature, HAS_TEMPERATURE: tl.constexpr, ENTROPY: tl.constexpr):
     """z [B, TILE] -> its largest logit m, sums of exp(z - m), exp((z - m) / temperature) and (z - m) exp(z - m): [B] each.
 
-    A tile of nothing but PUNCHED has sums, too: they count for nothing beside any logit, nor beside the 0 of a row without one.
+    A tile of nothing but MASKED has sums, too: they count for nothing beside any logit, nor beside the 0 of a row without one.
     A NaN makes the sums and m NaN (a GPU's maximum alone passes over it).
     """
     largest = tl.max(z, 1)
-    shifted = z - tl.maximum(largest, PUNCHED)[:, None]
+    shifted = z - tl.maximum(largest, MASKED)[:, None]
     exp = tl.exp(shifted)
     mass = tl.sum(exp, 1)
     mass_t, weighted = mass, mass
@@ -73,7 +73,7 @@ def tile_kernel(
     tile = tl.program_id(0) % parts * TILES + tl.arange(0, TILES)
     inside = tile < tiles
     column = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    z = tl.load(logits + row * width + column, mask=inside[:, None], other=PUNCHED).to(tl.float32)
+    z = tl.load(logits + row * width + column, mask=inside[:, None], other=MASKED).to(tl.float32)
     top, exp, exp_t, weight = _tile_sums(
         z, _temperature_of(temperature, row, PER_ROW), HAS_TEMPERATURE, ENTROPY
     )
@@ -90,7 +90,7 @@ def tile_kernel(
 
 @triton.jit
 def _lift_out(logits, columns, count, valid, support, IDS: tl.constexpr):
-    """Moves a row's logits at `columns` to `support`, -inf for what is elsewhere, and leaves PUNCHED; ends with a barrier."""
+    """Moves a row's logits at `columns` to `support`, -inf for what is elsewhere, and leaves MASKED; ends with a barrier."""
     lane = tl.arange(0, IDS)
     for start in range(0, count, IDS):
         slot = start + lane
@@ -100,7 +100,7 @@ def _lift_out(logits, columns, count, valid, support, IDS: tl.constexpr):
     tl.debug_barrier()  # the label, read before, may be one of the ids, and threads share small loads
     for start in range(0, count, IDS):
         column = tl.load(columns + start + lane, mask=start + lane < count, other=valid)
-        tl.store(logits + column, tl.full((IDS,), PUNCHED, tl.float32), mask=column < valid)
+        tl.store(logits + column, tl.full((IDS,), MASKED, tl.float32), mask=column < valid)
     tl.debug_barrier()
 
 
@@ -125,7 +125,7 @@ def _sum_again(
         column = tl.load(columns + start + lane, mask=start + lane < count, other=valid)
         here, tile = column < valid, column // TILE
         entry = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
-        z = tl.load(logits + entry, mask=here[:, None], other=PUNCHED).to(tl.float32)
+        z = tl.load(logits + entry, mask=here[:, None], other=MASKED).to(tl.float32)
         top, exp, exp_t, weight = _tile_sums(z, temperature, HAS_TEMPERATURE, ENTROPY)
         tl.store(largest + tile, top, mask=here)
         tl.store(mass + tile, exp, mask=here)
@@ -161,7 +161,7 @@ def split_kernel(
 ):
     """`PlainRows.split` of a row whose tiles have been summed by `tile_kernel`: grid (C,).
 
-    Reads K logits, stores PUNCHED in their place, sums their tiles again without them, and merges the row's tiles. IDS ids and
+    Reads K logits, stores MASKED in their place, sums their tiles again without them, and merges the row's tiles. IDS ids and
     TILES tiles at a time.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -217,21 +217,21 @@ def _merge_tiles(
     ENTROPY: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """A row's tiles -> its largest logit m (0 if nothing is above PUNCHED), and the three sums of `_tile_sums` relative to m."""
+    """A row's tiles -> its largest logit m (0 if nothing is above MASKED), and the three sums of `_tile_sums` relative to m."""
     lane = tl.arange(0, TILES)
-    highest = tl.full((TILES,), PUNCHED, tl.float32)
+    highest = tl.full((TILES,), MASKED, tl.float32)
     for start in range(0, tiles, TILES):
         highest = tl.maximum(
-            highest, tl.load(largest + start + lane, mask=start + lane < tiles, other=PUNCHED)
+            highest, tl.load(largest + start + lane, mask=start + lane < tiles, other=MASKED)
         )
     m = tl.max(highest, 0)
-    m = tl.where(m <= PUNCHED, 0.0, m)
+    m = tl.where(m <= MASKED, 0.0, m)
     sum_1 = tl.zeros((TILES,), tl.float32)
     sum_t = tl.zeros((TILES,), tl.float32)
     sum_w = tl.zeros((TILES,), tl.float32)
     for start in range(0, tiles, TILES):
         at = start + lane
-        below = tl.maximum(tl.load(largest + at, mask=at < tiles, other=PUNCHED), PUNCHED) - m
+        below = tl.maximum(tl.load(largest + at, mask=at < tiles, other=MASKED), MASKED) - m
         part = tl.load(mass + at, mask=at < tiles, other=0.0)
         exp = tl.exp(below)
         sum_1 += part * exp
@@ -360,7 +360,7 @@ def gradient_kernel(
     if not HAS_TEMPERATURE:
         a += a_t
     where, extra = tl.load(label + row), tl.load(label_value + row)
-    z_label = tl.load(logits + where, mask=where < valid, other=PUNCHED).to(tl.float32)
+    z_label = tl.load(logits + where, mask=where < valid, other=MASKED).to(tl.float32)
     lane = tl.arange(0, BLOCK)
     whole = valid // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
@@ -370,7 +370,7 @@ def gradient_kernel(
         tl.store(gradient + start + lane, slope.to(gradient.dtype.element_ty))
     if whole < valid:
         inside = whole + lane < valid
-        z = tl.load(logits + whole + lane, mask=inside, other=PUNCHED).to(tl.float32)
+        z = tl.load(logits + whole + lane, mask=inside, other=MASKED).to(tl.float32)
         tl.debug_barrier()
         slope = _slope(z, m, a, a_t, away, t, HAS_TEMPERATURE)
         tl.store(gradient + whole + lane, slope.to(gradient.dtype.element_ty), mask=inside)

@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 
 from megatron_kd.config.divergences import DIVERGENCES
-from megatron_kd.head.logit_rows import PUNCHED
+from megatron_kd.head.logit_rows import MASKED
 
-ABSENT = PUNCHED
+ABSENT = MASKED
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class _GivenLogits(torch.autograd.Function):
         )
         for part, chunk in given_logits(rows, shard, chunks):
             ones = torch.ones_like(losses[0, part])
-            rows_of = target.rows(part.start, part.stop) if target is not None else None
+            rows_of = target.slice(part.start, part.stop) if target is not None else None
             token_loss = TokenLoss(chunk, labels[part], ones, rows_of, spec, shard, group)
             loss = token_loss.loss()
             losses[0, part], losses[1, part], losses[2, part] = loss.total, loss.ce, loss.kd

@@ -25,7 +25,7 @@ def mark_starts(tokens: Tensor, starts: Tensor) -> Tensor:
     return tokens + starts.to(torch.int64) * _START
 
 
-def read_starts(named: Tensor) -> tuple[Tensor, Tensor]:
+def unmark_starts(named: Tensor) -> tuple[Tensor, Tensor]:
     """What `mark_starts` was given: ids int64 [...] and starts bool [...]."""
     starts = named < 0
     return named - starts.to(torch.int64) * _START, starts
@@ -42,12 +42,12 @@ def sample_keys(tokens: Tensor) -> Tensor:
     return torch.from_numpy(np.frombuffer(joined, dtype="<i8").reshape(-1, 2).copy())
 
 
-def key_of(words: Tensor) -> bytes:
+def key_from_words(words: Tensor) -> bytes:
     """The two int64 of `sample_keys` [2] as the key again."""
     return words.cpu().numpy().astype("<i8").tobytes()
 
 
-def row_keys(keys: Tensor, sequence_length: int) -> Tensor:
+def token_keys(keys: Tensor, sequence_length: int) -> Tensor:
     """int64 [S, B], what random draws of a token depend on besides the seed: its sample [B, 2] and its position in it."""
     position = torch.arange(sequence_length, device=keys.device)
     return keys[:, 0].unsqueeze(0) + position.unsqueeze(1)

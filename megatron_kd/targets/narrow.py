@@ -7,7 +7,7 @@ import re
 import torch
 
 from megatron_kd.targets.select import TopSelection
-from megatron_kd.targets.sparse import SparseTarget, likeliest_first
+from megatron_kd.targets.sparse import SparseTarget, sort_by_logprob
 
 _TEXT = re.compile(
     r"TopSelection\(top_k=(\d+), top_p=([\d.e-]+), min_k=(\d+), temperature=([\d.e-]+)\)"
@@ -24,7 +24,7 @@ def parse_top_selection(text: str) -> TopSelection | None:
     )
 
 
-def is_part(wanted: TopSelection, stored: TopSelection) -> bool:
+def is_contained(wanted: TopSelection, stored: TopSelection) -> bool:
     """Whether what `wanted` keeps of any token is among what `stored` kept, and what it says of the tail can be computed.
 
     Both at temperature 1: the mass of the stored entries at another one is not known.
@@ -40,7 +40,7 @@ def narrow(target: SparseTarget, wanted: TopSelection) -> SparseTarget:
     As the selection itself would choose: by falling probability, ties to the smaller id; the prefix whose mass reaches top_p.
     """
     used = target.indices >= 0
-    ids, log_q = likeliest_first(target.indices, torch.where(used, target.logprobs, -torch.inf))
+    ids, log_q = sort_by_logprob(target.indices, torch.where(used, target.logprobs, -torch.inf))
     ids = torch.where(log_q > -torch.inf, ids, -1)
     keep = torch.arange(ids.shape[-1], device=ids.device) < wanted.top_k
     if wanted.top_p < 1.0:

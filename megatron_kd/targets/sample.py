@@ -11,7 +11,7 @@ from megatron_kd.head.logit_rows import ChunkRows
 from megatron_kd.head.statistics import row_statistics
 from megatron_kd.parallel.collectives import Group, all_gather, group_rank
 from megatron_kd.parallel.vocab_shards import VocabShard
-from megatron_kd.targets.select import target_of
+from megatron_kd.targets.select import target_at
 from megatron_kd.targets.sparse import SparseTarget
 
 
@@ -75,7 +75,7 @@ class SampleSelection:
         logprobs = (count / self.num_draws).log()
         if self.values == "probabilities" or self.power != 1.0:
             known = (
-                target_of(rows, indices, shard, group, temperature=self.temperature).logprobs
+                target_at(rows, indices, shard, group, temperature=self.temperature).logprobs
                 / self.temperature
             )
             weighed = (

@@ -15,7 +15,7 @@ from megatron_kd.head.statistics import row_logsumexp, row_statistics
 from megatron_kd.head.token_chunks import TokenChunks
 from megatron_kd.parallel.collectives import Group, all_gather, group_rank, group_size
 from megatron_kd.parallel.vocab_shards import VocabShard, vocab_shard
-from megatron_kd.targets.sparse import SparseTarget, likeliest_first
+from megatron_kd.targets.sparse import SparseTarget, sort_by_logprob
 
 
 class Selection(Protocol):
@@ -69,13 +69,13 @@ class TopSelection:
             keep = mass.cumsum(-1) - mass < self.top_p
             keep[:, : self.min_k] = True
             indices = torch.where(keep, indices, -1)
-        found = target_of(rows, indices, shard, group, temperature=self.temperature)
+        found = target_at(rows, indices, shard, group, temperature=self.temperature)
         # Of two different logits the log-probabilities can be the same number.
-        ids, logprobs = likeliest_first(found.indices, found.logprobs)
+        ids, logprobs = sort_by_logprob(found.indices, found.logprobs)
         return replace(found, indices=ids, logprobs=logprobs)
 
 
-def target_of(
+def target_at(
     rows: ChunkRows, indices: Tensor, shard: VocabShard, group: Group, *, temperature: float
 ) -> SparseTarget:
     """The target that keeps `indices` [C, K], which are lifted out of `rows`. One all-gather of [C, K + 6]."""
@@ -124,7 +124,7 @@ def select_targets(
     *,
     vocab_size: int | None = None,
     tp_group: Group = None,
-    row_keys: Tensor | None = None,
+    token_keys: Tensor | None = None,
 ) -> SparseTarget:
     """A SparseTarget from the teacher's logits.
 
@@ -134,7 +134,7 @@ def select_targets(
         selection: which entries to keep.
         vocab_size: true vocabulary size; later columns are padding and take no probability. None: all columns are real.
         tp_group: ranks that hold the other shards; None: unsharded.
-        row_keys: int64 [...], what random draws of a token depend on besides the seed: name the token by its sample and
+        token_keys: int64 [...], what random draws of a token depend on besides the seed: name the token by its sample and
             position and it is drawn alike in any batch and layout. None: its place in this call.
     Returns:
         SparseTarget with leading shape [...], identical on every rank of the group.
@@ -151,12 +151,12 @@ def select_targets(
     )
     selection.check(shard.vocab_size)
     shape = teacher_logits.shape[:-1]
-    _check_keys(row_keys, shape)
+    _check_keys(token_keys, shape)
     chunks = TokenChunks(
         logits.shape[0], 1, chunk_size(None, shard.share, logits.shape[0], on_cuda=logits.is_cuda)
     )
     return _select(
-        given_logits(logits, shard, chunks), chunks, shape, row_keys, selection, shard, tp_group
+        given_logits(logits, shard, chunks), chunks, shape, token_keys, selection, shard, tp_group
     )
 
 
@@ -169,7 +169,7 @@ def linear_targets(
     tp_group: Group = None,
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
-    row_keys: Tensor | None = None,
+    token_keys: Tensor | None = None,
 ) -> SparseTarget:
     """A SparseTarget from the teacher's final hidden states and output weight; logits exist for one chunk of tokens only.
 
@@ -177,7 +177,7 @@ def linear_targets(
         hidden: [S, B, H] or [N, H], any float type. Replicated over `tp_group`, or this rank's slice of S under
             sequence_parallel.
         weight: [V/tp, H], this rank's rows in id order.
-        selection, vocab_size, tp_group, row_keys: as in `select_targets`; keys are [S, B] (or [N]) of the full sequence.
+        selection, vocab_size, tp_group, token_keys: as in `select_targets`; keys are [S, B] (or [N]) of the full sequence.
         sequence_parallel: hidden is a slice; it is gathered chunk by chunk.
         chunk_tokens: tokens per chunk; None: from the shard's width.
     Returns:
@@ -201,15 +201,15 @@ def linear_targets(
         slices,
         chunk_size(chunk_tokens, shard.share, shape.numel(), on_cuda=hidden.is_cuda),
     )
-    _check_keys(row_keys, shape)
+    _check_keys(token_keys, shape)
     rows = linear_logits(hidden.reshape(-1, hidden.shape[-1]), weight, shard, chunks, tp_group)
-    return _select(rows, chunks, shape, row_keys, selection, shard, tp_group)
+    return _select(rows, chunks, shape, token_keys, selection, shard, tp_group)
 
 
-def _check_keys(row_keys: Tensor | None, shape: torch.Size) -> None:
-    if row_keys is not None and (row_keys.shape != shape or row_keys.dtype != torch.int64):
+def _check_keys(token_keys: Tensor | None, shape: torch.Size) -> None:
+    if token_keys is not None and (token_keys.shape != shape or token_keys.dtype != torch.int64):
         raise ValueError(
-            f"row_keys must be int64 {tuple(shape)}, one for each token, not {row_keys.dtype} {tuple(row_keys.shape)}"
+            f"token_keys must be int64 {tuple(shape)}, one for each token, not {token_keys.dtype} {tuple(token_keys.shape)}"
         )
 
 
@@ -218,13 +218,13 @@ def _select(
     rows: Iterator[tuple[slice, ChunkRows]],
     chunks: TokenChunks,
     shape: torch.Size,
-    row_keys: Tensor | None,
+    token_keys: Tensor | None,
     selection: Selection,
     shard: VocabShard,
     group: Group,
 ) -> SparseTarget:
     """The targets of all chunks, in the order of the sequence."""
-    keys = None if row_keys is None else row_keys.flatten()
+    keys = None if token_keys is None else token_keys.flatten()
     joined: SparseTarget | None = None
     for part, logits in rows:
         if keys is None:

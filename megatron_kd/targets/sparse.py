@@ -49,12 +49,12 @@ class SparseTarget:
         lead = self.indices.dim() - 1
         return self.map(lambda t: t.reshape(-1, *t.shape[lead:]))
 
-    def rows(self, start: int, stop: int) -> SparseTarget:
-        """Rows start..stop of a flattened target."""
+    def slice(self, start: int, stop: int) -> SparseTarget:
+        """Return the targets of tokens start..stop (half-open) of a flattened target."""
         return self.map(lambda t: t[start:stop])
 
 
-def likeliest_first(indices: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+def sort_by_logprob(indices: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     """The entries [..., K] of a target by falling log-probability, equal ones by rising id, unused slots last.
 
     An order that the entries themselves tell: where they come from, or were stored in between, does not show.
@@ -64,7 +64,7 @@ def likeliest_first(indices: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     return indices.gather(-1, rising.indices.gather(-1, order)), logprobs
 
 
-def give_rest_to_label(target: SparseTarget, labels: Tensor) -> SparseTarget:
+def assign_tail_to_label(target: SparseTarget, labels: Tensor) -> SparseTarget:
     """The same entries with the teacher's mass outside them given to the label: [..., K + 1] entries that sum to 1, at temperature 1.
 
     The repair of truncated targets that arXiv 2503.16870 compares with. Where the label (int [...], negative: none) is kept, its entry

@@ -20,7 +20,7 @@ from megatron_kd.parallel.vocab_shards import padded_vocab_size
 from megatron_kd.planning.flops import flops_per_token
 from megatron_kd.planning.placement import Placement, Work, best_placement
 from megatron_kd.targets import SampleSelection, Selection, TopSelection
-from megatron_kd.targets.narrow import is_part, parse_top_selection
+from megatron_kd.targets.narrow import is_contained, parse_top_selection
 from megatron_kd.teacher.ahead import AheadTeacher
 from megatron_kd.teacher.cached import CachedTeacher
 from megatron_kd.teacher.huggingface import HuggingFaceTeacher
@@ -244,7 +244,7 @@ def _open_cache(config: RunConfig, inputs: Inputs) -> tuple[CacheReader, TopSele
             isinstance(selection, TopSelection)
             and stored is not None
             and selection != stored
-            and is_part(selection, stored)
+            and is_contained(selection, stored)
         ):
             part, wanted = selection, replace(wanted, selection=own.selection)
         own.check(wanted, reader.storage.name)

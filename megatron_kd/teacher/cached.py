@@ -11,7 +11,7 @@ from megatron_kd.config import ConfigError
 from megatron_kd.data.batches import Microbatch
 from megatron_kd.data.dataset import TokenDataset
 from megatron_kd.losses.divergences import Target
-from megatron_kd.targets.keys import key_of, sample_key
+from megatron_kd.targets.keys import key_from_words, sample_key
 from megatron_kd.targets.narrow import narrow
 from megatron_kd.targets.select import TopSelection
 from megatron_kd.targets.sparse import SparseTarget
@@ -47,7 +47,7 @@ class CachedTeacher:
         if not self._decodes:
             return None
         try:
-            found = self.reader.get_many([key_of(key) for key in keys])
+            found = self.reader.get_many([key_from_words(key) for key in keys])
             return found if self.part is None else narrow(found, self.part)
         except CacheError as error:
             if self.fallback is not None and isinstance(error, MissingTarget):
@@ -61,7 +61,7 @@ class CachedTeacher:
 
     def attach_known(self, tokens: Tensor, keys: Tensor) -> SparseTarget | None:
         """The same for held-out data, where None stands for samples that the cache does not hold."""
-        if self.reader.missing(key_of(key) for key in keys):
+        if self.reader.missing(key_from_words(key) for key in keys):
             return None
         return self.attach(tokens, keys)
 

@@ -25,7 +25,7 @@ from megatron_kd.models.transformer_config import DTYPES
 from megatron_kd.parallel.collectives import all_gather, group_rank, group_size, raise_together
 from megatron_kd.parallel.groups import Groups
 from megatron_kd.targets import Selection
-from megatron_kd.targets.keys import row_keys
+from megatron_kd.targets.keys import token_keys
 from megatron_kd.teacher.online import KeepHidden, MakeTarget, SelectTargets
 
 _WHAT = "teacher.checkpoint"
@@ -102,7 +102,7 @@ class HuggingFaceTeacher:
         length = hidden.shape[0]
         if self.sequence_parallel:
             hidden = hidden.chunk(self.groups.tensor_size)[self.groups.tensor_rank].contiguous()
-        return self.make_target(hidden, self.head, row_keys(microbatch.sample_keys, length))
+        return self.make_target(hidden, self.head, token_keys(microbatch.sample_keys, length))
 
     @torch.no_grad()
     def _take_head(self, rows: int) -> Tensor:

@@ -26,14 +26,14 @@ from megatron_kd.models.layer_outputs import LayerOutputs
 from megatron_kd.models.transformer_config import transformer_config
 from megatron_kd.parallel.groups import Groups
 from megatron_kd.targets import Selection, SparseTarget, linear_targets
-from megatron_kd.targets.keys import row_keys
+from megatron_kd.targets.keys import token_keys
 
 
 class MakeTarget(Protocol):
     """What becomes of the teacher's final hidden states of one microbatch: `SelectTargets`, `KeepHidden`."""
 
-    def __call__(self, hidden: Tensor, weight: Tensor, row_keys: Tensor) -> Target:
-        """hidden [S, B, H] (this rank's slice of S under sequence parallelism), weight [V/tp, H], row_keys int64 [S, B]."""
+    def __call__(self, hidden: Tensor, weight: Tensor, token_keys: Tensor) -> Target:
+        """hidden [S, B, H] (this rank's slice of S under sequence parallelism), weight [V/tp, H], token_keys int64 [S, B]."""
         ...
 
 
@@ -47,7 +47,7 @@ class SelectTargets:
     sequence_parallel: bool
     chunk_tokens: int | None
 
-    def __call__(self, hidden: Tensor, weight: Tensor, row_keys: Tensor) -> SparseTarget:
+    def __call__(self, hidden: Tensor, weight: Tensor, token_keys: Tensor) -> SparseTarget:
         """See MakeTarget."""
         return linear_targets(
             hidden,
@@ -57,14 +57,14 @@ class SelectTargets:
             tp_group=self.groups.tp,
             sequence_parallel=self.sequence_parallel,
             chunk_tokens=self.chunk_tokens,
-            row_keys=row_keys,
+            token_keys=token_keys,
         )
 
 
 class KeepHidden:
     """The hidden states themselves, for the student's head to multiply chunk by chunk."""
 
-    def __call__(self, hidden: Tensor, weight: Tensor, row_keys: Tensor) -> DenseTeacher:
+    def __call__(self, hidden: Tensor, weight: Tensor, token_keys: Tensor) -> DenseTeacher:
         """See MakeTarget."""
         return DenseTeacher(hidden.detach(), weight.detach())
 
@@ -179,5 +179,5 @@ class OnlineTeacher:
     ) -> Target:
         """The last stage's hidden states [S, B, H] become a target."""
         return self.make_target(
-            hidden, output_weight(chunk), row_keys(microbatch.sample_keys, self.sequence_length)
+            hidden, output_weight(chunk), token_keys(microbatch.sample_keys, self.sequence_length)
         )

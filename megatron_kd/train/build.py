@@ -24,7 +24,7 @@ from megatron_kd.parallel.groups import Groups, start_groups
 from megatron_kd.parallel.platform import start_platform
 from megatron_kd.parallel.vocab_shards import padded_vocab_size
 from megatron_kd.parallel.world import world_from_environment
-from megatron_kd.targets.sparse import give_rest_to_label
+from megatron_kd.targets.sparse import assign_tail_to_label
 from megatron_kd.teacher.ahead import AheadTeacher
 from megatron_kd.teacher.build import attach_of, build_teacher
 from megatron_kd.teacher.cached import CachedTeacher, check_coverage
@@ -218,7 +218,7 @@ def _objective(config: RunConfig, inputs: Inputs, groups: Groups) -> Objective:
             )
         ),
         rules=rules_of(distill, inputs.vocab_size),
-        prepare=give_rest_to_label if distill.tail == "label" else None,
+        prepare=assign_tail_to_label if distill.tail == "label" else None,
     )
 
 

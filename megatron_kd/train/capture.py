@@ -18,12 +18,12 @@ from torch import Tensor
 from megatron_kd.cache import CacheError, CacheIdentity
 from megatron_kd.cache.background_writer import BackgroundWriter
 from megatron_kd.cache.identity import write_identity
-from megatron_kd.cache.staged import StagedWriter, settle
+from megatron_kd.cache.staged import StagedWriter, reconcile
 from megatron_kd.config import ConfigError, RunConfig
 from megatron_kd.data.batches import Microbatch
 from megatron_kd.parallel.collectives import on_any_rank, raise_together
 from megatron_kd.parallel.groups import Groups
-from megatron_kd.targets.keys import row_keys
+from megatron_kd.targets.keys import token_keys
 from megatron_kd.targets.sparse import SparseTarget
 from megatron_kd.teacher.build import selection_of
 from megatron_kd.teacher.online import SelectTargets
@@ -93,7 +93,7 @@ class LiveCapture:
 
     @torch.no_grad()
     def _take(self, step: int, hidden: Tensor, weight: Tensor, microbatch: Microbatch) -> None:
-        keys = row_keys(microbatch.sample_keys, microbatch.tokens.shape[1])
+        keys = token_keys(microbatch.sample_keys, microbatch.tokens.shape[1])
         target: SparseTarget = self._select(hidden.detach(), weight.detach(), keys)
         if self._writer is not None:
             self._writer.put(step, microbatch.named, target)
@@ -207,7 +207,7 @@ def _begin(
     write_identity(directory, identity)
     writer = StagedWriter(directory, identity, worker=groups.data_rank, shard_steps=shard_steps)
     if groups.data_rank == 0:
-        settle(directory, step)
+        reconcile(directory, step)
     _check_room(directory, shard_bytes * groups.data_size)
     return writer
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_kd.cache.bits import join, split
 from megatron_kd.cache.decode import decode, decode_many
 from megatron_kd.cache.encode import encode
-from megatron_kd.cache.sample_record import HEADER, BadRecord
+from megatron_kd.cache.sample_record import HEADER, BadRecordError
 from megatron_kd.targets import SampleSelection, SparseTarget, TopSelection, select_targets
 from megatron_kd.targets.sparse import check_target
 from tests.losses.cases import fresh_seed, say
@@ -184,7 +184,7 @@ def test_many_records_at_once_are_each_of_them(
     other = encode(
         select_targets(teacher(seed, tokens=tokens + 1, vocab_size=50, spread=1.0), TopSelection(3))
     )
-    with pytest.raises(BadRecord, match="records of different kinds"):
+    with pytest.raises(BadRecordError, match="records of different kinds"):
         decode_many([*data, other])
 
 
@@ -229,7 +229,7 @@ def test_a_target_without_tail_or_entropy() -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_other_bytes_are_bad_records_or_targets(data: st.DataObject) -> None:
-    """Without the checksum that guards it, a changed record gives BadRecord or some target, never another error."""
+    """Without the checksum that guards it, a changed record gives BadRecordError or some target, never another error."""
     target = select_targets(
         teacher(data.draw(st.integers(0, 9)), tokens=5, vocab_size=500, spread=2.0),
         TopSelection(9, top_p=0.9),
@@ -248,7 +248,7 @@ def test_other_bytes_are_bad_records_or_targets(data: st.DataObject) -> None:
         good = bytearray(data.draw(st.binary(max_size=2 * HEADER.size)))
     try:
         found = decode(bytes(good))
-    except BadRecord:
+    except BadRecordError:
         return
     assert kind in ("flip", "noise")
     assert found.indices.dim() == 2

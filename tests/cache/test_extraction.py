@@ -20,7 +20,7 @@ from megatron_kd.targets import (
     TopSelection,
     select_targets,
 )
-from megatron_kd.targets.keys import row_keys
+from megatron_kd.targets.keys import token_keys
 from megatron_kd.teacher.extract import (
     ShardPlan,
     extract,
@@ -57,8 +57,8 @@ class Teacher:
     def targets(self, microbatches: Sequence[Microbatch]) -> list[SparseTarget]:
         def target(batch: Microbatch) -> SparseTarget:
             logits = self.table[batch.tokens.t()]
-            keys = row_keys(batch.sample_keys, S)
-            return select_targets(logits, self.selection, row_keys=keys)
+            keys = token_keys(batch.sample_keys, S)
+            return select_targets(logits, self.selection, token_keys=keys)
 
         return [target(batch) for batch in microbatches]
 

@@ -17,7 +17,7 @@ from megatron_kd.checkpoint.background_verify import CheckpointLog, Verifier
 from megatron_kd.checkpoint.manifest import (
     COMMIT,
     MANIFEST,
-    DamagedCheckpoint,
+    DamagedCheckpointError,
     DigestingStream,
     _part,
     read_manifest,
@@ -29,8 +29,8 @@ from megatron_kd.checkpoint.manifest import (
 from megatron_kd.checkpoint.store import (
     complete_steps,
     prune,
+    quarantine,
     remove_leftovers,
-    set_aside,
     step_folder,
 )
 from tests.helpers.tools import run_tools
@@ -156,9 +156,9 @@ def test_names_stay_inside(tmp_path: Path, name: str) -> None:
         path.unlink()
     digest = write_file(folder, MANIFEST, json.dumps(content).encode()).sha256
     write_file(folder, COMMIT, json.dumps({"manifest_sha256": digest}).encode())
-    with pytest.raises(DamagedCheckpoint, match="cannot be called"):
+    with pytest.raises(DamagedCheckpointError, match="cannot be called"):
         read_manifest(folder)
-    with pytest.raises(DamagedCheckpoint, match="cannot be called"):
+    with pytest.raises(DamagedCheckpointError, match="cannot be called"):
         seal(tmp_path, {name: next(iter(read_manifest(make(tmp_path / "other")).values()))})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out", "step"]
 
@@ -235,7 +235,7 @@ def test_the_last_good_one_is_never_removed(tmp_path: Path) -> None:
     steps(5, 6)
     assert prune(tmp_path, 2, good={4, 6}) == [4]
     assert complete_steps(tmp_path) == [5, 6]
-    set_aside(step_folder(tmp_path, 6))
+    quarantine(step_folder(tmp_path, 6))
     (tmp_path / ".incomplete-step-00000007").mkdir()
     (tmp_path / ".removed-step-00000001").mkdir()
     remove_leftovers(tmp_path)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_kd.checkpoint.convert import open_huggingface, write_checkpoint
+from megatron_kd.checkpoint.conversion.from_huggingface import open_huggingface, write_checkpoint
 from megatron_kd.config import ModelSection, dump_toml
 from megatron_kd.data.indexed import TokenFileWriter, check_token_file, read_index
 from megatron_kd.data.tokenizer import load_tokenizer

@@ -48,4 +48,4 @@ def test_the_list_starts_from_calls_that_work() -> None:
         )
         assert bool(loss.total.isfinite().all())
     assert target.flatten().indices.shape == (S * B, K)
-    assert target.flatten().rows(3, 5).entropy is not None
+    assert target.flatten().slice(3, 5).entropy is not None

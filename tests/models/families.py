@@ -110,7 +110,11 @@ def convert_all(rendezvous: str, root: Path, seed: int) -> dict[str, Found]:
 
 
 def _there_and_back(folder: Path, name: str, seed: int, tokens: torch.Tensor) -> Found:
-    from megatron_kd.checkpoint.convert import open_huggingface, write_checkpoint, write_huggingface
+    from megatron_kd.checkpoint.conversion.from_huggingface import (
+        open_huggingface,
+        write_checkpoint,
+    )
+    from megatron_kd.checkpoint.conversion.to_huggingface import write_huggingface
     from megatron_kd.checkpoint.store import read_info
     from megatron_kd.inference.logit_parity import huggingface_logits
     from megatron_kd.models.huggingface.safetensors import SafetensorsFolder

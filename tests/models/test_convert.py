@@ -14,13 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_kd.checkpoint.convert import (
-    OurWeights,
-    adopt_checkpoint,
-    open_huggingface,
-    write_checkpoint,
-    write_huggingface,
-)
+from megatron_kd.checkpoint.conversion.checkpoint_weights import CheckpointWeights
+from megatron_kd.checkpoint.conversion.from_huggingface import open_huggingface, write_checkpoint
+from megatron_kd.checkpoint.conversion.from_megatron import adopt_checkpoint
+from megatron_kd.checkpoint.conversion.to_huggingface import write_huggingface
 from megatron_kd.checkpoint.store import read_info
 from megatron_kd.checkpoint.tensors import TensorReader
 from megatron_kd.config import ConfigError, ModelSection
@@ -135,7 +132,7 @@ def test_foreign_megatron_checkpoint(tmp_path: Path) -> None:
     foreign = write_checkpoint(tmp_path / "foreign", wide, tokenizer=None)
     (foreign / "state.json").unlink()
     folder = adopt_checkpoint(foreign, MODEL, tmp_path / "adopted", tokenizer=None)
-    one, other = (OurWeights(path, MODEL, 50, what="test") for path in (foreign, folder))
+    one, other = (CheckpointWeights(path, MODEL, 50, what="test") for path in (foreign, folder))
     assert all(torch.equal(one.read(*place), other.read(*place)) for place in rows_of(MODEL))
     assert other.reader.tensors["output_layer.weight"].shape == (64, 16)
     larger = MODEL.model_copy(update={"num_layers": 3})

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_kd.checkpoint.convert import open_huggingface
+from megatron_kd.checkpoint.conversion.from_huggingface import open_huggingface
 from megatron_kd.config import ConfigError, ModelSection, load_config
 from megatron_kd.data.preparation.conversations import BadConversation, ChatTemplate
 from megatron_kd.data.tokenizer import load_tokenizer

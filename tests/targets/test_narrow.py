@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_kd.targets import SparseTarget, TopSelection, select_targets
-from megatron_kd.targets.narrow import is_part, narrow, parse_top_selection
+from megatron_kd.targets.narrow import is_contained, narrow, parse_top_selection
 from tests.losses.cases import fresh_seed, make_problem, say
 
 STORED = (TopSelection(20), TopSelection(20, 0.97, 2))
@@ -32,7 +32,7 @@ def test_part_of_a_target_is_the_target_of_the_part(
     logits = logits[((mass - wanted.top_p).abs() > 1e-6).all(1) | (wanted.top_p == 1.0)]
     assert len(logits) > 30, say(seed)
     whole, expected = select_targets(logits, stored), select_targets(logits, wanted)
-    if not is_part(wanted, stored):
+    if not is_contained(wanted, stored):
         assert stored.top_p < 1
         assert wanted.top_p > stored.top_p
         return
@@ -56,11 +56,12 @@ def test_part_of_a_target_is_the_target_of_the_part(
 def test_what_is_no_part() -> None:
     stored = TopSelection(20)
     assert not any(
-        is_part(wanted, stored) for wanted in (TopSelection(21), TopSelection(5, temperature=2.0))
+        is_contained(wanted, stored)
+        for wanted in (TopSelection(21), TopSelection(5, temperature=2.0))
     )
-    assert not is_part(TopSelection(5), TopSelection(20, temperature=2.0))
-    assert not is_part(TopSelection(5, 0.99), TopSelection(20, 0.9))
-    assert not is_part(TopSelection(5, 0.5, 3), TopSelection(20, 0.9, 2))
+    assert not is_contained(TopSelection(5), TopSelection(20, temperature=2.0))
+    assert not is_contained(TopSelection(5, 0.99), TopSelection(20, 0.9))
+    assert not is_contained(TopSelection(5, 0.5, 3), TopSelection(20, 0.9, 2))
 
 
 def test_a_selection_and_its_text() -> None:

@@ -8,7 +8,7 @@ import torch
 from megatron_kd.losses import linear_kd_cross_entropy
 from megatron_kd.targets import SampleSelection, SparseTarget, linear_targets, select_targets
 from megatron_kd.targets.sample import uniform
-from megatron_kd.targets.sparse import check_target, give_rest_to_label
+from megatron_kd.targets.sparse import assign_tail_to_label, check_target
 from tests.losses.cases import fresh_seed, hand_target, make_problem, relative_error, say
 
 DRAWS = 4000
@@ -68,7 +68,7 @@ def test_draws_depend_on_seed_and_key_alone() -> None:
     hidden, weight = problem.hidden, problem.weight
     keys = torch.randint(-(2**62), 2**62, (40,))
     selection = SampleSelection(32, seed)
-    whole = linear_targets(hidden, weight, selection, vocab_size=90, row_keys=keys)
+    whole = linear_targets(hidden, weight, selection, vocab_size=90, token_keys=keys)
     order = torch.randperm(40)[:23]
     for chunk_tokens in (None, 7):
         some = linear_targets(
@@ -76,13 +76,13 @@ def test_draws_depend_on_seed_and_key_alone() -> None:
             weight,
             selection,
             vocab_size=90,
-            row_keys=keys[order],
+            token_keys=keys[order],
             chunk_tokens=chunk_tokens,
         )
         assert torch.equal(some.indices, whole.indices[order]), say(seed)
         assert torch.equal(some.logprobs, whole.logprobs[order]), say(seed)
     for other, other_keys in ((SampleSelection(32, seed + 1), keys), (selection, keys + 1)):
-        again = linear_targets(hidden, weight, other, vocab_size=90, row_keys=other_keys)
+        again = linear_targets(hidden, weight, other, vocab_size=90, token_keys=other_keys)
         assert not torch.equal(again.indices, whole.indices), say(seed)
 
 
@@ -184,7 +184,7 @@ def test_the_rest_given_to_the_label(temperature: float) -> None:
     seed = fresh_seed()
     problem = make_problem(seed)
     target = hand_target(problem.teacher, top_k=6, temperature=temperature)
-    given = give_rest_to_label(target, problem.labels)
+    given = assign_tail_to_label(target, problem.labels)
     p = problem.teacher.softmax(1)
     used = target.indices >= 0
     kept = torch.zeros_like(p).scatter_add_(
@@ -200,7 +200,7 @@ def test_the_rest_given_to_the_label(temperature: float) -> None:
     assert relative_error(shares(given, 90)[~counted], kept[~counted]) < 1e-6, say(seed)
     check_target(given, problem.labels.shape, vocab_size=90)
     with pytest.raises(ValueError, match="draws do not say"):
-        give_rest_to_label(select_targets(problem.teacher, SampleSelection(4, 1)), problem.labels)
+        assign_tail_to_label(select_targets(problem.teacher, SampleSelection(4, 1)), problem.labels)
 
 
 def test_bad_selections() -> None:
@@ -212,5 +212,5 @@ def test_bad_selections() -> None:
         SampleSelection(0, 1)
     with pytest.raises(ValueError, match="temperature must be > 0, not 0"):
         SampleSelection(4, 1, temperature=0.0)
-    with pytest.raises(ValueError, match=r"row_keys must be int64 \(3,\)"):
-        select_targets(torch.zeros(3, 8), SampleSelection(4, 1), row_keys=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"token_keys must be int64 \(3,\)"):
+        select_targets(torch.zeros(3, 8), SampleSelection(4, 1), token_keys=torch.zeros(3))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_kd.checkpoint.convert import open_huggingface, write_checkpoint
+from megatron_kd.checkpoint.conversion.from_huggingface import open_huggingface, write_checkpoint
 from megatron_kd.config import ConfigError, ModelSection, RunConfig
 from megatron_kd.train.startup.input_checks import check_inputs
 from tests.helpers.ranks import run_ranks

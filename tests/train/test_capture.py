@@ -17,7 +17,7 @@ import torch
 from megatron_kd.cache import CacheIdentity, CacheInUse, CacheReader, WrongCache
 from megatron_kd.cache.background_writer import BackgroundWriter
 from megatron_kd.cache.identity import write_identity
-from megatron_kd.cache.staged import StagedWriter, settle
+from megatron_kd.cache.staged import StagedWriter, reconcile
 from megatron_kd.config import RunConfig, dump_toml
 from megatron_kd.targets import TopSelection
 from megatron_kd.targets.sparse import SparseTarget
@@ -445,10 +445,10 @@ def test_what_has_a_name_is_never_removed(tmp_path: Path) -> None:
     with pytest.raises(
         WrongCache, match=r"steps up to 5, but training goes on at step 3 .* from step 2 on"
     ):
-        settle(tmp_path, 3)
+        reconcile(tmp_path, 3)
     assert len(CacheReader(tmp_path)) == 6, "hidden steps from 3 on are made again"
     assert not list(tmp_path.glob(".step-*")), "hidden steps from 3 on are made again"
-    settle(tmp_path, 6)
+    reconcile(tmp_path, 6)
 
 
 def test_an_interrupted_publication_is_completed(tmp_path: Path) -> None:
@@ -459,7 +459,7 @@ def test_an_interrupted_publication_is_completed(tmp_path: Path) -> None:
     writer.close()
     name = "step-00000000-worker-00000.arrow"
     (tmp_path / f".{name}.ready").rename(tmp_path / name)
-    settle(tmp_path, 4)
+    reconcile(tmp_path, 4)
     assert len(CacheReader(tmp_path)) == 4
     assert not list(tmp_path.glob(".step-*"))
 

@@ -18,7 +18,7 @@ from megatron_kd.data.indexed import (
     TokenFileWriter,
     check_token_file,
 )
-from megatron_kd.targets.keys import mark_starts, read_starts, sample_key
+from megatron_kd.targets.keys import mark_starts, sample_key, unmark_starts
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import VOCAB, tiny
 from tests.losses.cases import fresh_seed
@@ -100,7 +100,7 @@ def test_names_tell_where_documents_begin(tmp_path: Path) -> None:
     rng = np.random.default_rng(fresh_seed())
     tokens = torch.from_numpy(rng.integers(0, 2**31 - 1, 50))
     starts = torch.from_numpy(rng.random(50) < 0.3)
-    ids, found = read_starts(mark_starts(tokens, starts))
+    ids, found = unmark_starts(mark_starts(tokens, starts))
     assert torch.equal(ids, tokens)
     assert torch.equal(found, starts)
     named = mark_starts(tokens, starts).view(1, -1)
@@ -145,7 +145,7 @@ def test_roles_mask_labels_and_begin_documents(tmp_path: Path) -> None:
     stream, positions = np.concatenate(documents), set()
     for sample in range(8):
         row = dataset[sample]
-        tokens, starts = read_starts(row["named"])
+        tokens, starts = unmark_starts(row["named"])
         (at,) = [
             at
             for at in range(0, 9 * LENGTH, LENGTH)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_kd.checkpoint.convert import write_huggingface
+from megatron_kd.checkpoint.conversion.to_huggingface import write_huggingface
 from megatron_kd.checkpoint.store import find_checkpoint, read_info
 from megatron_kd.checkpoint.tensors import TensorReader
 from megatron_kd.config import ConfigError, RunConfig

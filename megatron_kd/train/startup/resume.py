@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_kd.checkpoint.manifest import STALE_SECONDS, one_sentence, wait_for_folder
+from megatron_kd.checkpoint.manifest import STALE_SECONDS, summarize_problems, wait_for_folder
 from megatron_kd.checkpoint.saver import Saver
 from megatron_kd.checkpoint.sharded_state import find_damage
 from megatron_kd.checkpoint.store import (
     CheckpointInfo,
     complete_steps,
     has_digests,
+    quarantine,
     read_info,
-    set_aside,
     step_folder,
 )
 from megatron_kd.config import ConfigError, RunConfig
@@ -39,7 +39,7 @@ def choose_checkpoint(config: RunConfig, inputs: Inputs) -> Inputs:
         _see_together(folder)
         info, problems = _look(folder)
         if info is None or problems:
-            damaged.append((step, one_sentence(problems)))
+            damaged.append((step, summarize_problems(problems)))
             continue
         _check_together(config, inputs, folder, info)
         if not has_digests(folder, info):
@@ -133,7 +133,7 @@ def settle(inputs: Inputs, saver: Saver) -> None:
     for step, problem in inputs.passed_over:
         folder = step_folder(saver.checkpoints, step)
         try:
-            aside = set_aside(folder)
+            aside = quarantine(folder)
         except OSError as error:
             saver.log.warn(
                 "damaged",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_kd.cache import CacheError
-from megatron_kd.cache.reader import Storage, identity_in
+from megatron_kd.cache.reader import CacheFiles, read_identity
 from megatron_kd.config import ConfigError, RunConfig, Section
 from megatron_kd.data.indexed import read_index
 from megatron_kd.train.startup.input_checks import Inputs
@@ -38,7 +38,7 @@ def settings_of(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     if config.teacher.reads_cache:
         try:
             found["teacher.cache"] = json.loads(
-                identity_in(Storage(str(config.teacher.cache))).to_json()
+                read_identity(CacheFiles(str(config.teacher.cache))).to_json()
             )
         except CacheError as error:
             raise ConfigError(f"teacher.cache: {error}") from error

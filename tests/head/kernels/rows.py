@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_kd.head.logit_rows import PUNCHED, PlainRows, buffer_width
+from megatron_kd.head.logit_rows import MASKED, PlainRows, buffer_width
 from megatron_kd.head.triton_rows import TritonRows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +66,7 @@ def split_in_fp64(case: Case, temperature: float, *, total: bool, entropy: bool)
     z = case.logits.double()
     rest = z.masked_fill(case.support(), -torch.inf)
     m = torch.cat([rest, torch.full_like(z[:, :0].sum(1, keepdim=True), -torch.inf)], 1).amax(1)
-    m = torch.where(m > PUNCHED, m, 0.0)
+    m = torch.where(m > MASKED, m, 0.0)
     away = rest - m.unsqueeze(1)
     exp = away.exp()
     padded = torch.cat([z, torch.full((len(z), 1), -torch.inf, dtype=z.dtype)], 1)

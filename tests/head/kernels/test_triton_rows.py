@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_kd.head import triton_rows
-from megatron_kd.head.logit_rows import PUNCHED, PlainRows, chunk_rows
+from megatron_kd.head.logit_rows import MASKED, PlainRows, chunk_rows
 from megatron_kd.head.triton_rows import TritonRows
 from tests.head.kernels.rows import (
     DEVICE,
@@ -116,11 +116,11 @@ def test_logits_of_ten_thousand() -> None:
 
 
 def test_masked_out_logits() -> None:
-    """Ids that a caller has masked out are PUNCHED: no mass, but part of the sum of all logits, as elsewhere."""
+    """Ids that a caller has masked out are MASKED: no mass, but part of the sum of all logits, as elsewhere."""
     seed = fresh_seed()
     case = make_case(seed, valid=100, count=7)
-    case.logits[:, 30:90] = PUNCHED
-    case.logits[2] = PUNCHED
+    case.logits[:, 30:90] = MASKED
+    case.logits[2] = MASKED
     found, expected = (
         r.split(*case.ids(), 2.0, total=True, entropy=True).cpu()
         for r in (case.triton(), case.plain())
@@ -149,7 +149,7 @@ def test_nan_is_seen() -> None:
         case = make_case(seed, rows=5, valid=100, count=7)
         inside, outside = case.columns[3].sort().values[0], (~case.support()[0]).nonzero()[-1]
         case.logits[0, outside], case.logits[3, inside] = nan, nan
-        case.logits[4] = PUNCHED
+        case.logits[4] = MASKED
         case.logits[4, (~case.support()[4]).nonzero()[0]] = nan
         found, expected = (
             r.split(*case.ids(), temperature, total=True, entropy=True).cpu()
@@ -199,11 +199,11 @@ def test_top() -> None:
         case = make_case(seed, rows=6, valid=valid, count=0)
         case.logits[1:4] = torch.randint(-2, 3, (3, valid), generator=generator).float()
         case.logits[2, ::3] = -0.0
-        case.logits[3, ::2] = PUNCHED
+        case.logits[3, ::2] = MASKED
         case.logits[4] = torch.where(
             torch.rand(valid, generator=generator) < 0.9, -torch.inf, case.logits[4]
         )
-        case.logits[4, ::5] = PUNCHED
+        case.logits[4, ::5] = MASKED
         case.logits[5] = -1.5
         rows = case.triton()
         for count in {1, min(7, valid), min(65, valid)}:
@@ -284,7 +284,7 @@ def test_gradient(punched: bool) -> None:
         for dtype, limit in ((None, 1e-5), (torch.bfloat16, 2**-7 + 1e-5)):
             rows = case.triton(dtype, extra=32 * coin.randint(0, 3))
             if punched:
-                rows.buffer.scatter_(1, case.ids()[0], PUNCHED)
+                rows.buffer.scatter_(1, case.ids()[0], MASKED)
             found = triton_gradient(rows, case, given, temperature)
             assert found.dtype == (dtype or torch.float32)
             assert found.shape == expected.shape

@@ -1,0 +1,1 @@
+"""Convert weights between checkpoints of this package, of other programs and Hugging Face."""

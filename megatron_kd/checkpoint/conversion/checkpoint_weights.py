@@ -1,0 +1,82 @@
+"""Read whole weight tensors of a megatron-core checkpoint by name and layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_kd.checkpoint.tensors import TensorReader
+from megatron_kd.config import ConfigError, ModelSection
+from megatron_kd.models.huggingface.families import Row, rows_of, their_shapes
+
+
+class CheckpointWeights:
+    """Read the weights of a model from a megatron-core checkpoint.
+
+    Layers may be stacked in one tensor ("decoder.layers.mlp...", as this package writes them) or
+    stored one by one ("decoder.layers.3.mlp...").
+
+    Args:
+        folder: the checkpoint folder.
+        model: the model that it must hold.
+        vocab_size: true number of ids; the stored vocabulary may be padded.
+        what: name of the checkpoint in error messages.
+
+    Raises:
+        ConfigError: a tensor of the model is missing or has another shape.
+    """
+
+    def __init__(self, folder: Path, model: ModelSection, vocab_size: int, *, what: str) -> None:
+        self.model, self.vocab_size, self._what = model, vocab_size, what
+        self.reader = TensorReader(folder, what=what)
+        for row, layer in rows_of(model):
+            self._check(row, layer)
+
+    def read(self, row: Row, layer: int | None) -> Tensor:
+        """Return one tensor in its stored type, without the padding of the vocabulary."""
+        name, stacked = self._name(row, layer)
+        shape = self.shape(row)
+        if layer is not None and stacked:
+            return self.reader.read(name, (layer, *[0] * len(shape)), (1, *shape)).view(shape)
+        return self.reader.read(name, [0] * len(shape), shape)
+
+    def dtypes(self) -> set[torch.dtype]:
+        """Return the types of the model's tensors."""
+        return {
+            self.reader.tensors[self._name(row, layer)[0]].dtype
+            for row, layer in rows_of(self.model)
+        }
+
+    def shape(self, row: Row) -> tuple[int, ...]:
+        """Return the shape of a tensor of one layer, without the padding of the vocabulary."""
+        parts = their_shapes(row, self.model, self.vocab_size)
+        return (sum(part[0] for part in parts), *parts[0][1:])
+
+    def _name(self, row: Row, layer: int | None) -> tuple[str, bool]:
+        """Return the stored name of a tensor, and whether all layers are stacked under it."""
+        single = row.ours.replace("decoder.layers.", f"decoder.layers.{layer}.")
+        if layer is not None and single in self.reader.tensors:
+            return single, False
+        return row.ours, True
+
+    def _check(self, row: Row, layer: int | None) -> None:
+        name, stacked = self._name(row, layer)
+        tensor = self.reader.tensors.get(name)
+        if tensor is None:
+            raise ConfigError(
+                f"{self._what}: {self.reader.folder} lacks {name}: "
+                "the checkpoint is not of this model"
+            )
+        shape = self.shape(row)
+        expected = (self.model.num_layers, *shape) if layer is not None and stacked else shape
+        if row.kind == "vocabulary":
+            fits = tensor.shape[1:] == expected[1:] and tensor.shape[0] >= expected[0]
+        else:
+            fits = tensor.shape == expected
+        if not fits:
+            raise ConfigError(
+                f"{self._what}: {name} has shape {list(tensor.shape)}, "
+                f"but the model says {list(expected)}"
+            )
