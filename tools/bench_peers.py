@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import megatron_kd.losses as losses
-from megatron_kd.head.output_weight import chunk_size, linear_logits
+from megatron_kd.head.output_weight import linear_logits
+from megatron_kd.head.sizes import chunk_size
 from megatron_kd.head.token_chunks import TokenChunks
 from megatron_kd.losses import kd_cross_entropy, linear_kd_cross_entropy
 from megatron_kd.parallel.vocab_shards import vocab_shard

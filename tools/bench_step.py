@@ -170,7 +170,8 @@ def bare_forward(teacher: Any, microbatches: Any) -> None:
     """The teacher's layers and its logits, chunk by chunk, and nothing made of them."""
     import torch
 
-    from megatron_kd.head.output_weight import chunk_size, linear_logits
+    from megatron_kd.head.output_weight import linear_logits
+    from megatron_kd.head.sizes import chunk_size
     from megatron_kd.head.token_chunks import TokenChunks
     from megatron_kd.parallel.vocab_shards import vocab_shard
 

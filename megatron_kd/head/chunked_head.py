@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_kd.head.logit_rows import ChunkRows, buffer_width, chunk_rows
+from megatron_kd.head.logit_rows import ChunkRows, chunk_rows
 from megatron_kd.head.output_weight import OutputWeight
+from megatron_kd.head.sizes import buffer_width
 from megatron_kd.head.token_chunks import HiddenChunks, TokenChunks
 from megatron_kd.head.weight_gradient import WeightGradient, hand_over, takes_main_grad
 from megatron_kd.losses.sparse_loss import RowLoss

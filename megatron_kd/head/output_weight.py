@@ -9,25 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_kd.head.logit_rows import MASKED, ChunkRows, buffer_width, chunk_rows
+from megatron_kd.head.logit_rows import MASKED, ChunkRows, chunk_rows
+from megatron_kd.head.sizes import buffer_width
 from megatron_kd.head.token_chunks import HiddenChunks, TokenChunks
 from megatron_kd.parallel.collectives import Group
 from megatron_kd.parallel.vocab_shards import VocabShard
-
-# Logits that exist at one time in fp32: 256 MiB on a GPU, 64 MiB on a CPU.
-CHUNK_LOGITS_CUDA, CHUNK_LOGITS_CPU = 1 << 26, 1 << 24
-# Below this the fp32 accumulation of the weight gradient, not the arithmetic, bounds a GPU.
-MIN_CHUNK_CUDA = 2048
-
-
-def chunk_size(chunk_tokens: int | None, columns: int, tokens: int, *, on_cuda: bool) -> int:
-    """Tokens per chunk: as asked for, else from the shard's width; never from free memory, so that runs repeat."""
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
-    if chunk_tokens is None:
-        logits = CHUNK_LOGITS_CUDA if on_cuda else CHUNK_LOGITS_CPU
-        chunk_tokens = max(logits // max(columns, 1), MIN_CHUNK_CUDA if on_cuda else 64)
-    return max(1, min(chunk_tokens, tokens))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

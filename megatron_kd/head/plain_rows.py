@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_kd.head.sizes import BLOCK, BLOCK_CUDA, TILE
+
 # Stands for "not here" among logits. Finite, so that 0 * MASKED is 0: with -inf the entropy's p * z would be NaN.
 MASKED = -1e30
-# Columns whose maximum is found first when the largest logits of a row are looked for.
-TILE = 32
-# Logits per block: on a CPU with one scratch copy they fit a second-level cache; on a GPU scratch is 64 MiB.
-BLOCK, BLOCK_CUDA = 1 << 20, 1 << 24
 
 
 def is_tempered(temperature: float | Tensor) -> bool:
@@ -30,11 +28,6 @@ def is_tempered(temperature: float | Tensor) -> bool:
 
 def _column(temperature: float | Tensor, part: slice) -> float | Tensor:
     return temperature[part].unsqueeze(1) if isinstance(temperature, Tensor) else temperature
-
-
-def buffer_width(valid: int) -> int:
-    """Columns stored for `valid` logits: room for one more, where ids of other ranks are sent, in whole tiles."""
-    return -(-(valid + 1) // TILE) * TILE
 
 
 class PlainRows:

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 
 from megatron_kd.head import plain_rows as plain
+from megatron_kd.head import sizes
 
 MASKED = tl.constexpr(plain.MASKED)
-TILE = tl.constexpr(plain.TILE)
+TILE = tl.constexpr(sizes.TILE)
 
 
 @triton.jit

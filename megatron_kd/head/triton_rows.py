@@ -15,7 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_kd.head.plain_rows import TILE, PlainRows, is_tempered
+from megatron_kd.head.plain_rows import PlainRows, is_tempered
+from megatron_kd.head.sizes import TILE
 from megatron_kd.head.triton_kernels import (
     gradient_kernel,
     select_kernel,

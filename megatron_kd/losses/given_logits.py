@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_kd.head.output_weight import chunk_size, compute_dtype, given_logits
+from megatron_kd.head.output_weight import compute_dtype, given_logits
+from megatron_kd.head.sizes import chunk_size
 from megatron_kd.head.token_chunks import TokenChunks
 from megatron_kd.losses.sparse_loss import TokenLoss
 from megatron_kd.losses.spec import KDLoss, LossSpec, check_inputs

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_kd.head.chunked_head import SCHEDULES, HeadCall, HeadFunction, MakeLoss
 from megatron_kd.head.logit_rows import ChunkRows
-from megatron_kd.head.output_weight import chunk_size
+from megatron_kd.head.sizes import SAVED_LOGITS_CPU, SAVED_LOGITS_CUDA, chunk_size
 from megatron_kd.head.token_chunks import TokenChunks
 from megatron_kd.head.weight_gradient import takes_main_grad
 from megatron_kd.losses.sparse_loss import HEALTH, TokenLoss
@@ -32,9 +32,6 @@ from megatron_kd.losses.spec import KDLoss, LossSpec, TokenTerms, check_inputs
 from megatron_kd.parallel.collectives import Group, group_rank, group_size
 from megatron_kd.parallel.vocab_shards import VocabShard, vocab_shard
 from megatron_kd.targets.sparse import SparseTarget
-
-# Logits of all tokens that "auto" still keeps: 1 GiB on a GPU, 64 MiB on a CPU.
-SAVED_LOGITS_CUDA, SAVED_LOGITS_CPU = 1 << 28, 1 << 24
 
 
 def linear_kd_cross_entropy(

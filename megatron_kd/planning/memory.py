@@ -14,14 +14,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_kd.config import ModelSection, RunConfig
+from megatron_kd.head.sizes import (
+    BLOCK,
+    SAVED_LOGITS_CPU,
+    SAVED_LOGITS_CUDA,
+    TILE,
+    buffer_width,
+    chunk_size,
+)
 from megatron_kd.planning.shape import ELEMENT, Shape, microbatches_in_flight, shape_of
 from megatron_kd.planning.state_memory import rank_parameters
 
-# The program's own sizes (head/output_weight.py, losses/head.py, head/plain_rows.py), which need torch; a test holds them equal.
-CHUNK_LOGITS = {"cuda": 1 << 26, "cpu": 1 << 24}
-SAVED_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 24}
-MIN_CHUNK = {"cuda": 2048, "cpu": 64}
-BLOCK, TILE = 1 << 20, 32
+SAVED_LOGITS = {"cuda": SAVED_LOGITS_CUDA, "cpu": SAVED_LOGITS_CPU}
 
 PARTS = (
     *("weights", "gradients", "optimizer", "activations", "head", "temporaries", "communication"),
@@ -267,16 +271,11 @@ def _head(job: Job) -> tuple[float, float]:
 
 
 def chunk_tokens(job: Job, shape: Shape) -> int:
-    """Tokens whose logits exist at one time; `targets.logits.chunk_size`."""
+    """Return the tokens whose logits exist at one time."""
     share = -(-job.vocab_size // shape.tensor)
-    asked = job.config.distill.chunk_tokens
-    chosen = asked or max(CHUNK_LOGITS[job.device] // share, MIN_CHUNK[job.device])
-    return max(1, min(chosen, shape.tokens))
-
-
-def buffer_width(valid: int) -> int:
-    """Columns of a chunk's buffer; `kernels.plain.buffer_width`."""
-    return -(-(valid + 1) // TILE) * TILE
+    return chunk_size(
+        job.config.distill.chunk_tokens, share, shape.tokens, on_cuda=job.device == "cuda"
+    )
 
 
 def _teacher_weights(job: Job, world_size: int, stage: int) -> float:

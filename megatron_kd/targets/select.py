@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_kd.head.logit_rows import ChunkRows
-from megatron_kd.head.output_weight import chunk_size, given_logits, linear_logits
+from megatron_kd.head.output_weight import given_logits, linear_logits
+from megatron_kd.head.sizes import chunk_size
 from megatron_kd.head.statistics import row_logsumexp, row_statistics
 from megatron_kd.head.token_chunks import TokenChunks
 from megatron_kd.parallel.collectives import Group, all_gather, group_rank, group_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_kd.head.plain_rows import BLOCK
+from megatron_kd.head.sizes import BLOCK
 from megatron_kd.losses import linear_kd_cross_entropy, reference_kd_cross_entropy
 from megatron_kd.targets import TopSelection, linear_targets
 from tests.helpers.allocations import most_bytes, peak_bytes

@@ -136,7 +136,7 @@ def test_given_logits(dtype: torch.dtype) -> None:
 
 def test_given_logits_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """150 tokens in chunks of 64, the smallest that a shard's width can ask for; and targets chosen from them."""
-    monkeypatch.setattr("megatron_kd.head.output_weight.CHUNK_LOGITS_CPU", 1)
+    monkeypatch.setattr("megatron_kd.head.sizes.CHUNK_LOGITS_CPU", 1)
     seed = fresh_seed()
     problem = make_problem(seed, tokens=150)
     for temperature, tail in product((1.0, 2.0), TAILS):

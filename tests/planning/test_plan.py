@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_kd.config import ConfigError, ModelSection, RunConfig, dump_toml, load_config
+from megatron_kd.head.sizes import chunk_size
 from megatron_kd.planning import memory as planned
 from megatron_kd.planning.budget import Prices, Steps, budget
 from megatron_kd.planning.flops import flops_per_token, peak_tflops
@@ -78,19 +79,7 @@ TEACHER = {
 }
 
 
-def test_sizes_are_the_programs_own() -> None:
-    from megatron_kd.head import output_weight as logits
-    from megatron_kd.head import plain_rows as plain
-    from megatron_kd.head.logit_rows import buffer_width
-    from megatron_kd.losses import head
-
-    assert planned.CHUNK_LOGITS == {
-        "cuda": logits.CHUNK_LOGITS_CUDA,
-        "cpu": logits.CHUNK_LOGITS_CPU,
-    }
-    assert planned.SAVED_LOGITS == {"cuda": head.SAVED_LOGITS_CUDA, "cpu": head.SAVED_LOGITS_CPU}
-    assert planned.BLOCK == plain.BLOCK
-    assert all(planned.buffer_width(n) == buffer_width(n) for n in (1, 31, 32, 8000, 128_256))
+def test_chunks_are_those_of_the_head() -> None:
     for device in ("cuda", "cpu"):
         for vocab, tokens in ((1000, 5000), (32000, 8192), (200_000, 16384)):
             job = replace(
@@ -100,12 +89,12 @@ def test_sizes_are_the_programs_own() -> None:
                 ),
                 vocab_size=vocab,
             )
-            chosen = logits.chunk_size(None, vocab, tokens, on_cuda=device == "cuda")
+            expected = chunk_size(None, vocab, tokens, on_cuda=device == "cuda")
             assert (
                 planned.chunk_tokens(
                     replace(job, device=device), replace(job, device=device).student
                 )
-                == chosen
+                == expected
             )
 
 

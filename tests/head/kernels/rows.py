@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_kd.head.logit_rows import MASKED, PlainRows, buffer_width
+from megatron_kd.head.logit_rows import MASKED, PlainRows
+from megatron_kd.head.sizes import buffer_width
 from megatron_kd.head.triton_rows import TritonRows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

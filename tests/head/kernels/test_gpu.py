@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_kd.head.logit_rows import PlainRows, buffer_width, chunk_rows
+from megatron_kd.head.logit_rows import PlainRows, chunk_rows
+from megatron_kd.head.sizes import buffer_width
 from megatron_kd.head.triton_rows import TritonRows
 from megatron_kd.targets import TopSelection, linear_targets
 from tests.losses.cases import (
