@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_kd.config import ConfigError
-from megatron_kd.storage.directory_lock import Lease, Owner
+from megatron_kd.storage.directory_lock import DirectoryLock, DirectoryLockedError
 from megatron_kd.storage.exit_codes import BAD_INPUT, DO_NOT_RESTART, FAILED, FINISHED, REQUEUE
 from megatron_kd.sweep.grid import Sweep, Task, resolve, select
 from megatron_kd.sweep.local_runner import print_line, run_tasks
@@ -164,7 +164,7 @@ def _all(sweep: Sweep, options: argparse.Namespace) -> int:
         refuse_changed(sweep, tasks)
         submit(submissions(sweep, tasks, _words(options), options.sbatch_args), dry_run=True)
         return FINISHED
-    lease = Lease(sweep.out, sentence=_held)
+    lock = _lock(sweep.out)
     try:
         if options.redo:
             for name in redo(sweep, options.redo):
@@ -180,7 +180,7 @@ def _all(sweep: Sweep, options: argparse.Namespace) -> int:
             )
         )
     finally:
-        lease.release()
+        lock.release()
 
 
 def _one(sweep: Sweep, options: argparse.Namespace) -> int:
@@ -285,11 +285,18 @@ def _report(outcomes: Mapping[str, Outcome]) -> int:
     return FAILED if bad else FINISHED
 
 
-def _held(directory: Path, owner: Owner, age: float) -> str:
-    return (
-        f"--output {directory} is held by {owner} (last sign of life {age:.0f} s ago): two sweeps in one folder would start the same runs; "
-        "wait for it, stop it, or choose another --output"
-    )
+def _lock(directory: Path) -> DirectoryLock:
+    """Lock the folder of the sweep. Raise ConfigError where another process works in it."""
+    try:
+        return DirectoryLock(directory)
+    except DirectoryLockedError as error:
+        if error.owner is None:
+            raise
+        raise ConfigError(
+            f"--output {directory} is held by {error.owner} (last sign of life {error.age:.0f} s "
+            "ago): two sweeps in one folder would start the same runs; wait for it, stop it, or "
+            "choose another --output"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_kd.cache.identity import CacheError, CacheIdentity, WrongCache
 from megatron_kd.cache.shard import ShardInfo, ShardWriter, info_bytes, parse_info
-from megatron_kd.cache.writer import WriterLock, check_sample, make_record
+from megatron_kd.cache.writer import check_sample, lock_writer, make_record
 from megatron_kd.storage.atomic_files import sync_path, write_atomically
 from megatron_kd.targets.keys import sample_key
 from megatron_kd.targets.sparse import SparseTarget
@@ -41,7 +41,7 @@ class StagedWriter:
     ) -> None:
         self.directory, self.identity = directory, identity
         self._worker, self._shard_steps = worker, shard_steps
-        self._lock = WriterLock(directory / f".writer-{worker:05d}.lock")
+        self._lock = lock_writer(directory / f".writer-{worker:05d}.lock")
         self._open: ShardWriter | None = None
         self._steps: list[int] = []
         self._keys: set[bytes] = set()

@@ -21,7 +21,7 @@ from megatron_kd.cache.identity import (
 from megatron_kd.cache.reader import CacheFiles, CacheReader, check_record
 from megatron_kd.cache.sample_record import BadRecordError
 from megatron_kd.cache.shard import Record, Shard, ShardWriter, parse_info
-from megatron_kd.cache.writer import WriterLock
+from megatron_kd.cache.writer import lock_writer
 from megatron_kd.storage.atomic_files import file_digest
 
 
@@ -160,7 +160,7 @@ def merge(sources: list[Path], directory: Path) -> int:
     for reader in readers[1:]:
         reader.identity.check(readers[0].identity, reader.storage.name)
     write_identity(directory, readers[0].identity)
-    lock = WriterLock(directory / ".merge.lock")
+    lock = lock_writer(directory / ".merge.lock")
     try:
         start = len(list(directory.glob("merged-*.arrow")))
         count = 0

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import getpass
-import os
-import socket
-import time
 from pathlib import Path
 from types import TracebackType
 
@@ -16,38 +10,27 @@ from torch import Tensor
 from megatron_kd.cache.encode import encode
 from megatron_kd.cache.identity import CacheIdentity, CacheInUse, write_identity
 from megatron_kd.cache.shard import Record, ShardWriter
+from megatron_kd.storage.directory_lock import DirectoryLock, DirectoryLockedError
 from megatron_kd.targets.keys import sample_key
 from megatron_kd.targets.sample import SampleSelection
 from megatron_kd.targets.sparse import SparseTarget
 
 
-class WriterLock:
-    """A file that one process at a time holds; its content names the owner. Freed by the system when the process dies."""
+def lock_writer(path: Path) -> DirectoryLock:
+    """Lock the folder of `path` for one writer; `path` is the lock file, one for each writer's name.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = (
-                os.read(self._descriptor, 1000).decode(errors="replace").strip()
-                or "a process that has not said its name"
-            )
-            os.close(self._descriptor)
-            raise CacheInUse(
-                f"{path.parent} is being written by {owner}: wait for it, stop it, or write elsewhere"
-            ) from error
-        os.ftruncate(self._descriptor, 0)
-        owner = f"process {os.getpid()} of {getpass.getuser()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        os.write(self._descriptor, owner.encode())
+    The operating system frees the lock when the process ends.
 
-    def release(self) -> None:
-        """Let others write. The file stays: removing it would let two processes each hold one of the same name."""
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._descriptor, 0)
-            os.close(self._descriptor)
+    Raises:
+        CacheInUse: another process holds the lock; the message names it.
+    """
+    try:
+        return DirectoryLock(path.parent, file_name=path.name, heartbeat=None)
+    except DirectoryLockedError as error:
+        owner = error.owner or "a process that did not record its name"
+        raise CacheInUse(
+            f"{path.parent} is being written by {owner}: wait for it, stop it, or write elsewhere"
+        ) from error
 
 
 class CacheWriter:
@@ -82,7 +65,7 @@ class CacheWriter:
         self._open: ShardWriter | None = None
         self._added: set[bytes] = set()
         write_identity(self.directory, identity)
-        self._lock = WriterLock(self.directory / f".writer-{worker:05d}.lock")
+        self._lock = lock_writer(self.directory / f".writer-{worker:05d}.lock")
         for leftover in self.directory.glob(
             f".{self._prefix}*.partial-*"
         ):  # of a writer that was killed

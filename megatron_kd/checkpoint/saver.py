@@ -43,7 +43,7 @@ from megatron_kd.parallel.collectives import (
     to_rank_zero,
 )
 from megatron_kd.parallel.watchdog import Watchdog
-from megatron_kd.storage.directory_lock import LostLeaseError
+from megatron_kd.storage.directory_lock import LostLockError
 
 
 @dataclass
@@ -111,7 +111,7 @@ class Saver:
             raise CheckpointError(
                 self._failed(info.step, f"{error.filename}: {error.strerror}")
             ) from error
-        except LostLeaseError as error:
+        except LostLockError as error:
             raise CheckpointError(self._failed(info.step, str(error))) from error
         writer, metadata = plan_save(
             training_state(models, optimizer), pending.folder, copy=self._section.asynchronous

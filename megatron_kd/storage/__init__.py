@@ -1,1 +1,1 @@
-"""Files: written atomically, digested, locked, and the code version they come from. No torch."""
+"""Store files: write atomically, compute digests, lock directories, record the code version."""

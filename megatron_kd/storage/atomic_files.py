@@ -1,4 +1,4 @@
-"""Files that are absent, old or complete at every moment, whenever the process or the machine dies."""
+"""Write files that are absent, old or complete at every moment, even if the machine crashes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write `data` under a temporary name, make it durable, and give it its name. Nothing is left behind by a failure."""
+    """Write `data` to a temporary file, make it durable and rename it to `path`.
+
+    A failure leaves no temporary file behind.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -23,7 +26,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def sync_path(path: str | Path) -> None:
-    """Make the content of a file, or the names in a folder, durable."""
+    """Make the content of a file, or the names in a directory, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -32,6 +35,6 @@ def sync_path(path: str | Path) -> None:
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file, hex."""
+    """Return the SHA-256 digest of a file, in hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""JSON files that others wrote."""
+"""Read JSON files that other programs wrote."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 
 
 def read_json(path: Path, *, what: str) -> dict[str, Any]:
-    """A JSON object. ConfigError naming `what` where the file is missing or is none."""
+    """Return the JSON object in a file.
+
+    Raises:
+        ConfigError: the file is missing or holds no JSON object. The message begins with `what`.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""Which code a measurement is of."""
+"""Name the Git commit of the code that produced a measurement."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """Of this checkout, "-dirty" where files differ from it; "unknown" where there is no git or no checkout."""
+    """Return the Git commit of this checkout.
+
+    The suffix "-dirty" marks a checkout with local changes. The result is "unknown" where Git is
+    not installed or the package does not lie in a checkout.
+    """
     command = ["git", "-C", str(Path(__file__).parents[2]), "describe", "--always", "--dirty"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return "unknown"
-    return found.stdout.strip() or "unknown"
+    return process.stdout.strip() or "unknown"

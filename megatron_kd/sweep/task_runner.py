@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_kd.config import ConfigError
-from megatron_kd.storage.directory_lock import Lease, Owner
+from megatron_kd.storage.directory_lock import DirectoryLock, DirectoryLockedError
 from megatron_kd.storage.exit_codes import BAD_INPUT, DO_NOT_RESTART, FINISHED, REQUEUE
 from megatron_kd.sweep.grid import REPO, Step, Task
 from megatron_kd.sweep.task_state import Folder, Found, State, new_record, write_json
@@ -83,13 +82,13 @@ class Shop:
         """All steps that are not done yet. needs: name -> id of what it needs, all done."""
         began = time.monotonic()
         notes = self.folder.notes(task)
-        lease = self._hold(task, notes)
-        if lease is None:
+        lock = self._hold(task, notes)
+        if lock is None:
             return Outcome("left", "was waiting for another process")
         try:
             inputs: dict[str, str] = dict(needs)
             for step in task.steps:
-                outcome = self._step(task, step, inputs, lease)
+                outcome = self._step(task, step, inputs, lock)
                 if outcome.word != "done":
                     return outcome
                 inputs = {"run": outcome.id}
@@ -98,22 +97,24 @@ class Shop:
         except OSError as error:
             return Outcome("failed", f"{error.filename}: {error.strerror}")
         finally:
-            lease.release()
+            lock.release()
 
-    def _hold(self, task: Task, notes: Path) -> Lease | None:
+    def _hold(self, task: Task, notes: Path) -> DirectoryLock | None:
         """The task for this process alone. What an earlier start left running, or an array task has, is waited for."""
         told = False
         while not self.stopping:
             try:
-                return Lease(notes, sentence=_held)
-            except ConfigError as error:
+                return DirectoryLock(notes)
+            except DirectoryLockedError as error:
                 if not told:
-                    self._say(f"{task.name}: {error}")
+                    self._say(f"{task.name}: {_locked_message(error)}")
                 told = True
                 self._stopping.wait(0.3)
         return None
 
-    def _step(self, task: Task, step: Step, inputs: Mapping[str, str], lease: Lease) -> Outcome:
+    def _step(
+        self, task: Task, step: Step, inputs: Mapping[str, str], lock: DirectoryLock
+    ) -> Outcome:
         failures, stuck, at = 0, 0, None
         while True:
             found = self.folder.step_state(task, step, inputs)
@@ -123,7 +124,7 @@ class Shop:
                 return Outcome("stopped", found.reason)
             if self.stopping:
                 return Outcome("left", "not begun" if failures == 0 else "asked to leave")
-            code, state, reached = self._start(task, step, inputs, lease)
+            code, state, reached = self._start(task, step, inputs, lock)
             if code == FINISHED or state == "finished":
                 if self.folder.step_state(task, step, inputs).state is State.DONE:
                     continue
@@ -150,7 +151,7 @@ class Shop:
             self._say(f"{task.name}: {message}; once more")
 
     def _start(
-        self, task: Task, step: Step, inputs: Mapping[str, str], lease: Lease
+        self, task: Task, step: Step, inputs: Mapping[str, str], lock: DirectoryLock
     ) -> tuple[int, str, Any]:
         """Exit code, the state that this attempt left in status.json ("" where it wrote none), and the step it names."""
         record, log = self.folder.record(task, step), self.folder.log(task, step)
@@ -170,7 +171,7 @@ class Shop:
             str(log),
             str(record),
             json.dumps(content),
-            str(lease.descriptor),
+            str(lock.descriptor),
         ]
         with self._guard:
             if self.stopping:
@@ -183,7 +184,7 @@ class Shop:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=[lease.descriptor],
+                pass_fds=[lock.descriptor],
                 start_new_session=True,
             )
             self._running.add(process)
@@ -214,8 +215,10 @@ def last_line(path: Path) -> str:
     return "".join(character if character.isprintable() else " " for character in text)[-300:]
 
 
-def _held(directory: Path, owner: Owner, _age: float) -> str:
-    return f"is being worked on by {owner}, or by what it started: waiting for it"
+def _locked_message(error: DirectoryLockedError) -> str:
+    if error.owner is None:
+        return str(error)
+    return f"is being worked on by {error.owner}, or by what it started: waiting for it"
 
 
 def _bytes(path: Path) -> bytes:

@@ -21,7 +21,7 @@ from megatron_kd.cache import (
     MissingTarget,
     WrongCache,
 )
-from megatron_kd.cache.writer import WriterLock
+from megatron_kd.cache.writer import lock_writer
 from megatron_kd.data.batches import Microbatch
 from megatron_kd.data.dataset import Part
 from megatron_kd.parallel.collectives import from_rank_zero, raise_together
@@ -112,7 +112,7 @@ def sole_writer(directory: Path, worker: int, *, writes: bool) -> Iterator[None]
     lock, problem = None, None
     if writes:
         try:
-            lock = WriterLock(directory / f".job-{worker:05d}.lock")
+            lock = lock_writer(directory / f".job-{worker:05d}.lock")
         except CacheInUse as error:
             problem = str(error)
     try:

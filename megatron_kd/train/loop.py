@@ -17,7 +17,7 @@ from megatron_kd.planning.flops import (
     peak_tflops,
     projection_flops_per_token,
 )
-from megatron_kd.storage.directory_lock import Lease
+from megatron_kd.storage.directory_lock import DirectoryLock
 from megatron_kd.telemetry.progress_bar import Progress
 from megatron_kd.telemetry.run_files import RunWriter, State
 from megatron_kd.telemetry.throughput import Stopwatch
@@ -41,26 +41,26 @@ def train(run: Run, leaving: ShutdownRequest | None = None) -> Action:
     CheckpointError on every rank alike, ConfigError where another run has the directory; LostRankError where another rank is missing (see
     `Watchdog`, which may also end the process).
     """
-    lease = _hold(run)
+    lock = _hold(run)
     try:
         request = _train(run, leaving or NoShutdown())
     finally:
         run.saver.verifier.close()
-        if lease is not None:
-            lease.release()
+        if lock is not None:
+            lock.release()
     # Whoever returns may begin the next run in this directory: not before it is free.
     raise_together(None, ConfigError)
     return request
 
 
-def _hold(run: Run) -> Lease | None:
+def _hold(run: Run) -> DirectoryLock | None:
     """This run directory for this run alone; rank 0 holds it. ConfigError on every rank where another run does."""
-    held: list[Lease] = []
+    held: list[DirectoryLock] = []
 
     def take() -> str | None:
-        lease = Lease(run.config.run.directory)
-        held.append(lease)
-        return None if lease.took_over is None else str(lease.took_over)
+        lock = DirectoryLock(run.config.run.directory)
+        held.append(lock)
+        return None if lock.took_over is None else str(lock.took_over)
 
     try:
         left = from_rank_zero(take)

@@ -33,8 +33,8 @@ from megatron_kd.checkpoint.tensors import read_metadata
 from tests.helpers.tools import ROOT
 
 HOLD = """
-import sys; from pathlib import Path; from megatron_kd.storage.directory_lock import Lease
-lease = Lease(Path(sys.argv[1])); print("held", flush=True); input()
+import sys; from pathlib import Path; from megatron_kd.storage.directory_lock import DirectoryLock
+lock = DirectoryLock(Path(sys.argv[1])); print("held", flush=True); input()
 """
 
 

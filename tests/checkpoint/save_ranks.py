@@ -156,6 +156,6 @@ def in_two_ranks(rendezvous: str, config: RunConfig, folder: Path) -> dict[str, 
 
 
 def _lost() -> Exception:
-    from megatron_kd.storage.directory_lock import LostLeaseError
+    from megatron_kd.storage.directory_lock import LostLockError
 
-    return LostLeaseError("run.directory was taken over by somebody")
+    return LostLockError("run.directory was taken over by somebody")

@@ -485,9 +485,9 @@ def test_the_cache_s_benchmarks(teacher: tuple[Path, str], tmp_path: Path) -> No
 def test_two_writers_and_a_full_disk(teacher: tuple[Path, str], tmp_path: Path) -> None:
     run_file = student(tmp_path, "student", teacher)
     cache = tmp_path / "cache"
-    from megatron_kd.cache.writer import WriterLock
+    from megatron_kd.cache.writer import lock_writer
 
-    held = WriterLock(cache / ".job-00000.lock")
+    held = lock_writer(cache / ".job-00000.lock")
     code, output = finish(start(extraction(run_file, cache)))
     held.release()
     assert code == 3, output

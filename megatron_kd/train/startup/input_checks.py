@@ -23,7 +23,7 @@ from megatron_kd.config import ConfigError, ModelSection, RunConfig
 from megatron_kd.config.hidden_state_pairs import Projection, projections_of
 from megatron_kd.data.indexed import check_token_file, packed_length, read_index
 from megatron_kd.data.tokenizer import TokenizerInfo, load_tokenizer
-from megatron_kd.storage.directory_lock import holder
+from megatron_kd.storage.directory_lock import lock_conflict
 from megatron_kd.teacher.huggingface_folder import check_huggingface_teacher, known_shape
 
 
@@ -67,7 +67,7 @@ def checkpoints_folder(config: RunConfig) -> Path:
 def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
     """Check sizes, tokenizer, data and checkpoints. ConfigError with one sentence, the same on every rank; no collective."""
     config.data_parallel_size(world_size)
-    held = holder(config.run.directory, say=_say)
+    held = lock_conflict(config.run.directory, report=_say)
     if held is not None:
         raise ConfigError(held)
     tokenizer = None
