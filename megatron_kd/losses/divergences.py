@@ -32,24 +32,8 @@ from megatron_kd.losses.sparse_loss import TokenLoss
 from megatron_kd.losses.spec import KDLoss, LossSpec, TokenTerms, check_inputs
 from megatron_kd.parallel.collectives import Group, group_rank, group_size
 from megatron_kd.parallel.vocab_shards import VocabShard, vocab_shard
+from megatron_kd.targets.dense import DenseTarget, Target, same_vocabulary_ranges
 from megatron_kd.targets.sparse import SparseTarget
-
-
-@dataclass(frozen=True)
-class DenseTeacher:
-    """The whole teacher for some tokens: what its logits are made from, chunk by chunk.
-
-    hidden: [S, B, H_t] or [N, H_t], the teacher's final hidden states, laid out as the student's: replicated over the
-        tensor-parallel group, or this rank's slice of S under sequence parallelism.
-    weight: [V_t/tp, H_t] of the same type, its output weight. Of the true vocabulary each rank must hold the same ids as of
-        the student's; the padding behind may differ. No gradient reaches either.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-
-
-Target = SparseTarget | DenseTeacher
 
 
 def linear_divergence(
@@ -80,11 +64,11 @@ def linear_divergence(
     Args:
         hidden, weight, labels, loss_mask, vocab_size, tp_group, sequence_parallel, chunk_tokens: as in
             `linear_kd_cross_entropy`.
-        teacher: a DenseTeacher: whole distributions are compared and `tail` is not used. Or a SparseTarget [S, B, K]:
+        teacher: a DenseTarget: whole distributions are compared and `tail` is not used. Or a SparseTarget [S, B, K]:
             tail "bucket" compares distributions over the kept ids and one entry for all others, on both sides;
             "renormalize" takes the kept entries rescaled to 1 and 0 elsewhere, where that is finite and can be summed.
         divergence: a name, or a Divergence with its parameters.
-        schedule: as in `linear_kd_cross_entropy` with a SparseTarget. With a DenseTeacher "auto" is "save" where all logits
+        schedule: as in `linear_kd_cross_entropy` with a SparseTarget. With a DenseTarget "auto" is "save" where all logits
             are few and else "chunk" (then the upstream gradient must be one value for all tokens), and there is no
             "recompute".
     Returns:
@@ -92,7 +76,7 @@ def linear_divergence(
     Raises:
         ValueError: bad sizes, types, scalars or targets, and divergences that a target cannot serve, before any collective.
         RuntimeError: a second backward, or an upstream gradient that the schedule cannot serve.
-    Collectives: with a SparseTarget those of `linear_kd_cross_entropy`. With a DenseTeacher per chunk all-gathers of [C, 7]
+    Collectives: with a SparseTarget those of `linear_kd_cross_entropy`. With a DenseTarget per chunk all-gathers of [C, 7]
         and [C, 2] (of [C] more for mse_logits), a sum of the gradient of hidden, and all-gathers of both hidden states under
         sequence_parallel.
     """
@@ -124,10 +108,10 @@ class DivergenceHead:
     ) -> tuple[KDLoss, Tensor | None]:
         """[S, B] losses and the columns of `losses.rows.HEALTH` [S, B, 5] if asked for.
 
-        terms: of each token, see TokenTerms; None: the spec's. With a DenseTeacher both temperatures are numbers.
+        terms: of each token, see TokenTerms; None: the spec's. With a DenseTarget both temperatures are numbers.
         """
         chosen = self.divergence
-        if isinstance(target, DenseTeacher):
+        if isinstance(target, DenseTarget):
             return _dense_loss(
                 hidden, weight, labels, target, spec, options, loss_mask, chosen, terms
             )
@@ -162,7 +146,7 @@ def _dense_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    teacher: DenseTeacher,
+    teacher: DenseTarget,
     spec: LossSpec,
     options: HeadOptions,
     loss_mask: Tensor | None,
@@ -216,7 +200,7 @@ def _dense_loss(
 
 
 def _teacher_shard(
-    hidden: Tensor, weight: Tensor, teacher: DenseTeacher, shard: VocabShard, group: Group
+    hidden: Tensor, weight: Tensor, teacher: DenseTarget, shard: VocabShard, group: Group
 ) -> VocabShard:
     """The teacher's shard on this rank; ValueError on every rank alike where the teacher does not fit beside the student."""
     theirs, size = teacher.weight, group_size(group)
@@ -248,11 +232,6 @@ def _teacher_shard(
     return vocab_shard(
         theirs.shape[0], rank=group_rank(group), size=size, vocab_size=shard.vocab_size
     )
-
-
-def same_vocabulary_ranges(rows: int, other_rows: int, vocab_size: int) -> bool:
-    """Whether ranks with `rows` each and ranks with `other_rows` each hold the same ids of the true vocabulary."""
-    return rows == other_rows or min(rows, other_rows) >= vocab_size
 
 
 class SparseDivergenceLoss(TokenLoss):

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from megatron_kd.losses.divergence_terms import Divergence
-from megatron_kd.losses.divergences import DivergenceHead, Target
+from megatron_kd.losses.divergences import DivergenceHead
 from megatron_kd.losses.head import HeadOptions
 from megatron_kd.losses.look import look_at
 from megatron_kd.losses.sparse_loss import HEALTH
 from megatron_kd.losses.spec import KDLoss, LossSpec, TokenTerms
 from megatron_kd.losses.token_rules import Seen, TokenRule
+from megatron_kd.targets import Target
 from megatron_kd.targets.sparse import SparseTarget
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_kd.data.batches import Microbatch
-from megatron_kd.losses.divergences import Target
+from megatron_kd.targets import Target
 from megatron_kd.teacher.source import TeacherSource
 
 

@@ -10,7 +10,7 @@ from megatron_kd.cache import CacheError, CacheReader, MissingTarget
 from megatron_kd.config import ConfigError
 from megatron_kd.data.batches import Microbatch
 from megatron_kd.data.dataset import TokenDataset
-from megatron_kd.losses.divergences import Target
+from megatron_kd.targets import Target
 from megatron_kd.targets.keys import key_from_words, sample_key
 from megatron_kd.targets.narrow import narrow
 from megatron_kd.targets.select import TopSelection

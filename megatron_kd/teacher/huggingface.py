@@ -19,12 +19,11 @@ from torch import Tensor
 
 from megatron_kd.config import ConfigError
 from megatron_kd.data.batches import Microbatch
-from megatron_kd.losses.divergences import Target
 from megatron_kd.models.huggingface.transformers_model import load_causal_lm
 from megatron_kd.models.transformer_config import DTYPES
 from megatron_kd.parallel.collectives import all_gather, group_rank, group_size, raise_together
 from megatron_kd.parallel.groups import Groups
-from megatron_kd.targets import Selection
+from megatron_kd.targets import Selection, Target
 from megatron_kd.targets.keys import token_keys
 from megatron_kd.teacher.online import KeepHidden, MakeTarget, SelectTargets
 

@@ -20,12 +20,11 @@ from torch import Tensor
 
 from megatron_kd.config import ModelSection, ParallelSection
 from megatron_kd.data.batches import Microbatch
-from megatron_kd.losses.divergences import DenseTeacher, Target
 from megatron_kd.models.gpt_model import build_chunks, output_weight
 from megatron_kd.models.layer_outputs import LayerOutputs
 from megatron_kd.models.transformer_config import transformer_config
 from megatron_kd.parallel.groups import Groups
-from megatron_kd.targets import Selection, SparseTarget, linear_targets
+from megatron_kd.targets import DenseTarget, Selection, SparseTarget, Target, linear_targets
 from megatron_kd.targets.keys import token_keys
 
 
@@ -64,9 +63,9 @@ class SelectTargets:
 class KeepHidden:
     """The hidden states themselves, for the student's head to multiply chunk by chunk."""
 
-    def __call__(self, hidden: Tensor, weight: Tensor, token_keys: Tensor) -> DenseTeacher:
+    def __call__(self, hidden: Tensor, weight: Tensor, token_keys: Tensor) -> DenseTarget:
         """See MakeTarget."""
-        return DenseTeacher(hidden.detach(), weight.detach())
+        return DenseTarget(hidden.detach(), weight.detach())
 
 
 class OnlineTeacher:

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kd.data.batches import Microbatch
-from megatron_kd.losses.divergences import Target
 from megatron_kd.parallel.collectives import all_gather, exchange
 from megatron_kd.parallel.groups import Groups
+from megatron_kd.targets import Target
 from megatron_kd.targets.sparse import SparseTarget
 from megatron_kd.teacher.online import OnlineTeacher
 from megatron_kd.teacher.split import Split

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_kd.data.batches import Microbatch
-from megatron_kd.losses.divergences import Target
+from megatron_kd.targets import Target
 
 
 class TeacherSource(Protocol):

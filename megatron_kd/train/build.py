@@ -15,7 +15,7 @@ from megatron_kd.data.batches import Attach, BatchSource, Microbatch
 from megatron_kd.data.dataset import TokenDataset, build_dataset
 from megatron_kd.head.logit_rows import compile_rows
 from megatron_kd.losses import Divergence
-from megatron_kd.losses.divergences import DivergenceHead, Target, same_vocabulary_ranges
+from megatron_kd.losses.divergences import DivergenceHead
 from megatron_kd.losses.head import HeadOptions
 from megatron_kd.losses.objective import Objective
 from megatron_kd.losses.spec import LossSpec
@@ -24,6 +24,7 @@ from megatron_kd.parallel.groups import Groups, start_groups
 from megatron_kd.parallel.platform import start_platform
 from megatron_kd.parallel.vocab_shards import padded_vocab_size
 from megatron_kd.parallel.world import world_from_environment
+from megatron_kd.targets.dense import Target, same_vocabulary_ranges
 from megatron_kd.targets.sparse import assign_tail_to_label
 from megatron_kd.teacher.ahead import AheadTeacher
 from megatron_kd.teacher.build import attach_of, build_teacher

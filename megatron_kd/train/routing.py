@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megatron_kd.config import DistillSection
 from megatron_kd.data.batches import Microbatch
-from megatron_kd.losses.divergences import Target
 from megatron_kd.losses.token_rules import (
     Between,
     ByDifficulty,
@@ -25,6 +24,7 @@ from megatron_kd.losses.token_rules import (
 )
 from megatron_kd.parallel.collectives import all_gather
 from megatron_kd.parallel.groups import Groups
+from megatron_kd.targets import Target
 from megatron_kd.targets.sparse import SparseTarget
 
 # The entropy at and below which tokens of a step are routed, fp32 scalar; None where the step has none.

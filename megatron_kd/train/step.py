@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kd.data.batches import Microbatch
-from megatron_kd.losses.divergences import Target
 from megatron_kd.losses.objective import Objective
 from megatron_kd.models.gpt_model import output_weight
+from megatron_kd.targets import Target
 from megatron_kd.telemetry.metrics import reduce_reports
 from megatron_kd.train.build import Run
 from megatron_kd.train.capture import Observe, nothing

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from megatron_kd.losses import DenseTeacher, Divergence, KDLoss
-from megatron_kd.losses.divergences import DivergenceHead, Target
+from megatron_kd.losses.divergences import DivergenceHead
 from megatron_kd.losses.head import HeadOptions
 from megatron_kd.losses.spec import LossSpec, TokenTerms
+from megatron_kd.targets import Target
 from megatron_kd.targets.sparse import SparseTarget
 from tests.losses.cases import (
     Outcome,
