@@ -1,4 +1,4 @@
-"""Choosing a SparseTarget from a teacher's logits, whole or sharded over a tensor-parallel group."""
+"""Select a SparseTarget from a teacher's logits, also where they are sharded over ranks."""
 
 from __future__ import annotations
 
@@ -20,23 +20,39 @@ from megatron_kd.targets.sparse import SparseTarget, sort_by_logprob
 
 
 class Selection(Protocol):
-    """How a chunk of logits becomes a SparseTarget: `TopSelection`, `SampleSelection`."""
+    """Turn a chunk of logits into a SparseTarget; see `TopSelection` and `SampleSelection`."""
 
     def check(self, vocab_size: int) -> None:
-        """ValueError where a vocabulary of this size cannot serve; called on every rank before any collective."""
+        """Raise ValueError where a vocabulary of this size cannot serve.
+
+        It is called on every rank before any collective.
+        """
 
     def __call__(
         self, rows: ChunkRows, keys: Tensor, shard: VocabShard, group: Group
     ) -> SparseTarget:
-        """The target of one chunk of C tokens, the same on every rank. keys: int64 [C], what a random choice may depend on."""
+        """Return the target of one chunk of C tokens, the same on every rank.
+
+        Args:
+            rows: this rank's logits of the chunk [C, n], before temperature.
+            keys: int64 [C], what a random choice may depend on.
+            shard: this rank's part of the vocabulary.
+            group: ranks that hold the other parts.
+        """
 
 
 @dataclass(frozen=True)
 class TopSelection:
-    """The teacher's `top_k` likeliest ids, of which the smallest prefix with mass >= `top_p` is kept (at least `min_k`).
+    """Select the teacher's `top_k` most probable ids and keep a prefix of them.
 
-    `temperature` is where top_p's mass and the target's log_tail are measured. Of equal logits the smaller id is kept; entries are by
-    falling log-probability, equal ones by rising id.
+    Of equal logits the smaller id is kept. Entries are sorted by falling log-probability, equal
+    ones by rising id.
+
+    Attributes:
+        top_k: most entries per token.
+        top_p: the smallest prefix with at least this mass is kept, in (0, 1].
+        min_k: entries that are kept in any case.
+        temperature: at which top_p's mass and the target's log_tail are measured, > 0.
     """
 
     top_k: int
@@ -55,14 +71,18 @@ class TopSelection:
             raise ValueError(f"temperature must be > 0, not {self.temperature}")
 
     def check(self, vocab_size: int) -> None:
-        """ValueError: top_k past the vocabulary."""
+        """Raise ValueError where top_k exceeds the vocabulary."""
         if self.top_k > vocab_size:
             raise ValueError(f"top_k ({self.top_k}) is past the vocabulary ({vocab_size} ids)")
 
     def __call__(
         self, rows: ChunkRows, keys: Tensor, shard: VocabShard, group: Group
     ) -> SparseTarget:
-        """One chunk. Collectives: all-gathers of [C, 2K] and [C, K + 6], and of [2, C] where top_p < 1."""
+        """Return the target of one chunk of C tokens; see `Selection.__call__`.
+
+        Collectives:
+            All-gathers of [C, 2K] and [C, K + 6], and one of [2, C] where top_p < 1.
+        """
         values, indices = _top(rows, self.top_k, shard, group, self.temperature)
         if self.top_p < 1.0:
             logsumexp = row_logsumexp(rows, temperature=self.temperature, group=group)
@@ -70,51 +90,76 @@ class TopSelection:
             keep = mass.cumsum(-1) - mass < self.top_p
             keep[:, : self.min_k] = True
             indices = torch.where(keep, indices, -1)
-        found = target_at(rows, indices, shard, group, temperature=self.temperature)
-        # Of two different logits the log-probabilities can be the same number.
-        ids, logprobs = sort_by_logprob(found.indices, found.logprobs)
-        return replace(found, indices=ids, logprobs=logprobs)
+        target = target_at(rows, indices, shard, group, temperature=self.temperature)
+        # Different logits can have equal log-probabilities, so the order must be made again.
+        ids, logprobs = sort_by_logprob(target.indices, target.logprobs)
+        return replace(target, indices=ids, logprobs=logprobs)
 
 
 def target_at(
     rows: ChunkRows, indices: Tensor, shard: VocabShard, group: Group, *, temperature: float
 ) -> SparseTarget:
-    """The target that keeps `indices` [C, K], which are lifted out of `rows`. One all-gather of [C, K + 6]."""
-    nowhere = torch.full_like(indices[:, 0], -1)
-    split = row_statistics(
+    """Return the target that keeps `indices`, which are removed from `rows`.
+
+    Args:
+        rows: this rank's logits of C tokens.
+        indices: int [C, K] global ids, -1 in unused slots.
+        shard: this rank's part of the vocabulary.
+        group: ranks that hold the other parts.
+        temperature: at which log_tail is measured.
+
+    Collectives:
+        One all-gather of [C, K + 6].
+    """
+    no_labels = torch.full_like(indices[:, 0], -1)
+    statistics = row_statistics(
         rows,
         indices,
-        nowhere,
+        no_labels,
         vocab_start=shard.start,
         temperature=temperature,
         group=group,
         entropy=True,
     )
-    logprobs = split.support - split.logsumexp.unsqueeze(1)
-    log_tail = split.rest_logsumexp_t - split.logsumexp_t
-    return SparseTarget(indices.to(torch.int32), logprobs, log_tail, split.entropy, temperature)
+    logprobs = statistics.support - statistics.logsumexp.unsqueeze(1)
+    log_tail = statistics.rest_logsumexp_t - statistics.logsumexp_t
+    return SparseTarget(
+        indices.to(torch.int32), logprobs, log_tail, statistics.entropy, temperature
+    )
 
 
 def _top(
     rows: ChunkRows, top_k: int, shard: VocabShard, group: Group, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Values and global ids [C, top_k] of each row's largest logits, by (logit falling, id rising). One all-gather."""
+    """Return each row's largest logits, by (logit falling, id rising).
+
+    Args:
+        rows: this rank's logits of C tokens.
+        top_k: number of logits.
+        shard: this rank's part of the vocabulary.
+        group: ranks that hold the other parts.
+        temperature: of the statistics that are computed next.
+
+    Returns:
+        Values and global ids, both [C, top_k].
+
+    Collectives:
+        One all-gather of [C, 2 top_k].
+    """
     count = min(top_k, shard.valid)
-    values, columns = rows.top(
-        count, temperature
-    )  # the temperature of the statistics that will be asked for next
+    values, columns = rows.top(count, temperature)
     ids = columns + shard.start
     if group_size(group) == 1:
         return values, ids
-    # The vocabulary is split: every rank offers top_k candidates (short shards pad with -inf), ids as bits of a value.
+    # Every rank offers top_k candidates; short shards pad with -inf. Ids travel as bits of a value.
     padding = (0, top_k - count)
     values = torch.nn.functional.pad(values, padding, value=-torch.inf)
     ids = torch.nn.functional.pad(ids, padding, value=torch.iinfo(torch.int32).max)
-    as_bits = torch.int32 if values.dtype == torch.float32 else torch.int64
-    packed = all_gather(torch.cat([values.view(as_bits), ids.to(as_bits)], dim=1), group)
-    values = packed[..., :top_k].contiguous().view(values.dtype).transpose(0, 1).flatten(1)
-    ids = packed[..., top_k:].transpose(0, 1).flatten(1).long()
-    # Ranks hold rising ids, so that a stable sort leaves equal values by rising id.
+    bits_dtype = torch.int32 if values.dtype == torch.float32 else torch.int64
+    candidates = all_gather(torch.cat([values.view(bits_dtype), ids.to(bits_dtype)], dim=1), group)
+    values = candidates[..., :top_k].contiguous().view(values.dtype).transpose(0, 1).flatten(1)
+    ids = candidates[..., top_k:].transpose(0, 1).flatten(1).long()
+    # Ids rise with the rank, so a stable sort leaves equal values by rising id.
     values, order = values.sort(dim=1, descending=True, stable=True)
     return values[:, :top_k], ids.gather(1, order[:, :top_k])
 
@@ -127,21 +172,28 @@ def select_targets(
     tp_group: Group = None,
     token_keys: Tensor | None = None,
 ) -> SparseTarget:
-    """A SparseTarget from the teacher's logits.
+    """Return a SparseTarget from the teacher's logits.
 
     Args:
-        teacher_logits: [..., V/tp] any float type, this rank's shard before temperature; computed in fp32 (fp64 stays).
-            Not modified.
+        teacher_logits: [..., V/tp], any float type, this rank's shard before temperature; computed
+            in fp32 (fp64 stays). Not modified.
         selection: which entries to keep.
-        vocab_size: true vocabulary size; later columns are padding and take no probability. None: all columns are real.
+        vocab_size: true vocabulary size; later columns are padding and take no probability. None:
+            all columns are real.
         tp_group: ranks that hold the other shards; None: unsharded.
-        token_keys: int64 [...], what random draws of a token depend on besides the seed: name the token by its sample and
-            position and it is drawn alike in any batch and layout. None: its place in this call.
+        token_keys: int64 [...], what the random samples of a token depend on besides the seed. With
+            a key made of its sample and position a token is sampled alike in any batch and layout.
+            None: its position in this call.
+
     Returns:
         SparseTarget with leading shape [...], identical on every rank of the group.
+
     Raises:
-        ValueError: top_k past the vocabulary, shards that cannot hold it; on every rank, before any collective.
-    Collectives: a few small all-gathers per chunk of C tokens, see the selection.
+        ValueError: top_k exceeds the vocabulary, or the shards cannot hold it; on every rank,
+            before any collective.
+
+    Collectives:
+        A few small all-gathers per chunk of C tokens, see the selection.
     """
     logits = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
     shard = vocab_shard(
@@ -156,12 +208,12 @@ def select_targets(
     chunks = TokenChunks(
         logits.shape[0], 1, chunk_size(None, shard.share, logits.shape[0], on_cuda=logits.is_cuda)
     )
-    return _select(
-        given_logits(logits, shard, chunks), chunks, shape, token_keys, selection, shard, tp_group
-    )
+    rows = given_logits(logits, shard, chunks)
+    targets = _chunk_targets(rows, chunks, token_keys, selection, shard, tp_group)
+    return _join(targets, chunks, shape)
 
 
-def linear_targets(
+def linear_targets(  # noqa: PLR0913 (public signature)
     hidden: Tensor,
     weight: Tensor,
     selection: Selection,
@@ -172,24 +224,35 @@ def linear_targets(
     chunk_tokens: int | None = None,
     token_keys: Tensor | None = None,
 ) -> SparseTarget:
-    """A SparseTarget from the teacher's final hidden states and output weight; logits exist for one chunk of tokens only.
+    """Return a SparseTarget from the teacher's final hidden states and output weight.
+
+    Logits exist for one chunk of tokens only.
 
     Args:
-        hidden: [S, B, H] or [N, H], any float type. Replicated over `tp_group`, or this rank's slice of S under
-            sequence_parallel.
+        hidden: [S, B, H] or [N, H], any float type. Replicated over `tp_group`, or this rank's
+            slice of S under sequence_parallel.
         weight: [V/tp, H], this rank's rows in id order.
-        selection, vocab_size, tp_group, token_keys: as in `select_targets`; keys are [S, B] (or [N]) of the full sequence.
+        selection: which entries to keep.
+        vocab_size: true vocabulary size, as in `select_targets`.
+        tp_group: ranks that hold the other shards; None: unsharded.
         sequence_parallel: hidden is a slice; it is gathered chunk by chunk.
         chunk_tokens: tokens per chunk; None: from the shard's width.
+        token_keys: int64 [S, B] (or [N]) of the full sequence, as in `select_targets`.
+
     Returns:
-        SparseTarget with leading shape [S, B] (or [N]) of the full sequence, identical on every rank.
+        SparseTarget with leading shape [S, B] (or [N]) of the full sequence, identical on every
+        rank.
+
     Raises:
-        ValueError: as `select_targets`; shapes that do not fit.
-    Collectives: per chunk small all-gathers, see the selection, and one of hidden under sequence_parallel.
+        ValueError: as `select_targets`, or the shapes do not fit.
+
+    Collectives:
+        Per chunk small all-gathers, see the selection, and one of hidden under sequence_parallel.
     """
     if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must end in the same width"
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must end in the same "
+            "width"
         )
     shard = vocab_shard(
         weight.shape[0], rank=group_rank(tp_group), size=group_size(tp_group), vocab_size=vocab_size
@@ -204,36 +267,44 @@ def linear_targets(
     )
     _check_keys(token_keys, shape)
     rows = linear_logits(hidden.reshape(-1, hidden.shape[-1]), weight, shard, chunks, tp_group)
-    return _select(rows, chunks, shape, token_keys, selection, shard, tp_group)
+    targets = _chunk_targets(rows, chunks, token_keys, selection, shard, tp_group)
+    return _join(targets, chunks, shape)
 
 
 def _check_keys(token_keys: Tensor | None, shape: torch.Size) -> None:
     if token_keys is not None and (token_keys.shape != shape or token_keys.dtype != torch.int64):
         raise ValueError(
-            f"token_keys must be int64 {tuple(shape)}, one for each token, not {token_keys.dtype} {tuple(token_keys.shape)}"
+            f"token_keys must be int64 {tuple(shape)}, one for each token, not "
+            f"{token_keys.dtype} {tuple(token_keys.shape)}"
         )
 
 
-@torch.no_grad()
-def _select(
+def _chunk_targets(
     rows: Iterator[tuple[slice, ChunkRows]],
     chunks: TokenChunks,
-    shape: torch.Size,
     token_keys: Tensor | None,
     selection: Selection,
     shard: VocabShard,
     group: Group,
-) -> SparseTarget:
-    """The targets of all chunks, in the order of the sequence."""
+) -> Iterator[tuple[slice, SparseTarget]]:
+    """Yield the slice and the target of each chunk."""
     keys = None if token_keys is None else token_keys.flatten()
-    joined: SparseTarget | None = None
     for part, logits in rows:
         if keys is None:
             keys = torch.arange(chunks.tokens, device=logits.buffer.device)
-        found = selection(logits, chunks.take(keys, part), shard, group)
+        yield part, selection(logits, chunks.take(keys, part), shard, group)
+
+
+@torch.no_grad()
+def _join(
+    targets: Iterator[tuple[slice, SparseTarget]], chunks: TokenChunks, shape: torch.Size
+) -> SparseTarget:
+    """Return the targets of all chunks in the order of the sequence; computes them without grad."""
+    joined: SparseTarget | None = None
+    for part, target in targets:
         if joined is None:
-            joined = found.map(lambda t: t.new_empty((chunks.tokens, *t.shape[1:])))
-        for whole, piece in zip(joined.tensors(), found.tensors(), strict=True):
-            chunks.put(whole, part, piece)
+            joined = target.map(lambda tensor: tensor.new_empty((chunks.tokens, *tensor.shape[1:])))
+        for full, values in zip(joined.tensors(), target.tensors(), strict=True):
+            chunks.put(full, part, values)
     assert joined is not None
-    return joined.map(lambda t: t.view(*shape, *t.shape[1:]))
+    return joined.map(lambda tensor: tensor.view(*shape, *tensor.shape[1:]))

@@ -79,17 +79,17 @@ def _wrong_targets(vocab_size: int) -> list[tuple[SparseTarget, dict[str, Any], 
         (
             replace(good, indices=_changed(good.indices, (1, 2))),
             {},
-            "target.indices names an id twice in one row",
+            "target.indices names an id twice for one token",
         ),
         (
             replace(good, indices=_changed(good.indices, (0, -1), (1, -1), (2, -1))),
             {},
-            "a row of target has no kept entry",
+            "a token of target has no kept entry",
         ),
         (
             replace(good, logprobs=_changed(good.logprobs, *((k, -torch.inf) for k in range(K)))),
             {},
-            "a row of target has no kept entry",
+            "a token of target has no kept entry",
         ),
         (
             good,
