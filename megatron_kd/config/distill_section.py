@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_kd.config.divergences import DivergenceName, sparse_problem
+from megatron_kd.config.divergence_section import DivergenceSection, divergence_parameters
+from megatron_kd.config.divergences import sparse_problem
 from megatron_kd.config.hidden_state_pairs import HiddenStatesPair
 from megatron_kd.config.model_section import Section
 from megatron_kd.config.schedules import ALPHA_SCHEDULES, AlphaScheduleName, describe_schedules
@@ -93,8 +94,8 @@ class AdaptiveSection(Section):
         return self
 
 
-class DistillSection(Section):
-    """The distillation loss: total = (1 - alpha) * ce + alpha * kd + z_loss * logsumexp^2 + hidden_states, nats per token."""
+class AlphaSection(Section):
+    """The keys that weigh the losses."""
 
     weights: Literal["mix", "keep_ce", "keep_kd"] = Field(
         default="mix",
@@ -129,29 +130,11 @@ class DistillSection(Section):
         le=1,
         description="wsd, wsd_ce: share of the steps of the decay, in [0, 1].",
     )
-    divergence: DivergenceName = Field(
-        default="forward_kl",
-        description="What is compared with the teacher (formulas: losses/divergence_terms.py). forward_kl: KL(teacher || student). "
-        "All but forward_kl take tail bucket, some of them renormalize; mse_logits needs dense.",
-    )
-    js_beta: float = Field(
-        default=0.5,
-        gt=0,
-        lt=1,
-        description="jensen_shannon: weight of the teacher in the mixture, in (0, 1).",
-    )
-    skew: float = Field(
-        default=0.1,
-        gt=0,
-        lt=1,
-        description="skew_kl: share of the teacher in the mixture; skew_reverse_kl: of the student; in (0, 1).",
-    )
-    ab_alpha: float = Field(
-        default=0.2, ge=0, description="alpha_beta: exponent of the teacher's probabilities, >= 0."
-    )
-    ab_beta: float = Field(
-        default=0.7, ge=0, description="alpha_beta: exponent of the student's probabilities, >= 0."
-    )
+
+
+class DistillSection(DivergenceSection, AlphaSection):
+    """The distillation loss: total = (1 - alpha) * ce + alpha * kd + z_loss * logsumexp^2 + hidden_states, nats per token."""
+
     dense: bool = Field(
         default=False,
         description="Compare the whole distributions: the teacher's final hidden states are kept for the step in place of sparse targets, "
@@ -283,10 +266,9 @@ class DistillSection(Section):
         sampled = self.num_draws is not None
         problem = sparse_problem(
             self.divergence,
+            divergence_parameters(self),
             tail=self.loss_tail,
             sampled=sampled,
-            ab_alpha=self.ab_alpha,
-            ab_beta=self.ab_beta,
         )
         if problem is not None:
             raise ValueError(f"{problem} (dense = true)" if "dense teacher" in problem else problem)

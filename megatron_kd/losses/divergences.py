@@ -121,10 +121,9 @@ class DivergenceHead:
             )
         problem = sparse_problem(
             chosen.name,
+            {"ab_alpha": chosen.ab_alpha, "ab_beta": chosen.ab_beta},
             tail=spec.tail,
             sampled=target.sampled,
-            ab_alpha=chosen.ab_alpha,
-            ab_beta=chosen.ab_beta,
         )
         if problem is not None:
             raise ValueError(problem)

@@ -11,6 +11,7 @@ from megatron_kd.checkpoint.saver import Saver
 from megatron_kd.checkpoint.sharded_state import load_training_state, load_weights
 from megatron_kd.checkpoint.store import CheckpointInfo
 from megatron_kd.config import ConfigError, RunConfig
+from megatron_kd.config.divergence_section import divergence_parameters
 from megatron_kd.data.batches import Attach, BatchSource, Microbatch
 from megatron_kd.data.dataset import TokenDataset, build_dataset
 from megatron_kd.head.logit_rows import compile_rows
@@ -213,11 +214,7 @@ def _objective(config: RunConfig, inputs: Inputs, groups: Groups) -> Objective:
             distill.chunk_tokens,
             health=True,
         ),
-        head_loss=DivergenceHead(
-            Divergence(
-                distill.divergence, distill.js_beta, distill.skew, distill.ab_alpha, distill.ab_beta
-            )
-        ),
+        head_loss=DivergenceHead(Divergence(distill.divergence, **divergence_parameters(distill))),
         rules=rules_of(distill, inputs.vocab_size),
         prepare=assign_tail_to_label if distill.tail == "label" else None,
     )

@@ -362,15 +362,15 @@ RELATIONS = {
         'distill.divergence = "mse_logits" compares the logits of all ids: it needs the dense teacher, not a sparse target (dense = true)'
     ),
     "--distill.divergence=reverse_kl": (
-        'distill.divergence = "reverse_kl" with tail = "renormalize" is infinite, the teacher\'s probability outside the kept ids '
-        'being 0: use tail = "bucket", or the dense teacher (dense = true)'
+        'distill.divergence = "reverse_kl" with tail = "renormalize" is infinite, because the teacher\'s probability outside '
+        'the kept ids is 0: use tail = "bucket", or the dense teacher (dense = true)'
     ),
     "--distill.divergence=skew_kl --distill.tail=drop": (
         'distill.divergence = "skew_kl" with a sparse target takes tail = "bucket" or "renormalize", not "drop"'
     ),
     "--distill.divergence=alpha_beta --distill.num_draws=9": (
-        'distill.divergence = "alpha_beta" with random draws has a term of its own for every id outside the kept ones: '
-        "keep the likeliest ids, or the dense teacher (dense = true)"
+        'distill.divergence = "alpha_beta" with random samples has a term of its own for every id outside the kept ones: '
+        "keep the top ids, or the dense teacher (dense = true)"
     ),
     "--distill.alpha_warmup_fraction=0.995": "distill.alpha_warmup_fraction (0.995) + alpha_decay_fraction (0.01) must be at most 1",
     "--data.train_weights=[1,2]": "data.train_weights ([1.0, 2.0]) needs one weight > 0 for each of data.train's 1 entries",
