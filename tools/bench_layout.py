@@ -229,9 +229,9 @@ def _check(arguments: argparse.Namespace, config: RunConfig, world_size: int) ->
     """ConfigError where the ranks or the models cannot be cut like this."""
     config.data_parallel_size(world_size)
     tensor, pipeline, _ = config.teacher_layout(world_size)
-    for name, size, by, ranks in step_bench.teacher_shape(arguments, config.model).not_divisible(
-        tensor=tensor, stages=pipeline
-    ):
+    for name, size, by, ranks in step_bench.teacher_shape(
+        arguments, config.model
+    ).indivisible_sizes(tensor=tensor, stages=pipeline):
         raise ConfigError(
             f"the teacher's {name} ({size}) must be a multiple of its {by}-parallel size ({ranks})"
         )

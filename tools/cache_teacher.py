@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_kd.config import ConfigError, RunConfig, load_config
-from megatron_kd.config.teacher_section import TEACHER_SOURCES
+from megatron_kd.config.sections.teacher_section import TEACHER_SOURCES
 from megatron_kd.parallel.world import world_from_environment
 
 if TYPE_CHECKING:

@@ -1,11 +1,12 @@
-"""One run's configuration: frozen sections, a run file with overrides, and nothing that needs torch."""
+"""Read and check run files: sections, presets, overrides and `--help`. Needs no torch."""
 
-from megatron_kd.config.capture_section import CaptureSection
 from megatron_kd.config.dump import dump_toml
+from megatron_kd.config.errors import ConfigError
 from megatron_kd.config.load import load_config
-from megatron_kd.config.run_config import ConfigError, RunConfig
+from megatron_kd.config.run_config import RunConfig
 from megatron_kd.config.sections import (
     BatchSection,
+    CaptureSection,
     CheckpointSection,
     DataSection,
     DistillSection,

@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megatron_kd.config.run_config import ConfigError, RunConfig
+from megatron_kd.config.errors import ConfigError
+from megatron_kd.config.run_config import RunConfig
 
 
 def dump_toml(config: RunConfig) -> str:

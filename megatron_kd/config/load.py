@@ -23,9 +23,10 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliSettingsSource
 
 from megatron_kd.config.dump import dump_toml
-from megatron_kd.config.hidden_state_pairs import HiddenStatesPair
+from megatron_kd.config.errors import ConfigError
 from megatron_kd.config.presets import PRESETS
-from megatron_kd.config.run_config import ConfigError, RunConfig
+from megatron_kd.config.run_config import RunConfig
+from megatron_kd.config.sections.hidden_states_pair import HiddenStatesPair
 
 _PROGRAM = "python -m megatron_kd.pretrain"
 _USAGE = "--config run.toml [--section.key value ...]"

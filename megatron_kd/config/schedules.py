@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from megatron_kd.config.distill_section import DistillSection
-    from megatron_kd.config.sections import OptimizerSection
+    from megatron_kd.config.sections.distill_section import DistillSection
+    from megatron_kd.config.sections.optimizer_section import OptimizerSection
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.data.dataset import TokenDataset
 from megatron_kd.targets.keys import mark_starts, sample_keys, unmark_starts
 from megatron_kd.targets.sparse import SparseTarget

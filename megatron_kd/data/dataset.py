@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.data.indexed import (
     COUNTS_FOR_LOSS,
     STARTS_DOCUMENT,

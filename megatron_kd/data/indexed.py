@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.storage.atomic_files import write_atomically
 
 _HEADER = struct.Struct("<9sQBQQ")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.data.vocabularies import (
     HuggingFaceVocabulary,
     SentencePieceVocabulary,

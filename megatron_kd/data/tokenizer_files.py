@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 
 _HUGGINGFACE = (
     "tokenizer.json",

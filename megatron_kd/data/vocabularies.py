@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.data.indexed import optimal_dtype
 
 # How text is cut before ranks are merged. Every one of these cuts before a space that follows no whitespace: a space can only be

@@ -31,7 +31,7 @@ def inference_layout(
     model = info.model_section()
     if min(tensor, pipeline) < 1:
         raise ConfigError(f"--tensor ({tensor}) and --pipeline ({pipeline}) must be at least 1")
-    for name, size, option, divisor in model.not_divisible(tensor=tensor, stages=pipeline):
+    for name, size, option, divisor in model.indivisible_sizes(tensor=tensor, stages=pipeline):
         raise ConfigError(
             f"the model's {name} ({size}) must be a multiple of --{option} ({divisor})"
         )

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_kd.config.hidden_state_pairs import projections_of
-from megatron_kd.config.model_section import ModelSection
 from megatron_kd.config.run_config import RunConfig
+from megatron_kd.config.sections import ModelSection
 from megatron_kd.parallel.vocab_shards import padded_vocab_size, stage_of
 
 _BYTES = {"bf16": 2, "fp32": 4}

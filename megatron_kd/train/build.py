@@ -11,7 +11,7 @@ from megatron_kd.checkpoint.saver import Saver
 from megatron_kd.checkpoint.sharded_state import load_training_state, load_weights
 from megatron_kd.checkpoint.store import CheckpointInfo
 from megatron_kd.config import ConfigError, RunConfig
-from megatron_kd.config.divergence_section import divergence_parameters
+from megatron_kd.config.sections.divergence_section import divergence_parameters
 from megatron_kd.data.batches import Attach, BatchSource, Microbatch
 from megatron_kd.data.dataset import TokenDataset, build_dataset
 from megatron_kd.head.logit_rows import compile_rows

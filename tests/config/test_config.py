@@ -178,7 +178,7 @@ def test_environment_and_dotenv_are_no_source(
         (
             "--parallel.pipeline=4 --parallel.virtual_pipeline=2 --model.num_layers=8",
             8,
-            "the interleaved schedule needs the microbatches per step (2) to be a multiple of parallel.pipeline (4): "
+            "the interleaved pipeline schedule needs the microbatches per step (2) to be a multiple of parallel.pipeline (4): "
             "change batch.global_batch_size or batch.micro_batch_size",
         ),
     ],
@@ -320,7 +320,7 @@ def test_help_lists_every_key_with_its_text_and_default() -> None:
     for entry in [
         "usage: python -m megatron_kd.pretrain --config run.toml [--section.key value ...]",
         "--config path Run file (TOML)",
-        "Shape of the student: a Llama-style decoder",
+        "Define the shape of the student: a Llama-style decoder",
         "--optimizer.learning_rate number Peak learning rate. Must be > 0. (required)",
         "--distill.alpha number Largest weight of the distillation loss, in [0, 1]. Unused without a teacher. (default: 0.9)",
         "--train.precision {bf16,fp32} ",

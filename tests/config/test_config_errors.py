@@ -339,8 +339,8 @@ def test_a_bad_file_value_is_refused_even_where_overridden(load: Load, run_text:
 RELATIONS = {
     "--model.num_query_groups=3": "model.num_attention_heads (4) must be a multiple of num_query_groups (3)",
     "--model.num_attention_heads=3": "model.hidden_size (64) must be a multiple of num_attention_heads (3), or set head_dim",
-    "--model.head_dim=3": "model.head_dim (3) must be even: rotary embedding turns pairs",
-    "--model.num_attention_heads=64": "model.head_dim (1) must be even: rotary embedding turns pairs",
+    "--model.head_dim=3": "model.head_dim (3) must be even: rotary embedding rotates pairs of values",
+    "--model.num_attention_heads=64": "model.head_dim (1) must be even: rotary embedding rotates pairs of values",
     "--teacher.source=online": 'teacher.source = "online" needs teacher.checkpoint',
     "--distill.min_k=65": "distill.min_k (65) must be at most top_k (64)",
     "--distill.num_draws=5 --distill.top_k=8": (

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_kd.config import ConfigError, ModelSection, RunConfig, dump_toml, load_config
-from megatron_kd.config.hidden_state_pairs import HiddenStatesPair, projections_of
+from megatron_kd.config.hidden_state_pairs import projections_of
 from megatron_kd.config.presets import PRESETS
+from megatron_kd.config.sections.hidden_states_pair import HiddenStatesPair
 from megatron_kd.planning.flops import parameter_count, projection_flops_per_token
 from megatron_kd.planning.state_memory import rank_parameters, run_memory
 from tests.config.conftest import RUN_FILE

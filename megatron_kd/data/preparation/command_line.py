@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.data.preparation.pieces import PieceNote
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -21,7 +21,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 
 FORMATS = ("auto", "text", "jsonl", "parquet")
 _LINES = (".jsonl", ".ndjson")

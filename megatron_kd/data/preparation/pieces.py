@@ -20,7 +20,7 @@ from typing import IO, Any, ClassVar
 
 import numpy as np
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.data.preparation.documents import Document, Unit, documents
 from megatron_kd.data.preparation.fast_encoding import Encoder
 from megatron_kd.data.preparation.publish import publish

@@ -6,7 +6,7 @@ import re
 from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 
 _NAMES = {"megatron-core": "megatron.core"}
 

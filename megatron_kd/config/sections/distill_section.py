@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_kd.config.divergence_section import DivergenceSection, divergence_parameters
 from megatron_kd.config.divergences import sparse_problem
-from megatron_kd.config.hidden_state_pairs import HiddenStatesPair
-from megatron_kd.config.model_section import Section
 from megatron_kd.config.schedules import ALPHA_SCHEDULES, AlphaScheduleName, describe_schedules
+from megatron_kd.config.sections.divergence_section import DivergenceSection, divergence_parameters
+from megatron_kd.config.sections.hidden_states_pair import HiddenStatesPair
+from megatron_kd.config.sections.section import Section
 
 AdaptiveMethod = Literal[
     "none",

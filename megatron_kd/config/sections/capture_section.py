@@ -1,4 +1,4 @@
-"""The [capture] section of a run file."""
+"""Declare the [capture] section of a run file."""
 
 from __future__ import annotations
 
@@ -7,41 +7,46 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_kd.config.sections import Section
+from megatron_kd.config.sections.section import Section
 
 
 class CaptureSection(Section):
-    """Storing targets of this run's own model while it trains, for students to read as teacher.cache; what is stored: [distill].
+    """Store targets of this run's model while it trains, for students to read as teacher.cache.
 
-    Steps are counted by finished updates: what is stored at step n is what the weights of checkpoint step-n say.
+    [distill] selects what is stored of each token. Steps count finished updates: the samples of
+    step n are stored with the targets of the weights of checkpoint step-n.
     """
 
     directory: Path | None = Field(
         default=None,
-        description="Folder of the cache, seen by all ranks. Unset: nothing is captured. Samples appear in it with every checkpoint.",
+        description="Folder of the cache; all ranks must see it. Samples become visible in it with "
+        "every checkpoint. Unset: nothing is captured.",
     )
     first_step: int = Field(default=0, ge=0, description="First step whose samples are stored.")
     last_step: int | None = Field(
         default=None,
         ge=0,
-        description="Last step whose samples are stored. Unset: the end of the run.",
+        description="Last step whose samples are stored. Unset: the last step of the run.",
     )
     interval: int = Field(
         default=1, gt=0, description="Store every interval-th step from first_step on."
     )
     value_encoding: Literal["quantized", "fp32"] = Field(
         default="quantized",
-        description="quantized: log-probabilities in steps of 1/24 nat. fp32: exact, 4 bytes each.",
+        description="Encoding of log-probabilities. quantized: in steps of 1/24 nat. fp32: exact, "
+        "4 bytes each.",
     )
     shard_samples: int = Field(
         default=4096,
         gt=0,
-        description="A shard holds whole steps of one data-parallel rank, about this many samples; a checkpoint closes it earlier.",
+        description="Approximate samples per shard. A shard holds whole steps of one data-parallel "
+        "rank; a checkpoint ends it early.",
     )
     queue_mib: int = Field(
         default=1024,
         gt=0,
-        description="Memory of targets that wait to be written, MiB for each data-parallel rank; once it is full, training waits.",
+        description="Memory for targets that wait to be written, MiB per data-parallel rank. When "
+        "it is full, training waits.",
     )
 
     @model_validator(mode="after")
@@ -53,6 +58,6 @@ class CaptureSection(Section):
         return self
 
     def steps(self, total: int) -> range:
-        """The steps whose samples are stored, of a run of `total`."""
+        """Return the steps whose samples are stored, in a run of `total` steps."""
         last = total - 1 if self.last_step is None else min(self.last_step, total - 1)
         return range(self.first_step, last + 1, self.interval)

@@ -13,7 +13,7 @@ from megatron_kd.config.divergences import (
     Parameter,
     describe_divergences,
 )
-from megatron_kd.config.model_section import Section
+from megatron_kd.config.sections.section import Section
 
 
 def _field(parameter: Parameter) -> tuple[type, Any]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_kd.config.model_section import Section
+from megatron_kd.config.sections.section import Section
 
 
 @dataclass(frozen=True)
