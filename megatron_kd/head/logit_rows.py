@@ -12,9 +12,9 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from megatron_kd.head.plain_rows import MASKED, CompiledRows, PlainRows, is_tempered
+from megatron_kd.head.plain_rows import MASKED, CompiledRows, GradientTerms, PlainRows, is_tempered
 
-__all__ = ["MASKED", "ChunkRows", "chunk_rows", "compile_rows", "is_tempered"]
+__all__ = ["MASKED", "ChunkRows", "GradientTerms", "chunk_rows", "compile_rows", "is_tempered"]
 
 # `TritonRows` derives from it: what a kernel does not do, torch does.
 ChunkRows = PlainRows

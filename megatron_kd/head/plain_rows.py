@@ -1,15 +1,18 @@
-"""Row operations on a chunk of logits in plain torch, any float type.
+"""Compute on rows of logits in plain torch, for any float type.
 
-A chunk is far larger than a processor's cache, so every operation that needs several passes walks over blocks of rows that
-fit: the second pass finds the first one's values in the cache. This is worth a factor of two to three on a CPU.
+A chunk is far larger than a processor's cache, so every operation that needs several passes
+iterates over blocks of rows that fit: the second pass finds the values of the first in the cache.
+This is worth a factor of two to three on a CPU.
 
-Shapes: C tokens, n valid columns on this rank, W >= n + 1 columns stored, K ids per token.
+Shapes:
+    C tokens, n valid columns on this rank, W >= n + 1 columns stored, K ids per token.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +20,47 @@ from torch import Tensor
 
 from megatron_kd.head.sizes import BLOCK, BLOCK_CUDA, TILE
 
-# Stands for "not here" among logits. Finite, so that 0 * MASKED is 0: with -inf the entropy's p * z would be NaN.
+# Marks logits that take no part. Finite, so that 0 * MASKED is 0: with -inf the entropy's p * z
+# would be NaN.
 MASKED = -1e30
 
 
 def is_tempered(temperature: float | Tensor) -> bool:
-    """Whether sums at `temperature` are others than at 1; each row's own temperature always counts as such."""
+    """Return False only where the temperature is the number 1.
+
+    A tensor holds a temperature for each row and always counts as tempered.
+    """
     return isinstance(temperature, Tensor) or temperature != 1.0
+
+
+@dataclass(frozen=True)
+class GradientTerms:
+    """Hold the terms of the logit gradient of a chunk, for `PlainRows.gradient`.
+
+    The gradient of logit z is `scale` exp(z - shift) + `scale_t` exp((z - shift) / temperature) -
+    `constant`, except at `columns`, where it is `support`; `label_value` is added at `label`.
+
+    Attributes:
+        shift: [C], of the logits' type, as are the other floats.
+        scale: [C].
+        scale_t: [C].
+        constant: [C], or None for 0.
+        temperature: one for all rows, or one for each row [C].
+        columns: int64 [C, K], n for ids of other ranks.
+        support: [C, K].
+        label: int64 [C], n for labels of other ranks.
+        label_value: [C].
+    """
+
+    shift: Tensor
+    scale: Tensor
+    scale_t: Tensor
+    constant: Tensor | None
+    temperature: float | Tensor
+    columns: Tensor
+    support: Tensor
+    label: Tensor
+    label_value: Tensor
 
 
 def _column(temperature: float | Tensor, part: slice) -> float | Tensor:
@@ -31,10 +68,16 @@ def _column(temperature: float | Tensor, part: slice) -> float | Tensor:
 
 
 class PlainRows:
-    """Logits [C, W] of a chunk, before temperature; columns from `valid` on are the sink and padding. All methods are local.
+    """Hold the logits of a chunk before temperature, and compute on their rows.
 
-    `split` leaves MASKED at the columns it lifts out; `gradient` consumes the logits. gradient_dtype: the type in which the
-    caller would take the gradient; here it is the buffer's whatever is asked for.
+    All methods are local to this rank. `split` leaves MASKED at the columns that it extracts;
+    `gradient` overwrites the logits.
+
+    Args:
+        buffer: [C, W], any float type; columns from `valid` on are a sink for ids of other ranks,
+            and padding. It is used in place.
+        valid: n, this rank's logits per row.
+        gradient_dtype: the preferred type of the gradient. Here the gradient has the buffer's type.
     """
 
     tile = TILE
@@ -47,30 +90,38 @@ class PlainRows:
         self.gradient_dtype = buffer.dtype
 
     def _blocks(self, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Blocks of rows, each with `scratch` uninitialised tensors of its size, the same memory for every block."""
+        """Yield blocks of rows, each with `scratch` tensors of its size that all blocks share."""
         tokens, width = self.buffer.shape
         rows = max(1, min(tokens, (BLOCK if self.buffer.is_cpu else BLOCK_CUDA) // width))
-        spare = [self.buffer.new_empty((rows, width)) for _ in range(scratch)]
+        buffers = [self.buffer.new_empty((rows, width)) for _ in range(scratch)]
         for start in range(0, tokens, rows):
             stop = min(start + rows, tokens)
-            yield slice(start, stop), [tensor[: stop - start] for tensor in spare]
+            yield slice(start, stop), [tensor[: stop - start] for tensor in buffers]
 
     def top(self, count: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """The `count` <= n largest logits of each row: values [C, count] and columns [C, count], by (value falling, column rising).
+        """Return the largest logits of each row, by (value falling, column rising).
 
-        temperature: at which sums of the same rows will be asked for next; the result does not depend on it.
+        Args:
+            count: number of logits, at most n.
+            temperature: of the sums of the same rows that are computed next; the result does not
+                depend on it.
+
+        Returns:
+            Values [C, count] and columns int64 [C, count].
         """
         if count == 0:  # a shard of padding alone
             return self.buffer[:, :0], self.buffer[:, :0].long()
-        self.buffer[
-            :, self.valid :
-        ] = -torch.inf  # padding must not stand before logits that someone has masked out
-        found = _top(self.buffer, count)
+        # Padding must not precede logits that a caller has masked out.
+        self.buffer[:, self.valid :] = -torch.inf
+        values, columns = _top(self.buffer, count)
         self.buffer[:, self.valid :] = MASKED
-        return found
+        return values, columns
 
     def mass(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """The largest logit m [C], and the sum of exp((logit - m) / temperature) [C] over the n columns."""
+        """Return the largest logit m and the sum of exp((logit - m) / temperature) over n columns.
+
+        Both are [C], of the buffer's type.
+        """
         largest, mass = self.buffer.new_empty((2, self.buffer.shape[0]))
         for part, (scaled,) in self._blocks(1):
             block = self.buffer[part]
@@ -82,7 +133,15 @@ class PlainRows:
         return largest, mass
 
     def tile_mass(self, shift: Tensor, temperature: float) -> Tensor:
-        """Sum of exp((logit - shift) / temperature) over each tile of TILE columns: fp64 [C, W / TILE]. shift: [C]."""
+        """Return the sum of exp((logit - shift) / temperature) over each tile of TILE columns.
+
+        Args:
+            shift: [C].
+            temperature: of the softmax.
+
+        Returns:
+            fp64 [C, W / TILE].
+        """
         masses = []
         for part, (exp,) in self._blocks(1):
             torch.sub(self.buffer[part], shift[part].unsqueeze(1), out=exp).div_(temperature).exp_()
@@ -90,7 +149,10 @@ class PlainRows:
         return torch.cat(masses)
 
     def tiles(self, tiles: Tensor) -> Tensor:
-        """The logits of the tiles [C, D] (int64, in [0, W / TILE)): [C, D, TILE]."""
+        """Return the logits of some tiles of each row: [C, D, TILE].
+
+        `tiles` is int64 [C, D], in [0, W / TILE).
+        """
         rows, width = self.buffer.shape
         first = torch.arange(0, rows * (width // TILE), width // TILE, device=tiles.device)
         flat = (tiles + first.unsqueeze(1)).flatten()
@@ -105,25 +167,29 @@ class PlainRows:
         total: bool,
         entropy: bool,
     ) -> Tensor:
-        """Lift the support out of the rows and sum what remains.
+        """Extract the support from the rows and sum what remains.
 
         Args:
-            columns: int64 [C, K] of the support, n for ids that are not here. label: int64 [C], n if it is not here.
-            temperature: one for all rows, or each row's own, of the buffer's type [C].
-            total, entropy: fill the columns of that name, else 0.
+            columns: int64 [C, K] of the support, n for ids of other ranks.
+            label: int64 [C], n for labels of other ranks.
+            temperature: one for all rows, or one for each row, of the buffer's type [C].
+            total: also sum all n logits; else that column is 0.
+            entropy: also sum (logit - m) exp(logit - m); else that column is 0.
+
         Returns:
-            [C, 6 + K]: the largest remaining logit m (0 if none remains); sum of exp(logit - m) over the remaining; of
-            exp((logit - m) / temperature); sum of all n logits (total); of (logit - m) exp(logit - m) over the remaining
-            (entropy); the label's logit; the support's logits. -inf for what is not here.
+            [C, 6 + K]: the largest remaining logit m (0 if none remains); sum of exp(logit - m)
+            over the remaining; of exp((logit - m) / temperature); sum of all n logits (total); of
+            (logit - m) exp(logit - m) over the remaining (entropy); the label's logit; the
+            support's logits. -inf for ids of other ranks.
         """
         packed = self.buffer.new_zeros((self.buffer.shape[0], 6 + columns.shape[1]))
-        where = torch.cat([label.unsqueeze(1), columns], 1)
+        extracted_columns = torch.cat([label.unsqueeze(1), columns], 1)
         tempered = is_tempered(temperature)
-        two = entropy or tempered
-        for part, (shifted, *more) in self._blocks(1 + two):
+        needs_scratch = entropy or tempered
+        for part, (shifted, *scratch) in self._blocks(1 + needs_scratch):
             block, out = self.buffer[part], packed[part]
-            out[:, 5:] = block.gather(1, where[part]).masked_fill_(
-                where[part] >= self.valid, -torch.inf
+            out[:, 5:] = block.gather(1, extracted_columns[part]).masked_fill_(
+                extracted_columns[part] >= self.valid, -torch.inf
             )
             if total:
                 out[:, 3] = block[:, : self.valid].sum(1)
@@ -131,16 +197,16 @@ class PlainRows:
             largest = block.amax(1)
             largest = torch.where(largest <= MASKED, 0.0, largest)
             out[:, 0] = largest
-            if not two:
+            if not needs_scratch:
                 out[:, 1] = self._exp_sum(block, largest, shifted)
                 continue
             torch.sub(block, largest.unsqueeze(1), out=shifted)
             if tempered:
                 out[:, 2] = (
-                    torch.div(shifted, _column(temperature, part), out=more[0]).exp_().sum(1)
+                    torch.div(shifted, _column(temperature, part), out=scratch[0]).exp_().sum(1)
                 )
             if entropy:
-                exp = torch.exp(shifted, out=more[0])
+                exp = torch.exp(shifted, out=scratch[0])
                 out[:, 1] = exp.sum(1)
                 out[:, 4] = shifted.mul_(exp).sum(1)
             else:
@@ -149,50 +215,43 @@ class PlainRows:
             packed[:, 2] = packed[:, 1]
         return packed
 
-    def gradient(
-        self,
-        shift: Tensor,
-        scale: Tensor,
-        scale_t: Tensor,
-        constant: Tensor | None,
-        temperature: float | Tensor,
-        columns: Tensor,
-        support: Tensor,
-        label: Tensor,
-        label_value: Tensor,
-    ) -> Tensor:
-        """scale exp(z - shift) + scale_t exp((z - shift) / temperature) - constant, but `support` at `columns`; label_value is
-        added at `label`. All [C] but columns and support, [C, K]; columns and temperature as in `split`. Returns [C, n], in the buffer."""
-        if not is_tempered(temperature):
-            scale = scale + scale_t
-        for part, spare in self._blocks(int(is_tempered(temperature))):
-            block = self.buffer[part]
-            for tempered in spare:
-                torch.sub(block, shift[part].unsqueeze(1), out=tempered).div_(
-                    _column(temperature, part)
+    def gradient(self, terms: GradientTerms) -> Tensor:
+        """Return the logit gradient [C, n], written over the logits."""
+        tempered = is_tempered(terms.temperature)
+        scale = terms.scale if tempered else terms.scale + terms.scale_t
+        for part, scratch in self._blocks(int(tempered)):
+            block, shift = self.buffer[part], terms.shift[part]
+            for exp_t in scratch:
+                torch.sub(block, shift.unsqueeze(1), out=exp_t).div_(
+                    _column(terms.temperature, part)
                 ).exp_()
-            self._scaled_exp_(block, shift[part], scale[part])
-            for tempered in spare:
-                block.addcmul_(tempered, scale_t[part].unsqueeze(1))
-            if constant is not None:
-                block.sub_(constant[part].unsqueeze(1))
-            block.scatter_(1, columns[part], support[part])
-            block.scatter_add_(1, label[part].unsqueeze(1), label_value[part].unsqueeze(1))
+            self._scaled_exp_(block, shift, scale[part])
+            for exp_t in scratch:
+                block.addcmul_(exp_t, terms.scale_t[part].unsqueeze(1))
+            if terms.constant is not None:
+                block.sub_(terms.constant[part].unsqueeze(1))
+            block.scatter_(1, terms.columns[part], terms.support[part])
+            block.scatter_add_(
+                1, terms.label[part].unsqueeze(1), terms.label_value[part].unsqueeze(1)
+            )
         return self.buffer[:, : self.valid]
 
     @staticmethod
     def _exp_sum(block: Tensor, shift: Tensor, scratch: Tensor) -> Tensor:
-        """sum of exp(z - shift) over each row of a block."""
+        """Return the sum of exp(z - shift) over each row of a block."""
         return torch.sub(block, shift.unsqueeze(1), out=scratch).exp_().sum(1)
 
     @staticmethod
     def _scaled_exp_(block: Tensor, shift: Tensor, scale: Tensor) -> None:
-        """block <- scale exp(z - shift)."""
+        """Overwrite the block with scale exp(z - shift)."""
         block.sub_(shift.unsqueeze(1)).exp_().mul_(scale.unsqueeze(1))
 
 
 class CompiledRows(PlainRows):
-    """The elementwise parts through torch.compile: one loop in place of three. The first use compiles C++ for half a minute."""
+    """Compute the elementwise parts through torch.compile: one loop in place of three.
+
+    The first use compiles C++ for half a minute.
+    """
 
     @staticmethod
     def _exp_sum(block: Tensor, shift: Tensor, scratch: Tensor) -> Tensor:
@@ -217,11 +276,12 @@ def _fused_scaled_exp_(block: Tensor, shift: Tensor, scale: Tensor) -> None:
 
 
 def _top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`PlainRows.top` of a tensor [B, W].
+    """Return `PlainRows.top` of a tensor [B, W].
 
-    The `count` largest entries lie in the `count` tiles with the largest maxima: an entry of any other tile has `count`
-    entries before it, and with tiles in column order the same holds among equal entries. The smallest of those maxima is a
-    floor that few entries reach; those are brought together in column order and sorted.
+    The `count` largest entries lie in the `count` tiles with the largest maxima: an entry of any
+    other tile has `count` entries before it, and with tiles in column order the same holds among
+    equal entries. The smallest of those maxima is a floor that few entries reach; those are
+    gathered in column order and sorted.
     """
     rows, width = logits.shape
     tiles = width // TILE
@@ -229,28 +289,35 @@ def _top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         floor = torch.topk(logits, count, dim=1, sorted=False).values.amin(1)
         values, columns = _at_least(logits, floor)
     else:
-        maxima, chosen = _top(logits.view(rows, tiles, TILE).amax(2), count)
-        chosen = chosen.sort(1).values
+        maxima, top_tiles = _top(logits.view(rows, tiles, TILE).amax(2), count)
+        top_tiles = top_tiles.sort(1).values
         flat = (
-            chosen + torch.arange(0, rows * tiles, tiles, device=logits.device).unsqueeze(1)
+            top_tiles + torch.arange(0, rows * tiles, tiles, device=logits.device).unsqueeze(1)
         ).flatten()
         candidates = logits.view(rows * tiles, TILE).index_select(0, flat).view(rows, count * TILE)
         values, columns = _at_least(candidates, maxima[:, -1])
-        columns = chosen.gather(1, columns // TILE) * TILE + columns % TILE
+        columns = top_tiles.gather(1, columns // TILE) * TILE + columns % TILE
     values, order = values.sort(dim=1, descending=True, stable=True)
     return values[:, :count], columns.gather(1, order[:, :count])
 
 
 def _at_least(values: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """The entries of each row [B, W] that are not below `floor` [B], in column order: values and columns [B, most of any row]."""
-    row, column = (
-        (~(values < floor.unsqueeze(1))).nonzero().unbind(1)
-    )  # a row with NaN keeps all of them
+    """Return the entries of each row that are not below its floor, in column order.
+
+    Args:
+        values: [B, W].
+        floor: [B].
+
+    Returns:
+        Values and columns, both [B, most entries of any row], padded with -inf and 0.
+    """
+    # Not `values >= floor`: a row whose floor is NaN keeps all entries.
+    row, column = (~(values < floor.unsqueeze(1))).nonzero().unbind(1)
     count = torch.bincount(row, minlength=values.shape[0])
     slot = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count).index_select(
         0, row
     )
-    found = values.new_full((values.shape[0], int(count.max())), -torch.inf)
-    columns = torch.zeros_like(found, dtype=torch.int64)
-    found[row, slot], columns[row, slot] = values[row, column], column
-    return found, columns
+    entries = values.new_full((values.shape[0], int(count.max())), -torch.inf)
+    columns = torch.zeros_like(entries, dtype=torch.int64)
+    entries[row, slot], columns[row, slot] = values[row, column], column
+    return entries, columns

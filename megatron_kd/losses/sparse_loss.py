@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_kd.head.logit_rows import ChunkRows, is_tempered
+from megatron_kd.head.logit_rows import ChunkRows, GradientTerms, is_tempered
 from megatron_kd.head.statistics import RowStatistics, local_columns, over_entries, row_statistics
 from megatron_kd.losses.spec import IGNORED_LABEL, LossSpec, TokenTerms
 from megatron_kd.parallel.collectives import Group
@@ -149,15 +149,20 @@ class TokenLoss:
                 stats.support / over_entries(terms.temperature) - stats.logsumexp_t.unsqueeze(1)
             ).exp()
         return rows.gradient(
-            stats.rest_shift,
-            a * rest / stats.rest_mass,
-            s * (on_rest - whole * rest_t) / stats.rest_mass_t,
-            s * self.tail_mass / self.others.clamp(min=1) if spec.tail == "uniform" else None,
-            terms.temperature,
-            local_columns(self.indices, start, rows.valid),
-            a.unsqueeze(1) * p + s.unsqueeze(1) * (on_support - whole.unsqueeze(1) * p_t),
-            local_columns(self.labels, start, rows.valid),
-            -terms.ce_weight * w,
+            GradientTerms(
+                shift=stats.rest_shift,
+                scale=a * rest / stats.rest_mass,
+                scale_t=s * (on_rest - whole * rest_t) / stats.rest_mass_t,
+                constant=s * self.tail_mass / self.others.clamp(min=1)
+                if spec.tail == "uniform"
+                else None,
+                temperature=terms.temperature,
+                columns=local_columns(self.indices, start, rows.valid),
+                support=a.unsqueeze(1) * p
+                + s.unsqueeze(1) * (on_support - whole.unsqueeze(1) * p_t),
+                label=local_columns(self.labels, start, rows.valid),
+                label_value=-terms.ce_weight * w,
+            )
         )
 
     def _slopes(self) -> tuple[Tensor, Tensor, Tensor]:

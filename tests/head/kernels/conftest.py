@@ -1,6 +1,6 @@
-"""Kernels run compiled where there is a GPU, else in Triton's interpreter on CPU tensors.
+"""Run the kernels compiled where there is a GPU, else in Triton's interpreter on CPU tensors.
 
-What a kernel is gets decided when triton is imported, so that happens here, with the variable set for as long as it takes.
+Triton decides that when it is imported, so it is imported here, with the variable set meanwhile.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 INTERPRETED = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
 
-if importlib.util.find_spec("triton") is None:  # a system that triton is not made for
+if importlib.util.find_spec("triton") is None:  # a system that triton does not support
     collect_ignore_glob = ["test_*.py"]
 else:
     with patch.dict("os.environ", INTERPRETED):
@@ -23,13 +23,13 @@ else:
 
 @pytest.fixture(autouse=True, scope="package")
 def _kernels() -> Iterator[None]:
-    """One thread, for tiny tensors; and no kernel that a CPU could not run."""
+    """Use one thread, for tiny tensors, and no kernel that a CPU could not run."""
     interpreted = type(triton_kernels.tile_kernel).__name__ == "InterpretedFunction"
     assert interpreted != torch.cuda.is_available(), (
-        "triton was imported before tests/kernels: run these tests by themselves"
+        "triton was imported before tests/head/kernels: run these tests alone"
     )
-    before = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with patch.dict("os.environ", INTERPRETED):
         yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(num_threads)

@@ -1,4 +1,7 @@
-"""Random rows of logits, and every row operation written once more over whole rows in fp64. C rows, n logits, K ids."""
+"""Make random rows of logits, and compute every row operation again over whole rows in fp64.
+
+C rows, n logits, K ids.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_kd.head.logit_rows import MASKED, PlainRows
+from megatron_kd.head.logit_rows import MASKED, GradientTerms, PlainRows
 from megatron_kd.head.sizes import buffer_width
 from megatron_kd.head.triton_rows import TritonRows
 
@@ -16,7 +19,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """logits fp32 [C, n]; columns int64 [C, K], unique but for n; label int64 [C] in [0, n], n being elsewhere."""
+    """Hold logits and ids of a chunk.
+
+    Attributes:
+        logits: fp32 [C, n].
+        columns: int64 [C, K], unique but for n.
+        label: int64 [C] in [0, n]; n stands for an id of another rank.
+    """
 
     logits: Tensor
     columns: Tensor
@@ -27,7 +36,7 @@ class Case:
         return self.logits.shape[1]
 
     def buffer(self, *, extra: int = 0) -> Tensor:
-        """[C, W] on the device, with garbage where nothing has been multiplied; `extra` more columns than needed."""
+        """Return [C, W] on the device, with garbage outside the logits and spare columns."""
         buffer = torch.full((len(self.logits), buffer_width(self.valid) + extra), 3e4)
         buffer[:, : self.valid] = self.logits
         return buffer.to(DEVICE)
@@ -39,17 +48,21 @@ class Case:
         return TritonRows(self.buffer(extra=extra), self.valid, dtype)
 
     def ids(self) -> tuple[Tensor, Tensor]:
-        """columns and label on the device."""
+        """Return columns and label on the device."""
         return self.columns.to(DEVICE), self.label.to(DEVICE)
 
     def support(self) -> Tensor:
-        """bool [C, n]: the columns of the support."""
-        kept = torch.zeros((len(self.logits), self.valid + 1), dtype=torch.bool)
-        return kept.scatter_(1, self.columns, True)[:, : self.valid]
+        """Return bool [C, n], true at the columns of the support."""
+        is_support = torch.zeros((len(self.logits), self.valid + 1), dtype=torch.bool)
+        return is_support.scatter_(1, self.columns, True)[:, : self.valid]
 
 
 def make_case(seed: int, *, rows: int = 4, valid: int, count: int, scale: float = 3.0) -> Case:
-    """A third of the ids elsewhere unless all columns are asked for; labels among the ids, outside them and elsewhere."""
+    """Return a random case.
+
+    A third of the ids belong to other ranks, unless all columns are requested. Labels are among the
+    ids, outside them and of other ranks.
+    """
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn((rows, valid), generator=generator)
     columns = torch.rand((rows, valid), generator=generator).argsort(1)[:, : min(count, valid)]
@@ -63,28 +76,31 @@ def make_case(seed: int, *, rows: int = 4, valid: int, count: int, scale: float 
 
 
 def split_in_fp64(case: Case, temperature: float, *, total: bool, entropy: bool) -> Tensor:
-    """`PlainRows.split`, [C, 6 + K]."""
+    """Return `PlainRows.split`, [C, 6 + K]."""
     z = case.logits.double()
     rest = z.masked_fill(case.support(), -torch.inf)
     m = torch.cat([rest, torch.full_like(z[:, :0].sum(1, keepdim=True), -torch.inf)], 1).amax(1)
     m = torch.where(m > MASKED, m, 0.0)
-    away = rest - m.unsqueeze(1)
-    exp = away.exp()
+    shifted = rest - m.unsqueeze(1)
+    exp = shifted.exp()
     padded = torch.cat([z, torch.full((len(z), 1), -torch.inf, dtype=z.dtype)], 1)
-    where = torch.cat([case.label.unsqueeze(1), case.columns], 1)
+    extracted_columns = torch.cat([case.label.unsqueeze(1), case.columns], 1)
     sums = (
         m,
         exp.sum(1),
-        (away / temperature).exp().sum(1),
+        (shifted / temperature).exp().sum(1),
         z.sum(1) * total,
-        torch.where(exp > 0, away * exp, 0.0).sum(1) * entropy,
+        torch.where(exp > 0, shifted * exp, 0.0).sum(1) * entropy,
     )
-    return torch.cat([torch.stack(sums, 1), padded.gather(1, where)], 1)
+    return torch.cat([torch.stack(sums, 1), padded.gather(1, extracted_columns)], 1)
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The arguments of `gradient`: [C], support [C, K]; constant None as often as not."""
+    """Hold the floating-point arguments of `gradient`: [C], support [C, K].
+
+    The constant is None as often as not.
+    """
 
     shift: Tensor
     scale: Tensor
@@ -95,7 +111,10 @@ class Coefficients:
 
 
 def make_coefficients(seed: int, case: Case, *, constant: bool) -> Coefficients:
-    """shift: the largest logit outside the support, as in the loss; where there is none, 0."""
+    """Return random coefficients.
+
+    The shift is the largest logit outside the support, as in the loss; 0 where there is none.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -113,33 +132,38 @@ def make_coefficients(seed: int, case: Case, *, constant: bool) -> Coefficients:
     )
 
 
-def gradient_in_fp64(case: Case, given: Coefficients, temperature: float) -> Tensor:
-    """`PlainRows.gradient`, [C, n]."""
-    away = case.logits.double() - given.shift.double().unsqueeze(1)
-    found = (
-        given.scale.double().unsqueeze(1) * away.exp()
-        + given.scale_t.double().unsqueeze(1) * (away / temperature).exp()
+def gradient_in_fp64(case: Case, coefficients: Coefficients, temperature: float) -> Tensor:
+    """Return `PlainRows.gradient`, [C, n]."""
+    shifted = case.logits.double() - coefficients.shift.double().unsqueeze(1)
+    gradient = (
+        coefficients.scale.double().unsqueeze(1) * shifted.exp()
+        + coefficients.scale_t.double().unsqueeze(1) * (shifted / temperature).exp()
     )
-    if given.constant is not None:
-        found -= given.constant.double().unsqueeze(1)
-    found = torch.cat([found, found.new_zeros((len(found), 1))], 1).scatter_(
-        1, case.columns, given.support.double()
+    if coefficients.constant is not None:
+        gradient -= coefficients.constant.double().unsqueeze(1)
+    gradient = torch.cat([gradient, gradient.new_zeros((len(gradient), 1))], 1).scatter_(
+        1, case.columns, coefficients.support.double()
     )
-    return found.scatter_add_(1, case.label.unsqueeze(1), given.label_value.double().unsqueeze(1))[
-        :, : case.valid
-    ]
+    return gradient.scatter_add_(
+        1, case.label.unsqueeze(1), coefficients.label_value.double().unsqueeze(1)
+    )[:, : case.valid]
 
 
 def triton_gradient(
-    rows: TritonRows, case: Case, given: Coefficients, temperature: float
+    rows: TritonRows, case: Case, coefficients: Coefficients, temperature: float
 ) -> Tensor:
-    """`TritonRows.gradient` on the device, back on the CPU."""
-    shift, scale, scale_t, support, value = (
-        t.to(DEVICE)
-        for t in (given.shift, given.scale, given.scale_t, given.support, given.label_value)
-    )
-    constant = None if given.constant is None else given.constant.to(DEVICE)
+    """Return `TritonRows.gradient`, computed on the device, on the CPU."""
     columns, label = case.ids()
-    return rows.gradient(
-        shift, scale, scale_t, constant, temperature, columns, support, label, value
-    ).cpu()
+    constant = coefficients.constant
+    terms = GradientTerms(
+        shift=coefficients.shift.to(DEVICE),
+        scale=coefficients.scale.to(DEVICE),
+        scale_t=coefficients.scale_t.to(DEVICE),
+        constant=None if constant is None else constant.to(DEVICE),
+        temperature=temperature,
+        columns=columns,
+        support=coefficients.support.to(DEVICE),
+        label=label,
+        label_value=coefficients.label_value.to(DEVICE),
+    )
+    return rows.gradient(terms).cpu()

@@ -1,6 +1,6 @@
-"""The kernels as a GPU would run them, compiled without one: that they compile, and where their barriers stand.
+"""Compile the kernels for a GPU without one, and check where their barriers stand.
 
-The interpreter runs one thread at a time and cannot show a missing barrier; the compiled code shows where they are.
+The interpreter runs one thread at a time and cannot show a missing barrier; the compiled code can.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-# In a process of its own: triton is imported either to compile or to interpret.
+# Runs in a separate process: triton is imported either to compile or to interpret.
 COMPILE = """
 import sys
 import triton
@@ -23,29 +23,42 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from megatron_kd.head import triton_kernels
 
-INTEGERS = ("width", "tiles", "valid", "count", "stride", "size", "chosen_tiles", "gradient_width")
-POINTERS = {"columns": "*i64", "label": "*i64", "chosen": "*i32", "found_columns": "*i32"}
+INTEGERS = ("width", "tiles", "valid", "count", "stride", "size", "num_tiles", "gradient_width")
+POINTERS = {"columns": "*i64", "label": "*i64", "tile_ids": "*i32", "top_columns": "*i32"}
+ALIGNED = ("width", "gradient_width")
 
 
 def build(name, narrow, **constants):
-    own = constants.get("PER_ROW", False)
+    per_row = constants.get("PER_ROW", False)
     kernel = getattr(triton_kernels, name)
-    types = {"temperature": "fp32", **dict.fromkeys(INTEGERS, "i32"), **POINTERS, **dict.fromkeys(constants, "constexpr")}
-    if own:
+    types = {"temperature": "fp32", **dict.fromkeys(INTEGERS, "i32"), **POINTERS}
+    types |= dict.fromkeys(constants, "constexpr")
+    if per_row:
         types["temperature"] = "*fp32"
     if narrow:
         types["gradient"] = "*bf16"
-    signature = {argument: types.get(argument, "*fp32") for argument in kernel.arg_names}
-    values = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
-    aligned = [n for n, a in enumerate(kernel.arg_names) if signature[a][0] == "*" or a in ("width", "gradient_width")]
-    source = ASTSource(kernel, signature=signature, constexprs=values, attrs={(n,): [["tt.divisibility", 16]] for n in aligned})
+    names = kernel.arg_names
+    signature = {argument: types.get(argument, "*fp32") for argument in names}
+    values = {(names.index(argument),): value for argument, value in constants.items()}
+    aligned = [
+        number
+        for number, argument in enumerate(names)
+        if signature[argument][0] == "*" or argument in ALIGNED
+    ]
+    source = ASTSource(
+        kernel,
+        signature=signature,
+        constexprs=values,
+        attrs={(number,): [["tt.divisibility", 16]] for number in aligned},
+    )
     options = {"num_warps": 8, "enable_fp_fusion": True}
-    title = "== " + name + " " + str(narrow) + (" own" if own else "")
-    print(title, triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"], sep="\\n")
+    title = "== " + name + " " + str(narrow) + (" per row" if per_row else "")
+    target = GPUTarget("cuda", 90, 32)
+    print(title, triton.compile(source, target=target, options=options).asm["ptx"], sep="\\n")
 
 
-for own in (False, True):
-    flags = dict(HAS_TEMPERATURE=True, PER_ROW=own)
+for per_row in (False, True):
+    flags = dict(HAS_TEMPERATURE=True, PER_ROW=per_row)
     build("tile_kernel", False, TOTAL=True, ENTROPY=True, TILES=128, **flags)
     build("split_kernel", False, TOTAL=True, ENTROPY=True, IDS=64, TILES=1024, **flags)
     for narrow in (False, True):
@@ -62,7 +75,7 @@ pytestmark = pytest.mark.skipif(
 
 @functools.cache
 def compiled() -> dict[str, str]:
-    """Name of the kernel and whether its gradient is narrow -> its code for compute capability 9.0."""
+    """Return the code for compute capability 9.0 by the kernel's name and variant."""
     with TemporaryDirectory() as cache:
         environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
         run = subprocess.run(
@@ -78,9 +91,12 @@ def compiled() -> dict[str, str]:
 
 
 def steps(name: str) -> list[str]:
-    """Loads from and stores to memory, and barriers, in the order of the code; runs of the same step are one."""
-    found = re.findall(r"\b(ld\.global|st\.global|bar\.sync)", compiled()[name])
-    return [step for n, step in enumerate(found) if n == 0 or step != found[n - 1]]
+    """Return loads, stores and barriers in the order of the code.
+
+    Runs of the same step are one.
+    """
+    instructions = re.findall(r"\b(ld\.global|st\.global|bar\.sync)", compiled()[name])
+    return [step for n, step in enumerate(instructions) if n == 0 or step != instructions[n - 1]]
 
 
 def test_every_kernel_compiles() -> None:
@@ -101,21 +117,21 @@ def test_every_kernel_compiles() -> None:
     [
         "gradient_kernel False",
         "gradient_kernel True",
-        "gradient_kernel False own",
-        "gradient_kernel True own",
+        "gradient_kernel False per row",
+        "gradient_kernel True per row",
     ],
 )
 def test_logits_are_read_before_a_gradient_is_stored_over_them(name: str) -> None:
-    """In the loop, in its last part, before the label and before the ids."""
+    """Check the loop, its last part, and the stores of the label and of the ids."""
     load, store, barrier = "ld.global", "st.global", "bar.sync"
     assert steps(name) == [load, barrier, store] * 2 + [barrier, store, barrier, load, store]
 
 
-@pytest.mark.parametrize("name", ["split_kernel False", "split_kernel False own"])
-def test_the_support_is_lifted_out_between_barriers(name: str) -> None:
-    """Read it; barrier; overwrite it; barrier; read its tiles; barrier; merge."""
-    found = "".join(
+@pytest.mark.parametrize("name", ["split_kernel False", "split_kernel False per row"])
+def test_the_support_is_extracted_between_barriers(name: str) -> None:
+    """Expect: read it; barrier; overwrite it; barrier; read its tiles; barrier; merge."""
+    code = "".join(
         {"ld.global": "L", "st.global": "S", "bar.sync": "b"}[step] for step in steps(name)
     )
     # Barriers inside the last two parts are those of sums over a row.
-    assert re.fullmatch(r"(LS)+bLSbL(bS)+bL(bL)*[bSL]*S", found), found
+    assert re.fullmatch(r"(LS)+bLSbL(bS)+bL(bL)*[bSL]*S", code), code

@@ -1,16 +1,15 @@
-"""On a GPU, at the sizes of real vocabularies. What is exact is asked to be exact; the rest is held against fp64."""
+"""Test the kernels on a GPU at the sizes of real vocabularies, exactly or against fp64."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_kd.head.logit_rows import PlainRows, chunk_rows
+from megatron_kd.head.logit_rows import GradientTerms, PlainRows, chunk_rows
 from megatron_kd.head.sizes import buffer_width
 from megatron_kd.head.triton_rows import TritonRows
 from megatron_kd.targets import TopSelection, linear_targets
@@ -36,14 +35,20 @@ UPSTREAM = {"chunk": 0.37, "direct": 1.0}
 
 
 def new_rows(seed: int, tokens: int, valid: int = V) -> Tensor:
-    """Logits [C, W] on the GPU as a product of bf16 leaves them, in multiples of 1/64: rows have ties."""
+    """Return logits [C, W] on the GPU as a product of bf16 leaves them.
+
+    They are multiples of 1/64, so that rows have ties.
+    """
     generator = torch.Generator("cuda").manual_seed(seed)
     buffer = torch.empty((tokens, buffer_width(valid)), device="cuda").normal_(generator=generator)
     return buffer.mul_(3 * 64).round_().div_(64)
 
 
 def new_ids(seed: int, tokens: int, count: int, valid: int = V) -> tuple[Tensor, Tensor]:
-    """columns [C, K] that differ within a row, some elsewhere; label [C], on every other row one of them."""
+    """Return columns [C, K] that differ within a row, some of other ranks, and labels [C].
+
+    On every other row the label is one of the columns.
+    """
     generator = torch.Generator("cuda").manual_seed(seed + 1)
     start = torch.randint(0, valid, (tokens, 1), device="cuda", generator=generator)
     columns = (start + 7 * torch.arange(count, device="cuda")) % valid
@@ -52,23 +57,44 @@ def new_ids(seed: int, tokens: int, count: int, valid: int = V) -> tuple[Tensor,
     return columns, label.where(torch.arange(tokens, device="cuda") % 2 == 0, columns[:, 0])
 
 
-def coefficients(seed: int, packed: Tensor, count: int) -> tuple[Any, ...]:
-    """shift, scale, scale_t, constant, then support and label_value."""
+def gradient_terms(
+    seed: int, packed: Tensor, columns: Tensor, label: Tensor, temperature: float
+) -> GradientTerms:
+    """Return random terms with the shift that `split` returned in `packed`."""
     generator = torch.Generator("cuda").manual_seed(seed + 2)
     scale, scale_t, constant, value = torch.randn(
         (4, len(packed)), device="cuda", generator=generator
     )
-    support = torch.randn((len(packed), count), device="cuda", generator=generator)
-    return packed[:, 0].contiguous(), scale, scale_t, 1e-3 * constant, support, value
+    support = torch.randn(columns.shape, device="cuda", generator=generator)
+    return GradientTerms(
+        shift=packed[:, 0].contiguous(),
+        scale=scale,
+        scale_t=scale_t,
+        constant=1e-3 * constant,
+        temperature=temperature,
+        columns=columns,
+        support=support,
+        label=label,
+        label_value=value,
+    )
 
 
-def wide(part: slice, *tensors: Tensor) -> list[Tensor]:
-    return [t[part].double() if t.is_floating_point() else t[part] for t in tensors]
+def wide(part: slice, terms: GradientTerms) -> GradientTerms:
+    """Return the terms of some rows in fp64."""
+    tensors = {
+        name: value[part].double() if value.is_floating_point() else value[part]
+        for name, value in vars(terms).items()
+        if isinstance(value, Tensor)
+    }
+    return replace(terms, **tensors)
 
 
 @pytest.mark.parametrize(("tokens", "count"), [(2048, 64), (2048, 256), (16800, 64)])
 def test_rows_of_a_real_vocabulary(tokens: int, count: int) -> None:
-    """The first and the last rows; with 16800 tokens the last ones lie beyond 2^31 logits."""
+    """Check the first and the last rows.
+
+    With 16800 tokens the last rows lie beyond 2^31 logits.
+    """
     seed = fresh_seed()
     for temperature in (1.0, 2.0):
         original = new_rows(seed, tokens)
@@ -76,12 +102,10 @@ def test_rows_of_a_real_vocabulary(tokens: int, count: int) -> None:
         rows = chunk_rows(original.clone(), V, torch.bfloat16)
         assert type(rows) is TritonRows
         packed = rows.split(columns, label, temperature, total=True, entropy=True)
-        shift, scale, scale_t, constant, support, value = coefficients(seed, packed, count)
-        found = rows.gradient(
-            shift, scale, scale_t, constant, temperature, columns, support, label, value
-        )
-        assert found.dtype == torch.bfloat16
-        assert found.data_ptr() == rows.buffer.data_ptr()
+        terms = gradient_terms(seed, packed, columns, label, temperature)
+        gradient = rows.gradient(terms)
+        assert gradient.dtype == torch.bfloat16
+        assert gradient.data_ptr() == rows.buffer.data_ptr()
         for part in (slice(0, 48), slice(tokens - 48, tokens)):
             exact = PlainRows(original[part].double(), V)
             expected = exact.split(
@@ -99,11 +123,10 @@ def test_rows_of_a_real_vocabulary(tokens: int, count: int) -> None:
             )
             error = ((packed[part, 1:5].double() - expected[:, 1:5]).abs() / size).amax().item()
             assert error < 1e-6, say(seed, tokens, count, temperature, error)
-            given = wide(part, shift, scale, scale_t, constant, columns, support, label, value)
-            slope = exact.gradient(*given[:4], temperature, *given[4:])
-            error = ((found[part].double() - slope).abs() / (slope.abs() + 1e-3)).amax().item()
+            slope = exact.gradient(wide(part, terms))
+            error = ((gradient[part].double() - slope).abs() / (slope.abs() + 1e-3)).amax().item()
             assert error < 2**-8, say(seed, tokens, count, temperature, "gradient", error)
-        del original, rows, packed, found
+        del original, rows, packed, gradient
 
 
 @pytest.mark.parametrize("count", [1, 64, 256])
@@ -122,15 +145,10 @@ def test_runs_repeat() -> None:
     def run() -> list[Tensor]:
         rows = TritonRows(new_rows(seed, 2048), V, torch.bfloat16)
         columns, label = new_ids(seed, 2048, 64)
-        values, where = rows.top(64)
+        values, top_columns = rows.top(64)
         packed = rows.split(columns, label, 2.0, total=True, entropy=True)
-        shift, scale, scale_t, constant, support, value = coefficients(seed, packed, 64)
-        return [
-            values,
-            where,
-            packed,
-            rows.gradient(shift, scale, scale_t, constant, 2.0, columns, support, label, value),
-        ]
+        terms = gradient_terms(seed, packed, columns, label, 2.0)
+        return [values, top_columns, packed, rows.gradient(terms)]
 
     first = run()
     for _ in range(3):
@@ -148,10 +166,10 @@ def on_gpu(problem: Problem) -> Problem:
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
 def test_the_head(dtype: torch.dtype, limit: float) -> None:
-    """Losses to fp32, gradients to the type of the weight, for every tail and schedule."""
+    """Check losses to fp32 and gradients to the weight's type, for every tail and head schedule."""
     seed = fresh_seed()
     problem = make_problem(seed, tokens=200, width=64, vocab_size=1000, rows=1024).rounded_to(dtype)
-    here = on_gpu(problem)
+    problem_on_gpu = on_gpu(problem)
     for tail, temperature, schedule in product(
         TAILS, (1.0, 2.0), ("save", "chunk", "direct", "recompute")
     ):
@@ -165,17 +183,22 @@ def test_the_head(dtype: torch.dtype, limit: float) -> None:
             else problem.upstream
         )
         options = dict(schedule=schedule, chunk_tokens=96, **scalars)
-        there = target.map(lambda t: t.cuda())
-        found = Outcome(
+        target_on_gpu = target.map(lambda t: t.cuda())
+        outcome = Outcome(
             *(
                 t.cpu()
                 for t in head_outcome(
-                    here, there, upstream.cuda(), here.mask.float(), dtype, **options
+                    problem_on_gpu,
+                    target_on_gpu,
+                    upstream.cuda(),
+                    problem_on_gpu.mask.float(),
+                    dtype,
+                    **options,
                 )
             )
         )
         by_name = errors(
-            found, reference_outcome(problem, target, upstream, problem.mask, **scalars)
+            outcome, reference_outcome(problem, target, upstream, problem.mask, **scalars)
         )
         assert max(by_name[name] for name in ("total", "ce", "kd")) < 1e-5, say(
             seed, options, by_name
@@ -199,7 +222,7 @@ def test_identical_models_do_not_differ() -> None:
         vocab_size=1000,
         chunk_tokens=96,
     )
-    found = head_outcome(
+    outcome = head_outcome(
         problem,
         target,
         torch.ones(200, device="cuda"),
@@ -209,4 +232,4 @@ def test_identical_models_do_not_differ() -> None:
         tail="bucket",
         chunk_tokens=96,
     )
-    assert not found.kd.any(), say(seed, found.kd)
+    assert not outcome.kd.any(), say(seed, outcome.kd)

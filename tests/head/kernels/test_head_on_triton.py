@@ -1,4 +1,4 @@
-"""The whole output head and the choice of targets with every chunk's rows in Triton, against the fp64 reference."""
+"""Test the output head and the selection of targets with Triton rows against the fp64 reference."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
     pytest.mark.skipif(
         torch.cuda.is_available(),
-        reason="on a GPU these rows are what the head takes anyway: test_gpu.py",
+        reason="on a GPU the head uses these rows anyway: test_gpu.py",
     ),
 ]
-CALLERS = ("targets.logits", "losses.walk")
+CALLERS = ("head.output_weight", "head.chunked_head")
 
 
-class Used:
-    """Stands for `chunk_rows`; counts. Where a type of the gradient is asked for, a given one takes its place."""
+class CountedRows:
+    """Replace `chunk_rows` and count its calls.
+
+    Where a gradient type is requested, `gradient_dtype` takes its place.
+    """
 
     def __init__(self, gradient_dtype: torch.dtype | None) -> None:
         self.gradient_dtype, self.count = gradient_dtype, 0
@@ -49,30 +52,35 @@ class Used:
         return TritonRows(buffer, valid, gradient_dtype and (self.gradient_dtype or gradient_dtype))
 
 
-def use_triton(monkeypatch: pytest.MonkeyPatch, gradient_dtype: torch.dtype | None = None) -> Used:
-    used = Used(gradient_dtype)
+def use_triton(
+    monkeypatch: pytest.MonkeyPatch, gradient_dtype: torch.dtype | None = None
+) -> CountedRows:
+    counted_rows = CountedRows(gradient_dtype)
     for caller in CALLERS:
-        monkeypatch.setattr(f"megatron_kd.{caller}.chunk_rows", used)
+        monkeypatch.setattr(f"megatron_kd.{caller}.chunk_rows", counted_rows)
     monkeypatch.setattr("megatron_kd.losses.head.SAVED_LOGITS_CPU", 0)
-    return used
+    return counted_rows
 
 
 def widen_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU multiplies in fp32 only: the products take the narrow gradient widened, as a GPU does inside."""
-    for name, place in (("hidden_gradient", 0), ("add_weight_gradient_", 1)):
+    """Widen the narrow gradient before products, as a GPU does inside.
+
+    A CPU multiplies in fp32 only.
+    """
+    for name, position in (("hidden_gradient", 0), ("add_weight_gradient_", 1)):
         original = getattr(OutputWeight, name)
 
         def wide(
             self: OutputWeight,
             *arguments: Any,
             original: Any = original,
-            place: int = place,
+            position: int = position,
             **options: Any,
         ) -> Any:
-            given = list(arguments)
-            assert given[place].dtype == torch.bfloat16
-            given[place] = given[place].to(self.dtype)
-            return original(self, *given, **options)
+            operands = list(arguments)
+            assert operands[position].dtype == torch.bfloat16
+            operands[position] = operands[position].to(self.dtype)
+            return original(self, *operands, **options)
 
         monkeypatch.setattr(OutputWeight, name, wide)
 
@@ -80,7 +88,7 @@ def widen_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tail", TAILS)
 def test_every_tail(tail: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seed = fresh_seed()
-    used = use_triton(monkeypatch)
+    counted_rows = use_triton(monkeypatch)
     problem = make_problem(seed, tokens=8).rounded_to(torch.float32)
     for temperature, schedule in ((1.0, "chunk"), (2.0, "recompute"), (0.7, "save")):
         target = hand_target(problem.teacher, top_k=8, temperature=temperature, dtype=torch.float32)
@@ -91,16 +99,21 @@ def test_every_tail(tail: str, monkeypatch: pytest.MonkeyPatch) -> None:
             torch.full_like(problem.upstream, 0.37) if schedule == "chunk" else problem.upstream
         )
         options = dict(schedule=schedule, chunk_tokens=5)
-        found = head_outcome(problem, target, upstream, problem.mask.float(), **options, **scalars)
+        outcome = head_outcome(
+            problem, target, upstream, problem.mask.float(), **options, **scalars
+        )
         by_name = errors(
-            found, reference_outcome(problem, target, upstream, problem.mask, **scalars)
+            outcome, reference_outcome(problem, target, upstream, problem.mask, **scalars)
         )
         assert max(by_name.values()) < 1e-5, say(seed, options, scalars, by_name)
-    assert used.count >= 8
+    assert counted_rows.count >= 8
 
 
 def test_two_byte_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every schedule finds its gradients over its logits: chunk by chunk, kept, and in slabs of the vocabulary."""
+    """Check that every head schedule finds its gradients over its logits.
+
+    That is chunk by chunk, kept, and in slabs of the vocabulary.
+    """
     seed = fresh_seed()
     use_triton(monkeypatch, torch.bfloat16)
     widen_gradients(monkeypatch)
@@ -112,9 +125,11 @@ def test_two_byte_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.full_like(problem.upstream, 0.37) if schedule == "chunk" else problem.upstream
         )
         options = dict(schedule=schedule, chunk_tokens=chunk_tokens)
-        found = head_outcome(problem, target, upstream, problem.mask.float(), **options, **scalars)
+        outcome = head_outcome(
+            problem, target, upstream, problem.mask.float(), **options, **scalars
+        )
         by_name = errors(
-            found, reference_outcome(problem, target, upstream, problem.mask, **scalars)
+            outcome, reference_outcome(problem, target, upstream, problem.mask, **scalars)
         )
         assert max(by_name[name] for name in ("total", "ce", "kd")) < 1e-5, say(
             seed, options, by_name
@@ -145,45 +160,50 @@ def test_logits_of_ten_thousand_and_given_logits(monkeypatch: pytest.MonkeyPatch
             problem.teacher, top_k=8, temperature=temperature, dtype=torch.float32, ragged=False
         )
         scalars = dict(alpha=0.5, temperature=temperature, tail=tail)
-        found = run(problem, target, problem.upstream, problem.mask.float(), **scalars)
+        outcome = run(problem, target, problem.upstream, problem.mask.float(), **scalars)
         by_name = errors(
-            found, reference_outcome(problem, target, problem.upstream, problem.mask, **scalars)
+            outcome, reference_outcome(problem, target, problem.upstream, problem.mask, **scalars)
         )
         assert max(by_name.values()) < 1e-5, say(seed, run, scalars, by_name)
 
 
 def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Top-k with and without top_p; draws are those that plain torch makes."""
+    """Check top-k with and without top_p, and that samples equal those of plain torch."""
     seed = fresh_seed()
     problem = make_problem(seed, tokens=6)
     logits = problem.teacher.float()
     draws = SampleSelection(16, seed, temperature=2.0)
     expected = select_targets(logits, draws)
-    used = use_triton(monkeypatch)
+    counted_rows = use_triton(monkeypatch)
     for top_p, temperature in ((1.0, 1.0), (0.9, 2.0)):
         clear = clear_rows(
             logits, top_p=top_p if top_p < 1.0 else 2.0, temperature=temperature, gap=1e-6
         )
-        found = select_targets(logits[clear], TopSelection(8, top_p=top_p, temperature=temperature))
+        target = select_targets(
+            logits[clear], TopSelection(8, top_p=top_p, temperature=temperature)
+        )
         error = difference(
-            found, dense_target(logits[clear], 8, top_p=top_p, temperature=temperature)
+            target, dense_target(logits[clear], 8, top_p=top_p, temperature=temperature)
         )
         assert error < 5e-6, say(seed, top_p, error)
-    found = select_targets(logits, draws)
-    assert torch.equal(found.indices, expected.indices), say(seed)
-    assert torch.equal(found.logprobs, expected.logprobs), say(seed)
-    assert used.count == 3
+    target = select_targets(logits, draws)
+    assert torch.equal(target.indices, expected.indices), say(seed)
+    assert torch.equal(target.logprobs, expected.logprobs), say(seed)
+    assert counted_rows.count == 3
 
 
 def test_identical_models_do_not_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The teacher's one pass and the student's give the same bits, so that the divergence is zero and not small."""
+    """Check that the divergence of identical models is zero and not only small.
+
+    The teacher's one pass and the student's give the same bits.
+    """
     seed = fresh_seed()
     use_triton(monkeypatch)
     problem = make_problem(seed, tokens=8).rounded_to(torch.float32)
     target = linear_targets(
         problem.hidden.float(), problem.weight.float(), TopSelection(8), vocab_size=90
     )
-    found = head_outcome(problem, target, torch.ones(8), None, alpha=1.0, tail="bucket")
-    assert not found.kd.any(), say(seed, found.kd)
-    assert not found.total.any(), say(seed, found.kd)
-    assert found.hidden.abs().max() < 1e-6, say(seed, found.hidden)
+    outcome = head_outcome(problem, target, torch.ones(8), None, alpha=1.0, tail="bucket")
+    assert not outcome.kd.any(), say(seed, outcome.kd)
+    assert not outcome.total.any(), say(seed, outcome.kd)
+    assert outcome.hidden.abs().max() < 1e-6, say(seed, outcome.hidden)

@@ -1,4 +1,7 @@
-"""TritonRows against the same operations in fp64 and against PlainRows. Small blocks, so that several are walked through."""
+"""Test TritonRows against the same operations in fp64 and against PlainRows.
+
+Blocks are small, so that a row has several.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ from tests.head.kernels.rows import (
 )
 from tests.losses.cases import fresh_seed, say
 
-# numpy's word for what a GPU does silently: exp() of what is replaced afterwards, NaN that is there on purpose.
+# numpy warns where a GPU is silent: exp() of values that are replaced afterwards, deliberate NaN.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(overflow|invalid value) encountered:RuntimeWarning"
 )
@@ -45,11 +48,14 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cases(seed: int) -> Iterator[tuple[Case, float, tuple[object, ...]]]:
-    """Every width with few ids or none, sixteen and all of them, as far as it has so many; each with a temperature by turns."""
-    draw = random.Random(seed)
-    turn = draw.randint(0, 2)
-    for valid in (*WIDTHS, draw.randint(200, 300)):
-        for count in sorted({draw.choice((0, 1, 7)), 16, valid if valid < 40 else 7}):
+    """Yield every width with few ids or none, with sixteen, and with all of them.
+
+    Each comes with the next temperature in turn and a description.
+    """
+    generator = random.Random(seed)
+    turn = generator.randint(0, 2)
+    for valid in (*WIDTHS, generator.randint(200, 300)):
+        for count in sorted({generator.choice((0, 1, 7)), 16, valid if valid < 40 else 7}):
             if count <= valid:
                 turn += 1
                 temperature = TEMPERATURES[turn % 3]
@@ -60,106 +66,128 @@ def cases(seed: int) -> Iterator[tuple[Case, float, tuple[object, ...]]]:
                 )
 
 
-def split_error(found: Tensor, expected: Tensor, case: Case) -> float:
-    """Largest relative error of a sum (of the sum of all logits: relative to the sum of their sizes); inf where what is read differs."""
-    exact = [*EXACT, *range(6, found.shape[1])]
-    if not torch.equal(found[:, exact].double(), expected[:, exact]):
+def split_error(packed: Tensor, expected: Tensor, case: Case) -> float:
+    """Return the largest relative error of a sum; inf where a value that is only read differs.
+
+    The sum of all logits is compared relative to the sum of their sizes.
+    """
+    exact = [*EXACT, *range(6, packed.shape[1])]
+    if not torch.equal(packed[:, exact].double(), expected[:, exact]):
         return float("inf")
     size = expected[:, 1:5].abs().clamp(min=1e-30)
     size[:, 2] = case.logits.double().abs().sum(1).clamp(min=1e-30)
-    return ((found[:, 1:5].double() - expected[:, 1:5]).abs() / size).amax().item()
+    return ((packed[:, 1:5].double() - expected[:, 1:5]).abs() / size).amax().item()
 
 
 def test_split() -> None:
     seed = fresh_seed()
     flags = random.Random(seed)
-    for case, temperature, what in cases(seed):
-        asked = dict(total=flags.random() < 0.5, entropy=flags.random() < 0.5)
+    for case, temperature, description in cases(seed):
+        options = dict(total=flags.random() < 0.5, entropy=flags.random() < 0.5)
         rows, plain = case.triton(), case.plain()
-        found = rows.split(*case.ids(), temperature, **asked).cpu()
-        error = split_error(found, split_in_fp64(case, temperature, **asked), case)
-        assert error < 1e-6, say(seed, what, asked, error)
+        packed = rows.split(*case.ids(), temperature, **options).cpu()
+        error = split_error(packed, split_in_fp64(case, temperature, **options), case)
+        assert error < 1e-6, say(seed, description, options, error)
         error = split_error(
-            found, plain.split(*case.ids(), temperature, **asked).cpu().double(), case
+            packed, plain.split(*case.ids(), temperature, **options).cpu().double(), case
         )
-        assert error < 2e-6, say(seed, what, asked, "against PlainRows", error)
+        assert error < 2e-6, say(seed, description, options, "against PlainRows", error)
         assert torch.equal(rows.buffer, plain.buffer), say(
-            seed, what, "the support is not lifted out, or something else is"
+            seed, description, "the support is not extracted, or something else is"
         )
 
 
 def test_split_once_more() -> None:
-    """A second split reads the rows as the first one left them, whatever was summed before."""
+    """Check that a second split reads the rows as the first one left them.
+
+    The sums of `top` before it do not matter.
+    """
     seed = fresh_seed()
-    case, again = make_case(seed, valid=200, count=9), make_case(seed + 1, valid=200, count=5)
+    case, second = make_case(seed, valid=200, count=9), make_case(seed + 1, valid=200, count=5)
     rows, plain = case.triton(), case.plain()
     rows.top(5, 2.0)
-    for given, temperature in ((case, 1.0), (again, 2.0)):
-        found, expected = (
-            r.split(*given.ids(), temperature, total=False, entropy=True).cpu()
+    for current, temperature in ((case, 1.0), (second, 2.0)):
+        packed, expected = (
+            r.split(*current.ids(), temperature, total=False, entropy=True).cpu()
             for r in (rows, plain)
         )
-        assert torch.allclose(found, expected, rtol=2e-6, atol=0), say(seed, temperature)
+        assert torch.allclose(packed, expected, rtol=2e-6, atol=0), say(seed, temperature)
 
 
 def test_logits_of_ten_thousand() -> None:
-    """The support 2e4 above the rest, and a few logits at its foot: the rest is relative to its own largest."""
+    """Check a support 2e4 above the rest, with a few large logits in the rest.
+
+    The rest is relative to its own largest logit.
+    """
     seed = fresh_seed()
     case = make_case(seed, valid=150, count=7)
     case.logits.copy_(torch.where(case.support(), 1e4, -1e4) + case.logits)
     case.logits[0] = case.logits[0].abs() * 3e3
     for temperature in TEMPERATURES:
-        found = case.triton().split(*case.ids(), temperature, total=True, entropy=True).cpu()
-        error = split_error(found, split_in_fp64(case, temperature, total=True, entropy=True), case)
+        packed = case.triton().split(*case.ids(), temperature, total=True, entropy=True).cpu()
+        error = split_error(
+            packed, split_in_fp64(case, temperature, total=True, entropy=True), case
+        )
         assert error < 1e-6, say(seed, temperature, error)
-        assert found.isfinite()[:, :5].all(), say(seed, temperature, error)
+        assert packed.isfinite()[:, :5].all(), say(seed, temperature, error)
 
 
 def test_masked_out_logits() -> None:
-    """Ids that a caller has masked out are MASKED: no mass, but part of the sum of all logits, as elsewhere."""
+    """Check ids that a caller has masked out with MASKED.
+
+    They have no mass but are part of the sum of all logits, as in PlainRows.
+    """
     seed = fresh_seed()
     case = make_case(seed, valid=100, count=7)
     case.logits[:, 30:90] = MASKED
     case.logits[2] = MASKED
-    found, expected = (
+    packed, expected = (
         r.split(*case.ids(), 2.0, total=True, entropy=True).cpu()
         for r in (case.triton(), case.plain())
     )
-    assert torch.allclose(found, expected, rtol=2e-6, atol=0), say(seed, found, expected)
-    assert found[2, :3].tolist() == [0.0, 0.0, 0.0]
+    assert torch.allclose(packed, expected, rtol=2e-6, atol=0), say(seed, packed, expected)
+    assert packed[2, :3].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_a_shard_without_logits() -> None:
-    nothing = Case(
+    case = Case(
         torch.empty(3, 0), torch.zeros((3, 5), dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     )
-    rows = nothing.triton()
-    found = rows.split(*nothing.ids(), 2.0, total=True, entropy=True).cpu()
-    assert torch.equal(found, torch.tensor([0.0] * 5 + [-torch.inf] * 6).expand(3, -1))
+    rows = case.triton()
+    packed = rows.split(*case.ids(), 2.0, total=True, entropy=True).cpu()
+    assert torch.equal(packed, torch.tensor([0.0] * 5 + [-torch.inf] * 6).expand(3, -1))
     assert [tuple(t.shape) for t in rows.top(0)] == [(3, 0), (3, 0)]
     assert not any(t.any() for t in rows.mass(2.0))
-    given = make_coefficients(0, nothing, constant=True)
-    assert triton_gradient(nothing.triton(torch.bfloat16), nothing, given, 2.0).shape == (3, 0)
+    coefficients = make_coefficients(0, case, constant=True)
+    assert triton_gradient(case.triton(torch.bfloat16), case, coefficients, 2.0).shape == (3, 0)
 
 
-def test_nan_is_seen() -> None:
-    """Among the rest, as the only logit of the rest, in the support, as the label: never a number, and no other row's affair."""
+def test_nan_reaches_the_results() -> None:
+    """Check NaN in the rest, as the only logit of the rest, in the support, and as the label.
+
+    The results of its row are never numbers, and no other row changes.
+    """
     seed = fresh_seed()
     for nan, temperature in product((torch.nan, -torch.nan), (1.0, 2.0)):
         case = make_case(seed, rows=5, valid=100, count=7)
-        inside, outside = case.columns[3].sort().values[0], (~case.support()[0]).nonzero()[-1]
-        case.logits[0, outside], case.logits[3, inside] = nan, nan
+        nan_in_support, nan_in_rest = (
+            case.columns[3].sort().values[0],
+            (~case.support()[0]).nonzero()[-1],
+        )
+        case.logits[0, nan_in_rest], case.logits[3, nan_in_support] = nan, nan
         case.logits[4] = MASKED
         case.logits[4, (~case.support()[4]).nonzero()[0]] = nan
-        found, expected = (
+        packed, expected = (
             r.split(*case.ids(), temperature, total=True, entropy=True).cpu()
             for r in (case.triton(), case.plain())
         )
-        assert torch.equal(found.isnan(), expected.isnan()), say(seed, temperature, found, expected)
-        assert found[0, :5].isnan().all()
-        assert found[4, :5].isnan().all()
-        assert found[3, 3].isnan()
-        assert not found[1].isnan().any()
+        assert torch.equal(packed.isnan(), expected.isnan()), say(
+            seed, temperature, packed, expected
+        )
+        assert packed[0, :5].isnan().all()
+        assert packed[4, :5].isnan().all()
+        assert packed[3, 3].isnan()
+        assert not packed[1].isnan().any()
         assert case.triton().mass(temperature)[1].isnan().tolist() == [
             True,
             False,
@@ -169,21 +197,21 @@ def test_nan_is_seen() -> None:
         ]
         values, columns = (t.cpu() for t in case.triton().top(7))
         assert values[:, 0].isnan().tolist() == [True, False, False, True, True], say(seed, values)
-        assert columns[0, 0] == outside
-        assert columns[3, 0] == inside
+        assert columns[0, 0] == nan_in_rest
+        assert columns[3, 0] == nan_in_support
         assert columns.max() < 100
 
 
 def test_mass() -> None:
     seed = fresh_seed()
-    for case, temperature, what in list(cases(seed))[::2]:
+    for case, temperature, description in list(cases(seed))[::2]:
         largest, mass = (t.cpu().double() for t in case.triton().mass(temperature))
         z = case.logits.double()
-        assert torch.equal(largest, z.amax(1)), say(seed, what)
+        assert torch.equal(largest, z.amax(1)), say(seed, description)
         error = (
             (mass / ((z - largest.unsqueeze(1)) / temperature).exp().sum(1) - 1).abs().amax().item()
         )
-        assert error < 1e-6, say(seed, what, error)
+        assert error < 1e-6, say(seed, description, error)
 
 
 def sorted_row(case: Case, count: int) -> tuple[Tensor, Tensor]:
@@ -192,7 +220,10 @@ def sorted_row(case: Case, count: int) -> tuple[Tensor, Tensor]:
 
 
 def test_top() -> None:
-    """Continuous values, a few values with many ties, one value; both zeros, masked-out ids and -inf among them."""
+    """Check continuous values, a few values with many ties, and one value.
+
+    Both zeros, masked-out ids and -inf are among them.
+    """
     seed = fresh_seed()
     generator = torch.Generator().manual_seed(seed)
     for valid in (1, 33, random.Random(seed).randint(70, 250)):
@@ -214,10 +245,10 @@ def test_top() -> None:
             assert torch.equal(values.double(), expected[0]), say(seed, valid, count)
 
 
-def test_top_beyond_what_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_top_beyond_the_limits_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     seed = fresh_seed()
     case = make_case(seed, valid=300, count=0)
-    for name in ("MOST_CHOSEN", "MOST_TILES"):
+    for name in ("MAX_TOP_TILES", "MAX_TILES"):
         with monkeypatch.context() as patch:
             patch.setattr(triton_rows, name, 4)
             assert torch.equal(case.triton().top(6)[1].cpu(), sorted_row(case, 6)[1]), say(
@@ -226,7 +257,7 @@ def test_top_beyond_what_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_teacher_reads_its_logits_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Largest logits, mass and split from one pass over the tiles, with the bits that each has alone."""
+    """Check that top, mass and split read the tiles once, with the bits that each gives alone."""
     seed = fresh_seed()
     launched: list[str] = []
     launch = triton_rows._launch
@@ -251,96 +282,112 @@ def test_a_teacher_reads_its_logits_once(monkeypatch: pytest.MonkeyPatch) -> Non
         assert all(
             torch.equal(a, b) for a, b in zip(mass, case.triton().mass(temperature), strict=True)
         ), say(seed)
-        # What was not asked for the first time is not taken from there.
-        for another, total in ((0.7, False), (temperature, True)):
-            other = case.triton()
-            other.top(6, temperature)
-            found = other.split(*case.ids(), another, total=total, entropy=True)
+        # Sums that were not requested the first time are computed.
+        for new_temperature, total in ((0.7, False), (temperature, True)):
+            new_rows = case.triton()
+            new_rows.top(6, temperature)
+            packed = new_rows.split(*case.ids(), new_temperature, total=total, entropy=True)
             assert torch.equal(
-                found, case.triton().split(*case.ids(), another, total=total, entropy=True)
-            ), say(seed, another)
+                packed, case.triton().split(*case.ids(), new_temperature, total=total, entropy=True)
+            ), say(seed, new_temperature)
 
 
 def test_tiles_as_in_torch() -> None:
     seed = fresh_seed()
     case = make_case(seed, valid=150, count=0)
     rows, plain = case.triton(), case.plain()
-    chosen = torch.tensor([[0, 4], [1, 1], [2, 3], [4, 0]], device=DEVICE)
+    tiles = torch.tensor([[0, 4], [1, 1], [2, 3], [4, 0]], device=DEVICE)
     shift = plain.buffer.amax(1)
     assert rows.tile == plain.tile
-    assert torch.equal(rows.tiles(chosen), plain.tiles(chosen))
+    assert torch.equal(rows.tiles(tiles), plain.tiles(tiles))
     assert torch.equal(rows.tile_mass(shift, 2.0), plain.tile_mass(shift, 2.0))
 
 
-@pytest.mark.parametrize("punched", [True, False], ids=["after split", "multiplied again"])
-def test_gradient(punched: bool) -> None:
-    """Relative to the sizes of the terms that each entry is a sum of; in bf16 within one unit in the last place."""
+@pytest.mark.parametrize("masked", [True, False], ids=["after split", "multiplied again"])
+def test_gradient(masked: bool) -> None:
+    """Compare relative to the sizes of the terms that each entry is a sum of.
+
+    In bf16 the error is within one unit in the last place.
+    """
     seed = fresh_seed()
     coin = random.Random(seed)
-    for case, temperature, what in cases(seed):
-        given = make_coefficients(seed, case, constant=coin.random() < 0.5)
-        expected = gradient_in_fp64(case, given, temperature)
-        sizes = gradient_in_fp64(case, absolute(given), temperature).abs()
+    for case, temperature, description in cases(seed):
+        coefficients = make_coefficients(seed, case, constant=coin.random() < 0.5)
+        expected = gradient_in_fp64(case, coefficients, temperature)
+        sizes = gradient_in_fp64(case, absolute(coefficients), temperature).abs()
         for dtype, limit in ((None, 1e-5), (torch.bfloat16, 2**-7 + 1e-5)):
             rows = case.triton(dtype, extra=32 * coin.randint(0, 3))
-            if punched:
+            if masked:
                 rows.buffer.scatter_(1, case.ids()[0], MASKED)
-            found = triton_gradient(rows, case, given, temperature)
-            assert found.dtype == (dtype or torch.float32)
-            assert found.shape == expected.shape
-            assert torch.equal(rows.buffer.view(found.dtype)[:, : case.valid].cpu(), found)
+            gradient = triton_gradient(rows, case, coefficients, temperature)
+            assert gradient.dtype == (dtype or torch.float32)
+            assert gradient.shape == expected.shape
+            assert torch.equal(rows.buffer.view(gradient.dtype)[:, : case.valid].cpu(), gradient)
             scale = sizes if dtype is None else expected.abs() + 1e-3 * sizes
-            error = ((found.double() - expected).abs() / scale.clamp(min=1e-30)).amax().item()
-            assert error < limit, say(seed, what, dtype, punched, error)
+            error = ((gradient.double() - expected).abs() / scale.clamp(min=1e-30)).amax().item()
+            assert error < limit, say(seed, description, dtype, masked, error)
 
 
-def absolute(given: object) -> object:
-    """The same coefficients with every term made positive; the constant is subtracted, so it becomes negative."""
-    parts = {name: value for name, value in vars(given).items() if name != "shift"}
-    positive = {name: None if value is None else value.abs() for name, value in parts.items()}
+def absolute(coefficients: object) -> object:
+    """Return the coefficients with every term made positive.
+
+    The constant is subtracted, so it becomes negative.
+    """
+    values = {name: value for name, value in vars(coefficients).items() if name != "shift"}
+    positive = {name: None if value is None else value.abs() for name, value in values.items()}
     if positive["constant"] is not None:
         positive["constant"] = -positive["constant"]
-    return type(given)(shift=given.shift, **positive)  # type: ignore[attr-defined]
+    return type(coefficients)(shift=coefficients.shift, **positive)  # type: ignore[attr-defined]
 
 
 def test_gradient_of_huge_logits() -> None:
-    """Logits multiplied again hold the support far above the rest's shift: what overflows there is replaced."""
+    """Check logits that are multiplied again, so that the support is far above the rest's shift.
+
+    Values that overflow there are replaced.
+    """
     seed = fresh_seed()
     case = make_case(seed, valid=150, count=7)
     case.label[1:] = 150
     case.logits.copy_(torch.where(case.support(), 1e4, -1e4) + case.logits)
-    given = make_coefficients(seed, case, constant=True)
+    coefficients = make_coefficients(seed, case, constant=True)
     for dtype, limit in ((None, 1e-5), (torch.bfloat16, 2**-7)):
-        found = triton_gradient(case.triton(dtype), case, given, 2.0).double()
+        gradient = triton_gradient(case.triton(dtype), case, coefficients, 2.0).double()
         plain = Case(case.logits.where(~case.support(), -1e4), case.columns, case.label)
-        expected = gradient_in_fp64(plain, given, 2.0)
-        assert (found - expected).norm() < limit * expected.norm(), say(seed, dtype)
+        expected = gradient_in_fp64(plain, coefficients, 2.0)
+        assert (gradient - expected).norm() < limit * expected.norm(), say(seed, dtype)
 
 
 @pytest.mark.parametrize("make", [Case.plain, Case.triton], ids=["plain", "triton"])
 def test_each_row_at_its_own_temperature(make: Callable[[Case], PlainRows]) -> None:
-    """Bit for bit what the rows give one by one, each at its temperature as a number."""
+    """Compare, bit for bit, with each row alone at its temperature as a number."""
     seed = fresh_seed()
     case = make_case(seed, rows=5, valid=random.Random(seed).randint(40, 200), count=7)
     temperatures = torch.rand(5, generator=torch.Generator().manual_seed(seed)) * 3 + 0.2
-    given = make_coefficients(seed, case, constant=False)
+    random_coefficients = make_coefficients(seed, case, constant=False)
     columns, label = case.ids()
 
-    def both(of: Case, part: slice, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-        coefficients = Coefficients(*(t[part] if t is not None else None for t in astuple(given)))
-        split = make(of).split(columns[part], label[part], temperature, total=True, entropy=True)
-        return split.cpu(), triton_gradient(make(of), of, coefficients, temperature)  # type: ignore[arg-type]
+    def both(rows_of_case: Case, part: slice, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+        coefficients = Coefficients(
+            *(t[part] if t is not None else None for t in astuple(random_coefficients))
+        )
+        split = make(rows_of_case).split(
+            columns[part], label[part], temperature, total=True, entropy=True
+        )
+        return split.cpu(), triton_gradient(
+            make(rows_of_case), rows_of_case, coefficients, temperature
+        )  # type: ignore[arg-type]
 
     together = both(case, slice(None), temperatures.to(DEVICE))
     for row in range(5):
         part = slice(row, row + 1)
-        alone = both(
+        single_results = both(
             Case(case.logits[part], case.columns[part], case.label[part]),
             part,
             float(temperatures[row]),
         )
         assert all(
-            torch.equal(whole[part], single) for whole, single in zip(together, alone, strict=True)
+            torch.equal(full[part], single)
+            for full, single in zip(together, single_results, strict=True)
         ), (row, say(seed))
     assert not torch.equal(together[0], both(case, slice(None), float(temperatures[0]))[0])
 
@@ -348,14 +395,14 @@ def test_each_row_at_its_own_temperature(make: Callable[[Case], PlainRows]) -> N
 def test_runs_repeat() -> None:
     seed = fresh_seed()
     case = make_case(seed, rows=3, valid=150, count=16)
-    given = make_coefficients(seed, case, constant=False)
+    coefficients = make_coefficients(seed, case, constant=False)
 
     def run() -> list[Tensor]:
         rows = case.triton(torch.bfloat16)
         return [
             *rows.top(16),
             rows.split(*case.ids(), 2.0, total=True, entropy=True),
-            triton_gradient(rows, case, given, 2.0),
+            triton_gradient(rows, case, coefficients, 2.0),
         ]
 
     assert all(
@@ -363,7 +410,7 @@ def test_runs_repeat() -> None:
     ), say(seed)
 
 
-def test_what_it_refuses() -> None:
+def test_refused_buffers() -> None:
     for buffer in (
         torch.zeros(2, 64, dtype=torch.float64),
         torch.zeros(2, 128)[:, ::2],
@@ -373,8 +420,8 @@ def test_what_it_refuses() -> None:
             TritonRows(buffer, 40)
 
 
-def test_rows_by_where_the_logits_are() -> None:
-    """Plain torch on a CPU and in fp64; and nobody's import asks for triton."""
+def test_rows_by_device_and_type() -> None:
+    """Use plain torch on a CPU and in fp64, and import triton from no other module."""
     for dtype in (torch.float32, torch.float64):
         assert type(chunk_rows(torch.zeros(2, 64, dtype=dtype), 40, torch.bfloat16)) is PlainRows
     code = "import sys, megatron_kd.losses, megatron_kd.targets; sys.exit('triton' in sys.modules)"
