@@ -1,4 +1,5 @@
-"""Token data: tokenizer identity, Megatron .bin/.idx files, the deterministic sample order, and microbatches.
+"""Read token data in a run: tokenizers, token files, the sample order and microbatches.
 
-Importing this package imports neither torch nor megatron; its modules import what they need.
+Importing this package imports neither torch nor megatron. Its modules import what they need.
+`preparation` makes token files, and a run never imports it.
 """

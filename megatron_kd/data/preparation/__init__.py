@@ -1,1 +1,1 @@
-"""Making token files from text and conversations. A training run never imports this."""
+"""Make token files from text and conversations. A training run never imports this package."""
