@@ -143,7 +143,7 @@ def targets_of_teacher(config: RunConfig, samples: int) -> dict[str, list[Sparse
     )
     try:
         teacher = online_teacher(config, inputs, groups)
-        parts = token_dataset(config, inputs, "data.train", config.data.train, 1).parts
+        parts = token_dataset(config, inputs, "data.train", config.data.train, 1).prefixes
         plan = ShardPlan(parts, samples, samples)
         batches = [
             batch

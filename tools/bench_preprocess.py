@@ -28,7 +28,7 @@ from typing import Any
 
 from megatron_kd.config import ConfigError
 from megatron_kd.data.tokenizer import load_tokenizer, tokenizer_file
-from megatron_kd.data.vocabularies import PATTERNS
+from megatron_kd.data.vocabularies.patterns import PATTERNS
 from megatron_kd.storage.atomic_files import write_atomically
 
 HERE = Path(__file__).resolve().parent

@@ -28,7 +28,8 @@ import numpy as np
 
 from megatron_kd.config import ConfigError, ModelSection, RunConfig
 from megatron_kd.config.sections import TeacherParallelSection, TeacherSection
-from megatron_kd.data.indexed import TokenFileWriter, optimal_dtype
+from megatron_kd.data.preparation.token_file_writer import TokenFileWriter
+from megatron_kd.data.token_files import optimal_dtype
 from megatron_kd.parallel.world import world_from_environment
 from megatron_kd.storage.provenance import commit
 

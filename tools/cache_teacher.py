@@ -133,7 +133,7 @@ def _run(config: RunConfig, arguments: argparse.Namespace, platform: Platform) -
     teacher, identity = build_extraction(
         config, inputs, groups, value_encoding=arguments.value_encoding
     )
-    parts = token_dataset(config, inputs, "data.train", config.data.train, 1).parts
+    parts = token_dataset(config, inputs, "data.train", config.data.train, 1).prefixes
     plan = ShardPlan(parts, arguments.shard_samples, arguments.first_samples)
     worker = arguments.worker * groups.data_size + groups.data_rank
     workers = arguments.workers * groups.data_size

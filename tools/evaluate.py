@@ -229,7 +229,8 @@ def _check_data(
     data: dict[str, str], length: int, info: Any, arguments: argparse.Namespace
 ) -> None:
     """Each file exists, is whole, has ids of the model's vocabulary and at least one sequence; no collective."""
-    from megatron_kd.data.indexed import check_token_file, read_index
+    from megatron_kd.data.token_file_checks import check_token_file
+    from megatron_kd.data.token_files import read_index
     from megatron_kd.data.tokenizer import load_tokenizer
 
     digest = info.tokenizer

@@ -186,7 +186,9 @@ def _recompute(arguments: argparse.Namespace) -> int:
         encoding = CacheReader(arguments.cache).identity.value_encoding
         teacher, identity = build_extraction(config, inputs, groups, value_encoding=encoding)
         reader = CacheReader(arguments.cache, expect=identity)
-        plan = ShardPlan(token_dataset(config, inputs, "data.train", config.data.train, 1).parts, 1)
+        plan = ShardPlan(
+            token_dataset(config, inputs, "data.train", config.data.train, 1).prefixes, 1
+        )
         found = recheck(
             teacher,
             reader,

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.indexed import check_token_file, read_index
+from megatron_kd.data.token_file_checks import check_token_file
+from megatron_kd.data.token_files import read_index
 from megatron_kd.data.tokenizer import TokenizerInfo, load_tokenizer
-from megatron_kd.data.vocabularies import Vocabulary
+from megatron_kd.data.vocabularies.base import Vocabulary
 
 _BLOCK = 1 << 24
 _BARS = 50

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.indexed import check_token_file, read_index, read_roles
 from megatron_kd.data.preparation.publish import publish
+from megatron_kd.data.token_file_checks import check_token_file
+from megatron_kd.data.token_files import read_index, read_roles
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

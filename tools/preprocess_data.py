@@ -33,7 +33,7 @@ from megatron_kd.data.preparation.preprocess import (
     make_whole,
     submit,
 )
-from megatron_kd.data.vocabularies import PATTERNS
+from megatron_kd.data.vocabularies.patterns import PATTERNS
 
 _EXIT_CODES = "Exit codes: 0 done, 2 bad input, 5 no space left (finished pieces are kept), 1 another failure, 130 interrupted."
 

@@ -132,7 +132,7 @@ def _models(
 ) -> dict[str, tuple[Path, Any]]:
     """Both checkpoints, with the data's vocabulary. ConfigError on every rank, before any collective."""
     from megatron_kd.checkpoint.store import find_checkpoint, read_info
-    from megatron_kd.data.indexed import check_token_file
+    from megatron_kd.data.token_file_checks import check_token_file
 
     found = {}
     for name in ("teacher", "reference"):

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from chain import Chain, Floats, Ids, imperfect, make_chain, next_ids, sample
 
 from megatron_kd.cache import CacheIdentity, CacheWriter
-from megatron_kd.data.indexed import TokenFileWriter, optimal_dtype
+from megatron_kd.data.preparation.token_file_writer import TokenFileWriter
+from megatron_kd.data.token_files import optimal_dtype
 from megatron_kd.storage.atomic_files import write_atomically
 from megatron_kd.targets import SparseTarget, TopSelection
 

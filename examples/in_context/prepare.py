@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import language
 from language import IDS, WORDS, Noise, Problem, Rng, encode
 
-from megatron_kd.data.indexed import TokenFileWriter, optimal_dtype
+from megatron_kd.data.preparation.token_file_writer import TokenFileWriter
+from megatron_kd.data.token_files import optimal_dtype
 from megatron_kd.storage.atomic_files import write_atomically
 
 GAPS, CONTEXTS, DEPTHS = (0, 6, 12, 18, 24), (24, 32, 48, 64), (0.0, 0.25, 0.5, 0.75, 1.0)

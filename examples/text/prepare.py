@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.indexed import TokenFileWriter, read_index
+from megatron_kd.data.preparation.token_file_writer import TokenFileWriter
+from megatron_kd.data.token_files import read_index
 
 ROOT = Path(__file__).resolve().parents[2]
 # Tests, what a package manager installed, and tables and texts that are not code.

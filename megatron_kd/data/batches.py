@@ -213,7 +213,7 @@ class BatchSource:
         ]
         tokens, labels, loss_mask, named = (
             torch.stack([row[key] for row in rows])
-            for key in ("tokens", "labels", "loss_mask", "named")
+            for key in ("tokens", "labels", "loss_mask", "marked_tokens")
         )
         self._check_range(ids, tokens, labels)
         real = torch.tensor(present)

@@ -103,9 +103,10 @@ class PrefixSource:
 class PrefixSamples:
     """Hold the samples of one pass over a prefix, and the order in which a run reads them.
 
-    Attributes:
+    Args:
         prefix: path of the token files.
         samples: megatron-core's dataset over one pass.
+        seed: of the order; None keeps the order in which samples are cut.
         within_documents: tokens attend to their own document only.
     """
 
@@ -116,12 +117,6 @@ class PrefixSamples:
         seed: Sequence[int] | None,
         within_documents: bool = False,
     ) -> None:
-        """Args:
-        prefix: path of the token files.
-        samples: megatron-core's dataset over one pass.
-        seed: of the order; None keeps the order in which samples are cut.
-        within_documents: tokens attend to their own document only.
-        """
         self.prefix, self.samples, self.within_documents = prefix, samples, within_documents
         self._roles = read_roles(prefix)
         self._seed = seed

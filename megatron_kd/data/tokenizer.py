@@ -19,7 +19,7 @@ from typing import Any
 from megatron_kd.config.run_config import ConfigError
 from megatron_kd.data import vocabularies
 from megatron_kd.data.discovery import implementations
-from megatron_kd.data.vocabularies.base import DamagedTokenizer, Vocabulary
+from megatron_kd.data.vocabularies.base import TokenizerFileError, Vocabulary
 
 KINDS: list[type[Vocabulary]] = implementations(vocabularies, Vocabulary)
 
@@ -109,7 +109,7 @@ def _read_vocabulary(file: Path, content: bytes, pattern: str | None) -> Vocabul
     for kind in KINDS:
         try:
             vocabulary = kind.read(file, content, pattern)
-        except DamagedTokenizer as error:
+        except TokenizerFileError as error:
             raise ConfigError(f"{problem} ({error})") from error
         if vocabulary is not None:
             return vocabulary

@@ -85,9 +85,5 @@ def _llama_config(processor: SentencePieceProcessor) -> dict[str, object]:
         "add_prefix_space": adds_prefix_space,
         "legacy": False,
         "clean_up_tokenization_spaces": False,
-        **{
-            name: processor.id_to_piece(index)
-            for name, index in special_ids.items()
-            if index >= 0
-        },
+        **{name: processor.id_to_piece(index) for name, index in special_ids.items() if index >= 0},
     }

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.indexed import TokenIndex
+from megatron_kd.data.token_files import TokenIndex
 from megatron_kd.inference.frozen_model import FrozenModel
 from megatron_kd.losses import linear_kd_cross_entropy
 from megatron_kd.losses.spec import IGNORED_LABEL

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kd.data.batches import BatchSource, Microbatch
-from megatron_kd.data.dataset import build_dataset
-from megatron_kd.data.indexed import tokens_per_byte
+from megatron_kd.data.dataset import DatasetRequest, build_dataset
+from megatron_kd.data.token_files import tokens_per_byte
 from megatron_kd.inference.frozen_model import FrozenModel
 from megatron_kd.losses import DenseTeacher, linear_divergence, linear_kd_cross_entropy
 from megatron_kd.parallel.collectives import all_gather
@@ -194,9 +194,8 @@ def _batches(
     index_cache: Path,
     sequences: int,
 ) -> BatchSource:
-    dataset = build_dataset(
-        [prefix],
-        None,
+    request = DatasetRequest(
+        prefixes=[prefix],
         num_samples=sequences,
         sequence_length=sequence_length,
         seed=0,
@@ -208,7 +207,7 @@ def _batches(
         repeat=False,
     )
     return BatchSource(
-        dataset,
+        build_dataset(request),
         global_batch_size=global_batch,
         micro_batch_size=global_batch // model.groups.data_size,
         data_parallel_rank=model.groups.data_rank,

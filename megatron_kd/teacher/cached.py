@@ -84,7 +84,7 @@ class CachedTeacher:
 def check_coverage(reader: CacheReader, dataset: TokenDataset, first: int) -> None:
     """ConfigError where the cache lacks any of the next samples from `first` on that the run will read; no collective."""
     last = min(first + COVERAGE_SAMPLES, len(dataset))
-    keys = [sample_key(dataset[sample]["named"]) for sample in range(first, last)]
+    keys = [sample_key(dataset[sample]["marked_tokens"]) for sample in range(first, last)]
     missing = reader.missing(keys)
     if missing:
         sample = first + missing[0]

@@ -23,7 +23,7 @@ from megatron_kd.cache import (
 )
 from megatron_kd.cache.writer import lock_writer
 from megatron_kd.data.batches import Microbatch
-from megatron_kd.data.dataset import Part
+from megatron_kd.data.prefix_samples import PrefixSamples
 from megatron_kd.parallel.collectives import from_rank_zero, raise_together
 from megatron_kd.targets.keys import KEY_BYTES, sample_key
 from megatron_kd.targets.sparse import SparseTarget
@@ -34,7 +34,7 @@ from megatron_kd.teacher.source import TeacherSource
 class ShardPlan:
     """Which samples go into which shard. parts: the prefixes of the data; first_samples: no more than these; None: all."""
 
-    parts: Sequence[Part]
+    parts: Sequence[PrefixSamples]
     shard_samples: int
     first_samples: int | None = None
 
@@ -68,7 +68,7 @@ class ShardPlan:
         """Tokens int64 [S] of a sample."""
         for part in self.parts:
             if number < len(part):
-                return part.read(number)["named"]
+                return part.read(number)["marked_tokens"]
             number -= len(part)
         raise IndexError(number)
 

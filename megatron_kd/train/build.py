@@ -13,7 +13,7 @@ from megatron_kd.checkpoint.store import CheckpointInfo
 from megatron_kd.config import ConfigError, RunConfig
 from megatron_kd.config.sections.divergence_section import divergence_parameters
 from megatron_kd.data.batches import Attach, BatchSource, Microbatch
-from megatron_kd.data.dataset import TokenDataset, build_dataset
+from megatron_kd.data.dataset import DatasetRequest, TokenDataset, build_dataset
 from megatron_kd.head.logit_rows import compile_rows
 from megatron_kd.losses import Divergence
 from megatron_kd.losses.divergences import DivergenceHead
@@ -247,9 +247,9 @@ def token_dataset(
     repeat: bool = True,
 ) -> TokenDataset:
     """The samples of one data set of a run file, in the run's order; see `build_dataset`. Collective over the world."""
-    return build_dataset(
-        prefixes,
-        weights,
+    request = DatasetRequest(
+        prefixes=prefixes,
+        weights=weights,
         num_samples=num_samples,
         sequence_length=config.batch.sequence_length,
         seed=config.train.seed,
@@ -261,6 +261,7 @@ def token_dataset(
         name=name,
         repeat=repeat,
     )
+    return build_dataset(request)
 
 
 def batch_source(

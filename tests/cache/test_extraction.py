@@ -38,7 +38,7 @@ class Part:
     """Samples as a data set of tokens gives them."""
 
     def __init__(self, tokens: Tensor) -> None:
-        self.samples = [{"named": row} for row in tokens]
+        self.samples = [{"marked_tokens": row} for row in tokens]
 
     def read(self, number: int) -> dict[str, Tensor]:
         return self.samples[number]

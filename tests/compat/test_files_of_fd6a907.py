@@ -21,7 +21,7 @@ import torch
 
 from megatron_kd.cache import CacheReader
 from megatron_kd.config import load_config
-from megatron_kd.data.indexed import read_index
+from megatron_kd.data.token_files import read_index
 
 ROOT = Path(__file__).parents[2]
 FILES = Path(__file__).parent / "fd6a907"

@@ -11,14 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_kd.config import ConfigError, load_config
-from megatron_kd.data.dataset import build_dataset
-from megatron_kd.data.indexed import (
-    COUNTS_FOR_LOSS,
-    STARTS_DOCUMENT,
-    check_token_file,
-    read_index,
-    read_roles,
-)
+from megatron_kd.data.dataset import DatasetRequest, build_dataset
 from megatron_kd.data.preparation import chats, pieces
 from megatron_kd.data.preparation.conversations import (
     BadConversation,
@@ -28,6 +21,8 @@ from megatron_kd.data.preparation.conversations import (
     messages_of,
 )
 from megatron_kd.data.preparation.documents import make_pieces
+from megatron_kd.data.token_file_checks import check_token_file
+from megatron_kd.data.token_files import COUNTS_FOR_LOSS, STARTS_DOCUMENT, read_index, read_roles
 from megatron_kd.data.tokenizer import load_tokenizer
 from megatron_kd.train.startup.input_checks import check_inputs
 from tests.helpers.text import END, ROOT, load_tool, make_tokenizers
@@ -84,7 +79,7 @@ def test_the_loss_counts_on_what_the_assistant_says(
     assert [text.strip("\n") for text in plain] == ["Four of them.", " Five, naïvely."]
     assert sum(ids[counts] == end) == 2
     rendered = template.render(messages, prompt=False).replace(vocabulary.tokens[end].decode(), "")
-    assert text_of(ids) == (" " if vocabulary.leading_space else "") + rendered
+    assert text_of(ids) == (" " if vocabulary.adds_leading_space else "") + rendered
 
 
 def test_what_cannot_be_used_is_said(tokenizers: dict[str, Path]) -> None:
@@ -337,9 +332,14 @@ def test_a_pass_reads_every_packed_sample(
         settings |= dict(end_of_document=info.end_of_document, vocab_size=info.vocab_size)
         samples = len(read_index(prefix).lengths)
         assert samples == 1 if length == 8192 else samples > 5
-        dataset = build_dataset([str(prefix)], None, num_samples=10**6, repeat=False, **settings)
+        dataset = build_dataset(
+            DatasetRequest(prefixes=[str(prefix)], num_samples=10**6, repeat=False, **settings)
+        )
         assert len(dataset) == samples
-        for own in (dataset, build_dataset([str(prefix)], None, num_samples=samples, **settings)):
+        for own in (
+            dataset,
+            build_dataset(DatasetRequest(prefixes=[str(prefix)], num_samples=samples, **settings)),
+        ):
             found, tokens = [], np.memmap(f"{prefix}.bin", "<u2").reshape(-1, length)
             for sample in range(samples):
                 row = own[sample]

@@ -1,4 +1,4 @@
-"""The folder of sample orders: refused where it is damaged, shared by runs that start together."""
+"""Test the index cache: a damaged one is refused, concurrent runs share one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data import dataset as dataset_module
-from tests.data.test_data import all_tokens, build, some_documents, write_tokens
+from megatron_kd.data import index_cache
+from tests.data.token_data import all_tokens, build, random_documents, write_tokens
 
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_tokens(tmp_path_factory.mktemp("tokens") / "train", some_documents(60))
+    return write_tokens(tmp_path_factory.mktemp("tokens") / "train", random_documents(60))
 
 
 @pytest.mark.fault(12, 16, "S9", "S10")
@@ -45,14 +45,14 @@ def test_unusable_index_caches_are_refused(
     array.unlink()
     with pytest.raises(ConfigError, match="has 2 arrays in place of 3"):
         build(prefix, tmp_path / "cache")
-    monkeypatch.setattr(dataset_module, "_rank", lambda: 3)
+    monkeypatch.setattr(index_cache, "global_rank", lambda: 3)
     with pytest.raises(ConfigError, match="rank 3 does not see .*shared by all nodes"):
         build(prefix, tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists(), "only rank 0 may write"
 
 
 class Sentinel:
-    """A pickle that leaves a trace when it is loaded."""
+    """A pickle that creates a folder when it is loaded."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -61,23 +61,28 @@ class Sentinel:
         return os.mkdir, (self.path,)
 
 
-def test_runs_that_start_together(
+def test_concurrent_runs_share_the_cache(
     prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the look and the name another run gives its folder that name; and a killed run of the same number has left its own."""
+    """Two races are simulated.
+
+    Another run renames its folder just before this one does. A killed run with the same process id
+    has left its temporary folder.
+    """
     other = write_tokens(tmp_path / "other", [[1] * 400])
-    alone, rename, faster = all_tokens(build([prefix, other], tmp_path / "alone")), os.rename, []
+    expected = all_tokens(build([prefix, other], tmp_path / "expected"))
+    rename, faster = os.rename, []
 
     def rename_too_late(source: Path, target: Path) -> None:
         shutil.copytree(source, target)
         faster.append(target.name)
         rename(source, target)
 
-    monkeypatch.setattr(dataset_module.os, "rename", rename_too_late)
-    assert torch.equal(all_tokens(build([prefix, other], tmp_path / "cache")), alone)
+    monkeypatch.setattr(index_cache.os, "rename", rename_too_late)
+    assert torch.equal(all_tokens(build([prefix, other], tmp_path / "cache")), expected)
     assert len(faster) == 3
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == sorted(faster)
-    monkeypatch.setattr(dataset_module.os, "rename", rename)
+    monkeypatch.setattr(index_cache.os, "rename", rename)
     for name in faster:
         rename(tmp_path / "cache" / name, tmp_path / "cache" / f".{name}.partial-{os.getpid()}")
-    assert torch.equal(all_tokens(build([prefix, other], tmp_path / "cache")), alone)
+    assert torch.equal(all_tokens(build([prefix, other], tmp_path / "cache")), expected)

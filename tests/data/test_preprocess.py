@@ -18,11 +18,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_kd.data.indexed import check_token_file
 from megatron_kd.data.preparation import fast_encoding as encode_module
 from megatron_kd.data.preparation import preprocess
 from megatron_kd.data.preparation.documents import make_pieces
 from megatron_kd.data.preparation.fast_encoding import Encoder
+from megatron_kd.data.token_file_checks import check_token_file
 from megatron_kd.data.tokenizer import load_tokenizer
 from tests.helpers.text import (
     ROOT,
@@ -106,7 +106,7 @@ def test_encoding_by_words_is_encoding_whole_documents(
 ) -> None:
     vocabulary, _ = load_tokenizer(tokenizers[kind])
     plain, _ = plain_encoder(kind, tokenizers[kind])
-    assert vocabulary.cuts_at_spaces == (kind != "unigram")
+    assert vocabulary.splits_at_spaces == (kind != "unigram")
     rng = random.Random(fresh_seed())
     some = [*texts, "a\u2581 b \u2581\u2581 c", *(awkward_text(rng, 200) for _ in range(50))]
     expected = [vocabulary._array(plain(text)) for text in some]
@@ -116,7 +116,7 @@ def test_encoding_by_words_is_encoding_whole_documents(
     monkeypatch.setattr(encode_module, "_WORDS_KEPT", 50)
     assert Encoder(vocabulary).encode(some) == expected
     # Unknown rules: cuts that are checked.
-    vocabulary.cuts_at_spaces = vocabulary.remember_words = False
+    vocabulary.splits_at_spaces = vocabulary.caches_words = False
     monkeypatch.setattr(encode_module, "_WINDOW", 100)
     assert Encoder(vocabulary).encode(some) == expected
 

@@ -1,4 +1,4 @@
-"""Where samples are cut and in which order they come; the rest of the data room: test_data.py."""
+"""Test that every run cuts the same samples and leaves the data folder unchanged."""
 
 from __future__ import annotations
 
@@ -7,34 +7,38 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.data.test_data import all_tokens, build, some_documents, write_tokens
+from tests.data.token_data import all_tokens, build, random_documents, write_tokens
 
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_tokens(tmp_path_factory.mktemp("tokens") / "train", some_documents(60))
+    return write_tokens(tmp_path_factory.mktemp("tokens") / "train", random_documents(60))
 
 
 def test_every_run_reads_the_same_samples_in_another_order(prefix: str, tmp_path: Path) -> None:
-    """So that what is stored for a sample serves every seed, pass and blend."""
-    one = build(prefix, tmp_path / "cache", num_samples=1000)
-    (part,) = one.parts
-    whole = {tuple(part.samples[i]["tokens"].tolist()) for i in range(len(part))}
-    for dataset in (one, build(prefix, tmp_path / "cache", num_samples=1000, seed=6)):
+    """A stored target of a sample must serve every seed, pass and blend."""
+    dataset = build(prefix, tmp_path / "cache", num_samples=1000)
+    (samples,) = dataset.prefixes
+    one_pass = {tuple(samples.samples[i]["tokens"].tolist()) for i in range(len(samples))}
+    for ordered in (dataset, build(prefix, tmp_path / "cache", num_samples=1000, seed=6)):
         passes = [
-            all_tokens(dataset)[start : start + len(part)]
-            for start in range(0, 3 * len(part), len(part))
+            all_tokens(ordered)[start : start + len(samples)]
+            for start in range(0, 3 * len(samples), len(samples))
         ]
-        for rows in passes:
-            assert {tuple(row.tolist()) for row in rows} == whole
-            assert len(rows) == len(part)
-        assert not torch.equal(passes[0], passes[1]), "each pass has an order of its own"
+        for tokens in passes:
+            assert {tuple(sample.tolist()) for sample in tokens} == one_pass
+            assert len(tokens) == len(samples)
+        assert not torch.equal(passes[0], passes[1]), "each pass has a separate order"
 
 
 def test_the_data_folder_is_only_read(tmp_path: Path) -> None:
-    """So that it may be mounted read-only; root, who runs tests in containers, may write anywhere, so the folder itself is looked at."""
+    """The data may be mounted read-only.
+
+    Tests in containers run as root, which may write anywhere, so the state of the folder is
+    compared.
+    """
     paths = [
-        write_tokens(tmp_path / "data" / name, some_documents(60, seed))
+        write_tokens(tmp_path / "data" / name, random_documents(60, seed))
         for seed, name in enumerate(("one", "two"))
     ]
 

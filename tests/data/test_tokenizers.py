@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.indexed import TokenFileWriter, check_token_file
+from megatron_kd.data.preparation.token_file_writer import TokenFileWriter
+from megatron_kd.data.token_file_checks import check_token_file
 from megatron_kd.data.tokenizer import load_tokenizer
 from tests.helpers.text import (
     END,

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from megatron_kd.config import ConfigError, load_config
-from megatron_kd.data.indexed import TokenFileWriter, check_token_file, read_index
+from megatron_kd.data.preparation.token_file_writer import TokenFileWriter
+from megatron_kd.data.token_file_checks import check_token_file
+from megatron_kd.data.token_files import read_index
 from megatron_kd.sweep.grid import resolve
 from tests.helpers.program import ROOT
 from tests.helpers.sweeps import tool

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from megatron_kd.config import ConfigError, ModelSection, load_config
-from megatron_kd.data.dataset import build_dataset
-from megatron_kd.data.indexed import read_index
+from megatron_kd.data.dataset import DatasetRequest, build_dataset
+from megatron_kd.data.token_files import read_index
 from megatron_kd.planning.memory import Job, fullest, run_memory
 from megatron_kd.sweep.grid import resolve
 from tests.helpers.sweeps import sweep
@@ -208,9 +208,17 @@ def test_token_files(tmp_path: Path) -> None:
         prefix = str(tmp_path / "one" / name)
         assert set(read_index(prefix).lengths) == {128}
         data = build_dataset(
-            [prefix], None, num_samples=60, sequence_length=128, seed=3, index_cache=tmp_path / "cache",
-            end_of_document=None, vocab_size=len(WORDS), repeat=name in ("train", "more"),
-        )  # fmt: skip
+            DatasetRequest(
+                prefixes=[prefix],
+                num_samples=60,
+                sequence_length=128,
+                seed=3,
+                index_cache=tmp_path / "cache",
+                end_of_document=None,
+                vocab_size=len(WORDS),
+                repeat=name in ("train", "more"),
+            )
+        )
         assert len(data) == (60 if name in ("train", "more") else 3)
         blocks[name] = {tuple(data[place]["tokens"].tolist()) for place in range(len(data))}
     assert not blocks["train"] & blocks["more"]

@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 import sentencepiece
 
-from megatron_kd.data.vocabularies import PATTERNS
+from megatron_kd.data.vocabularies.patterns import PATTERNS
 
 ROOT = Path(__file__).resolve().parents[2]
 STDLIB = Path(json.__file__).parent
@@ -155,9 +155,9 @@ def write_as_megatron(
     vocab_size: int,
 ) -> None:
     """What Megatron-LM's tools/preprocess_data.py does with these texts: its builder, fed one document after the other."""
-    from megatron_kd.data.dataset import _quiet_megatron
+    from megatron_kd.data.prefix_samples import quiet_megatron
 
-    with _quiet_megatron():
+    with quiet_megatron():
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
     prefix.parent.mkdir(parents=True, exist_ok=True)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size))

@@ -39,7 +39,7 @@ BASE: dict[str, Any] = {
 
 def write_tokens(folder: Path, *, tokens: int = 20_000, seed: int = 0, vocab: int = VOCAB) -> str:
     """A token file whose next id is a function of the last one, two times in three; returns its prefix."""
-    from megatron_kd.data.indexed import TokenFileWriter
+    from megatron_kd.data.preparation.token_file_writer import TokenFileWriter
 
     rng = np.random.default_rng(seed)
     noise, flips = rng.integers(0, vocab, tokens), rng.random(tokens)

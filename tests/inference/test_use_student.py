@@ -16,7 +16,9 @@ import torch
 
 from megatron_kd.checkpoint.conversion.from_huggingface import open_huggingface, write_checkpoint
 from megatron_kd.config import ModelSection, dump_toml
-from megatron_kd.data.indexed import TokenFileWriter, check_token_file, read_index
+from megatron_kd.data.preparation.token_file_writer import TokenFileWriter
+from megatron_kd.data.token_file_checks import check_token_file
+from megatron_kd.data.token_files import read_index
 from megatron_kd.data.tokenizer import load_tokenizer
 from megatron_kd.models.huggingface.transformers_model import load_causal_lm, load_text_tokenizer
 from tests.helpers.ranks import run_ranks

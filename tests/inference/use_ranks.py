@@ -253,7 +253,7 @@ WINDOW = 40
 
 def _scores(models: Any, valid: str, folder: Any) -> np.ndarray:
     """What ranks together find of the first documents, in shards of few tokens."""
-    from megatron_kd.data.indexed import read_index
+    from megatron_kd.data.token_files import read_index
     from megatron_kd.inference.document_scores import cut_shards, read_scores, score_shards
 
     index = read_index(valid)
@@ -270,7 +270,7 @@ def _scores(models: Any, valid: str, folder: Any) -> np.ndarray:
 
 def _plain_scores(teacher: Any, reference: Any, valid: str) -> list[float]:
     """Document by document and window by window, from whole logits in fp32."""
-    from megatron_kd.data.indexed import read_index
+    from megatron_kd.data.token_files import read_index
 
     index = read_index(valid)
     tokens = torch.from_numpy(np.fromfile(f"{valid}.bin", dtype=index.dtype).astype(np.int64))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_kd.data.indexed import tokens_per_byte
+from megatron_kd.data.token_files import tokens_per_byte
 from megatron_kd.telemetry.calibration_error import (
     BINS,
     FINE,

@@ -11,13 +11,10 @@ import torch
 
 from megatron_kd.config import ConfigError
 from megatron_kd.data.batches import BatchSource, Microbatch
-from megatron_kd.data.dataset import build_dataset
-from megatron_kd.data.indexed import (
-    COUNTS_FOR_LOSS,
-    STARTS_DOCUMENT,
-    TokenFileWriter,
-    check_token_file,
-)
+from megatron_kd.data.dataset import DatasetRequest, build_dataset
+from megatron_kd.data.preparation.token_file_writer import TokenFileWriter
+from megatron_kd.data.token_file_checks import check_token_file
+from megatron_kd.data.token_files import COUNTS_FOR_LOSS, STARTS_DOCUMENT
 from megatron_kd.targets.keys import mark_starts, sample_key, unmark_starts
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import VOCAB, tiny
@@ -48,7 +45,9 @@ def build(prefix: str, tmp_path: Path, **changes: Any) -> Any:
         end_of_document=None,
         vocab_size=VOCAB,
     )
-    return build_dataset([prefix], None, **(settings | {"within_documents": True} | changes))
+    return build_dataset(
+        DatasetRequest(prefixes=[prefix], **(settings | {"within_documents": True} | changes))
+    )
 
 
 def batches_of(dataset: Any, size: int = 2) -> list[Microbatch]:
@@ -126,7 +125,7 @@ def test_names_tell_where_documents_begin(tmp_path: Path) -> None:
                 num_samples=1,
                 repeat=False,
                 within_documents=within,
-            )[0]["named"]
+            )[0]["marked_tokens"]
             for name, parts in (("one", [stream]), ("several", [stream[:10]] * 20))
         )
         assert torch.equal(whole.abs() if not within else whole, torch.full((LENGTH,), 7))
@@ -145,7 +144,7 @@ def test_roles_mask_labels_and_begin_documents(tmp_path: Path) -> None:
     stream, positions = np.concatenate(documents), set()
     for sample in range(8):
         row = dataset[sample]
-        tokens, starts = unmark_starts(row["named"])
+        tokens, starts = unmark_starts(row["marked_tokens"])
         (at,) = [
             at
             for at in range(0, 9 * LENGTH, LENGTH)

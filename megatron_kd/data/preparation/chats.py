@@ -16,8 +16,7 @@ from typing import IO, Any, ClassVar
 
 import numpy as np
 
-from megatron_kd.config import ConfigError
-from megatron_kd.data.indexed import COUNTS_FOR_LOSS
+from megatron_kd.config.run_config import ConfigError
 from megatron_kd.data.preparation.conversations import (
     BadConversation,
     ChatTemplate,
@@ -30,6 +29,7 @@ from megatron_kd.data.preparation.documents import Unit, fast_loads, find_text_f
 from megatron_kd.data.preparation.pieces import Job, PieceNote, note_problem, piece_path, readable
 from megatron_kd.data.preparation.preprocess import Plan, refuse_foreign_files, without_output
 from megatron_kd.data.preparation.publish import publish
+from megatron_kd.data.token_files import COUNTS_FOR_LOSS
 from megatron_kd.data.tokenizer import encoding_digest, load_tokenizer
 
 

@@ -2,7 +2,7 @@
 
 The tokenizers of language models cut text before they merge, and most of them always cut before a space that follows a character
 which is no whitespace. For those a document is the sum of its words, and each word needs to be encoded once. Which tokenizers
-these are is decided from their own rules (`Vocabulary.cuts_at_spaces`), never guessed; all others encode whole documents. Unigram models
+these are is decided from their own rules (`Vocabulary.splits_at_spaces`), never guessed; all others encode whole documents. Unigram models
 never qualify: they add up scores over a whole document, in single precision, and its beginning decides ties at its end.
 """
 
@@ -28,11 +28,11 @@ class Encodes(Protocol):
     """What an encoder needs of a vocabulary (`vocabularies.Vocabulary`)."""
 
     dtype: np.dtype
-    cuts_at_spaces: bool
-    leading_space: bool
-    other_space: str
-    remember_words: bool
-    looks_nearby: bool
+    splits_at_spaces: bool
+    adds_leading_space: bool
+    space_alias: str
+    caches_words: bool
+    splits_locally: bool
 
     def encode_batch(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text, as bytes of `dtype`, as if it stood inside a document: no space is put in front."""
@@ -60,8 +60,8 @@ class Encoder:
         for text in texts:
             if len(text) <= _SLICE and (
                 self._cuts(text)
-                if self.vocabulary.remember_words
-                else not self.vocabulary.leading_space
+                if self.vocabulary.caches_words
+                else not self.vocabulary.adds_leading_space
             ):
                 short.append(self._spaced(text))
                 continue
@@ -72,25 +72,25 @@ class Encoder:
 
     def _cuts(self, text: str) -> bool:
         vocabulary = self.vocabulary
-        return vocabulary.cuts_at_spaces and not (
-            vocabulary.other_space and vocabulary.other_space in text
+        return vocabulary.splits_at_spaces and not (
+            vocabulary.space_alias and vocabulary.space_alias in text
         )
 
     def _encode_alone(self, text: str) -> bytes:
         """A long document, or one that its vocabulary must see whole."""
         if self._cuts(text):
             return b"".join(self._encode_batch([part])[0] for part in _slices(self._spaced(text)))
-        if self.vocabulary.looks_nearby and len(text) > _SLICE:
+        if self.vocabulary.splits_locally and len(text) > _SLICE:
             return self._encode_slowly(text)
         return self.vocabulary.encode_document(text)
 
     def _encode_batch(self, texts: Sequence[str]) -> list[bytes]:
-        if not self.vocabulary.remember_words:
+        if not self.vocabulary.caches_words:
             return self.vocabulary.encode_batch(texts)
         return self._encode_words([_keys(text) for text in texts])
 
     def _spaced(self, text: str) -> str:
-        return " " + text if text and self.vocabulary.leading_space else text
+        return " " + text if text and self.vocabulary.adds_leading_space else text
 
     def _encode_words(self, keys: Sequence[list[str]]) -> list[bytes]:
         known = self._known

@@ -25,7 +25,7 @@ from megatron_kd.data.preparation.documents import Document, Unit, documents
 from megatron_kd.data.preparation.fast_encoding import Encoder
 from megatron_kd.data.preparation.publish import publish
 from megatron_kd.data.tokenizer import encoding_digest, load_tokenizer
-from megatron_kd.data.vocabularies import Untokenizable
+from megatron_kd.data.vocabularies.base import EncodingError
 from megatron_kd.storage.atomic_files import write_atomically
 
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 2_000_000
@@ -297,14 +297,14 @@ def _encode(
     """The documents that the tokenizer takes, and their ids."""
     try:
         return batch, encoder.encode([found.text for found in batch])
-    except Untokenizable:
+    except EncodingError:
         pass  # one of them: which?
     kept, encoded = [], []
     for found in batch:
         try:
             encoded += encoder.encode([found.text])
             kept.append(found)
-        except Untokenizable as error:
+        except EncodingError as error:
             note_problem(found.document, str(error), found.place, found.unit, job, note)
     return kept, encoded
 

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_kd.config import ConfigError
-from megatron_kd.data.indexed import read_index
+from megatron_kd.config.run_config import ConfigError
 from megatron_kd.data.preparation.documents import (
     TextFile,
     Unit,
@@ -36,6 +35,7 @@ from megatron_kd.data.preparation.pieces import (
     first_problems,
     run_pieces,
 )
+from megatron_kd.data.token_files import read_index
 from megatron_kd.data.tokenizer import TokenizerInfo, encoding_digest, load_tokenizer
 
 

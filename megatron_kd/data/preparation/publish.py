@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_kd.data.indexed import index_header
+from megatron_kd.data.token_files import index_header
 from megatron_kd.storage.atomic_files import sync_path, write_atomically
 
 _COPIED = 1 << 20

@@ -12,14 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kd.config import ConfigError
-from megatron_kd.data.indexed import (
-    TokenFileWriter,
-    TokenIndex,
-    packed_length,
-    read_index,
-    read_roles,
-)
+from megatron_kd.config.run_config import ConfigError
+from megatron_kd.data.preparation.token_file_writer import TokenFileWriter
+from megatron_kd.data.token_files import TokenIndex, packed_length, read_index, read_roles
 
 QUANTILES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 # What a new file says of itself as the one that it comes from; sums over documents are counted anew or left out.

@@ -23,7 +23,7 @@ class EncodingError(ValueError):
     """Report a text for which the tokenizer's library finds no ids, with the reason."""
 
 
-class DamagedTokenizer(ValueError):
+class TokenizerFileError(ValueError):
     """Report a file that is of this kind and cannot be loaded, with the reason."""
 
 
@@ -80,7 +80,7 @@ class Vocabulary:
             pattern: see `load_tokenizer`.
 
         Raises:
-            DamagedTokenizer: the file is of this kind and its library cannot load it.
+            TokenizerFileError: the file is of this kind and its library cannot load it.
             ConfigError: the library is not installed, or the pattern is not valid.
         """
         raise NotImplementedError

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_kd.config.run_config import ConfigError
-from megatron_kd.data.vocabularies.base import DamagedTokenizer, Vocabulary, import_library
+from megatron_kd.data.vocabularies.base import TokenizerFileError, Vocabulary, import_library
 from megatron_kd.data.vocabularies.patterns import PATTERNS
 from megatron_kd.data.vocabularies.sentencepiece import piece_bytes
 
@@ -71,7 +71,7 @@ class HuggingFaceVocabulary(Vocabulary):
         except ConfigError:
             raise
         except Exception as error:  # the library raises plain Exceptions
-            raise DamagedTokenizer(str(error)) from error
+            raise TokenizerFileError(str(error)) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[bytes]:
         """Return the ids of each text; see `Vocabulary.encode_batch`."""
@@ -160,7 +160,9 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"{path} is not JSON ({error}): repair it, or give tokenizer.json by itself"
             ) from error
-        settings |= {key: content[key] for key in ("eos_token", "chat_template") if content.get(key)}
+        settings |= {
+            key: content[key] for key in ("eos_token", "chat_template") if content.get(key)
+        }
     template = folder / "chat_template.jinja"
     if template.is_file():
         settings["chat_template"] = template.read_text(encoding="utf-8")

@@ -21,7 +21,8 @@ from megatron_kd.checkpoint.store import (
 )
 from megatron_kd.config import ConfigError, ModelSection, RunConfig
 from megatron_kd.config.hidden_state_pairs import Projection, projections_of
-from megatron_kd.data.indexed import check_token_file, packed_length, read_index
+from megatron_kd.data.token_file_checks import check_token_file
+from megatron_kd.data.token_files import packed_length, read_index
 from megatron_kd.data.tokenizer import TokenizerInfo, load_tokenizer
 from megatron_kd.storage.directory_lock import lock_conflict
 from megatron_kd.teacher.huggingface_folder import check_huggingface_teacher, known_shape

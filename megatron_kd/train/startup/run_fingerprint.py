@@ -16,7 +16,7 @@ import numpy as np
 from megatron_kd.cache import CacheError
 from megatron_kd.cache.reader import CacheFiles, read_identity
 from megatron_kd.config import ConfigError, RunConfig, Section
-from megatron_kd.data.indexed import read_index
+from megatron_kd.data.token_files import read_index
 from megatron_kd.train.startup.input_checks import Inputs
 
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 16
