@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.data.index_cache import cache_key, check_arrays, complete_folder, global_rank
 from megatron_kd.data.prefix_samples import (
     DatasetVocabulary,

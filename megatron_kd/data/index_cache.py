@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.storage.atomic_files import sync_path
 
 

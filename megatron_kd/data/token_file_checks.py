@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.data.token_files import (
     PREFIX_ADVICE,
     REBUILD_ADVICE,

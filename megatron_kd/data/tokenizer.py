@@ -16,7 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.data import vocabularies
 from megatron_kd.data.discovery import implementations
 from megatron_kd.data.vocabularies.base import TokenizerFileError, Vocabulary

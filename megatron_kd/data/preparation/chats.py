@@ -16,7 +16,7 @@ from typing import IO, Any, ClassVar
 
 import numpy as np
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.data.preparation.conversations import (
     BadConversation,
     ChatTemplate,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.data.token_files import COUNTS_FOR_LOSS, STARTS_DOCUMENT
 from megatron_kd.data.vocabularies.base import Vocabulary
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.data.preparation.documents import (
     TextFile,
     Unit,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.data.preparation.token_file_writer import TokenFileWriter
 from megatron_kd.data.token_files import TokenIndex, packed_length, read_index, read_roles
 

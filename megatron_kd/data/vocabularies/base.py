@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.data.token_files import optimal_dtype
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.data.vocabularies.base import TokenizerFileError, Vocabulary, import_library
 from megatron_kd.data.vocabularies.patterns import PATTERNS
 from megatron_kd.data.vocabularies.sentencepiece import piece_bytes

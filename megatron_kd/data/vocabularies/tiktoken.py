@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from megatron_kd.config.run_config import ConfigError
+from megatron_kd.config import ConfigError
 from megatron_kd.data.vocabularies.base import EncodingError, Vocabulary, import_library
 from megatron_kd.data.vocabularies.patterns import PATTERNS
 
