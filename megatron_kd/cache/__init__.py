@@ -1,4 +1,7 @@
-"""A teacher's targets on disk, each found by the tokens it belongs to. The format is described in FORMAT.md."""
+"""Store a teacher's targets on disk and find each by the tokens it belongs to.
+
+The format is described in FORMAT.md.
+"""
 
 from megatron_kd.cache.identity import (
     CacheError,

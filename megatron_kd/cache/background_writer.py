@@ -1,10 +1,12 @@
-"""A thread that encodes and writes what a training step hands over, so that the step need not wait for it."""
+"""Encode and write the targets of training steps in a thread, so that the step need not wait."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,14 @@ CLOSE_SECONDS = 60.0
 
 
 class _Item(NamedTuple):
-    """Samples of one step in memory of the CPU; wait: returns once they have arrived there."""
+    """Hold the samples of one step in CPU memory.
+
+    Attributes:
+        step: the training step.
+        tokens: int [B, S].
+        target: [S, B, K].
+        wait: returns once the samples have arrived in memory.
+    """
 
     step: int
     tokens: Tensor
@@ -30,10 +39,15 @@ class _Item(NamedTuple):
 
 
 class BackgroundWriter:
-    """Hands samples to a StagedWriter in another thread, in order. After a failure it takes everything and writes nothing.
+    """Pass samples to a StagedWriter in another thread, in order.
 
-    max_bytes: of samples that wait or are being written; `put` waits until there is room, so that memory does not grow where
-    the disk is slower than the training. One call's samples always fit into an empty queue.
+    After a failure it accepts samples and writes nothing. Samples of one call always fit into an
+    empty queue.
+
+    Args:
+        writer: writes the samples.
+        max_bytes: limit of the samples that wait or are being written. `put` waits until there is
+            room, so that memory does not grow where the disk is slower than the training.
     """
 
     def __init__(self, writer: StagedWriter, *, max_bytes: int) -> None:
@@ -43,25 +57,31 @@ class BackgroundWriter:
         self._bytes = 0
         self._closed = False
         self._error: Exception | None = None
-        # Not waited for at exit: a process that stops with an error must not hang on a full disk.
+        # A daemon: a process that stops with an error must not hang on a full disk.
         self._thread = threading.Thread(target=self._work, name="capture", daemon=True)
         self._thread.start()
 
     @property
     def failed(self) -> bool:
-        """Whether something could not be written."""
+        """True if something could not be written."""
         return self._error is not None
 
     @property
     def problem(self) -> str | None:
-        """What went wrong, if anything did."""
+        """Error message of the first failure, or None."""
         error = self._error
         return (
             None if error is None else f"{self._writer.directory}: {type(error).__name__}: {error}"
         )
 
     def put(self, step: int, tokens: Tensor, target: SparseTarget) -> None:
-        """Hand over samples: tokens int [B, S], target [S, B, K], on any device; neither may be written to afterwards."""
+        """Queue the samples of one step.
+
+        Args:
+            step: the training step.
+            tokens: int [B, S], on any device.
+            target: [S, B, K], on any device. Neither may be written to afterwards.
+        """
         item = _to_cpu(step, tokens, target)
         with self._changed:
             self._changed.wait_for(
@@ -75,16 +95,20 @@ class BackgroundWriter:
                 self._changed.notify_all()
 
     def stage(self) -> None:
-        """Wait until all is written, then make it durable: see StagedWriter. A failure shows in `problem`."""
+        """Wait until everything is written, then make it durable; see `StagedWriter.stage`.
+
+        A failure is reported by `problem`.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self.failed or not self._bytes)
         self._attempt(self._writer.stage)
 
     def publish(self) -> None:
-        """Show what was staged. A failure shows in `problem`."""
+        """Make the staged shards visible. A failure is reported by `problem`."""
         self._attempt(self._writer.publish)
 
     def _attempt(self, action: Callable[[], None]) -> None:
+        """Run `action` and record its error: the thread has no caller to raise to."""
         if not self.failed:
             try:
                 action()
@@ -92,14 +116,13 @@ class BackgroundWriter:
                 self._error = error
 
     def close(self) -> None:
-        """End the thread after what it is writing; drop what waits and what was not staged."""
+        """Stop the thread after its current item; drop queued and unstaged samples."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._thread.join(CLOSE_SECONDS)
-        if (
-            not self._thread.is_alive()
-        ):  # else the disk hangs: leave it to the thread, which ends with the process
+        # If the disk hangs, the writer stays with the thread, which ends with the process.
+        if not self._thread.is_alive():
             self._writer.close()
 
     def _work(self) -> None:
@@ -109,8 +132,7 @@ class BackgroundWriter:
                 if self._closed:
                     return
                 item = self._items.popleft()
-            # Whatever it is, the run has to hear of it: this thread has nobody to raise to.
-            self._attempt(lambda item=item: self._write(item))  # type: ignore[misc]
+            self._attempt(partial(self._write, item))
             with self._changed:
                 self._bytes -= item.bytes
                 if self.failed:
@@ -121,12 +143,12 @@ class BackgroundWriter:
     def _write(self, item: _Item) -> None:
         item.wait()
         for number, tokens in enumerate(item.tokens):
-            sample = item.target.map(lambda t, number=number: t[:, number])  # type: ignore[misc]
+            sample = item.target.map(itemgetter((slice(None), number)))
             self._writer.add(item.step, tokens, sample)
 
 
 def _to_cpu(step: int, tokens: Tensor, target: SparseTarget) -> _Item:
-    """The samples on the CPU; from a GPU they go on their way without the training thread waiting for them."""
+    """Return the samples on the CPU; copies from a GPU do not block the training thread."""
     if not target.indices.is_cuda:
         return _Item(step, tokens, target, lambda: None)
 
@@ -135,7 +157,7 @@ def _to_cpu(step: int, tokens: Tensor, target: SparseTarget) -> _Item:
             tensor, non_blocking=True
         )
 
-    item = pinned(tokens), target.map(pinned)
+    samples = pinned(tokens), target.map(pinned)
     arrived = torch.cuda.Event()
     arrived.record()
-    return _Item(step, *item, arrived.synchronize)
+    return _Item(step, *samples, arrived.synchronize)

@@ -1,6 +1,7 @@
-"""Whole numbers as a class and the bits below it: classes are small and compress well, the bits below hardly do and are stored as they are.
+"""Split integers into a class, which compresses well, and the bits below it, which hardly do.
 
-Numbers from 1 on, of one magnitude and one leading bit after the first, are one class: 1; 2; 3; 4-5; 6-7; 8-11; 12-15; 16-23; ...
+The bits below are stored as they are. Numbers from 1 on, of one magnitude and one leading bit after
+the first, are one class: 1; 2; 3; 4-5; 6-7; 8-11; 12-15; 16-23; ...
 """
 
 from __future__ import annotations
@@ -13,16 +14,24 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
-CLASSES = 64  # two of each power of two below 2^32; the second of the power 0 stays empty
+CLASSES = 64  # Two for each power of two below 2^32; the second of the power 0 stays empty.
 _POWERS = np.arange(CLASSES, dtype=np.int64) >> 1
-WIDTHS = np.maximum(_POWERS - 1, 0)  # bits below a number of the class
+WIDTHS = np.maximum(_POWERS - 1, 0)  # Number of bits below the class.
 _LEAST = (1 << _POWERS) + (np.arange(CLASSES, dtype=np.int64) & 1) * ((1 << _POWERS) >> 1)
 _MASKS = ((1 << WIDTHS) - 1).astype(np.uint64)
 
 
 def split(numbers: Ints) -> tuple[Bytes, bytes]:
-    """numbers [M] in [1, 2^32) -> their classes [M], and the bits below them, one number's after the other's, lowest first."""
-    # A float64's exponent and first bit of mantissa are the class: whole numbers below 2^53 are exact.
+    """Return the classes of numbers, and the bits below them.
+
+    Args:
+        numbers: int64 [M] in [1, 2^32).
+
+    Returns:
+        Classes uint8 [M], and the bits, one number's after the other's, lowest bit first.
+    """
+    # A float64's exponent and first bit of mantissa are the class: whole numbers below 2^53 are
+    # exact.
     classes = (numbers.astype(np.float64).view(np.int64) >> 51) - (1023 << 1)
     return classes.astype(np.uint8), _pack(
         (numbers - _LEAST[classes]).view(np.uint64), WIDTHS[classes]
@@ -30,9 +39,18 @@ def split(numbers: Ints) -> tuple[Bytes, bytes]:
 
 
 def join(classes: Bytes, data: Sequence[bytes | memoryview], counts: Ints) -> Ints:
-    """The numbers [M] of several `split`s one after the other: their classes [M], their bits, and how many numbers each has.
+    """Return the numbers of several `split`s one after the other.
 
-    ValueError where one's bits are not exactly as many bytes as its classes need.
+    Args:
+        classes: uint8 [M], the classes of all splits.
+        data: the bits of each split.
+        counts: how many numbers each split has.
+
+    Returns:
+        int64 [M].
+
+    Raises:
+        ValueError: the bits of a split are not exactly as many bytes as its classes need.
     """
     if len(classes) and classes.max() >= CLASSES:
         raise ValueError(f"class {classes.max()}, expected less than {CLASSES}")
@@ -40,22 +58,22 @@ def join(classes: Bytes, data: Sequence[bytes | memoryview], counts: Ints) -> In
     ends = np.zeros(len(widths) + 1, np.int64)
     widths.cumsum(out=ends[1:])
     starts = ends[:-1]
-    bits = np.diff(ends[counts.cumsum()], prepend=0)  # of each split
-    sizes = np.array([len(one) for one in data])
+    bits = np.diff(ends[counts.cumsum()], prepend=0)  # In each split.
+    sizes = np.array([len(piece) for piece in data])
     if (sizes != (bits + 7) >> 3).any():
         raise ValueError(
             f"{sizes.tolist()} bytes of packed bits, expected {((bits + 7) >> 3).tolist()}"
         )
     if len(data) > 1:
-        # Each begins at a whole byte: what was filled up before it comes on top.
+        # Each split begins at a whole byte: add the padding before it.
         starts = starts + np.repeat(8 * (sizes.cumsum() - sizes) - (bits.cumsum() - bits), counts)
     padded = np.frombuffer(b"".join([*data, bytes(8)]), dtype=np.uint8)
-    # Eight bytes from any byte on: up to 31 bits that start at most 7 bits into them.
+    # Windows of eight bytes hold up to 31 bits that start at most 7 bits into them.
     windows = np.ndarray((len(padded) - 7,), dtype="<u8", buffer=padded, strides=(1,))
-    found: Ints = ((windows[starts >> 3] >> (starts & 7).view(np.uint64)) & _MASKS[classes]).view(
+    below: Ints = ((windows[starts >> 3] >> (starts & 7).view(np.uint64)) & _MASKS[classes]).view(
         np.int64
     )
-    return found + _LEAST[classes]
+    return below + _LEAST[classes]
 
 
 def _pack(values: NDArray[np.uint64], widths: Ints) -> bytes:
@@ -64,10 +82,10 @@ def _pack(values: NDArray[np.uint64], widths: Ints) -> bytes:
     ends = widths.cumsum()
     starts = ends - widths
     word, shift = starts >> 6, (starts & 63).view(np.uint64)
-    out = np.zeros((int(ends[-1]) >> 6) + 2, dtype=np.uint64)
+    words = np.zeros((int(ends[-1]) >> 6) + 2, dtype=np.uint64)
     # Within a word the bits of different values do not meet, so that their sum is their union.
     first = np.flatnonzero(np.diff(word, prepend=-1))
-    out[word[first]] = np.add.reduceat(values << shift, first)
-    over = np.flatnonzero(ends > (word + 1) << 6)  # at most one value crosses into a word
-    out[word[over] + 1] += values[over] >> (np.uint64(64) - shift[over])
-    return out.astype("<u8").tobytes()[: (int(ends[-1]) + 7) >> 3]
+    words[word[first]] = np.add.reduceat(values << shift, first)
+    crossing = np.flatnonzero(ends > (word + 1) << 6)  # At most one value per word.
+    words[word[crossing] + 1] += values[crossing] >> (np.uint64(64) - shift[crossing])
+    return words.astype("<u8").tobytes()[: (int(ends[-1]) + 7) >> 3]

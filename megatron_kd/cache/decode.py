@@ -1,4 +1,7 @@
-"""Bytes of records as targets; `encode` is the way there. Many at once: for short samples the calls cost more than the numbers."""
+"""Decode the bytes of records to targets; the inverse of `encode`.
+
+Many records are decoded at once: for short samples calls cost more than the numbers.
+"""
 
 from __future__ import annotations
 
@@ -26,27 +29,39 @@ from megatron_kd.cache.sample_record import (
 )
 from megatron_kd.targets.sparse import SparseTarget
 
-_MOST = np.iinfo(np.int32).max
+_MAX_ID = np.iinfo(np.int32).max
 
 
 def decode(data: bytes | memoryview) -> SparseTarget:
-    """The target [S, K] of a record, K as it went in, ids of a token rising (fp32: as they went in). BadRecordError for other bytes.
+    """Return the target [S, K] of a record.
 
-    That the bytes are those that were written is for the caller's checksum to say; this finds what contradicts itself.
+    K is that of the encoded target, and the ids of a token rise (fp32: they keep their order). This
+    finds bytes that contradict themselves; that they are the written ones is for the caller's
+    checksum to decide.
+
+    Raises:
+        BadRecordError: the bytes are not a record.
     """
     return decode_many([data]).map(lambda tensor: tensor[0])
 
 
 def decode_many(data: Sequence[bytes | memoryview]) -> SparseTarget:
-    """The targets [B, S, K] of B records of one kind and length, K the largest of theirs. BadRecordError as `decode`."""
-    records = [parse_record(one) for one in data]
+    """Return the targets [B, S, K] of B records of one kind and length.
+
+    K is the largest of theirs.
+
+    Raises:
+        BadRecordError: the bytes are not records, or of different kinds.
+    """
+    records = [parse_record(payload) for payload in data]
     first = records[0]
     if any(
         (r.flags, r.tokens, r.temperature) != (first.flags, first.tokens, first.temperature)
         for r in records
     ):
         raise BadRecordError(
-            "records of different kinds: of other lengths or temperatures, or some with and some without a part"
+            "records of different kinds: of other lengths or temperatures, "
+            "or some with and some without a part"
         )
     try:
         return _decode(records)
@@ -62,8 +77,10 @@ def _decode(records: Sequence[RecordParts]) -> SparseTarget:
     indices = np.full(used.shape, -1, dtype=np.int32)
     logprobs = np.full(used.shape, -np.inf, dtype=np.float32)
     indices[used] = _ids(records, kept)
-    parts = bool(first.flags & TAIL) + first.stores_mass
-    tail = _from_planes(records, "tail", "<f4", parts * tokens).reshape(batch, parts, tokens)
+    num_columns = bool(first.flags & TAIL) + first.stores_mass
+    tail = _from_planes(records, "tail", "<f4", num_columns * tokens).reshape(
+        batch, num_columns, tokens
+    )
     if first.flags & (SAMPLED | FP32):
         logprobs[used] = _counts(records) if first.flags & SAMPLED else _exact(records)
         if not first.flags & SAMPLED:
@@ -75,7 +92,7 @@ def _decode(records: Sequence[RecordParts]) -> SparseTarget:
     else:
         values, mass = _levels(records, kept)
         logprobs[used] = values
-        logprobs += _moves(first, mass, tail)[:, None]
+        logprobs += _offsets(first, mass, tail)[:, None]
     return SparseTarget(
         torch.from_numpy(indices).view(batch, tokens, slots),
         torch.from_numpy(logprobs).view(batch, tokens, slots),
@@ -87,7 +104,7 @@ def _decode(records: Sequence[RecordParts]) -> SparseTarget:
 
 
 def _kept(records: Sequence[RecordParts]) -> Ints:
-    """[B * S], entries of each token."""
+    """Return the number of entries of each token, [B * S]."""
     kept: Ints = _from_planes(records, "kept", "<u2", records[0].tokens).astype(np.int64)
     if kept.size and (
         kept.min() < 1
@@ -99,39 +116,42 @@ def _kept(records: Sequence[RecordParts]) -> Ints:
 
 
 def _ids(records: Sequence[RecordParts], kept: Ints) -> Ints:
-    """[M], of the gaps."""
-    total = _numbers(records, "classes", "gaps").cumsum()
-    before = np.zeros(len(kept), np.int64)
-    before[1:] = total[kept.cumsum()[:-1] - 1]
-    total -= np.repeat(before + 1, kept)
-    if total.size and total.max() >= _MOST:
+    """Return the ids [M] from their gaps."""
+    ids = _numbers(records, "classes", "gaps").cumsum()
+    previous = np.zeros(len(kept), np.int64)
+    previous[1:] = ids[kept.cumsum()[:-1] - 1]
+    ids -= np.repeat(previous + 1, kept)
+    if ids.size and ids.max() >= _MAX_ID:
         raise ValueError("an id past 2^31")
-    return total
+    return ids
 
 
 def _numbers(records: Sequence[RecordParts], classes: str, bits: str) -> Ints:
-    """[M], split numbers."""
+    """Return the joined numbers [M] of two sections."""
     counts = np.array([record.entries for record in records])
     return join(_bytes(records, classes), [record.sections[bits] for record in records], counts)
 
 
 def _counts(records: Sequence[RecordParts]) -> Singles:
-    """[M], log-probabilities of counts of draws."""
+    """Return the log-probabilities [M] of sampled ids from their counts."""
     counts = _numbers(records, "low", "high")
-    found = np.empty(len(counts), np.float32)
-    for record, part in _parts(records):
-        most = int(counts[part].max(initial=0))
-        if most > record.draws:
+    logprobs = np.empty(len(counts), np.float32)
+    for record, entries in _entry_slices(records):
+        largest = int(counts[entries].max(initial=0))
+        if largest > record.draws:
             raise ValueError("an id drawn more often than there were draws")
-        # The same operations as where the counts were made, so that the same bits come out.
-        found[part] = (
-            (torch.arange(most + 1) / max(record.draws, 1)).log().float().numpy()[counts[part]]
+        # The operations of `SampleSelection`, so that the bits are the same.
+        logprobs[entries] = (
+            (torch.arange(largest + 1) / max(record.draws, 1))
+            .log()
+            .float()
+            .numpy()[counts[entries]]
         )
-    return found
+    return logprobs
 
 
 def _exact(records: Sequence[RecordParts]) -> Singles:
-    """[M], log-probabilities stored as they are."""
+    """Return log-probabilities [M] that were stored as fp32."""
     if any(
         len(record.sections["low"]) != 4 * record.entries or len(record.sections["high"])
         for record in records
@@ -141,27 +161,29 @@ def _exact(records: Sequence[RecordParts]) -> Singles:
 
 
 def _levels(records: Sequence[RecordParts], kept: Ints) -> tuple[Singles, NDArray[np.float64]]:
-    """Log-probabilities of the levels [M], and the mass of each token's [B * S]."""
+    """Return the log-probabilities of the levels [M], and the mass of each token [B * S]."""
     levels = np.repeat(_from_planes(records, "base", "<u2", records[0].tokens).ravel(), kept)
     levels -= _bytes(records, "low")
     levels -= _bytes(records, "high").astype(np.uint16) << 8
     values, shares = np.empty(len(levels), np.float32), np.empty(len(levels))
-    for record, part in _parts(records):
-        mine = levels[part]
-        logprobs, probabilities = Levels(max(record.steps, 1)).table(int(mine.max(initial=0)))
-        values[part], shares[part] = logprobs[mine], probabilities[mine]
+    for record, entries in _entry_slices(records):
+        record_levels = levels[entries]
+        logprobs, probabilities = Levels(max(record.steps, 1)).table(
+            int(record_levels.max(initial=0))
+        )
+        values[entries], shares[entries] = logprobs[record_levels], probabilities[record_levels]
     return values, sums(shares, kept)
 
 
-def _moves(first: RecordParts, mass: NDArray[np.float64], tail: Singles) -> Singles:
-    """By how much the log-probabilities of each token move [B * S], so that their mass is what was kept."""
-    with np.errstate(divide="ignore", invalid="ignore"):  # no mass stays none
+def _offsets(first: RecordParts, mass: NDArray[np.float64], tail: Singles) -> Singles:
+    """Return what is added to each token's log-probabilities [B * S] to restore the kept mass."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # Zero mass stays zero.
         if first.stores_mass:
             kept = tail[:, -1].ravel().astype(np.float64)
         else:
             kept = np.log(-np.expm1(np.minimum(tail[:, 0].ravel().astype(np.float64), 0.0)))
-        moves = kept - np.log(mass)
-    return np.where(np.isfinite(moves), moves, 0.0).astype(np.float32)
+        offsets = kept - np.log(mass)
+    return np.where(np.isfinite(offsets), offsets, 0.0).astype(np.float32)
 
 
 def _entropy(records: Sequence[RecordParts]) -> torch.Tensor | None:
@@ -177,8 +199,8 @@ def _entropy(records: Sequence[RecordParts]) -> torch.Tensor | None:
     )
 
 
-def _parts(records: Sequence[RecordParts]) -> list[tuple[RecordParts, slice]]:
-    """Each record with the place of its entries."""
+def _entry_slices(records: Sequence[RecordParts]) -> list[tuple[RecordParts, slice]]:
+    """Return each record with the slice of its entries."""
     ends = np.cumsum([record.entries for record in records]).tolist()
     return [
         (record, slice(end - record.entries, end))
@@ -187,14 +209,14 @@ def _parts(records: Sequence[RecordParts]) -> list[tuple[RecordParts, slice]]:
 
 
 def _bytes(records: Sequence[RecordParts], name: str) -> Bytes:
-    """[M], a byte for each entry."""
+    """Return the bytes [M] of a section with one byte per entry."""
     return np.frombuffer(
         b"".join(decompress(record.sections[name], record.entries) for record in records), np.uint8
     )
 
 
 def _from_planes(records: Sequence[RecordParts], name: str, dtype: str, count: int) -> NDArray[Any]:
-    """[B, count], numbers of which all first bytes come first."""
+    """Return numbers [B, count] that were stored as byte planes, see `encode`."""
     size = np.dtype(dtype).itemsize
     data = b"".join(decompress(record.sections[name], size * count) for record in records)
     planes = np.frombuffer(data, np.uint8).reshape(len(records), size, count)

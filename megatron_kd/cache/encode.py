@@ -1,8 +1,9 @@
-"""One sample's target as bytes; `decode` is the way back. FORMAT.md is bit-exact, the reasons are here.
+"""Encode one sample's target as bytes; `decode` is the inverse.
 
-Ids of a token are put in rising order and stored as gaps, see `bits`: the classes go through an entropy coder and carry most of
-the structure (frequent tokens have small ids in most vocabularies). Log-probabilities become levels, see `levels`, and are scaled
-back such that they and the stored tail sum to one. Counts of random draws are exact.
+FORMAT.md describes the bits, this module gives the reasons. Ids of a token are sorted and stored as
+gaps, see `bits`: the classes go through an entropy coder and carry most of the structure (frequent
+tokens have small ids in most vocabularies). Log-probabilities become levels, see `levels`, and are
+rescaled such that they and the stored tail sum to one. Counts of random samples are exact.
 """
 
 from __future__ import annotations
@@ -33,14 +34,16 @@ _UNUSED = np.iinfo(np.int32).max
 def encode(
     target: SparseTarget, *, value_encoding: str = "quantized", num_draws: int | None = None
 ) -> bytes:
-    """The record of `target` [S, K] (on the CPU).
+    """Return the record of a target.
 
     Args:
-        value_encoding: "quantized", or "fp32": exactly what went in, in its order (ids must fall in log-probability, ties
-            rising, as `TopSelection` gives them).
-        num_draws: of a sampled target; None: K.
+        target: [S, K], on the CPU.
+        value_encoding: "quantized", or "fp32": exactly the input, in its order (ids must be sorted
+            by falling log-probability, ties by rising id, as `TopSelection` gives them).
+        num_draws: samples per token of a sampled target; None: K.
+
     Raises:
-        ValueError: what cannot be stored without losing more than promised.
+        ValueError: the target cannot be stored without losing more than promised.
     """
     if value_encoding not in VALUE_ENCODINGS:
         raise ValueError(
@@ -49,9 +52,10 @@ def encode(
     indices, logprobs = target.indices.numpy(), target.logprobs.numpy()
     if indices.ndim != 2 or not 0 < indices.shape[1] <= LARGEST:
         raise ValueError(
-            f"a record holds a target of shape [S, K] with K from 1 to {LARGEST}, not {indices.shape}"
+            f"a record holds a target of shape [S, K] with K from 1 to {LARGEST}, "
+            f"not {indices.shape}"
         )
-    ids, values, kept = _rising(indices, logprobs)
+    ids, values, kept = _sort_entries(indices, logprobs)
     exact = value_encoding == "fp32"
     draws = (num_draws or indices.shape[1]) if target.sampled else 0
     steps = (
@@ -83,20 +87,31 @@ def encode(
     return record.join()
 
 
-def _rising(indices: NDArray[np.int32], logprobs: Singles) -> tuple[Ints, Singles, Ints]:
-    """Used entries of all tokens, one token after the other, ids of a token rising; and how many each token has."""
+def _sort_entries(indices: NDArray[np.int32], logprobs: Singles) -> tuple[Ints, Singles, Ints]:
+    """Return the used entries of all tokens, one token after the other, with rising ids.
+
+    Args:
+        indices: int32 [S, K].
+        logprobs: fp32 [S, K].
+
+    Returns:
+        Ids [M], log-probabilities [M], and the number of entries of each token [S].
+    """
     used = (indices >= 0) & (logprobs > -np.inf)
     kept = used.sum(1)
     if not kept.all() or np.isnan(logprobs).any():
         raise ValueError(
-            "a token has no kept entry, or a log-probability that is not a number: nothing can be learnt from it"
+            "a token has no kept entry, or a log-probability that is not a number: "
+            "nothing can be learnt from it"
         )
-    # One number for id and value: sorting it sorts both.
+    # The id and the value are packed into one number, so that one sort orders both.
     joint = np.where(used, indices, _UNUSED).astype(np.int64) << 32 | logprobs.view(np.uint32)
     joint.sort(axis=1)
     ids = joint >> 32
     if ((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] != _UNUSED)).any():
-        raise ValueError("an id is named twice in one row: each kept entry must be a different id")
+        raise ValueError(
+            "an id is named twice for one token: each kept entry must be a different id"
+        )
     if len(used) * used.shape[1] != kept.sum():
         joint = joint[ids != _UNUSED]
         ids = joint >> 32
@@ -114,8 +129,17 @@ def _gaps(ids: Ints, kept: Ints) -> Ints:
 def _encode_values(
     values: Singles, kept: Ints, *, draws: int, steps: int
 ) -> tuple[bytes, bytes, bytes]:
-    """Sections base, low and high: counts as classes and the bits below; or exact values; or for levels each token's largest one,
-    and how far its others are below it as low and high bytes: a token's levels are nearer to each other than to other tokens'.
+    """Return the sections base, low and high of log-probabilities.
+
+    Counts are stored as classes and the bits below, exact values as fp32. Of levels, each token's
+    largest one is stored, and how far its others are below it as low and high bytes: a token's
+    levels are nearer to each other than to other tokens'.
+
+    Args:
+        values: fp32 [M].
+        kept: [S], entries of each token.
+        draws: samples per token; 0: not sampled.
+        steps: of `Levels`; 0: exact values.
     """
     if draws:
         shares = np.exp(values.astype(np.float64)) * draws
@@ -126,7 +150,7 @@ def _encode_values(
         return b"", compress(classes.tobytes()), below
     if not steps:
         return b"", values.astype("<f4").tobytes(), b""
-    levels = Levels(steps).of(values)
+    levels = Levels(steps).encode(values)
     base = np.maximum.reduceat(levels, kept.cumsum() - kept)
     below_base = np.repeat(base, kept) - levels
     low, high = (compress((below_base >> shift).astype(np.uint8).tobytes()) for shift in (0, 8))
@@ -134,16 +158,16 @@ def _encode_values(
 
 
 def sums(values: NDArray[Any], kept: Ints) -> NDArray[Any]:
-    """Of each token's entries, [M] -> [S]; every token has at least one."""
+    """Return the sum over each token's entries, [M] -> [S]; every token has at least one."""
     return np.add.reduceat(values, kept.cumsum() - kept) if len(values) else values
 
 
 def _encode_tail(target: SparseTarget, values: Singles, kept: Ints, *, with_mass: bool) -> bytes:
-    """log_tail [S] if there is one, then the log of the kept mass [S] if wanted: fp32."""
-    parts = [] if target.log_tail is None else [target.log_tail.numpy()]
+    """Return log_tail [S] if there is one, then the log of the kept mass [S] if asked, in fp32."""
+    columns = [] if target.log_tail is None else [target.log_tail.numpy()]
     if with_mass:
-        parts.append(np.log(sums(np.exp(values.astype(np.float64)), kept)).astype(np.float32))
-    return _planes(np.concatenate(parts).astype("<f4")) if parts else b""
+        columns.append(np.log(sums(np.exp(values.astype(np.float64)), kept)).astype(np.float32))
+    return _planes(np.concatenate(columns).astype("<f4")) if columns else b""
 
 
 def _encode_entropy(target: SparseTarget, *, exact: bool) -> bytes:
@@ -158,5 +182,5 @@ def _encode_entropy(target: SparseTarget, *, exact: bool) -> bytes:
 
 
 def _planes(numbers: NDArray[np.generic]) -> bytes:
-    """The first byte of every number, then the second of every one, and so on, compressed."""
+    """Return the first byte of every number, then every second byte, and so on, compressed."""
     return compress(numbers.view(np.uint8).reshape(len(numbers), -1).T.tobytes())

@@ -1,4 +1,4 @@
-"""What a cache holds, compared with what a run wants before step 0."""
+"""Describe what a cache holds, and compare it with what a run expects before step 0."""
 
 from __future__ import annotations
 
@@ -16,34 +16,44 @@ IDENTITY_FILE = "cache.json"
 
 
 class CacheError(Exception):
-    """Something about a cache that one sentence explains."""
+    """Report a problem of a cache in one sentence."""
 
 
-class WrongCache(CacheError):
-    """A cache made for something else."""
+class WrongCache(CacheError):  # noqa: N818 (public name)
+    """Report a cache that was made for something else."""
 
 
-class CorruptCache(CacheError):
-    """Bytes that are not those that were written: names file, record, what was expected and what was found."""
+class CorruptCache(CacheError):  # noqa: N818 (public name)
+    """Report bytes that are not those that were written.
+
+    The message names file, record, and the expected and the actual value.
+    """
 
 
-class MissingTarget(CacheError):
-    """A sample that the cache does not hold."""
+class MissingTarget(CacheError):  # noqa: N818 (public name)
+    """Report a sample that the cache does not hold."""
 
 
-class CacheInUse(CacheError):
-    """Another process writes here: names it."""
+class CacheInUse(CacheError):  # noqa: N818 (public name)
+    """Report, and name, another process that writes to the cache."""
 
 
 @dataclass(frozen=True)
 class CacheIdentity:
-    """All that decides what a record means; two caches with the same identity are parts of one.
+    """Hold everything that decides what a record means.
 
-    teacher: digest of its weights, hex; for a teacher caught while training, of its run. tokenizer: digest of its vocabulary,
-    hex, None where none is known. vocab_size: true number of ids. sequence_length: tokens of a sample. selection: how entries
-    were chosen; a selection object stands for its text. value_encoding: see `encode`. teacher_step: its training step, None
-    where each shard says its own. document_attention: "across": tokens see the documents before theirs in the sample;
-    "within": their own only.
+    Two caches with the same identity are parts of one.
+
+    Attributes:
+        teacher: digest of its weights, hex; for a teacher captured while training, of its run.
+        tokenizer: digest of its vocabulary, hex; None where none is known.
+        vocab_size: true number of ids.
+        sequence_length: tokens of a sample.
+        selection: how entries were chosen; a selection object stands for its text.
+        value_encoding: see `encode`.
+        teacher_step: the teacher's training step; None where each shard has its own.
+        document_attention: "across": tokens attend to earlier documents of the sample; "within": to
+            their own document only.
     """
 
     teacher: str
@@ -60,11 +70,13 @@ class CacheIdentity:
             object.__setattr__(self, "selection", repr(self.selection))
         if self.value_encoding not in VALUE_ENCODINGS:
             raise ValueError(
-                f"value_encoding must be one of {', '.join(VALUE_ENCODINGS)}, not {self.value_encoding!r}"
+                f"value_encoding must be one of {', '.join(VALUE_ENCODINGS)}, not "
+                f"{self.value_encoding!r}"
             )
         if self.vocab_size < 1 or self.sequence_length < 1:
             raise ValueError(
-                f"vocab_size ({self.vocab_size}) and sequence_length ({self.sequence_length}) must be at least 1"
+                f"vocab_size ({self.vocab_size}) and sequence_length ({self.sequence_length}) "
+                "must be at least 1"
             )
         if self.document_attention not in ("across", "within"):
             raise ValueError(
@@ -72,32 +84,42 @@ class CacheIdentity:
             )
 
     def to_json(self) -> str:
-        """One line, keys in order: the same identity is the same text."""
+        """Return one line with sorted keys: the same identity is the same text."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @staticmethod
     def from_dict(content: dict[str, Any]) -> CacheIdentity:
-        """The identity in `content`; ValueError for a field that is missing or not known."""
+        """Return the identity in `content`; raise ValueError for a missing or unknown field."""
         names = {field.name for field in fields(CacheIdentity)}
         if set(content) != names:
             raise ValueError(f"fields {sorted(set(content) ^ names)} are missing or unknown")
         return CacheIdentity(**content)
 
-    def check(self, expected: CacheIdentity, where: str) -> None:
-        """WrongCache naming every field in which this identity, of the cache at `where`, is not the expected one."""
-        wrong = [
-            f"{field.name}: the cache has {mine!r}, expected {wanted!r}"
+    def check(self, expected: CacheIdentity, path: str) -> None:
+        """Raise WrongCache that names every field in which this identity differs.
+
+        Args:
+            expected: the identity to compare with.
+            path: the cache that has this identity.
+        """
+        differences = [
+            f"{field.name}: the cache has {actual!r}, expected {required!r}"
             for field in fields(self)
-            if (mine := getattr(self, field.name)) != (wanted := getattr(expected, field.name))
+            if (actual := getattr(self, field.name)) != (required := getattr(expected, field.name))
         ]
-        if wrong:
+        if differences:
             raise WrongCache(
-                f"{where} was made for something else ({'; '.join(wrong)}): use another cache, or make one for this run"
+                f"{path} was made for something else ({'; '.join(differences)}): use another "
+                "cache, or make one for this run"
             )
 
 
 def write_identity(directory: Path, identity: CacheIdentity) -> None:
-    """Name what `directory` holds; WrongCache where it holds something else already. Several writers may do so at once."""
+    """Write cache.json; several writers may do so at once.
+
+    Raises:
+        WrongCache: `directory` already holds something else.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / IDENTITY_FILE
     if path.exists():
@@ -112,12 +134,13 @@ def write_identity(directory: Path, identity: CacheIdentity) -> None:
 
 
 def parse_identity(data: bytes, path: str) -> CacheIdentity:
-    """The identity in the content of cache.json; CorruptCache for anything else."""
+    """Return the identity in the content of cache.json; raise CorruptCache for anything else."""
     try:
         content = json.loads(data)
         if content["format"] != FORMAT or content["schema_version"] != SCHEMA_VERSION:
             raise ValueError(
-                f"it says {content['format']!r} version {content['schema_version']}, expected {FORMAT!r} version {SCHEMA_VERSION}"
+                f"it says {content['format']!r} version {content['schema_version']}, expected "
+                f"{FORMAT!r} version {SCHEMA_VERSION}"
             )
         return CacheIdentity.from_dict(content["identity"])
     except (ValueError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Reading a cache: a sample's target by the sample's tokens, from local files or any fsspec URL."""
+"""Read a cache: a sample's target by the sample's tokens, from local files or any fsspec URL."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from megatron_kd.cache.shard import Record, Shard, ShardInfo, parse_info, readab
 from megatron_kd.targets.keys import KEY_BYTES, sample_key
 from megatron_kd.targets.sparse import SparseTarget
 
-OPEN_BATCHES = 256  # record batches kept at hand; they are views of a memory map
+OPEN_BATCHES = 256  # Record batches kept open; they are views of a memory map.
 
 
 class CacheFiles:
-    """The files of one folder: a path, or a URL that fsspec knows (s3://, gs://, memory://, ...)."""
+    """Access the files of one folder: a path, or a URL of fsspec (s3://, gs://, memory://, ...)."""
 
     def __init__(self, directory: str | Path) -> None:
         self.name = str(directory).rstrip("/")
         self._remote: Any = None
         if "://" in self.name:
-            import fsspec  # only those who name a URL need it
+            import fsspec  # Needed for URLs only.
 
             self._remote, self._root = fsspec.core.url_to_fs(self.name)
 
     def list(self) -> list[str]:
-        """Names in the folder, sorted; MissingTarget where there is no such folder."""
+        """Return the sorted names in the folder; raise MissingTarget without such a folder."""
         try:
             paths = (
                 self._remote.ls(self._root, detail=False)
@@ -53,11 +53,11 @@ class CacheFiles:
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
 
     def path(self, name: str) -> str:
-        """For messages."""
+        """Return the path of a file for messages."""
         return f"{self.name}/{name}"
 
     def read(self, name: str) -> bytes:
-        """The content of a small file; CorruptCache where it is missing."""
+        """Return the content of a small file; raise CorruptCache where it cannot be read."""
         try:
             if self._remote:
                 return bytes(self._remote.cat_file(f"{self._root}/{name}"))
@@ -66,7 +66,7 @@ class CacheFiles:
             raise CorruptCache(f"{self.path(name)} cannot be read: {error}") from error
 
     def open(self, name: str) -> pa.NativeFile:
-        """A large file: mapped into memory where it is local."""
+        """Open a large file; a local one is mapped into memory."""
         with readable(self.path(name)):
             if self._remote:
                 return pa.PythonFile(self._remote.open(f"{self._root}/{name}", "rb"), mode="r")
@@ -74,15 +74,25 @@ class CacheFiles:
 
 
 class RecordPosition(NamedTuple):
-    """Where a record is."""
+    """Locate a record.
+
+    Attributes:
+        shard: index in `CacheReader.shards`.
+        batch: number of the record batch in the shard.
+        number: of the record in the batch.
+    """
 
     shard: int
     batch: int
-    row: int
+    number: int
 
 
 def read_identity(storage: CacheFiles) -> CacheIdentity:
-    """What a cache is, from its one small file. MissingTarget where there is none, CorruptCache."""
+    """Return what a cache is, from its one small file.
+
+    Raises:
+        MissingTarget: there is no cache. CorruptCache: the file is invalid.
+    """
     if IDENTITY_FILE not in storage.list():
         raise MissingTarget(
             f"there is no teacher cache at {storage.name}: it has no {IDENTITY_FILE}"
@@ -91,17 +101,21 @@ def read_identity(storage: CacheFiles) -> CacheIdentity:
 
 
 class CacheReader:
-    """Targets by the tokens they belong to. Threads may share it; processes each open their own.
+    """Read targets by the tokens they belong to.
 
-    Opening reads the keys of every record (28 bytes a sample stay in memory) and each shard's size, not its content; every
-    record's checksum is compared when it is read. Shards that were not finished do not exist for it. Where several shards
-    hold a sample, the one of the latest training step is read.
+    Threads may share a reader; processes each open their own. Opening reads the keys of every
+    record (28 bytes a sample stay in memory) and each shard's size, not its content; every record's
+    checksum is compared when it is read. Unfinished shards are ignored. Where several shards hold a
+    sample, the one of the latest training step is read.
 
     Args:
         directory: a path, or a URL for fsspec.
-        expect: what the cache must be; None: whatever it is.
+        expect: what the cache must be; None: no check.
+
     Raises:
-        MissingTarget: there is no cache. WrongCache: it is of something else; every difference is named. CorruptCache.
+        MissingTarget: there is no cache.
+        WrongCache: it is of something else; every difference is named.
+        CorruptCache: a file is missing or damaged.
     """
 
     def __init__(self, directory: str | Path, *, expect: CacheIdentity | None = None) -> None:
@@ -124,58 +138,68 @@ class CacheReader:
         info: ShardInfo = parse_info(self.storage.read(name), self.storage.path(name))
         if info.file not in names:
             raise CorruptCache(
-                f"{self.storage.path(info.file)} is missing, but {name} says it holds {info.records} records"
+                f"{self.storage.path(info.file)} is missing, but {name} says it holds "
+                f"{info.records} records"
             )
         return Shard(
             self.storage.path(info.file), self.storage.open(info.file), info, self.identity
         )
 
     def _index(self) -> None:
-        """Keys of all records in order, and where each is: the last shard by (step, name) first among equal keys."""
-        order = sorted(
+        """Index the keys of all records in order.
+
+        Among equal keys the record of the last shard by (step, name) comes first.
+        """
+        newest_first = sorted(
             range(len(self.shards)), key=lambda n: (self.shards[n].info.step or 0, n), reverse=True
         )
         keys, places = [], []
-        for number in order:
-            shard, found = self.shards[number], 0
+        for number in newest_first:
+            shard, num_records = self.shards[number], 0
             for batch, joined in shard.keys():
                 count = len(joined) // KEY_BYTES
                 keys.append(np.frombuffer(joined, dtype="<u8").reshape(-1, 2))
-                rows = np.arange(count, dtype=np.int32)
+                records = np.arange(count, dtype=np.int32)
                 places.append(
                     np.stack(
-                        [np.full(count, number, np.int32), np.full(count, batch, np.int32), rows], 1
+                        [
+                            np.full(count, number, np.int32),
+                            np.full(count, batch, np.int32),
+                            records,
+                        ],
+                        1,
                     )
                 )
-                found += count
-            if found != shard.info.records:
-                raise CorruptCache(f"{shard.path}: {found} records, expected {shard.info.records}")
+                num_records += count
+            if num_records != shard.info.records:
+                raise CorruptCache(
+                    f"{shard.path}: {num_records} records, expected {shard.info.records}"
+                )
         words: NDArray[np.uint64] = (
             np.concatenate(keys) if keys else np.zeros((0, 2), dtype=np.uint64)
         )
-        order_of = np.lexsort(
-            (words[:, 1], words[:, 0])
-        )  # stable: among equal keys the latest stays first
-        # Halves apart: a search in a column of both would copy the column.
-        self._firsts, self._seconds = words[order_of, 0], words[order_of, 1]
+        # The sort is stable: among equal keys the latest stays first.
+        key_order = np.lexsort((words[:, 1], words[:, 0]))
+        # Two arrays: a search in one column of a joint array would copy the column.
+        self._firsts, self._seconds = words[key_order, 0], words[key_order, 1]
         self._places = (
-            np.concatenate(places)[order_of] if places else np.zeros((0, 3), dtype=np.int32)
+            np.concatenate(places)[key_order] if places else np.zeros((0, 3), dtype=np.int32)
         )
 
     def __len__(self) -> int:
         return len(self._firsts)
 
     def find(self, keys: Sequence[bytes]) -> list[RecordPosition | None]:
-        """Where the record of each key is; None where there is none."""
-        wanted = np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2)
-        starts = np.searchsorted(self._firsts, wanted[:, 0]).tolist()
+        """Return the position of each key's record; None where there is none."""
+        words = np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2)
+        starts = np.searchsorted(self._firsts, words[:, 0]).tolist()
         return [
-            self._from(start, *halves)
-            for start, halves in zip(starts, wanted.tolist(), strict=True)
+            self._search(start, *halves)
+            for start, halves in zip(starts, words.tolist(), strict=True)
         ]
 
-    def _from(self, start: int, first: int, second: int) -> RecordPosition | None:
-        """The place of a key, whose first half stands from `start` on if anywhere."""
+    def _search(self, start: int, first: int, second: int) -> RecordPosition | None:
+        """Return the position of a key; `start` is the first index of its first half."""
         while start < len(self) and self._firsts[start] == first:
             if self._seconds[start] == second:
                 return RecordPosition(*self._places[start].tolist())
@@ -183,53 +207,70 @@ class CacheReader:
         return None
 
     def missing(self, keys: Iterable[bytes]) -> list[int]:
-        """Positions in `keys` of those that the cache does not hold."""
-        return [position for position, place in enumerate(self.find(list(keys))) if place is None]
+        """Return the indices in `keys` of those that the cache does not hold."""
+        return [index for index, position in enumerate(self.find(list(keys))) if position is None]
 
     def record(self, key: bytes) -> Record:
-        """The record of `key`, its checksum compared. MissingTarget, CorruptCache."""
+        """Return the record of `key` after comparing its checksum.
+
+        Raises:
+            MissingTarget: there is no such record. CorruptCache: it is damaged.
+        """
         return self._record(key, self.find([key])[0])
 
-    def _record(self, key: bytes, place: RecordPosition | None) -> Record:
-        if place is None:
+    def _record(self, key: bytes, position: RecordPosition | None) -> Record:
+        if position is None:
             raise MissingTarget(
-                f"{self.storage.name} holds no target for the sample {key.hex()} among its {len(self)}: it was made from other data, "
+                f"{self.storage.name} holds no target for the sample {key.hex()} among its "
+                f"{len(self)}: it was made from other data, "
                 "with another tokenizer or another sequence length"
             )
-        shard = self.shards[place.shard]
-        record = shard.record(self._batch(place), place.batch, place.row)
+        shard = self.shards[position.shard]
+        record = shard.record(self._batch(position), position.batch, position.number)
         if record.key != key:
             raise CorruptCache(
-                f"{shard.path}: record {place.row} of batch {place.batch} is {record.key.hex()}, expected {key.hex()}"
+                f"{shard.path}: record {position.number} of batch {position.batch} is "
+                f"{record.key.hex()}, expected {key.hex()}"
             )
         return record
 
     def keys(self) -> Iterator[bytes]:
-        """The names of all samples, in order; twice where two shards hold one."""
+        """Return the keys of all samples in order; twice where two shards hold one."""
         return (
             np.array(halves).tobytes() for halves in zip(self._firsts, self._seconds, strict=True)
         )
 
-    def _batch(self, place: RecordPosition) -> pa.RecordBatch:
-        at = place.shard, place.batch
+    def _batch(self, position: RecordPosition) -> pa.RecordBatch:
+        batch_id = position.shard, position.batch
         with self._guard:
-            if at in self._batches:
-                self._batches.move_to_end(at)
-                return self._batches[at]
-            batch = self.shards[place.shard].batch(place.batch)
-            self._batches[at] = batch
+            if batch_id in self._batches:
+                self._batches.move_to_end(batch_id)
+                return self._batches[batch_id]
+            batch = self.shards[position.shard].batch(position.batch)
+            self._batches[batch_id] = batch
             if len(self._batches) > OPEN_BATCHES:
                 self._batches.popitem(last=False)
             return batch
 
     def get(self, tokens: Tensor) -> SparseTarget:
-        """The target [S, K] of the sample with these tokens, int [S]. MissingTarget, CorruptCache."""
+        """Return the target [S, K] of the sample with these tokens, int [S].
+
+        Raises:
+            MissingTarget: there is no such sample. CorruptCache: its record is damaged.
+        """
         return self.get_many([sample_key(tokens)]).map(lambda tensor: tensor[:, 0])
 
     def get_many(self, keys: Sequence[bytes]) -> SparseTarget:
-        """The targets [S, B, K] of B samples by their `sample_key`s, K the widest of theirs. MissingTarget, CorruptCache."""
+        """Return the targets of B samples by their `sample_key`s.
+
+        Returns:
+            [S, B, K], K the largest of theirs.
+
+        Raises:
+            MissingTarget: a sample is missing. CorruptCache: a record is damaged.
+        """
         records = [
-            self._record(key, place) for key, place in zip(keys, self.find(keys), strict=True)
+            self._record(key, position) for key, position in zip(keys, self.find(keys), strict=True)
         ]
         try:
             targets = decode_many([record.payload for record in records])
@@ -248,7 +289,7 @@ class CacheReader:
         return targets.map(lambda tensor: tensor.transpose(0, 1))
 
     def _check(self, record: Record) -> None:
-        """CorruptCache naming this record, if it is the bad one."""
+        """Raise CorruptCache that names this record if it is the damaged one."""
         try:
             check_record(record, self.identity)
         except BadRecordError as error:
@@ -258,11 +299,12 @@ class CacheReader:
 
 
 def check_record(record: Record, identity: CacheIdentity) -> SparseTarget:
-    """The target [S, K] of a record that fits its cache; BadRecordError for another."""
+    """Return the target [S, K] of a record that fits its cache; else raise BadRecordError."""
     target = decode(record.payload)
     tokens, last = target.indices.shape[0], int(target.indices.max())
     if tokens != record.tokens or last >= identity.vocab_size:
         raise BadRecordError(
-            f"it has {tokens} tokens and ids up to {last}, expected {record.tokens} tokens and ids below {identity.vocab_size}"
+            f"it has {tokens} tokens and ids up to {last}, expected {record.tokens} tokens and "
+            f"ids below {identity.vocab_size}"
         )
     return target

@@ -1,4 +1,7 @@
-"""The parts of a record: its header, its sections, and how they are compressed. FORMAT.md describes it to the bit."""
+"""Join and parse the parts of a record: header, sections and their compression.
+
+FORMAT.md describes it to the bit.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,30 @@ from dataclasses import dataclass
 import zstandard
 
 VERSION = 1
-ENTROPY_STEPS = 2048  # per nat
+ENTROPY_STEPS = 2048  # Per nat.
 SAMPLED, TAIL, ENTROPY, FP32 = 1, 2, 4, 8
 SECTIONS = ("kept", "classes", "gaps", "base", "low", "high", "tail", "entropy")
 HEADER = struct.Struct(f"<BBHIIIId{len(SECTIONS)}I")
 
 
 class BadRecordError(ValueError):
-    """Bytes that are not a record of this format."""
+    """Report bytes that are not a record of this format."""
 
 
 @dataclass(frozen=True)
 class RecordParts:
-    """A record, taken apart. slots: K; tokens: S; entries: kept ids of all tokens; steps: see `levels`."""
+    """Hold the header and the sections of a record.
+
+    Attributes:
+        flags: SAMPLED, TAIL, ENTROPY and FP32.
+        slots: K.
+        tokens: S.
+        entries: kept ids of all tokens.
+        draws: samples per token; 0: not sampled.
+        steps: of `Levels`.
+        temperature: of the target.
+        sections: compressed bytes by name.
+    """
 
     flags: int
     slots: int
@@ -34,11 +48,11 @@ class RecordParts:
 
     @property
     def stores_mass(self) -> bool:
-        """Whether the kept mass is stored: where log_tail does not give it."""
+        """True if the kept mass is stored, which is where log_tail does not determine it."""
         return not self.flags & SAMPLED and not (self.flags & TAIL and self.temperature == 1.0)
 
     def join(self) -> bytes:
-        """The record's bytes."""
+        """Return the bytes of the record."""
         sections = [self.sections[name] for name in SECTIONS]
         fields = (
             self.flags,
@@ -53,7 +67,11 @@ class RecordParts:
 
 
 def parse_record(data: bytes | memoryview) -> RecordParts:
-    """The parts of a record's bytes. BadRecordError where the header is not one, or contradicts itself or the length."""
+    """Return the parts of a record's bytes.
+
+    Raises:
+        BadRecordError: the header is invalid, or contradicts itself or the length.
+    """
     view = memoryview(data)
     if len(view) < HEADER.size:
         raise BadRecordError(
@@ -65,9 +83,7 @@ def parse_record(data: bytes | memoryview) -> RecordParts:
     if version != VERSION:
         raise BadRecordError(f"record version {version}; this program reads {VERSION}")
     if HEADER.size + sum(lengths) != len(view):
-        raise BadRecordError(
-            f"{len(view)} bytes, but the header speaks of {HEADER.size + sum(lengths)}"
-        )
+        raise BadRecordError(f"{len(view)} bytes, but the header says {HEADER.size + sum(lengths)}")
     sections: dict[str, bytes | memoryview] = {}
     start = HEADER.size
     for name, length in zip(SECTIONS, lengths, strict=True):
@@ -79,7 +95,8 @@ def parse_record(data: bytes | memoryview) -> RecordParts:
         or not record.temperature > 0
     ):
         raise BadRecordError(
-            f"{record.entries} entries for {record.tokens} tokens of at most {record.slots}, at {record.temperature}"
+            f"{record.entries} entries for {record.tokens} tokens of at most {record.slots}, "
+            f"at temperature {record.temperature}"
         )
     if not record.flags & (SAMPLED | FP32) and record.entries and not record.steps:
         raise BadRecordError("levels of no width")
@@ -87,27 +104,32 @@ def parse_record(data: bytes | memoryview) -> RecordParts:
 
 
 def compress(data: bytes) -> bytes:
-    """One zstd frame; nothing for nothing."""
+    """Return one zstd frame; no bytes for no bytes."""
     return _contexts()[0].compress(data) if data else b""
 
 
 def decompress(data: bytes | memoryview, size: int) -> bytes:
-    """What `compress` was given, which was of `size` bytes. ValueError, ZstdError."""
+    """Return the argument of `compress`, which had `size` bytes.
+
+    Raises:
+        ValueError, ZstdError: the data is not such a frame.
+    """
     if not size:
         return b""
-    told = zstandard.frame_content_size(data)  # asked first: a wrong one may be very large
-    if told != size:
-        raise ValueError(f"a zstd frame of {told} bytes, expected {size}")
+    # Checked before decompressing: a wrong size may be very large.
+    frame_size = zstandard.frame_content_size(data)
+    if frame_size != size:
+        raise ValueError(f"a zstd frame of {frame_size} bytes, expected {size}")
     return _contexts()[1].decompress(data)
 
 
 def _contexts() -> tuple[zstandard.ZstdCompressor, zstandard.ZstdDecompressor]:
-    """This thread's: they are costly to make and serve one thread at a time."""
+    """Return this thread's contexts: they are slow to create and serve one thread at a time."""
     if not hasattr(_THREAD, "zstd"):
-        # Level 1 is the smallest here: higher ones look for repetitions in what is nearly noise.
+        # Level 1 gives the smallest frames: higher ones search for repetitions in near noise.
         _THREAD.zstd = zstandard.ZstdCompressor(level=1), zstandard.ZstdDecompressor()
-    found: tuple[zstandard.ZstdCompressor, zstandard.ZstdDecompressor] = _THREAD.zstd
-    return found
+    contexts: tuple[zstandard.ZstdCompressor, zstandard.ZstdDecompressor] = _THREAD.zstd
+    return contexts
 
 
 _THREAD = threading.local()

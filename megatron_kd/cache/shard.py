@@ -1,4 +1,7 @@
-"""One shard: an Arrow IPC file of records, and the small file beside it that says it is complete. See FORMAT.md."""
+"""Write and read a shard: an Arrow IPC file of records, and a small file that says it is complete.
+
+See FORMAT.md.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,13 @@ SCHEMA = pa.schema(
 
 
 class Record(NamedTuple):
-    """key: of the sample. tokens: its length. payload: see `encode`."""
+    """Hold one stored sample.
+
+    Attributes:
+        key: of the sample.
+        tokens: length of the sample.
+        payload: see `encode`.
+    """
 
     key: bytes
     tokens: int
@@ -38,8 +47,16 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """The file beside a complete shard. step: of the teacher's training, where it was caught while training; last_step: the last
-    of the steps that it holds, where they are several.
+    """Hold the content of the file beside a complete shard.
+
+    Attributes:
+        file: name of the Arrow file.
+        bytes: its size.
+        sha256: its digest, hex.
+        records: number of records.
+        tokens: sum of their lengths.
+        step: the teacher's training step, where it was captured while training.
+        last_step: the last step that the shard holds, where there are several.
     """
 
     file: str
@@ -52,12 +69,19 @@ class ShardInfo:
 
 
 def record_crc(key: bytes, tokens: int, payload: bytes | memoryview) -> int:
-    """CRC-32 over key, tokens (little-endian int32) and payload."""
+    """Return the CRC-32 over key, tokens (little-endian int32) and payload."""
     return crc32(payload, crc32(tokens.to_bytes(4, "little", signed=True), crc32(key)))
 
 
 class ShardWriter:
-    """Writes `<name>.arrow` under a temporary name; `commit` gives it its name and describes it in `<name>.json`."""
+    """Write `<name>.arrow` under a temporary name; `commit` renames it and writes `<name>.json`.
+
+    Args:
+        directory: the cache.
+        name: of the shard.
+        identity: of the cache, stored in the file.
+        step: the teacher's training step, or None.
+    """
 
     def __init__(
         self, directory: Path, name: str, identity: CacheIdentity, *, step: int | None = None
@@ -96,7 +120,7 @@ class ShardWriter:
         self._pending.clear()
 
     def finish(self, *, last_step: int | None = None) -> ShardInfo:
-        """Write what is open and make it durable, still under the temporary name."""
+        """Write pending records and make the file durable, still under the temporary name."""
         self._write_batch()
         self._file.close()
         self._sink.close()
@@ -114,31 +138,30 @@ class ShardWriter:
     def commit(self, *, last_step: int | None = None) -> ShardInfo:
         """Make the shard durable and visible."""
         info = self.finish(last_step=last_step)
-        (self.directory / f"{self.name}.json").unlink(
-            missing_ok=True
-        )  # never describe one file and hold another
+        # An old description must never stand beside the new file.
+        (self.directory / f"{self.name}.json").unlink(missing_ok=True)
         os.replace(self.temporary, self.directory / info.file)
         sync_path(self.directory)
         write_atomically(self.directory / f"{self.name}.json", info_bytes(info))
         return info
 
     def discard(self) -> None:
-        """Leave nothing behind."""
+        """Remove the temporary file."""
         for stream in (self._file, self._sink):
             try:
                 stream.close()
-            except OSError:  # a full disk says so again
+            except OSError:  # A full disk fails again.
                 pass
         self.temporary.unlink(missing_ok=True)
 
 
 def info_bytes(info: ShardInfo) -> bytes:
-    """The content of the file beside a shard."""
+    """Return the content of the file beside a shard."""
     return (json.dumps(asdict(info), indent=2) + "\n").encode()
 
 
 def parse_info(data: bytes, path: str) -> ShardInfo:
-    """What the file beside a shard says; CorruptCache for anything else."""
+    """Return the content of the file beside a shard; raise CorruptCache for anything else."""
     try:
         content: dict[str, Any] = json.loads(data)
         info = ShardInfo(**content)
@@ -153,7 +176,17 @@ def parse_info(data: bytes, path: str) -> ShardInfo:
 
 
 class Shard:
-    """A complete shard, open for reading through `source` (a memory map or any other Arrow input file)."""
+    """Read a complete shard.
+
+    Args:
+        path: of the Arrow file, for messages.
+        source: the open file: a memory map or any other Arrow input file.
+        info: content of the file beside it.
+        identity: of the cache.
+
+    Raises:
+        CorruptCache: the file does not match `info` or `identity`.
+    """
 
     def __init__(
         self, path: str, source: pa.NativeFile, info: ShardInfo, identity: CacheIdentity
@@ -161,7 +194,8 @@ class Shard:
         self.path, self.info, self.identity = path, info, identity
         if source.size() != info.bytes:
             raise CorruptCache(
-                f"{path}: {source.size()} bytes, expected {info.bytes}: the file was cut or replaced"
+                f"{path}: {source.size()} bytes, expected {info.bytes}: the file was cut or "
+                "replaced"
             )
         with readable(self.path):
             self._reader = pa.ipc.open_file(source)
@@ -170,24 +204,26 @@ class Shard:
                 raise CorruptCache(
                     f"{path}: columns {schema.names}, expected {SCHEMA.names} with their types"
                 )
-            said = {
+            metadata = {
                 key: value.decode(errors="replace")
                 for key, value in (schema.metadata or {}).items()
             }
-        told, name = said.get(b"identity", ""), info.file.removesuffix(".arrow")
-        if told != identity.to_json():
+        shard_identity, name = metadata.get(b"identity", ""), info.file.removesuffix(".arrow")
+        if shard_identity != identity.to_json():
             raise CorruptCache(
-                f"{path}: a shard of another cache: it says {told}, expected {identity.to_json()}"
+                f"{path}: a shard of another cache: it says {shard_identity}, expected "
+                f"{identity.to_json()}"
             )
-        # Two files of one size that changed places: the records say which samples they are, but not of which training step.
-        if said.get(b"shard", name) != name:
+        # Detects swapped files of one size: records name their sample, but not their training step.
+        if metadata.get(b"shard", name) != name:
             raise CorruptCache(
-                f"{path}: it was written as {said[b'shard']!r}, expected {name!r}: a file was renamed or replaced"
+                f"{path}: it was written as {metadata[b'shard']!r}, expected {name!r}: a file "
+                "was renamed or replaced"
             )
         self.num_batches = self._reader.num_record_batches
 
     def batch(self, number: int) -> pa.RecordBatch:
-        """Record batch `number`, its structure checked."""
+        """Return record batch `number` after checking its structure."""
         with readable(self.path):
             batch = self._reader.get_batch(number)
             batch.validate(full=True)
@@ -196,32 +232,29 @@ class Shard:
             return batch
 
     def keys(self) -> Iterator[tuple[int, bytes]]:
-        """(batch, the keys of its records back to back) of every batch."""
+        """Yield the number of every batch and the keys of its records, back to back."""
         for number in range(self.num_batches):
             column = self.batch(number).column(0)
             start = column.offset * KEY_BYTES
             yield number, column.buffers()[1][start : start + len(column) * KEY_BYTES].to_pybytes()
 
-    def record(self, batch: pa.RecordBatch, number: int, row: int) -> Record:
-        """Record `row` of batch `number`; CorruptCache where its checksum is not the one stored."""
-        key, tokens, crc, payload = (batch.column(place)[row].as_py() for place in range(4))
-        found = record_crc(key, tokens, payload)
-        if found != crc:
+    def record(self, batch: pa.RecordBatch, batch_number: int, number: int) -> Record:
+        """Return record `number` of a batch; raise CorruptCache where its checksum differs."""
+        key, tokens, crc, payload = (batch.column(column)[number].as_py() for column in range(4))
+        actual = record_crc(key, tokens, payload)
+        if actual != crc:
             raise CorruptCache(
-                f"{self.path}: record {row} of batch {number} (key {key.hex()}): checksum {found:08x}, expected {crc:08x}"
+                f"{self.path}: record {number} of batch {batch_number} (key {key.hex()}): "
+                f"checksum {actual:08x}, expected {crc:08x}"
             )
         return Record(key, tokens, payload)
 
 
 @contextmanager
 def readable(path: str) -> Iterator[None]:
-    """Turns Arrow's errors into CorruptCache with the file's name."""
+    """Convert Arrow's errors to CorruptCache with the file's name."""
     try:
         yield
-    except (
-        pa.ArrowException,
-        OSError,
-        MemoryError,
-        UnicodeError,
-    ) as error:  # the last: a column by a name of other bytes
+    # UnicodeError: the name of a column has other bytes.
+    except (pa.ArrowException, OSError, MemoryError, UnicodeError) as error:
         raise CorruptCache(f"{path} is not a readable Arrow file: {error}") from error

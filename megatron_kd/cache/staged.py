@@ -1,8 +1,10 @@
-"""Shards of a teacher that is still training. What they hold counts once the training that made it is in a checkpoint.
+"""Write shards of a teacher that is still training, and publish them with its checkpoints.
 
-So a shard is finished under a hidden name (`stage`), the checkpoint is written, and then the shard gets its name (`publish`).
-Whoever starts next settles what a kill has left between the two: shards of steps that the checkpoint has behind it are
-published, later ones are dropped, because these steps will be made again. A shard that can be seen is never removed.
+What a shard holds counts once the training that made it is in a checkpoint. So a shard is finished
+under a hidden name (`stage`), the checkpoint is written, and then the shard gets its name
+(`publish`). The next start reconciles what a kill has left between the two: shards of steps before
+the checkpoint are published, later ones are dropped, because these steps will run again. A visible
+shard is never removed.
 """
 
 from __future__ import annotations
@@ -23,17 +25,22 @@ READY = ".ready"
 
 
 class StagedWriter:
-    """Writes the samples of rising steps into shards that nobody sees before `publish`.
+    """Write the samples of rising steps into shards that are hidden until `publish`.
 
-    A shard holds whole steps, `shard_steps` of them unless `stage` comes first; its name and content follow from its first
-    step and the worker alone. A sample that comes again within a shard is stored once, as it came first, and one whose
-    target is not a number (its step did not reach the weights) is not stored.
+    A shard holds whole steps, `shard_steps` of them unless `stage` comes first; its name and
+    content follow from its first step and the worker alone. A sample that repeats within a shard is
+    stored once, as it came first, and one whose target is not a number (its step did not reach the
+    weights) is not stored.
 
     Args:
         directory: holds this identity, see `identity.write_identity`.
-        worker: writers at the same time have different numbers.
+        identity: of the cache.
+        worker: number of this writer; concurrent writers have different numbers.
+        shard_steps: steps per shard.
+
     Raises:
-        CacheInUse: another process writes as this worker, and which. OSError: the disk is full, or not writable.
+        CacheInUse: another process, which the message names, writes as this worker.
+        OSError: the disk is full, or not writable.
     """
 
     def __init__(
@@ -49,7 +56,16 @@ class StagedWriter:
         self._uncommitted = True
 
     def add(self, step: int, tokens: Tensor, target: SparseTarget) -> None:
-        """Add one sample of `step`, on the CPU: tokens int [S], target [S, K]. ValueError for what does not fit the identity."""
+        """Add one sample.
+
+        Args:
+            step: the training step.
+            tokens: int [S], on the CPU.
+            target: [S, K], on the CPU.
+
+        Raises:
+            ValueError: the sample does not fit the identity.
+        """
         if step not in self._steps:
             if len(self._steps) == self._shard_steps:
                 self._finish()
@@ -66,7 +82,7 @@ class StagedWriter:
         self._keys.add(key)
 
     def _finish(self) -> None:
-        """Close the open shard under its hidden name; the file beside it says that it is complete."""
+        """Close the open shard under its hidden name; the file beside it marks it as complete."""
         if self._open is not None:
             writer, path = self._open, self.directory / f".{self._open.name}"
             info = writer.finish(last_step=self._steps[-1])
@@ -78,19 +94,25 @@ class StagedWriter:
         self._keys.clear()
 
     def stage(self) -> None:
-        """Make everything that was added durable; what follows begins a new shard. Call before the checkpoint is written."""
+        """Make everything that was added durable. Call it before the checkpoint is written.
+
+        Later samples begin a new shard.
+        """
         self._finish()
         self._uncommitted = False
 
     def publish(self) -> None:
-        """Show what was staged. Call once the checkpoint is committed."""
+        """Give staged shards their names. Call it once the checkpoint is committed."""
         while self._staged:
             _publish(self.directory, self._staged[0])
             self._staged.pop(0)
         self._uncommitted = True
 
     def close(self) -> None:
-        """Let others write. What no checkpoint can hold is dropped; what one may hold is for `reconcile` to judge."""
+        """Release the lock and drop what no checkpoint can hold.
+
+        Staged shards that a checkpoint may hold are left to `reconcile`.
+        """
         if self._open is not None:
             self._open.discard()
             self._open = None
@@ -102,10 +124,14 @@ class StagedWriter:
 
 
 def reconcile(directory: Path, step: int) -> None:
-    """Decide about what a killed job has left hidden, of any worker, now that training goes on at `step`.
+    """Publish or drop the hidden shards of a killed job, now that training resumes at `step`.
 
-    One process does so while it holds a worker's lock and before the others take theirs. Raises WrongCache where the cache
-    already shows steps that are still to be made, CorruptCache, OSError.
+    One process does so for all workers, while it holds a worker's lock and before the others take
+    theirs.
+
+    Raises:
+        WrongCache: the cache already shows steps that will run again. CorruptCache, OSError: a file
+            cannot be read.
     """
     for path in sorted(directory.glob(f".step-*.json{READY}")):
         info = parse_info(
@@ -117,15 +143,16 @@ def reconcile(directory: Path, step: int) -> None:
         else:
             _drop(directory, name)
     for leftover in directory.iterdir():
-        if leftover.name.startswith(
-            (".step-", "..step-")
-        ):  # two dots: a temporary name of a hidden file
+        # Two dots: the temporary name of a hidden file.
+        if leftover.name.startswith((".step-", "..step-")):
             leftover.unlink(missing_ok=True)
-    ahead = [info for info in _published(directory) if _last(info) >= step]
-    if ahead:
+    later_shards = [info for info in _published(directory) if _last(info) >= step]
+    if later_shards:
         raise WrongCache(
-            f"{directory} already holds targets of training steps up to {max(map(_last, ahead))}, but training goes on at step {step} "
-            f"and would make them again: choose another directory, or remove its files step-*, from step {min(map(_first, ahead))} on"
+            f"{directory} already holds targets of training steps up to "
+            f"{max(map(_last, later_shards))}, but training goes on at step {step} "
+            "and would make them again: choose another directory, or remove its files step-*, "
+            f"from step {min(map(_first, later_shards))} on"
         )
 
 
@@ -137,7 +164,7 @@ def _published(directory: Path) -> list[ShardInfo]:
 
 def _first(info: ShardInfo) -> int:
     if info.step is None:
-        raise CacheError(f"{info.file} says no training step")
+        raise CacheError(f"{info.file} has no training step")
     return info.step
 
 
@@ -146,7 +173,7 @@ def _last(info: ShardInfo) -> int:
 
 
 def _publish(directory: Path, name: str) -> None:
-    """Give a staged shard its name. May have been interrupted at any point before."""
+    """Give a staged shard its name, also where an earlier attempt was interrupted."""
     hidden = directory / f".{name}.arrow{READY}"
     if hidden.exists():
         os.replace(hidden, directory / f"{name}.arrow")

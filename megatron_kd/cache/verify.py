@@ -1,4 +1,4 @@
-"""Looking at a cache as a whole: what it holds, whether it is sound, and several made into one."""
+"""Summarize, verify, repair and merge whole caches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,17 @@ from megatron_kd.storage.atomic_files import file_digest
 
 @dataclass
 class CacheStatistics:
-    """Sums over the tokens looked at. kept: [K + 1], tokens by number of entries."""
+    """Hold sums over the tokens of some records.
+
+    Attributes:
+        samples: number of records.
+        tokens: number of tokens.
+        bytes: of the payloads.
+        entries: kept entries of all tokens.
+        mass: sum of the kept mass.
+        entropy: sum of the teacher's entropy, nats.
+        kept: [K + 1], tokens by number of entries.
+    """
 
     samples: int = 0
     tokens: int = 0
@@ -54,7 +64,7 @@ class CacheStatistics:
         )
 
     def summary(self) -> dict[str, float]:
-        """Means per token."""
+        """Return means per token."""
         tokens = max(self.tokens, 1)
         return {
             "samples": self.samples,
@@ -67,30 +77,34 @@ class CacheStatistics:
 
 
 def iterate_records(reader: CacheReader) -> Iterator[Record]:
-    """Every record of the cache, shard by shard, its checksum compared."""
+    """Yield every record of the cache, shard by shard, after comparing its checksum."""
     for shard in reader.shards:
-        yield from _records_of(shard)
+        yield from _iterate_shard(shard)
 
 
-def _records_of(shard: Shard) -> Iterator[Record]:
+def _iterate_shard(shard: Shard) -> Iterator[Record]:
     for number in range(shard.num_batches):
         batch = shard.batch(number)
-        for row in range(batch.num_rows):
-            yield shard.record(batch, number, row)
+        for record_number in range(batch.num_rows):
+            yield shard.record(batch, number, record_number)
 
 
 def statistics(reader: CacheReader, samples: int | None = None) -> CacheStatistics:
-    """Of the first `samples` records; None: of all."""
-    found = CacheStatistics()
+    """Return the statistics of the first `samples` records; None: of all."""
+    sums = CacheStatistics()
     for number, record in enumerate(iterate_records(reader)):
         if number == samples:
             break
-        found.add(record)
-    return found
+        sums.add(record)
+    return sums
 
 
 def verify(directory: Path) -> tuple[dict[str, str], list[str]]:
-    """Reads every byte. Returns what is wrong with which file, and files that belong to no finished shard."""
+    """Read every byte of a cache.
+
+    Returns:
+        What is wrong by shard name (or file name), and the files that belong to no finished shard.
+    """
     storage = CacheFiles(directory)
     names = storage.list()
     problems: dict[str, str] = {}
@@ -106,12 +120,12 @@ def verify(directory: Path) -> tuple[dict[str, str], list[str]]:
                 _verify_shard(storage, directory, name, identity)
             except CacheError as error:
                 problems[name.removesuffix(".json")] = str(error)
-    strays = [
+    unfinished = [
         name
         for name in names
         if (name.endswith(".arrow") and name not in described) or ".partial-" in name
     ]
-    return problems, strays
+    return problems, unfinished
 
 
 def _verify_shard(storage: CacheFiles, directory: Path, name: str, identity: CacheIdentity) -> None:
@@ -126,7 +140,8 @@ def _verify_shard(storage: CacheFiles, directory: Path, name: str, identity: Cac
         damage = error
     if digest != info.sha256:
         raise CorruptCache(
-            f"{path}: SHA-256 {digest}, expected {info.sha256}; {damage or 'each of its records is sound'}"
+            f"{path}: SHA-256 {digest}, expected {info.sha256}; "
+            f"{damage or 'each of its records is intact'}"
         )
     if damage is not None:
         raise damage
@@ -134,27 +149,39 @@ def _verify_shard(storage: CacheFiles, directory: Path, name: str, identity: Cac
 
 def _verify_records(shard: Shard) -> None:
     path, info, identity = shard.path, shard.info, shard.identity
-    found = 0
-    for record in _records_of(shard):
-        found += 1
+    num_records = 0
+    for record in _iterate_shard(shard):
+        num_records += 1
         try:
             check_record(record, identity)
         except BadRecordError as error:
             raise CorruptCache(f"{path}: record {record.key.hex()}: {error}") from error
-    if found != info.records:
-        raise CorruptCache(f"{path}: {found} records, expected {info.records}")
+    if num_records != info.records:
+        raise CorruptCache(f"{path}: {num_records} records, expected {info.records}")
 
 
 def remove_shard(directory: Path, shard: str) -> None:
-    """Remove a bad shard, so that the next extraction writes it again; its description goes first."""
+    """Remove a damaged shard, so that the next extraction writes it again.
+
+    Its description is removed first.
+    """
     for ending in (".json", ".arrow"):
         (directory / f"{shard}{ending}").unlink(missing_ok=True)
 
 
 def merge(sources: list[Path], directory: Path) -> int:
-    """Gather finished shards of caches of the same identity in `directory`, under new names. Returns the number of shards.
+    """Gather finished shards of caches of the same identity in `directory`, under new names.
 
-    WrongCache where they differ, before anything is copied; CorruptCache for a shard that is not sound.
+    Args:
+        sources: the caches.
+        directory: the merged cache, new or of the same identity.
+
+    Returns:
+        The number of added shards.
+
+    Raises:
+        WrongCache: the identities differ; nothing has been copied.
+        CorruptCache: a shard is damaged.
     """
     readers = [CacheReader(source) for source in sources]
     for reader in readers[1:]:
@@ -162,13 +189,17 @@ def merge(sources: list[Path], directory: Path) -> int:
     write_identity(directory, readers[0].identity)
     lock = lock_writer(directory / ".merge.lock")
     try:
-        start = len(list(directory.glob("merged-*.arrow")))
+        first_number = len(list(directory.glob("merged-*.arrow")))
         count = 0
-        seen = set(CacheReader(directory).keys())
+        known_keys = set(CacheReader(directory).keys())
         for reader in readers:
             for shard in reader.shards:
                 count += _copy(
-                    shard, directory, f"merged-{start + count:06d}", reader.identity, seen
+                    shard,
+                    directory,
+                    f"merged-{first_number + count:06d}",
+                    reader.identity,
+                    known_keys,
                 )
         return count
     finally:
@@ -176,17 +207,20 @@ def merge(sources: list[Path], directory: Path) -> int:
 
 
 def _copy(
-    shard: Shard, directory: Path, name: str, identity: CacheIdentity, seen: set[bytes]
+    shard: Shard, directory: Path, name: str, identity: CacheIdentity, known_keys: set[bytes]
 ) -> int:
-    """A shard's records that are not yet there (all of them where shards have training steps, which tell them apart)."""
+    """Copy a shard's records that are not known yet; return the number of written shards.
+
+    Where shards have training steps, which distinguish them, all records are copied.
+    """
     if shutil.disk_usage(directory).free < shard.info.bytes:
         raise OSError(28, f"no space for {shard.path} in {directory}")
     writer = ShardWriter(directory, name, identity, step=shard.info.step)
     try:
-        for record in _records_of(shard):
-            if record.key not in seen or shard.info.step is not None:
+        for record in _iterate_shard(shard):
+            if record.key not in known_keys or shard.info.step is not None:
                 writer.add(record)
-                seen.add(record.key)
+                known_keys.add(record.key)
         if not writer.records:
             writer.discard()
             return 0

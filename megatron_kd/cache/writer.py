@@ -1,4 +1,4 @@
-"""Writing a cache: records into shards, shards committed one by one, and never two writers with one name."""
+"""Write a cache: records into shards, which are committed one by one under one lock per writer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from megatron_kd.targets.sparse import SparseTarget
 
 
 def lock_writer(path: Path) -> DirectoryLock:
-    """Lock the folder of `path` for one writer; `path` is the lock file, one for each writer's name.
+    """Lock the folder of `path` for one writer.
 
+    `path` is the lock file; each writer's name has its own.
     The operating system frees the lock when the process ends.
 
     Raises:
@@ -34,16 +35,23 @@ def lock_writer(path: Path) -> DirectoryLock:
 
 
 class CacheWriter:
-    """Adds samples to the cache in `directory`. Use as a context manager: what is open is committed at its end, or dropped by an error.
+    """Add samples to the cache in `directory`.
+
+    As a context manager it commits the open shard at its end, and drops it after an error.
 
     Args:
-        directory: made where it is missing; may hold shards of the same identity already.
-        worker: writers at the same time need different numbers.
-        shard: write this one shard, replacing it; None: new shards of `shard_samples` samples one after the other.
-        step: of the teacher's training, noted with every shard.
+        directory: created where it is missing; may hold shards of the same identity.
+        identity: of the cache.
+        worker: number of this writer; concurrent writers need different numbers.
+        shard: write this one shard, replacing it; None: new shards of `shard_samples` samples one
+            after the other.
+        shard_samples: samples per shard.
+        step: the teacher's training step, stored with every shard.
+
     Raises:
-        WrongCache: the directory holds something else. CacheInUse: another process writes as this worker, and which.
-        OSError: the disk is full, or not writable; finished shards stay, of the open one nothing.
+        WrongCache: the directory holds something else.
+        CacheInUse: another process, which the message names, writes as this worker.
+        OSError: the disk is full, or not writable; finished shards stay, the open one is removed.
     """
 
     def __init__(
@@ -58,7 +66,8 @@ class CacheWriter:
     ) -> None:
         if worker < 0 or shard_samples < 1 or (shard is not None and shard < 0):
             raise ValueError(
-                f"worker ({worker}) and shard ({shard}) count from 0, shard_samples ({shard_samples}) from 1"
+                f"worker ({worker}) and shard ({shard}) count from 0, shard_samples "
+                f"({shard_samples}) from 1"
             )
         self.directory, self.identity, self.step = Path(directory), identity, step
         self._worker, self._fixed, self._shard_samples = worker, shard, shard_samples
@@ -66,9 +75,8 @@ class CacheWriter:
         self._added: set[bytes] = set()
         write_identity(self.directory, identity)
         self._lock = lock_writer(self.directory / f".writer-{worker:05d}.lock")
-        for leftover in self.directory.glob(
-            f".{self._prefix}*.partial-*"
-        ):  # of a writer that was killed
+        # Remove the leftovers of a writer that was killed.
+        for leftover in self.directory.glob(f".{self._prefix}*.partial-*"):
             leftover.unlink()
 
     @property
@@ -87,9 +95,14 @@ class CacheWriter:
         return ShardWriter(self.directory, name, self.identity, step=self.step)
 
     def add(self, tokens: Tensor, target: SparseTarget) -> None:
-        """Add one sample: tokens int [S], its target [S, K]. A sample that this shard holds already is not added again.
+        """Add one sample, unless this shard holds it already.
 
-        Raises ValueError for what does not fit the cache's identity.
+        Args:
+            tokens: int [S].
+            target: [S, K].
+
+        Raises:
+            ValueError: the sample does not fit the cache's identity.
         """
         check_sample(tokens, target, self.identity)
         key = sample_key(tokens)
@@ -110,14 +123,14 @@ class CacheWriter:
             self._added.clear()
 
     def close(self) -> None:
-        """Commit what is open and let others write."""
+        """Commit the open shard and release the lock."""
         try:
             self._commit()
         finally:
             self.abandon()
 
     def abandon(self) -> None:
-        """Drop what is open and let others write."""
+        """Drop the open shard and release the lock."""
         if self._open is not None:
             self._open.discard()
             self._open = None
@@ -139,11 +152,12 @@ class CacheWriter:
 
 
 def check_sample(tokens: Tensor, target: SparseTarget, identity: CacheIdentity) -> None:
-    """ValueError unless tokens [S] and target [S, K] are a sample of a cache of this identity."""
+    """Raise ValueError unless tokens [S] and target [S, K] fit a cache of this identity."""
     if tokens.shape != (identity.sequence_length,) or target.indices.shape[0] != len(tokens):
         raise ValueError(
-            f"tokens {tuple(tokens.shape)} with a target {tuple(target.indices.shape)}: this cache holds samples of "
-            f"{identity.sequence_length} tokens with one row of K entries each"
+            f"tokens {tuple(tokens.shape)} with a target {tuple(target.indices.shape)}: this "
+            "cache holds samples of "
+            f"{identity.sequence_length} tokens with K entries each"
         )
     if int(target.indices.max()) >= identity.vocab_size:
         raise ValueError(
@@ -152,7 +166,16 @@ def check_sample(tokens: Tensor, target: SparseTarget, identity: CacheIdentity) 
 
 
 def make_record(key: bytes, target: SparseTarget, identity: CacheIdentity) -> Record:
-    """The record of the sample named `key` with the target [S, K]. ValueError for what cannot be stored."""
+    """Return the record of a sample.
+
+    Args:
+        key: of the sample.
+        target: [S, K], on any device.
+        identity: of the cache.
+
+    Raises:
+        ValueError: the target cannot be stored.
+    """
     payload = encode(
         target.map(lambda t: t.detach().cpu()),
         value_encoding=identity.value_encoding,
@@ -162,7 +185,7 @@ def make_record(key: bytes, target: SparseTarget, identity: CacheIdentity) -> Re
 
 
 def _draws(identity: CacheIdentity) -> int | None:
-    """num_draws of a selection by draws: its text says it."""
+    """Return num_draws from the text of a sampled selection; None for another selection."""
     text = str(identity.selection)
     if not text.startswith(f"{SampleSelection.__name__}(num_draws="):
         return None
