@@ -1,4 +1,7 @@
-"""The program: `torchrun --nproc-per-node N -m megatron_kd.pretrain --config run.toml [--section.key value ...]`."""
+"""Train a student: `torchrun --nproc-per-node N -m megatron_kd.pretrain --config run.toml`.
+
+Keys of the run file can be overridden on the command line as `--section.key value`.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,14 @@ from collections.abc import Sequence
 
 from megatron_kd.config import ConfigError, RunConfig, load_config
 from megatron_kd.parallel.world import world_from_environment
-from megatron_kd.storage.exit_codes import (
-    BAD_INPUT,
-    DO_NOT_RESTART,
-    FAILED,
-    FINISHED,
-    REQUEUE,
-    WRITE_FAILED,
-)
+from megatron_kd.storage import exit_codes
 from megatron_kd.train.startup.packages import check_packages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a run file. The exit code says what to do next; the reason goes to stderr and to status.json.
+    """Run a run file and return the exit code (storage/exit_codes.py).
 
-    0: finished. 85: saved and left in the middle as it was asked to, start it again. 93: do not start it again by itself: a number was
-    not finite, the loss jumped, or the file `stop` asked for it. 2: bad input. 5: a checkpoint, or what it captures, could not be
-    written. Anything else, such as the loss of another rank (1): a failure that may pass.
+    The reason of a failure goes to stderr and to status.json.
     """
     try:
         config = load_config(sys.argv[1:] if argv is None else argv)
@@ -31,19 +25,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megatron_kd.train.startup.input_checks import check_inputs
 
         _, world_size, local_rank = world_from_environment()
-        # Bad input is found before torch and megatron-core, which take seconds to import.
+        # Find bad input before importing torch and megatron-core, which takes seconds.
         check_inputs(config, world_size=world_size)
         return _run(config, local_rank)
     except ConfigError as error:
         print(f"megatron_kd: error: {error}", file=sys.stderr, flush=True)
-        return BAD_INPUT
+        return exit_codes.BAD_INPUT
 
 
 def _run(config: RunConfig, local_rank: int) -> int:
     from megatron_kd.checkpoint.store import CheckpointError
     from megatron_kd.parallel.platform import start_platform
 
-    # Before anything else imports megatron-core: on a CPU it must be imported prepared.
+    # Before any other import of megatron-core: on a CPU it must be prepared first.
     start_platform(config.train.device, local_rank)
     from megatron_kd.parallel.groups import stop_groups
     from megatron_kd.parallel.watchdog import LostRankError
@@ -53,26 +47,30 @@ def _run(config: RunConfig, local_rank: int) -> int:
     from megatron_kd.train.loop import NonFiniteError, train
     from megatron_kd.train.shutdown import Action, ShutdownRequest
 
-    leaving = ShutdownRequest(
+    shutdown = ShutdownRequest(
         config.run.directory,
         minutes=config.train.minutes,
         watches_file=world_from_environment()[0] == 0,
     )
     try:
-        request = train(build_run(config), leaving)
-        if request:
-            print(f"megatron_kd: saved and left: {leaving.reason}", file=sys.stderr, flush=True)
-        return {Action.REQUEUE: REQUEUE, Action.STOP: DO_NOT_RESTART}.get(request, FINISHED)
-    except (NonFiniteError, LossSpikeError, CaptureError, CheckpointError, LostRankError) as error:
-        print(f"megatron_kd: stopped: {error}", file=sys.stderr, flush=True)
-        return {
-            NonFiniteError: DO_NOT_RESTART,
-            LossSpikeError: DO_NOT_RESTART,
-            CaptureError: WRITE_FAILED,
-            CheckpointError: WRITE_FAILED,
-        }.get(type(error), FAILED)
+        action = train(build_run(config), shutdown)
+    except (NonFiniteError, LossSpikeError) as error:
+        return _stopped(error, exit_codes.DO_NOT_RESTART)
+    except (CaptureError, CheckpointError) as error:
+        return _stopped(error, exit_codes.WRITE_FAILED)
+    except LostRankError as error:
+        return _stopped(error, exit_codes.FAILED)
     finally:
         stop_groups()
+    if action == Action.CONTINUE:
+        return exit_codes.FINISHED
+    print(f"megatron_kd: saved and stopped: {shutdown.reason}", file=sys.stderr, flush=True)
+    return exit_codes.REQUEUE if action == Action.REQUEUE else exit_codes.DO_NOT_RESTART
+
+
+def _stopped(error: Exception, exit_code: int) -> int:
+    print(f"megatron_kd: stopped: {error}", file=sys.stderr, flush=True)
+    return exit_code
 
 
 if __name__ == "__main__":

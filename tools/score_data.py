@@ -177,6 +177,7 @@ def _score(
     import torch.distributed as dist
 
     from megatron_kd.checkpoint.store import checkpoint_digest
+    from megatron_kd.data.token_digests import token_ends_digest
     from megatron_kd.inference import document_scores as scoring
     from megatron_kd.inference.frozen_model import FrozenModel, inference_layout
     from megatron_kd.parallel.collectives import from_rank_zero
@@ -190,7 +191,7 @@ def _score(
 
     def begin() -> list[int]:
         digests = {name: checkpoint_digest(path) for name, (path, _) in models.items()}
-        data = scoring.data_digest(arguments.data)
+        data = token_ends_digest(arguments.data)
         about = scoring.Scoring(
             data,
             **digests,

@@ -11,7 +11,6 @@ sums of both models' log-probabilities and the number of labels.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -44,17 +43,6 @@ class Scoring:
     sequence_length: int
     shard_tokens: int
     precision: str
-
-
-def data_digest(prefix: str | Path) -> str:
-    """SHA-256 over the index and the first and last million bytes of the ids: a file of terabytes is not read twice."""
-    digest = hashlib.sha256(Path(f"{prefix}.idx").read_bytes())
-    with open(f"{prefix}.bin", "rb") as stream:
-        digest.update(stream.read(1_000_000))
-        size = stream.seek(0, 2)
-        stream.seek(max(0, size - 1_000_000))
-        digest.update(stream.read())
-    return digest.hexdigest()
 
 
 def cut_shards(lengths: NDArray[np.int64], shard_tokens: int) -> list[tuple[int, int]]:

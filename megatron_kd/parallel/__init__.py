@@ -1,1 +1,4 @@
-"""Process groups, shard ranges and collectives. Only `groups.py` and `platform.py` import megatron-core."""
+"""Process groups, vocabulary shards, collectives, platform and watchdog.
+
+Only `groups.py` and `platform.py` import megatron-core.
+"""

@@ -1,4 +1,4 @@
-"""Which vocabulary rows a tensor-parallel rank holds, and which layers a pipeline stage."""
+"""Compute which vocabulary rows a tensor-parallel rank stores."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Rows [start, start + valid) of the vocabulary, the first `valid` of the `rows` this rank stores.
+    """Describe the vocabulary rows [start, start + valid) of one rank.
 
-    The remaining rows are padding: they take no probability and get exactly zero gradient. share: vocab_size over the number
-    of ranks, rounded up; whatever is sized by the vocabulary is sized by it, so that all ranks cut their work alike, however
-    the vocabulary is padded.
+    Attributes:
+        start: First id of the shard.
+        valid: Rows with an id. The other rows are padding: they take no probability and get exactly
+            zero gradient.
+        rows: Rows that the rank stores.
+        vocab_size: True number of ids over all ranks.
+        share: vocab_size over the number of ranks, rounded up. Chunk sizes that depend on the
+            vocabulary depend on it, so that all ranks chunk alike, however the vocabulary is padded.
     """
 
     start: int
@@ -22,16 +27,23 @@ class VocabShard:
 
 
 def vocab_shard(rows: int, *, rank: int, size: int, vocab_size: int | None) -> VocabShard:
-    """The shard of `rank` when every one of `size` ranks stores `rows` rows in id order.
+    """Return the shard of a rank when every rank stores as many rows, in id order.
 
-    `vocab_size` is the true number of ids (None: rows * size, no padding). Raises ValueError where the shards
-    cannot hold it.
+    Args:
+        rows: Rows that each rank stores.
+        rank: Rank in the tensor-parallel group.
+        size: Ranks of the group.
+        vocab_size: True number of ids; None for rows * size, without padding.
+
+    Raises:
+        ValueError: The shards cannot hold the vocabulary.
     """
     if vocab_size is None:
         vocab_size = rows * size
     if not 0 < vocab_size <= rows * size:
         raise ValueError(
-            f"vocab_size ({vocab_size}) must be in [1, {rows * size}]: {size} rank(s) hold {rows} vocabulary rows each"
+            f"vocab_size ({vocab_size}) must be in [1, {rows * size}]: {size} rank(s) hold {rows} "
+            "vocabulary rows each"
         )
     start = rank * rows
     return VocabShard(
@@ -44,10 +56,5 @@ def vocab_shard(rows: int, *, rank: int, size: int, vocab_size: int | None) -> V
 
 
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """Smallest multiple of `multiple` that holds `vocab_size` ids."""
+    """Return the smallest multiple of `multiple` that holds `vocab_size` ids."""
     return -(-vocab_size // multiple) * multiple
-
-
-def stage_of(layer: int, num_layers: int, *, pipeline: int, virtual: int = 1) -> int:
-    """The pipeline stage that holds `layer` (counted from 1) where every chunk has as many layers; interleaved for `virtual` > 1."""
-    return (layer - 1) * pipeline * virtual // num_layers % pipeline

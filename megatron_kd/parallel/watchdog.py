@@ -1,7 +1,8 @@
-"""Whose fault it is when ranks wait: each tells the others where it stands, and the one that waits too long says who is missing.
+"""Exchange heartbeats, and report which rank is missing when a collective hangs.
 
-A rank that never enters a collective stops all others with a message about sockets, or with none. What a rank does last is kept in the
-rendezvous store instead, a few bytes a second from a thread of its own, and read by others when something goes wrong and never before.
+A rank that never enters a collective stops all others, with a message about sockets or with none. So
+each rank publishes its current phase in the rendezvous store, a few bytes a second from a thread of
+its own. The other ranks read it only when something goes wrong.
 """
 
 from __future__ import annotations
@@ -14,29 +15,54 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-_SHOWN = 8  # ranks that one sentence names
-_MAX_READERS = 32  # ranks that read what all others said; the rest read the verdict: a store serves thousands one after the other
+_MAX_NAMED = 8  # ranks that one message names
+# Ranks that read all heartbeats. The others read the verdict, because a store serves thousands of
+# clients one after the other.
+_MAX_READERS = 32
+
+_UNKNOWN: dict[str, Any] = {
+    "beat": 0,
+    "count": 0,
+    "step": 0,
+    "what": "before the first step",
+    "seconds": 0,
+    "failure": "",
+    "process": "?",
+    "host": "?",
+}
 
 
 class LostRankError(RuntimeError):
-    """Another rank died, stopped or stays behind; the message names it and what it was doing."""
+    """Report another rank that died, stopped or is behind. The message names it and its phase."""
+
+
+class _Phase(NamedTuple):
+    """Describe what a rank is doing: its running number, its name, and when it began."""
+
+    number: int
+    name: str
+    since: float
 
 
 class Watchdog:
-    """Where this rank stands, for the others to read; and a look at them where one of them is missing.
+    """Publish this rank's phase, and find the rank that the others wait for.
 
-    Every rank says `at` the same things in the same order. Used as a context: inside it a thread publishes, and ends the process
-    (exit code 1) when this rank has stood at one place for nearly `limit_seconds` because another one is silent or behind. An error
-    of communication leaves the context as LostRankError where a rank is missing; any other error is told to the rest.
+    Every rank enters the same phases in the same order. Use the watchdog as a context manager. Inside
+    it a thread publishes heartbeats. It ends the process (exit code 1) when this rank has been in one
+    phase for nearly `limit_seconds` because another rank is silent or behind. A communication error
+    leaves the context as LostRankError if a rank is missing. Any other error is published.
 
     Args:
-        store: what the ranks met in; None (one rank) watches nothing.
-        limit_seconds: longest wait, as for a collective.
-        interval_seconds: between two signs of life. None: one second for each thousand ranks.
+        store: Rendezvous store of the world; None turns the watchdog off.
+        rank: This rank of the world.
+        world_size: Ranks of the world. The watchdog is off in a world of one.
+        limit_seconds: Longest wait, as for a collective.
+        interval_seconds: Time between two heartbeats. None: one second per thousand ranks, at least
+            one.
     """
 
     def __init__(
@@ -50,36 +76,41 @@ class Watchdog:
     ) -> None:
         self.rank, self.world_size, self.limit_seconds = rank, world_size, limit_seconds
         self.interval_seconds = interval_seconds or max(1.0, world_size / 1000)
-        # Clients of their own: a store answers one question at a time, and the run asks it too.
         self._store = None
         if store is not None and world_size > 1:
+            # A client of its own: a client handles one request at a time, and the run uses it too.
             self._store = dist.PrefixStore("watch", store.clone())  # type: ignore[attr-defined]
         self.step = 0
-        self.on_lost: Callable[[str], None] = lambda _sentence: None
-        self._place: tuple[int, str, float] = (0, "starting", time.monotonic())
+        self.on_lost: Callable[[str], None] = lambda _message: None
+        self._phase = _Phase(0, "starting", time.monotonic())
         self._failure = ""
         self._verdict: str | None = None
         self._beat = 0
-        self._limited = False
-        self._patience = limit_seconds
+        self._is_limited = False
+        self._phase_limit_seconds = limit_seconds
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def enter_phase(
-        self, what: str, *, limited: bool = True, limit_seconds: float | None = None
+        self, name: str, *, limited: bool = True, limit_seconds: float | None = None
     ) -> None:
-        """This rank begins `what`. limited: False where it may take as long as it likes. limit_seconds: where it may take longer than a
-        collective (a checkpoint).
+        """Begin a phase on this rank.
+
+        Args:
+            name: What the rank does, for messages: "reading data".
+            limited: False if the phase may take any time.
+            limit_seconds: Limit of a phase that may take longer than a collective, such as a
+                checkpoint.
         """
-        self._limited = limited
-        self._patience = max(limit_seconds or 0.0, self.limit_seconds)
-        self._place = (self._place[0] + 1, what, time.monotonic())
+        self._is_limited = limited
+        self._phase_limit_seconds = max(limit_seconds or 0.0, self.limit_seconds)
+        self._phase = _Phase(self._phase.number + 1, name, time.monotonic())
 
     def __enter__(self) -> Watchdog:
         if self._store is not None and self._thread is None:
             self._publish()
             self._stop.clear()
-            self._thread = threading.Thread(target=self._keep_watch, name="watch", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
             self._thread.start()
         return self
 
@@ -91,40 +122,43 @@ class Watchdog:
     ) -> None:
         if self._store is None:
             return
-        self._limited = False
-        sentence = self.missing() if error is not None and _is_communication(error) else None
-        if error is not None and not _is_communication(error):
+        self._is_limited = False
+        message = None
+        if error is not None and _is_communication(error):
+            message = self.missing()
+        elif error is not None:
             self._failure = f"{type(error).__name__}: {str(error)[:300]}"
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=10 * self.interval_seconds)
             self._thread = None
-        if sentence is not None:
-            self._linger()
-            raise LostRankError(sentence) from error
+        if message is not None:
+            self._keep_store_alive()
+            raise LostRankError(message) from error
 
     def missing(self) -> str | None:
-        """One sentence about the ranks that failed, do not answer or are behind this one; None where all are with it.
+        """Return a message about the ranks that failed, are silent or are behind this one, or None.
 
-        Takes about three intervals: a rank is silent that gives no sign of life in them.
+        It takes about three intervals. A rank without a heartbeat in that time is silent.
         """
         try:
-            told = self._verdict or (
-                self._wait_for_verdict() if self.rank >= _MAX_READERS else None
-            )
-            if told is not None:
-                return told
+            verdict = self._verdict
+            if verdict is None and self.rank >= _MAX_READERS:
+                verdict = self._wait_for_verdict()
+            if verdict is not None:
+                return verdict
             before = self._read()
             time.sleep(3 * self.interval_seconds)
-            found = self._judge(before, self._read())
-            if found is not None and self._store is not None:
-                self._store.set("verdict", found)
+            verdict = self._judge(before, self._read())
+            if verdict is not None and self._store is not None:
+                self._store.set("verdict", verdict)
         except RuntimeError:
             return (
                 self._verdict
-                or "the rendezvous store does not answer: the process that holds it (rank 0's, or its launcher) is gone"
+                or "the rendezvous store does not answer: the process that holds it (rank 0's, or "
+                "its launcher) is gone"
             )
-        return found
+        return verdict
 
     def _wait_for_verdict(self) -> str | None:
         assert self._store is not None
@@ -135,114 +169,113 @@ class Watchdog:
         return None
 
     def _judge(self, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str | None:
-        count, what, _ = self._place
-        newest = max(count, *(each["count"] for each in after))
+        """Compare two readings of all heartbeats, in rank order, and blame the ranks at fault."""
+        count, phase, _ = self._phase
+        newest = max(count, *(beat["count"] for beat in after))
         failed, silent, behind = [], [], []
         for rank, (old, new) in enumerate(zip(before, after, strict=True)):
-            who = f"rank {rank} (process {new['process']} on {new['host']})"
-            where = f"step {new['step']}, {new['what']}"
+            name = f"rank {rank} (process {new['process']} on {new['host']})"
+            position = f"step {new['step']}, {new['what']}"
             if new["failure"]:
-                failed.append(f"{who} failed at {where}: {new['failure']}")
+                failed.append(f"{name} failed at {position}: {new['failure']}")
             elif rank != self.rank and old["beat"] == new["beat"]:
-                silent.append(f"{who} gives no sign of life since {where}")
+                silent.append(f"{name} gives no sign of life since {position}")
             elif (count if rank == self.rank else new["count"]) < newest:
-                behind.append(f"{who} is still at {where}, for {new['seconds']:.0f} s")
-        for found in (failed, silent, behind):
-            if found:
-                more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-                return f"{'; '.join(found[:_SHOWN])}{more} (rank {self.rank} waits at step {self.step}, {what})"
-        return None
+                behind.append(f"{name} is still at {position}, for {new['seconds']:.0f} s")
+        blamed = failed or silent or behind
+        if not blamed:
+            return None
+        more = f"; and {len(blamed) - _MAX_NAMED} more" if len(blamed) > _MAX_NAMED else ""
+        return (
+            f"{'; '.join(blamed[:_MAX_NAMED])}{more} "
+            f"(rank {self.rank} waits at step {self.step}, {phase})"
+        )
 
-    def _keep_watch(self) -> None:
+    def _run(self) -> None:
+        """Publish heartbeats in the thread, and end the process if the phase takes too long."""
         margin = min(6 * self.interval_seconds, self.limit_seconds / 2)
         while not self._stop.wait(self.interval_seconds):
             self._publish()
-            self._look_for_verdict()
-            if self._limited and time.monotonic() - self._place[2] > self._patience - margin:
-                sentence = self._ask_aside()
-                if sentence is not None and not self._stop.is_set():
-                    self._end(sentence)
+            self._fetch_verdict()
+            elapsed = time.monotonic() - self._phase.since
+            if self._is_limited and elapsed > self._phase_limit_seconds - margin:
+                message = self._missing_with_heartbeats()
+                if message is not None and not self._stop.is_set():
+                    self._end_process(message)
         self._publish()
 
-    def _look_for_verdict(self) -> None:
-        """Kept for the time when the store is gone, as it is soon after where rank 0's process held it."""
+    def _fetch_verdict(self) -> None:
+        """Copy the verdict, since the store ends soon after rank 0's process if that holds it."""
         try:
             if self._verdict is None and self._store is not None and self._store.check(["verdict"]):
                 self._verdict = str(self._store.get("verdict").decode())
         except RuntimeError:
             return
 
-    def _linger(self) -> None:
-        """The store may live in rank 0's process: it stays until the others have read in it."""
+    def _keep_store_alive(self) -> None:
+        """Wait on rank 0, whose process may hold the store, until the other ranks have read it."""
         if self.rank == 0:
             for _ in range(3):
                 self._publish()
                 time.sleep(self.interval_seconds)
 
-    def _ask_aside(self) -> str | None:
-        """`missing` while signs of life go on."""
-        answer: list[str | None] = []
-        asking = threading.Thread(target=lambda: answer.append(self.missing()), daemon=True)
-        asking.start()
-        while asking.is_alive():
+    def _missing_with_heartbeats(self) -> str | None:
+        """Return `missing`, and publish heartbeats meanwhile."""
+        messages: list[str | None] = []
+        reader = threading.Thread(target=lambda: messages.append(self.missing()), daemon=True)
+        reader.start()
+        while reader.is_alive():
             self._publish()
-            asking.join(self.interval_seconds)
-        return answer[0] if answer else None
+            reader.join(self.interval_seconds)
+        return messages[0] if messages else None
 
-    def _end(self, sentence: str) -> None:
-        # The main thread sits in a collective that no exception reaches.
+    def _end_process(self, message: str) -> None:
+        # The main thread is in a collective, which no exception interrupts.
         try:
-            self.on_lost(sentence)
-            print(f"megatron_kd: stopped: {sentence}", file=sys.stderr, flush=True)
-            self._linger()
+            self.on_lost(message)
+            print(f"megatron_kd: stopped: {message}", file=sys.stderr, flush=True)
+            self._keep_store_alive()
         finally:
             os._exit(1)
 
     def _publish(self) -> None:
-        count, what, since = self._place
         self._beat += 1
-        sign = {
+        heartbeat = {
             "beat": self._beat,
-            "count": count,
+            "count": self._phase.number,
             "step": self.step,
-            "what": what,
-            "seconds": time.monotonic() - since,
+            "what": self._phase.name,
+            "seconds": time.monotonic() - self._phase.since,
             "failure": self._failure,
             "process": os.getpid(),
             "host": socket.gethostname(),
         }
         try:
             assert self._store is not None
-            self._store.set(str(self.rank), json.dumps(sign))
+            self._store.set(str(self.rank), json.dumps(heartbeat))
         except RuntimeError:
-            # Whoever holds the store is gone: the collectives will say so.
+            # The process that holds the store is gone. The collectives will report it.
             return
 
     def _read(self) -> list[dict[str, Any]]:
+        """Return the last heartbeat of every rank, in rank order."""
         assert self._store is not None
         keys = [str(rank) for rank in range(self.world_size)]
         known = (
             keys if self._store.check(keys) else [key for key in keys if self._store.check([key])]
         )
-        signs = dict(zip(known, map(json.loads, self._store.multi_get(known)), strict=True))
-        unknown = {
-            "beat": 0,
-            "count": 0,
-            "step": 0,
-            "what": "before the first step",
-            "seconds": 0,
-            "failure": "",
-            "process": "?",
-            "host": "?",
-        }
-        return [signs.get(key, unknown) for key in keys]
+        heartbeats = dict(zip(known, map(json.loads, self._store.multi_get(known)), strict=True))
+        return [heartbeats.get(key, _UNKNOWN) for key in keys]
 
 
 def _is_communication(error: BaseException) -> bool:
-    """Whether an error came out of a collective. gloo raises plain RuntimeErrors that name its source files or the peer."""
+    """Return True if an error came out of a collective.
+
+    gloo raises plain RuntimeErrors that name its source files or the peer.
+    """
     if isinstance(error, dist.DistError):
         return True
-    words = (
+    phrases = (
         "gloo",
         "Connection closed by peer",
         "Connection reset by peer",
@@ -250,4 +283,4 @@ def _is_communication(error: BaseException) -> bool:
         "Timed out waiting",
         "ProcessGroup",
     )
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from megatron_kd.config.hidden_state_pairs import projections_of
 from megatron_kd.config.run_config import RunConfig
 from megatron_kd.config.sections import ModelSection
-from megatron_kd.parallel.vocab_shards import padded_vocab_size, stage_of
+from megatron_kd.parallel.pipeline_stages import stage_of_layer
+from megatron_kd.parallel.vocab_shards import padded_vocab_size
 
 _BYTES = {"bf16": 2, "fp32": 4}
 
@@ -111,7 +112,7 @@ def hidden_states_bytes(
     pairs = [
         pair
         for pair in config.distill.hidden_states
-        if stage_of(pair.student_layer, model.num_layers, **layout) == stage
+        if stage_of_layer(pair.student_layer, model.num_layers, **layout) == stage
     ]
     states = num_microbatches * len({pair.teacher_layer for pair in pairs}) * teacher.hidden_size
     gradients = (

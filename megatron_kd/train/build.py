@@ -39,7 +39,7 @@ from megatron_kd.train.routing import CutOf, cut_of, rules_of
 from megatron_kd.train.run_progress import RunProgress
 from megatron_kd.train.schedules import alpha_at, learning_rate_at
 from megatron_kd.train.startup.input_checks import Inputs, check_inputs, checkpoints_folder
-from megatron_kd.train.startup.resume import choose_checkpoint, with_settings
+from megatron_kd.train.startup.resume import attach_settings, choose_checkpoint
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def build_run(config: RunConfig, *, rendezvous: str | None = None) -> Run:
         timeout_seconds=config.train.timeout_seconds,
         rendezvous=rendezvous,
     )
-    inputs = with_settings(config, choose_checkpoint(config, inputs))
+    inputs = attach_settings(config, choose_checkpoint(config, inputs))
     student = Student(config, groups, vocab_size=inputs.vocab_size, projections=inputs.projections)
     if inputs.initial is not None:
         load_weights(inputs.initial, student.models, what="checkpoint.initialize_from")

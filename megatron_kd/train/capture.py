@@ -28,7 +28,7 @@ from megatron_kd.targets.sparse import SparseTarget
 from megatron_kd.teacher.build import selection_of
 from megatron_kd.teacher.online import SelectTargets
 from megatron_kd.train.startup.input_checks import Inputs
-from megatron_kd.train.startup.weights_fingerprint import RunDescription, remember_run
+from megatron_kd.train.startup.weights_fingerprint import describe_run, record_run
 
 # (hidden [S, B, H], weight [V/tp, H], microbatch): shown what goes into the loss of one microbatch, on the last stage.
 Observe = Callable[[Tensor, Tensor, Microbatch], None]
@@ -138,7 +138,7 @@ def build_capture(config: RunConfig, inputs: Inputs, groups: Groups, *, step: in
     section, directory = config.capture, config.capture.directory
     if directory is None:
         return NoCapture()
-    run = RunDescription.of(config, inputs, directory)
+    run = describe_run(config, inputs, directory)
     selection = selection_of(config)
     identity = CacheIdentity(
         teacher=run.digest,
@@ -156,7 +156,7 @@ def build_capture(config: RunConfig, inputs: Inputs, groups: Groups, *, step: in
     shard_tokens = min(shard_steps, to_come) * samples * config.batch.sequence_length
 
     def begin() -> StagedWriter:
-        remember_run(directory, run)
+        record_run(directory, run)
         return _begin(
             directory,
             identity,

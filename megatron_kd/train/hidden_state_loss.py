@@ -34,7 +34,7 @@ from megatron_kd.models.projections import projections_on
 from megatron_kd.models.student import Student
 from megatron_kd.parallel.collectives import exchange, raise_together
 from megatron_kd.parallel.groups import Groups
-from megatron_kd.parallel.vocab_shards import stage_of
+from megatron_kd.parallel.pipeline_stages import stage_of_layer
 from megatron_kd.teacher.online import OnlineTeacher
 from megatron_kd.teacher.source import TeacherSource
 
@@ -283,8 +283,8 @@ def build_hidden_states(
             distance=HIDDEN_DISTANCES[entry.loss],
             weight=entry.weight,
             stages=(
-                stage_of(entry.teacher_layer, theirs, pipeline=pipeline),
-                stage_of(
+                stage_of_layer(entry.teacher_layer, theirs, pipeline=pipeline),
+                stage_of_layer(
                     entry.student_layer, config.model.num_layers, pipeline=pipeline, virtual=virtual
                 ),
             ),

@@ -1,4 +1,4 @@
-"""The loop: step, log, maybe evaluate, maybe save."""
+"""Run the training loop: step, log, evaluate, save."""
 
 from __future__ import annotations
 
@@ -24,118 +24,10 @@ from megatron_kd.telemetry.throughput import Stopwatch
 from megatron_kd.train.build import Run
 from megatron_kd.train.capture import CaptureError
 from megatron_kd.train.evaluate import evaluate
-from megatron_kd.train.guards import DataGuard, LossSpikeError, SpikeGuard
+from megatron_kd.train.guards import DataWaitGuard, LossSpikeError, SpikeGuard
 from megatron_kd.train.shutdown import Action, NoShutdown, ShutdownRequest
-from megatron_kd.train.startup.resume import settle
+from megatron_kd.train.startup.resume import reconcile_checkpoints
 from megatron_kd.train.step import StepReport, train_step
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient was not finite and the policy says stop. No weight was changed by that step."""
-
-
-def train(run: Run, leaving: ShutdownRequest | None = None) -> Action:
-    """Train to train.steps from wherever `run` stands, or until `leaving` asks to go. Collective over the world.
-
-    Returns CONTINUE when finished, else what was asked for; the run is saved then. NonFiniteError, LossSpikeError, CaptureError and
-    CheckpointError on every rank alike, ConfigError where another run has the directory; LostRankError where another rank is missing (see
-    `Watchdog`, which may also end the process).
-    """
-    lock = _hold(run)
-    try:
-        request = _train(run, leaving or NoShutdown())
-    finally:
-        run.saver.verifier.close()
-        if lock is not None:
-            lock.release()
-    # Whoever returns may begin the next run in this directory: not before it is free.
-    raise_together(None, ConfigError)
-    return request
-
-
-def _hold(run: Run) -> DirectoryLock | None:
-    """This run directory for this run alone; rank 0 holds it. ConfigError on every rank where another run does."""
-    held: list[DirectoryLock] = []
-
-    def take() -> str | None:
-        lock = DirectoryLock(run.config.run.directory)
-        held.append(lock)
-        return None if lock.took_over is None else str(lock.took_over)
-
-    try:
-        left = from_rank_zero(take)
-    except OSError as error:
-        raise ConfigError(
-            f"run.directory: {error.filename or run.config.run.directory}: {error.strerror}: it cannot be written"
-        ) from error
-    if not held:
-        return None
-    run.saver.check = held[0].check
-    if left is not None:
-        run.saver.log.warn(
-            "took over",
-            run.progress.step,
-            f"{run.config.run.directory} was held by {left}, which is gone: going on",
-        )
-    settle(run.inputs, run.saver)
-    return held[0]
-
-
-def _train(run: Run, leaving: ShutdownRequest) -> Action:
-    config, progress = run.config, run.progress
-    first = run.groups.rank == 0
-    with RunWriter(
-        config.run.directory, tensorboard=config.telemetry.tensorboard, enabled=first
-    ) as writer:
-        writer.write_config(dump_toml(config))
-        writer.begin(step=progress.step, steps=config.train.steps)
-        if run.inputs.passed_over:
-            steps = ", ".join(str(step) for step, _ in run.inputs.passed_over)
-            writer.status(
-                "running",
-                step=progress.step,
-                message=f"damaged checkpoints were passed over: step {steps}",
-            )
-        bar = Progress(
-            config.telemetry.progress,
-            steps=config.train.steps,
-            start_step=progress.step,
-            enabled=first,
-        )
-        try:
-            with run.groups.watchdog as watchdog:
-                watchdog.on_lost = lambda sentence: writer.status(
-                    "failed", step=progress.step, message=sentence
-                )
-                try:
-                    request = _loop(run, writer, bar, leaving)
-                except (NonFiniteError, LossSpikeError, CaptureError):
-                    _flush_pending_checkpoint(run)
-                    raise
-            writer.status(
-                _STATES[request], step=progress.step, message=leaving.reason if request else ""
-            )
-            leaving.acknowledge()
-            return request
-        except BaseException as error:
-            known = NonFiniteError | LossSpikeError | CaptureError | CheckpointError
-            state: State = "stopped" if isinstance(error, known) else "failed"
-            # A disk that is full must not hide the reason why.
-            with contextlib.suppress(OSError):
-                writer.status(state, step=progress.step, message=str(error)[:500])
-            raise
-        finally:
-            bar.close()
-            run.capture.close()
-
-
-def _flush_pending_checkpoint(run: Run) -> None:
-    """Of a run that stops on every rank alike, the checkpoint that is being written is still worth having."""
-    try:
-        run.saver.finish(read_back=False)
-    except CheckpointError as error:
-        run.saver.log.warn("failed", run.progress.step, str(error))
-
 
 _STATES: dict[Action, State] = {
     Action.CONTINUE: "finished",
@@ -144,50 +36,185 @@ _STATES: dict[Action, State] = {
 }
 
 
-def _loop(run: Run, writer: RunWriter, bar: Progress, leaving: ShutdownRequest) -> Action:
+class NonFiniteError(RuntimeError):
+    """Report that the loss or the gradient was not finite and the policy is to stop.
+
+    The step changed no weight.
+    """
+
+
+def train(run: Run, shutdown: ShutdownRequest | None = None) -> Action:
+    """Train from the run's current step to train.steps, or until a shutdown is requested.
+
+    Collective over the world. All errors but LostRankError are raised on every rank alike.
+
+    Returns:
+        CONTINUE if the run is finished, else the requested action. The run is saved then.
+
+    Raises:
+        NonFiniteError: A number was not finite and train.nonfinite stops the run.
+        LossSpikeError: The loss jumped and train.on_loss_spike stops the run.
+        CaptureError: Captured targets could not be written.
+        CheckpointError: A checkpoint could not be written.
+        ConfigError: Another run has locked the directory.
+        LostRankError: Another rank is missing. The watchdog may also end the process.
+    """
+    lock = _lock_directory(run)
+    try:
+        action = _train(run, shutdown or NoShutdown())
+    finally:
+        run.saver.verifier.close()
+        if lock is not None:
+            lock.release()
+    # The caller may start the next run in this directory, so no rank returns before it is unlocked.
+    raise_together(None, ConfigError)
+    return action
+
+
+def _lock_directory(run: Run) -> DirectoryLock | None:
+    """Lock the run directory, and return the lock on rank 0.
+
+    Raises:
+        ConfigError: On every rank: another run has locked it, or it cannot be written.
+    """
+    directory = run.config.run.directory
+    locks: list[DirectoryLock] = []
+
+    def acquire() -> str | None:
+        lock = DirectoryLock(directory)
+        locks.append(lock)
+        return None if lock.took_over is None else str(lock.took_over)
+
+    try:
+        lost_owner = from_rank_zero(acquire)
+    except OSError as error:
+        raise ConfigError(
+            f"run.directory: {error.filename or directory}: {error.strerror}: it cannot be written"
+        ) from error
+    if not locks:
+        return None
+    run.saver.check = locks[0].check
+    if lost_owner is not None:
+        run.saver.log.warn(
+            "took over",
+            run.progress.step,
+            f"{directory} was locked by {lost_owner}, which no longer runs: continuing",
+        )
+    reconcile_checkpoints(run.inputs, run.saver)
+    return locks[0]
+
+
+def _train(run: Run, shutdown: ShutdownRequest) -> Action:
     config, progress = run.config, run.progress
-    watch = _stopwatch(run)
-    saved = progress.step
-    spikes, samples = (
-        SpikeGuard(config.train.loss_spike, stops=config.train.on_loss_spike == "stop"),
-        DataGuard(),
-    )
-    request = leaving.agree(run.groups.platform.device)
-    while progress.step < config.train.steps and not request:
+    is_first = run.groups.rank == 0
+    with RunWriter(
+        config.run.directory, tensorboard=config.telemetry.tensorboard, enabled=is_first
+    ) as writer:
+        _write_start(run, writer)
+        bar = Progress(
+            config.telemetry.progress,
+            steps=config.train.steps,
+            start_step=progress.step,
+            enabled=is_first,
+        )
+        with contextlib.closing(run.capture), contextlib.closing(bar):
+            try:
+                action = _watched_loop(run, writer, bar, shutdown)
+                reason = shutdown.reason if action else ""
+                writer.status(_STATES[action], step=progress.step, message=reason)
+                shutdown.acknowledge()
+            except BaseException as error:
+                _write_failure(writer, progress.step, error)
+                raise
+    return action
+
+
+def _write_start(run: Run, writer: RunWriter) -> None:
+    writer.write_config(dump_toml(run.config))
+    writer.begin(step=run.progress.step, steps=run.config.train.steps)
+    if run.inputs.skipped_checkpoints:
+        steps = ", ".join(str(step) for step, _ in run.inputs.skipped_checkpoints)
+        writer.status(
+            "running",
+            step=run.progress.step,
+            message=f"damaged checkpoints were skipped: step {steps}",
+        )
+
+
+def _write_failure(writer: RunWriter, step: int, error: BaseException) -> None:
+    is_stop = isinstance(error, NonFiniteError | LossSpikeError | CaptureError | CheckpointError)
+    # An error of this write, such as a full disk, must not hide the reason of the failure.
+    with contextlib.suppress(OSError):
+        writer.status("stopped" if is_stop else "failed", step=step, message=str(error)[:500])
+
+
+def _watched_loop(run: Run, writer: RunWriter, bar: Progress, shutdown: ShutdownRequest) -> Action:
+    """Run the loop under the watchdog."""
+    with run.groups.watchdog as watchdog:
+        watchdog.on_lost = lambda message: writer.status(
+            "failed", step=run.progress.step, message=message
+        )
+        try:
+            return _loop(run, writer, bar, shutdown)
+        except (NonFiniteError, LossSpikeError, CaptureError):
+            _flush_pending_checkpoint(run)
+            raise
+
+
+def _flush_pending_checkpoint(run: Run) -> None:
+    """On a coordinated stop, finish the checkpoint that is being written."""
+    try:
+        run.saver.finish(read_back=False)
+    except CheckpointError as error:
+        run.saver.log.warn("failed", run.progress.step, str(error))
+
+
+def _loop(run: Run, writer: RunWriter, bar: Progress, shutdown: ShutdownRequest) -> Action:
+    config, progress, device = run.config, run.progress, run.groups.platform.device
+    stopwatch = _stopwatch(run)
+    spike_guard = SpikeGuard(config.train.loss_spike, stops=config.train.on_loss_spike == "stop")
+    data_guard = DataWaitGuard()
+    saved_step = progress.step
+    action = shutdown.agree(device)
+    while progress.step < config.train.steps and not action:
         seed_step(config.train.seed, progress.step, run.groups)
         report = train_step(run)
-        watch.add(config.batch.global_batch_size * config.batch.sequence_length)
-        _stop_if_not_finite(run, report)
-        if (
-            progress.step % config.telemetry.log_interval == 0
-            or progress.step == config.train.steps
-        ):
-            late = samples.look(progress.step, _log(run, report, watch, writer, bar))
-            if late is not None:
-                bar.message(f"warning: {late}")
-        spike = spikes.look(progress.step, report.metrics["total_loss"])
-        if spike is not None:
-            bar.message(f"warning: {spike}")
-        request = leaving.agree(run.groups.platform.device)
-        with watch.pause():
-            # Whoever asks may not wait for an evaluation.
-            if request and progress.step < config.train.steps:
-                saved = _save(run)
-                run.saver.finish(read_back=False)
-            if _due(progress.step, config.train.evaluate_interval, config.train.steps):
-                _evaluate(run, writer, bar)
-            if (
-                _due(progress.step, config.checkpoint.interval, config.train.steps)
-                and saved != progress.step
-            ):
-                saved = _save(run)
-            else:
-                run.saver.poll()
-    with watch.pause():
-        # Whoever asks may not wait for what is written to be read back: the next start does that.
-        run.saver.finish(read_back=not request)
-    assert saved == progress.step
-    return request if progress.step < config.train.steps else Action.CONTINUE
+        stopwatch.add(config.batch.global_batch_size * config.batch.sequence_length)
+        _check_finite(run, report)
+        if _is_due(progress.step, config.telemetry.log_interval, config.train.steps):
+            times = _log(run, report, stopwatch, writer, bar)
+            _show(bar, data_guard.check(progress.step, times))
+        _show(bar, spike_guard.check(progress.step, report.metrics["total_loss"]))
+        action = shutdown.agree(device)
+        with stopwatch.pause():
+            saved_step = _evaluate_and_save(run, writer, bar, saved_step, stops=bool(action))
+    with stopwatch.pause():
+        # A time limit may not allow reading the checkpoint back. The next start verifies it.
+        run.saver.finish(read_back=not action)
+    assert saved_step == progress.step
+    return action if progress.step < config.train.steps else Action.CONTINUE
+
+
+def _show(bar: Progress, warning: str | None) -> None:
+    if warning is not None:
+        bar.message(f"warning: {warning}")
+
+
+def _evaluate_and_save(
+    run: Run, writer: RunWriter, bar: Progress, saved_step: int, *, stops: bool
+) -> int:
+    """Evaluate and save if they are due after this step, and return the last saved step."""
+    config, step = run.config, run.progress.step
+    if stops and step < config.train.steps:
+        # Save before evaluating: the time limit may not allow both.
+        saved_step = _save(run)
+        run.saver.finish(read_back=False)
+    if _is_due(step, config.train.evaluate_interval, config.train.steps):
+        _evaluate(run, writer, bar)
+    if _is_due(step, config.checkpoint.interval, config.train.steps) and saved_step != step:
+        return _save(run)
+    run.saver.poll()
+    return saved_step
 
 
 def _save(run: Run) -> int:
@@ -198,20 +225,20 @@ def _save(run: Run) -> int:
     return run.progress.step
 
 
-def _due(step: int, interval: int, last: int) -> bool:
-    return step == last or (interval > 0 and step % interval == 0)
+def _is_due(step: int, interval: int, last_step: int) -> bool:
+    return step == last_step or (interval > 0 and step % interval == 0)
 
 
 def _log(
-    run: Run, report: StepReport, watch: Stopwatch, writer: RunWriter, bar: Progress
+    run: Run, report: StepReport, stopwatch: Stopwatch, writer: RunWriter, bar: Progress
 ) -> dict[str, float | int]:
-    """A row and a line; how long the ranks took."""
-    lap, metrics, progress, times = watch.lap(), report.metrics, run.progress, run.times.spread()
-    named = {name: value for name, value in metrics.items() if name != "tokens"}
+    """Write one record of metrics and update the progress bar; return the times of the ranks."""
+    lap, metrics, progress = stopwatch.lap(), report.metrics, run.progress
+    times = run.times.spread()
     writer.row(
         {
             "step": progress.step,
-            **named,
+            **{name: value for name, value in metrics.items() if name != "tokens"},
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
             "alpha": report.alpha,
@@ -236,7 +263,7 @@ def _log(
 
 def _evaluate(run: Run, writer: RunWriter, bar: Progress) -> None:
     for split, metrics in evaluate(run).items():
-        named = {
+        reported = {
             name: value for name, value in metrics.items() if name not in ("tokens", "total_loss")
         }
         writer.row(
@@ -245,42 +272,40 @@ def _evaluate(run: Run, writer: RunWriter, bar: Progress) -> None:
                 "split": split,
                 "tokens": run.progress.consumed_tokens,
                 "loss_tokens": metrics["tokens"],
-                **named,
+                **reported,
             }
         )
-        bar.message(
-            f"step {run.progress.step}  validation {split}  loss {metrics['ce_loss'] or float('nan'):.4f}"
-        )
+        loss = metrics["ce_loss"] or float("nan")
+        bar.message(f"step {run.progress.step}  validation {split}  loss {loss:.4f}")
 
 
-def _stop_if_not_finite(run: Run, report: StepReport) -> None:
+def _check_finite(run: Run, report: StepReport) -> None:
+    """Raise NonFiniteError if the step was skipped and the policy allows no more such steps."""
     if report.updated:
         return
     policy, count = run.config.train.nonfinite, run.progress.nonfinite_steps
     if policy == "stop" or count > run.config.train.max_nonfinite_steps:
         loss = report.metrics["total_loss"]
         raise NonFiniteError(
-            f"step {run.progress.step}: loss {loss} and gradient norm {report.grad_norm} are not both finite ({count} such step(s) "
-            f'so far); the weights were not changed and train.nonfinite = "{policy}" stops the run: look at the data and the '
-            "learning rate"
+            f"step {run.progress.step}: loss {loss} and gradient norm {report.grad_norm} are not "
+            f"both finite ({count} such step(s) so far); the weights were not changed and "
+            f'train.nonfinite = "{policy}" stops the run: check the data and the learning rate'
         )
 
 
 def _stopwatch(run: Run) -> Stopwatch:
-    config, device = run.config, run.groups.platform.device
-    size = config.batch.sequence_length
-    flops = flops_per_token(config.model, run.inputs.vocab_size, size) + projection_flops_per_token(
-        config.model, run.inputs.projections
-    )
+    config, length = run.config, run.config.batch.sequence_length
+    flops = flops_per_token(config.model, run.inputs.vocab_size, length)
+    flops += projection_flops_per_token(config.model, run.inputs.projections)
     teacher = run.inputs.teacher_model
     if teacher is not None:
-        flops += flops_per_token(teacher, run.inputs.vocab_size, size, forward_only=True)
+        flops += flops_per_token(teacher, run.inputs.vocab_size, length, forward_only=True)
     peak = config.telemetry.peak_tflops
     if peak is None:
-        named = run.groups.platform.is_cuda
+        platform = run.groups.platform
         peak = (
-            peak_tflops(torch.cuda.get_device_name(device))
-            if named
+            peak_tflops(torch.cuda.get_device_name(platform.device))
+            if platform.is_cuda
             else measure_peak_tflops(DTYPES[config.train.precision])
         )
     return Stopwatch(flops_per_token=flops, num_devices=run.groups.world_size, peak_tflops=peak)

@@ -1,7 +1,9 @@
-"""ShutdownRequest in good order: what asks a run to save and go, and how all ranks come to go after the same step.
+"""Coordinate a graceful shutdown on signals, a time limit or a stop file.
 
-A batch system takes its nodes back: by a signal some minutes before, by a limit known at the start, or a person wants the run to end.
-Exit codes tell the script that started it what to do next; status.json says the same, for launchers that swallow codes.
+A batch system takes its nodes back, announced by a signal some minutes before or by a limit known at
+the start, or a person wants the run to end. All ranks save and stop after the same step. The exit
+code tells the script that started the run what to do next (storage/exit_codes.py). `status.json`
+says the same, for launchers that drop exit codes.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 
 class Action(IntEnum):
-    """What a run is asked for; of several ranks' the greatest counts."""
+    """Say what a run has to do next. If ranks disagree, the greatest value counts."""
 
     CONTINUE = 0
     REQUEUE = 1
@@ -28,10 +30,16 @@ class Action(IntEnum):
 
 
 class ShutdownRequest:
-    """What this rank was asked for since it was made. Signals are caught from then on, in the main thread.
+    """Collect the shutdown requests that reach this rank from construction on.
 
-    SIGUSR1, SIGUSR2, SIGTERM, and `minutes` of running mean: save, leave, start again (exit code 85). A file named `stop` in the run's
-    directory means: save, leave, and do not (93); it is removed when it has been heeded.
+    SIGUSR1, SIGUSR2, SIGTERM and the end of `minutes` mean: save, stop, start again (exit code 85).
+    A file named `stop` in the run's directory means: save, stop, do not start again (exit code 93).
+    Construct it in the main thread, which receives the signals.
+
+    Args:
+        directory: The run's directory.
+        minutes: Time limit from now on; None for no limit.
+        watches_file: True on the one rank that looks for the file `stop`.
     """
 
     def __init__(self, directory: Path, *, minutes: float | None, watches_file: bool) -> None:
@@ -40,18 +48,18 @@ class ShutdownRequest:
         self.reason = ""
         self._signal = ""
         for number in SIGNALS:
-            signal.signal(number, self._take)
+            signal.signal(number, self._on_signal)
 
-    def _take(self, number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
 
     def poll(self) -> Action:
-        """What this rank knows of; `reason` says why."""
+        """Return the request that reached this rank, and set `reason`."""
         if self._file is not None and self._file.exists():
-            self.reason = f"the file {self._file} asked for it"
+            self.reason = f"the file {self._file} requested it"
             return Action.STOP
         if self._signal:
-            self.reason = f"{self._signal} asked for it"
+            self.reason = f"{self._signal} requested it"
             return Action.REQUEUE
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self.reason = "train.minutes are over"
@@ -59,28 +67,32 @@ class ShutdownRequest:
         return Action.CONTINUE
 
     def agree(self, device: torch.device) -> Action:
-        """What any rank was asked for: the same on all. One all-reduce of a number over the world."""
-        own = self.poll()
-        found = Action(int(maximum(float(own), device)))
-        if found != own:
-            self.reason = "another rank was asked to"
-        return found
+        """Return the greatest request of all ranks, and set `reason`.
+
+        Collectives:
+            One all-reduce of a number over the world.
+        """
+        local = self.poll()
+        action = Action(int(maximum(float(local), device)))
+        if action != local:
+            self.reason = "another rank received a request"
+        return action
 
     def acknowledge(self) -> None:
-        """The run is saved and leaves."""
+        """Remove the stop file, after the run was saved."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)
 
 
 class NoShutdown(ShutdownRequest):
-    """Nobody asks: for runs that are driven step by step."""
+    """Never request a shutdown, for runs that are driven step by step."""
 
     def __init__(self) -> None:
         self.reason = ""
 
     def agree(self, device: torch.device) -> Action:
-        """Go on. No collective."""
+        """Return CONTINUE, without a collective."""
         return Action.CONTINUE
 
     def acknowledge(self) -> None:
-        """Nothing to clear away."""
+        """Do nothing."""

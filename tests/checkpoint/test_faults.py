@@ -196,10 +196,10 @@ def test_damaged_ones_are_passed_over(runs: Runs) -> None:
     output = runs.ended["damaged"].output
     assert runs.codes("damaged") == [0], output
     assert runs.codes("stop") == [-signal.SIGKILL], output
-    assert "the checkpoint of step 6 is damaged and passed over" in output, output
+    assert "the checkpoint of step 6 is damaged and skipped" in output, output
     assert "__0_0.distcp has SHA-256" in output, output
     assert "the checkpoint of step 4 is damaged" in output
-    assert "going on from the checkpoint of step 2" in output
+    assert "resuming from the checkpoint of step 2" in output
     assert state_of(runs.folder / "whole", STEPS).keys() == {"__0_0.distcp", "common.pt"}
     checkpoints = runs.folder / "damaged/checkpoints"
     names = {path.name for path in checkpoints.iterdir()}
@@ -217,7 +217,7 @@ def test_none_is_good(runs: Runs) -> None:
     told = [
         line
         for line in runs.ended["none good"].output.splitlines()
-        if "no checkpoint is sound" in line
+        if "no checkpoint is intact" in line
     ]
     assert runs.codes("none good") == [2], runs.ended["none good"].output
     assert len(told) == 1, runs.ended["none good"].output
@@ -295,7 +295,7 @@ def test_second_run_is_refused(runs: Runs) -> None:
     output = runs.ended["held"].output
     assert (while_held, afterwards) == (2, 0), output
     assert f"is held by process {pid} of " in output
-    assert f"was held by process {pid} of " in output
+    assert f"was locked by process {pid} of " in output
     assert "which is gone: going on" in output
 
 

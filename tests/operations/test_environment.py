@@ -94,11 +94,11 @@ def test_a_run_does_not_go_on_with_other_settings(
         tmp_path, "run", tokens, train={"steps": 2}, teacher=online, distill={"top_k": 8}
     )
     cases = {
-        "--distill.top_k": ("4", "distill.top_k: 8 there, 4 here"),
-        "--distill.temperature": ("2.0", "distill.temperature: the default there, 2.0 here"),
-        "--batch.sequence_length": ("16", "batch.sequence_length: 24 there, 16 here"),
-        "--batch.global_batch_size": ("2", "batch.global_batch_size: 4 there, 2 here"),
-        "--train.seed": ("9", "train.seed: 7 there, 9 here"),
+        "--distill.top_k": ("4", "distill.top_k: was 8, is now 4"),
+        "--distill.temperature": ("2.0", "distill.temperature: was the default, is now 2.0"),
+        "--batch.sequence_length": ("16", "batch.sequence_length: was 24, is now 16"),
+        "--batch.global_batch_size": ("2", "batch.global_batch_size: was 4, is now 2"),
+        "--train.seed": ("9", "train.seed: was 7, is now 9"),
         "--data.train": (others, "data.train: "),
     }
     tries: dict[str, tuple[str, ...]] = {
@@ -142,5 +142,7 @@ def test_a_run_does_not_go_on_with_other_settings(
         2,
     ], found["allowed"].output
     measured(f"{len(cases)} of {len(cases)} changes refused by name; one allowed and recorded")
-    assert "going on with other settings: distill.top_k: 8 there, 4 here" in found["allowed"].output
-    assert "distill.top_k: 8 there, 4 here" in (tmp_path / "run/checkpoints.jsonl").read_text()
+    assert (
+        "continuing with other settings: distill.top_k: was 8, is now 4" in found["allowed"].output
+    )
+    assert "distill.top_k: was 8, is now 4" in (tmp_path / "run/checkpoints.jsonl").read_text()

@@ -80,7 +80,7 @@ def test_asked_to_leave(site: Site) -> None:
     site.cluster.ask("scancel", "--signal=USR1", job)
     log = site.ends(job)
     assert "2 ranks on 2 nodes are fit" in log
-    assert "saved and left: SIGUSR1 asked for it" in log
+    assert "saved and stopped: SIGUSR1 requested it" in log
     assert "finished at 60" in log
     assert site.cluster.show(job, "Restarts") == "1"
     assert site.weights("exported/student-1b")

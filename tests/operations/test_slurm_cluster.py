@@ -74,7 +74,7 @@ def test_the_7b_student_through_a_preemption(site: Site, teacher: str) -> None:
     site.cluster.wait_for(urgent, "COMPLETED")
     log = site.ends(job)
     assert site.cluster.show(job, "Restarts") == "1", log
-    assert "saved and left: SIGTERM asked for it" in log
+    assert "saved and stopped: SIGTERM requested it" in log
     assert "restart 1" in log
     assert site.status("runs/preempted")["state"] == "finished"
     logs = sorted(path.name for path in (site.folder / "runs/preempted/slurm").glob("*.log"))
@@ -128,7 +128,7 @@ def test_time_limit_and_node_failure(site: Site) -> None:
     log = site.ends(job)
     assert len(tasks) == 2, log
     assert int(site.cluster.show(job, "Restarts")) >= 1, log
-    assert "saved and left: SIGUSR1 asked for it" in log, log
+    assert "saved and stopped: SIGUSR1 requested it" in log, log
     assert site.curve("runs/limited") == site.curve("runs/whole")
     assert site.weights("e3/student-1b") == site.weights("e4/student-1b")
 

@@ -189,7 +189,7 @@ def refused(bench: Bench) -> dict[str, tuple[list[str], str]]:
     fresh = ["--run.directory", str(bench.folder / "fresh")]
     changed = ["--train.seed", "8", "--checkpoint.allow_changes", "true"]
     return {
-        "other run": (changed, "holds the targets of another training run (train.seed: 7 there, 8 here)"),
+        "other run": (changed, "holds the targets of another training run (train.seed: was 7, is now 8)"),
         "other k": (["--distill.top_k", "9"], "selection: the cache has 'TopSelection(top_k=12"),
         "second": (fresh, "already holds targets of training steps up to 8, but training goes on at step 0"),
         "a file": ([*fresh, "--capture.directory", f"{bench.data}.bin"], "capture.directory cannot be written"),

@@ -31,27 +31,27 @@ def guard(limit: float | None = 0.5, *, stops: bool = False) -> Any:
 def test_a_spike_is_above_the_median_of_the_steps_before() -> None:
     spikes = guard()
     losses = [3.0 + 0.01 * (step % 7) for step in range(30)]
-    assert [spikes.look(step, loss) for step, loss in enumerate(losses)] == [None] * 30
-    assert spikes.look(30, 3.4) is None
-    found = spikes.look(31, 3.6)
+    assert [spikes.check(step, loss) for step, loss in enumerate(losses)] == [None] * 30
+    assert spikes.check(30, 3.4) is None
+    found = spikes.check(31, 3.6)
     assert found is not None
     assert (
         "step 31: total_loss 3.6000 is 0.57 nats above the median of the 31 steps before" in found
     )
     # Spikes do not become the usual: the second of a row is one too.
-    assert spikes.look(32, 3.6) is not None
-    assert spikes.look(33, 3.02) is None
+    assert spikes.check(32, 3.6) is not None
+    assert spikes.check(33, 3.02) is None
 
 
 def test_it_is_silent_at_first_and_about_what_is_not_finite() -> None:
     spikes = guard()
-    assert spikes.look(0, 3.0) is None
-    assert spikes.look(1, 30.0) is None
+    assert spikes.check(0, 3.0) is None
+    assert spikes.check(1, 30.0) is None
     for step in range(2, 40):
-        spikes.look(step, 3.0)
-    assert spikes.look(40, math.nan) is None
-    assert spikes.look(41, None) is None
-    assert guard(None).look(0, 1e9) is None
+        spikes.check(step, 3.0)
+    assert spikes.check(40, math.nan) is None
+    assert spikes.check(41, None) is None
+    assert guard(None).check(0, 1e9) is None
 
 
 def test_the_policy_may_stop_the_run() -> None:
@@ -59,27 +59,30 @@ def test_the_policy_may_stop_the_run() -> None:
 
     spikes = guard(stops=True)
     for step in range(20):
-        spikes.look(step, 3.0)
+        spikes.check(step, 3.0)
     with pytest.raises(LossSpikeError, match="step 20: total_loss 9.0000 is 6.00 nats above"):
-        spikes.look(20, 9.0)
+        spikes.check(20, 9.0)
 
 
 def test_late_samples_are_told_once() -> None:
     from megatron_kd.parallel.platform import use_cpu
 
     use_cpu()
-    from megatron_kd.train.guards import DataGuard
+    from megatron_kd.train.guards import DataWaitGuard
 
-    samples = DataGuard()
+    samples = DataWaitGuard()
     late, well = (
         {"data_seconds": 0.6, "slowest_rank_seconds": 1.0},
         {"data_seconds": 0.4, "slowest_rank_seconds": 1.0},
     )
-    told = [samples.look(step, late) for step in range(30)]
+    told = [samples.check(step, late) for step in range(30)]
     assert [step for step, said in enumerate(told) if said] == [9]
     assert "0.60 of 1.00 s" in str(told[9])
-    assert samples.look(30, well) is None
-    assert [bool(samples.look(step, late)) for step in range(31, 42)] == [False] * 9 + [True, False]
+    assert samples.check(30, well) is None
+    assert [bool(samples.check(step, late)) for step in range(31, 42)] == [False] * 9 + [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.fault(8)

@@ -54,8 +54,8 @@ def test_every_way_of_leaving(tmp_path: Path, measured: Callable[[str], None]) -
     workers[1].send_signal(signal.SIGUSR1)
     ended = finish_ranks(workers)
     assert [code for code, _ in ended] == [85, 85], ended
-    assert "saved and left: SIGUSR1 asked for it" in ended[1][1]
-    assert "saved and left: another rank was asked to" in ended[0][1]
+    assert "saved and stopped: SIGUSR1 requested it" in ended[1][1]
+    assert "saved and stopped: another rank received a request" in ended[0][1]
     first = status(directory)
     assert first["state"] == "requeue"
     assert 20 <= first["step"] < 160

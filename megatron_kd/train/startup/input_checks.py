@@ -32,8 +32,8 @@ from megatron_kd.teacher.huggingface_folder import check_huggingface_teacher, kn
 class Inputs:
     """What the checks before the first collective have found.
 
-    passed_over: (step, what is wrong) of damaged checkpoints newer than `resume`, found out by all ranks together.
-    settings: what decides the weights (train/startup/run_fingerprint.py). changed: in words, what of it is another than in `resume`.
+    skipped_checkpoints: (step, what is wrong) of damaged checkpoints newer than `resume`, found out by all ranks together.
+    settings: what decides the weights (train/startup/run_fingerprint.py). changed_settings: in words, what of it is another than in `resume`.
     """
 
     vocab_size: int
@@ -43,9 +43,9 @@ class Inputs:
     initial: Path | None
     huggingface: Path | None = None
     projections: tuple[Projection, ...] = ()
-    passed_over: tuple[tuple[int, str], ...] = ()
+    skipped_checkpoints: tuple[tuple[int, str], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
-    changed: tuple[str, ...] = ()
+    changed_settings: tuple[str, ...] = ()
 
     @property
     def teacher_model(self) -> ModelSection | None:

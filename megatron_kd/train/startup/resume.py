@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest one whose files are what was written, the same on every rank."""
+"""Choose the checkpoint that a run resumes from: the newest intact one, the same on every rank."""
 
 from __future__ import annotations
 
@@ -23,61 +23,89 @@ from megatron_kd.checkpoint.store import (
 from megatron_kd.config import ConfigError, RunConfig
 from megatron_kd.parallel.collectives import from_rank_zero, raise_together
 from megatron_kd.train.startup.input_checks import Inputs, check_resume, checkpoints_folder
-from megatron_kd.train.startup.run_fingerprint import differences, settings_of
+from megatron_kd.train.startup.run_fingerprint import (
+    MAY_CHANGE_ON_RESUME,
+    checkpoint_settings,
+    differences,
+)
 
 
 def choose_checkpoint(config: RunConfig, inputs: Inputs) -> Inputs:
-    """`inputs` with the newest sound checkpoint of the run to resume, and the damaged ones that were passed over for it.
+    """Return `inputs` with the newest intact checkpoint to resume and the damaged newer ones.
 
-    Rank 0 says which there are: on network file systems a rank may see an old list. Every rank reads its share of each candidate.
-    Collective over the world. ConfigError on every rank where there are checkpoints and none is sound, or ranks see different folders.
+    Rank 0 lists the checkpoints, because a rank may see an old list on a network file system. Every
+    rank reads its share of each candidate. Collective over the world.
+
+    Raises:
+        ConfigError: On every rank: no checkpoint is intact, or ranks see different folders.
     """
     checkpoints = checkpoints_folder(config)
     damaged: list[tuple[int, str]] = []
     for step in reversed(from_rank_zero(lambda: complete_steps(checkpoints))):
         folder = step_folder(checkpoints, step)
-        _see_together(folder)
-        info, problems = _look(folder)
+        _check_visible(folder)
+        info, problems = _inspect(folder)
         if info is None or problems:
             damaged.append((step, summarize_problems(problems)))
             continue
-        _check_together(config, inputs, folder, info)
-        if not has_digests(folder, info):
-            _warn(
-                f"{folder} was written without digests by an earlier version: nothing is known about damage to its files"
-            )
-        for bad, problem in damaged:
-            _warn(f"the checkpoint of step {bad} is damaged and passed over: {problem}")
-        if damaged:
-            _warn(f"going on from the checkpoint of step {step}, the newest that is sound")
-        return replace(inputs, resume=(folder, info), passed_over=tuple(damaged))
+        _check_resume(config, inputs, folder, info)
+        _report_choice(folder, info, damaged)
+        return replace(inputs, resume=(folder, info), skipped_checkpoints=tuple(damaged))
     if damaged:
-        raise ConfigError(_none_left(damaged))
+        raise ConfigError(_all_damaged(damaged))
     if inputs.resume is not None:
-        raise ConfigError(
-            f"run.directory: {inputs.resume[0]} is seen by some ranks only: is run.directory shared by all machines?"
-        )
+        raise ConfigError(_not_shared(inputs.resume[0]))
     return inputs
 
 
-def _none_left(damaged: Iterable[tuple[int, str]]) -> str:
-    found = "; ".join(f"step {step}: {problem}" for step, problem in damaged)
-    return f"run.directory: no checkpoint is sound ({found}): restore one from a copy, or start over in another run.directory"
+def attach_settings(config: RunConfig, inputs: Inputs) -> Inputs:
+    """Return `inputs` with the settings that decide the weights, and how they have changed.
+
+    Rank 0 reads data and teacher. Collective over the world: one broadcast.
+
+    Raises:
+        ConfigError: On every rank: the run was trained with other settings and
+            checkpoint.allow_changes is false.
+    """
+    settings = from_rank_zero(lambda: checkpoint_settings(config, inputs))
+    stored = inputs.resume[1].settings if inputs.resume is not None else {}
+    # Checkpoints of the first versions store no settings.
+    changes = differences(stored, settings, ignored=MAY_CHANGE_ON_RESUME) if stored else []
+    if changes and not config.checkpoint.allow_changes:
+        raise ConfigError(
+            f"run.directory: {config.run.directory} was trained with other settings "
+            f"({'; '.join(changes)}): restore them, choose another run.directory, or set "
+            "checkpoint.allow_changes = true to continue with the new ones"
+        )
+    return replace(inputs, settings=settings, changed_settings=tuple(changes))
 
 
-def _see_together(folder: Path) -> None:
+def reconcile_checkpoints(inputs: Inputs, saver: Saver) -> None:
+    """Log changed settings, rename damaged checkpoints and remove old ones.
+
+    Call it on rank 0, with the lock of the run directory.
+    """
+    saver.clean()
+    if inputs.changed_settings and inputs.resume is not None:
+        changes = "; ".join(inputs.changed_settings)
+        saver.log.warn(
+            "settings", inputs.resume[1].step, f"continuing with other settings: {changes}"
+        )
+    for step, problem in inputs.skipped_checkpoints:
+        _quarantine(saver, step, problem)
+    if inputs.resume is not None and has_digests(*inputs.resume):
+        # The last rotation may have been interrupted. Repeat it now that the damaged checkpoints,
+        # which do not count as kept ones, have other names.
+        saver.verifier.add(inputs.resume[1].step, good=True)
+
+
+def _check_visible(folder: Path) -> None:
     wait_for_folder(folder, STALE_SECONDS)
-    here = folder.is_dir()
-    raise_together(
-        None
-        if here
-        else f"run.directory: {folder} is seen by some ranks only: is run.directory shared by all machines?",
-        ConfigError,
-    )
+    raise_together(None if folder.is_dir() else _not_shared(folder), ConfigError)
 
 
-def _look(folder: Path) -> tuple[CheckpointInfo | None, list[str]]:
-    """What a checkpoint is, and what is wrong with it: equal on every rank."""
+def _inspect(folder: Path) -> tuple[CheckpointInfo | None, list[str]]:
+    """Return the description of a checkpoint and its problems, the same on every rank."""
 
     def read() -> tuple[CheckpointInfo | None, list[str]]:
         try:
@@ -89,7 +117,7 @@ def _look(folder: Path) -> tuple[CheckpointInfo | None, list[str]]:
     return info, problems or find_damage(folder, info) if info is not None else problems
 
 
-def _check_together(config: RunConfig, inputs: Inputs, folder: Path, info: CheckpointInfo) -> None:
+def _check_resume(config: RunConfig, inputs: Inputs, folder: Path, info: CheckpointInfo) -> None:
     problem = None
     try:
         check_resume(
@@ -105,50 +133,45 @@ def _check_together(config: RunConfig, inputs: Inputs, folder: Path, info: Check
     raise_together(problem, ConfigError)
 
 
-def with_settings(config: RunConfig, inputs: Inputs) -> Inputs:
-    """`inputs` with what decides the weights. Rank 0 looks at data and teacher: one broadcast.
-
-    ConfigError on every rank where a run would go on with other settings than it began with, and checkpoint.allow_changes does not say so.
-    """
-    here = from_rank_zero(lambda: settings_of(config, inputs))
-    there = inputs.resume[1].settings if inputs.resume is not None else {}
-    changed = differences(there, here) if there else []
-    if changed and not config.checkpoint.allow_changes:
-        raise ConfigError(
-            f"run.directory: {config.run.directory} was trained with other settings ({'; '.join(changed)}): take them back, choose another "
-            "run.directory, or set checkpoint.allow_changes = true to go on with the new ones"
+def _report_choice(folder: Path, info: CheckpointInfo, damaged: list[tuple[int, str]]) -> None:
+    if not has_digests(folder, info):
+        _warn(
+            f"{folder} was written by an earlier version, without digests: damage to its files "
+            "cannot be detected"
         )
-    return replace(inputs, settings=here, changed=tuple(changed))
+    for step, problem in damaged:
+        _warn(f"the checkpoint of step {step} is damaged and skipped: {problem}")
+    if damaged:
+        _warn(f"resuming from the checkpoint of step {info.step}, the newest intact one")
 
 
-def settle(inputs: Inputs, saver: Saver) -> None:
-    """Note changes; give damaged checkpoints names under which nothing finds them; remove old ones. Rank 0, holding the run."""
-    saver.clean()
-    if inputs.changed and inputs.resume is not None:
-        saver.log.warn(
-            "settings",
-            inputs.resume[1].step,
-            f"going on with other settings: {'; '.join(inputs.changed)}",
+def _all_damaged(damaged: Iterable[tuple[int, str]]) -> str:
+    problems = "; ".join(f"step {step}: {problem}" for step, problem in damaged)
+    return (
+        f"run.directory: no checkpoint is intact ({problems}): restore one from a copy, or start "
+        "again in another run.directory"
+    )
+
+
+def _not_shared(folder: Path) -> str:
+    return (
+        f"run.directory: {folder} is visible to some ranks only: is run.directory shared by all "
+        "machines?"
+    )
+
+
+def _quarantine(saver: Saver, step: int, problem: str) -> None:
+    """Give a damaged checkpoint a name that no search for checkpoints matches."""
+    folder = step_folder(saver.checkpoints, step)
+    try:
+        renamed = quarantine(folder)
+    except OSError as error:
+        message = f"{folder} is damaged and cannot be renamed ({error.strerror}): {problem}"
+    else:
+        message = (
+            f"the damaged checkpoint of step {step} is now {renamed}: remove it after inspection"
         )
-    for step, problem in inputs.passed_over:
-        folder = step_folder(saver.checkpoints, step)
-        try:
-            aside = quarantine(folder)
-        except OSError as error:
-            saver.log.warn(
-                "damaged",
-                step,
-                f"{folder} is damaged and cannot be renamed ({error.strerror}): {problem}",
-            )
-        else:
-            saver.log.warn(
-                "damaged",
-                step,
-                f"the damaged checkpoint of step {step} is now {aside}: remove it when you have looked at it",
-            )
-    if inputs.resume is not None and has_digests(*inputs.resume):
-        # What a kill before the last rotation has left can go; after the damaged ones, which are not among those that stay.
-        saver.verifier.add(inputs.resume[1].step, good=True)
+    saver.log.warn("damaged", step, message)
 
 
 def _warn(message: str) -> None:
