@@ -1,8 +1,9 @@
 """Digest token files by content, so that a copy at another path counts as the same data.
 
 Two digests exist because files of earlier versions hold both. `token_digest` is stored in
-checkpoints and beside captured targets, `token_ends_digest` beside the scores of documents. A run or
-a scoring job that an earlier version began continues only if its stored digest can be computed again.
+checkpoints and beside captured targets, `token_ends_digest` beside the scores of documents. A run
+or a scoring job that an earlier version began continues only if its stored digest can be computed
+again.
 """
 
 from __future__ import annotations

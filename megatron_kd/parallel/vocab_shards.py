@@ -16,7 +16,8 @@ class VocabShard:
         rows: Rows that the rank stores.
         vocab_size: True number of ids over all ranks.
         share: vocab_size over the number of ranks, rounded up. Chunk sizes that depend on the
-            vocabulary depend on it, so that all ranks chunk alike, however the vocabulary is padded.
+            vocabulary depend on it, so that all ranks chunk alike, however the vocabulary is
+            padded.
     """
 
     start: int

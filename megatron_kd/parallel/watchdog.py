@@ -1,8 +1,8 @@
 """Exchange heartbeats, and report which rank is missing when a collective hangs.
 
-A rank that never enters a collective stops all others, with a message about sockets or with none. So
-each rank publishes its current phase in the rendezvous store, a few bytes a second from a thread of
-its own. The other ranks read it only when something goes wrong.
+A rank that never enters a collective stops all others, with a message about sockets or with none.
+So each rank publishes its current phase in the rendezvous store, a few bytes a second from a thread
+of its own. The other ranks read it only when something goes wrong.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ class _Phase(NamedTuple):
 class Watchdog:
     """Publish this rank's phase, and find the rank that the others wait for.
 
-    Every rank enters the same phases in the same order. Use the watchdog as a context manager. Inside
-    it a thread publishes heartbeats. It ends the process (exit code 1) when this rank has been in one
-    phase for nearly `limit_seconds` because another rank is silent or behind. A communication error
-    leaves the context as LostRankError if a rank is missing. Any other error is published.
+    Every rank enters the same phases in the same order. Use the watchdog as a context manager.
+    Inside it a thread publishes heartbeats. It ends the process (exit code 1) when this rank has
+    been in one phase for nearly `limit_seconds` because another rank is silent or behind. A
+    communication error leaves the context as LostRankError if a rank is missing. Any other error is
+    published.
 
     Args:
         store: Rendezvous store of the world; None turns the watchdog off.

@@ -1,6 +1,7 @@
 """Name the exit codes of the training program and of the tools.
 
-A launcher decides by these numbers whether to start a job again. `status.json` says the same in words.
+A launcher decides by these numbers whether to start a job again. `status.json` says the same in
+words.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ class LossSpikeError(RuntimeError):
 class SpikeGuard:
     """Compare each step's loss with the median of the last 100 steps without a spike.
 
-    The guard is silent for the first 20 steps after a start. The loss is the same on every rank, and
-    so is the result.
+    The guard is silent for the first 20 steps after a start. The loss is the same on every rank,
+    and so is the result.
 
     Args:
         limit: Nats above the median that make a spike. None turns the guard off.

@@ -1,4 +1,4 @@
-"""megatron-core's optimizer, with a look at the gradient norm before any weight moves."""
+"""Wrap megatron-core's optimizer, and check the gradient norm before any weight changes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from megatron_kd.models.student import Student
 
 
 class Optimizer:
-    """Adam on fp32 main weights. `step` leaves the weights alone when the gradient norm is not finite.
+    """Run Adam on fp32 main weights, and skip an update whose gradient norm is not finite.
 
-    megatron-core looks for infinities only under fp16 loss scaling; in bf16 and fp32 it would apply them.
+    megatron-core checks for infinities only under fp16 loss scaling. In bf16 and fp32 it would
+    apply them.
     """
 
     def __init__(self, run: RunConfig, student: Student) -> None:
@@ -49,22 +50,31 @@ class Optimizer:
 
     @property
     def parts(self) -> list[MegatronOptimizer]:
-        """The optimizers megatron-core chains (one, without experts)."""
+        """Return the optimizers that megatron-core chains: one, without experts."""
         return getattr(self.inner, "chained_optimizers", [self.inner])
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Use `learning_rate`, and the run's weight decay, from the next step on."""
+        """Set the learning rate and the run's weight decay of the next update."""
         for group in self.inner.param_groups:
             group["lr"] = learning_rate
-            # megatron-core leaves this to its own scheduler; without it norms and biases would decay like everything else.
+            # megatron-core leaves this to its scheduler. Without it, norms and biases would decay
+            # like all other weights.
             group["weight_decay"] = self.weight_decay * group["wd_mult"]
 
     @torch.no_grad()
     def step(self, *, allowed: bool = True) -> tuple[bool, float]:
-        """Clip and apply the gradients: (whether the weights moved, the global gradient norm before clipping).
+        """Clip and apply the gradients.
 
-        They stay where `allowed` is False (equal on every rank) or the norm is not finite; the norm is the same on every
-        rank, so all move or none. Collective: one reduction of the norm.
+        Args:
+            allowed: False to skip the update; the same on every rank.
+
+        Returns:
+            True if the weights were updated, and the global gradient norm before clipping. A norm
+            that is not finite skips the update. It is the same on every rank, so all ranks update
+            or none.
+
+        Collectives:
+            One reduction of the norm.
         """
         for part in self.parts:
             part.prepare_grads()
@@ -78,22 +88,26 @@ class Optimizer:
         return True, norm
 
     def zero_grad(self) -> None:
-        """Forget the gradients handed to Adam: they alias the buffers, and the next backward would add them twice."""
+        """Drop the gradients that Adam holds.
+
+        They alias the gradient buffers, and the next backward pass would add them twice.
+        """
         self.inner.zero_grad()
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Entered while saved state is read and loaded: what megatron-core's distributed optimizer misses for torch's Adam.
+        """Adapt megatron-core's distributed optimizer to torch's Adam while saved state is loaded.
 
-        torch keeps a `step` tensor per parameter where fused optimizers keep one per group. So the state must exist before it
-        can be described; state from another layout comes without `step` (it is stored once and set from there); and what is
-        set is one tensor for all parameters, which every update would then advance once for each of them.
+        Fused optimizers keep one `step` tensor per group, torch's Adam one per parameter. Hence:
+        the state must exist before it can be described; state from another layout comes without
+        `step`, which is stored once and set from there; and the tensor that was set is shared by
+        all parameters and must be copied, or every update would advance it once per parameter.
         """
         parts = [part for part in self.parts if isinstance(part, DistributedOptimizer)]
         for part in parts:
             if not part.optimizer.state:
                 part._init_optimizer_states_with_dummy_values()
-            part._set_main_param_and_optimizer_states = _keeping_step(part)
+            part._set_main_param_and_optimizer_states = _set_states_with_step(part)
         try:
             yield
         finally:
@@ -104,7 +118,8 @@ class Optimizer:
                         state["step"] = state["step"].clone()
 
 
-def _keeping_step(part: DistributedOptimizer) -> Any:
+def _set_states_with_step(part: DistributedOptimizer) -> Any:
+    """Return a method that sets the states of a parameter and keeps its `step` if none is given."""
     original = part._set_main_param_and_optimizer_states
 
     def set_states(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:

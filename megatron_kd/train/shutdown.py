@@ -1,9 +1,9 @@
 """Coordinate a graceful shutdown on signals, a time limit or a stop file.
 
-A batch system takes its nodes back, announced by a signal some minutes before or by a limit known at
-the start, or a person wants the run to end. All ranks save and stop after the same step. The exit
-code tells the script that started the run what to do next (storage/exit_codes.py). `status.json`
-says the same, for launchers that drop exit codes.
+A batch system takes its nodes back, announced by a signal some minutes before or by a limit known
+at the start, or a person wants the run to end. All ranks save and stop after the same step. The
+exit code tells the script that started the run what to do next (storage/exit_codes.py).
+`status.json` says the same, for launchers that drop exit codes.
 """
 
 from __future__ import annotations
