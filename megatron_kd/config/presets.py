@@ -1,10 +1,16 @@
-"""Known model shapes: `model.preset = "..."` in a run file fills the model section, and single keys override it.
+"""Define known model shapes: `model.preset = "..."` in a run file fills the model section.
 
-Sources. glm-*: arXiv 2410.16215, table 7 (students), with GLM-4's vocabulary of 151,552 ids, which gives the sizes the paper names;
-glm-9b: GLM-4-9B's own sizes. The paper does not say the students' rotary base and biases: rotary base 10,000, no biases here.
-llama3-*: arXiv 2605.23857, Llama-3.1-style (32 query and 8 key/value heads of width 128 at every size). qwen3-0.15b, -0.3b, -1b: its
-Qwen3-style ablation. arXiv 2509.01649 names an 8B teacher and 1B students without their sizes: llama-3.1-8b and llama-3.2-1b are
-the nearest published ones. llama-3.*: config.json of Llama 3.1 and 3.2, rotary scaling included. qwen3-0.6b to -8b: config.json of Qwen3.
+Keys that the run file sets itself override those of the preset. Sources:
+
+* glm-330m to glm-6.8b: the students of arXiv 2410.16215, table 7, with GLM-4's vocabulary of
+  151,552 ids, which gives the sizes that the paper states. The paper does not state rotary base
+  and biases; these presets use a rotary base of 10,000 and no biases. glm-9b: GLM-4-9B.
+* llama3-*: arXiv 2605.23857, Llama-3.1-style, with 32 query and 8 key/value heads of width 128 at
+  every size. qwen3-0.15b, -0.3b and -1b: its Qwen3-style ablation.
+* arXiv 2509.01649 states no sizes for its 8B teacher and 1B students. llama-3.1-8b and
+  llama-3.2-1b are the nearest published models.
+* llama-3.*: config.json of Llama 3.1 and 3.2, rotary scaling included. qwen3-0.6b to -8b:
+  config.json of Qwen3.
 """
 
 from __future__ import annotations
@@ -43,16 +49,23 @@ _QWEN3 = {
 
 
 def _shape(
-    hidden: int,
-    layers: int,
-    ffn: int,
-    heads: int | None = None,
-    groups: int | None = None,
-    width: int | None = None,
+    hidden_size: int,
+    num_layers: int,
+    ffn_hidden_size: int,
+    num_attention_heads: int | None = None,
+    num_query_groups: int | None = None,
+    head_dim: int | None = None,
 ) -> dict[str, Any]:
-    found = {"hidden_size": hidden, "num_layers": layers, "ffn_hidden_size": ffn}
-    optional = {"num_attention_heads": heads, "num_query_groups": groups, "head_dim": width}
-    return {**found, **{name: value for name, value in optional.items() if value is not None}}
+    """Return the keys that are not None."""
+    values = {
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "ffn_hidden_size": ffn_hidden_size,
+        "num_attention_heads": num_attention_heads,
+        "num_query_groups": num_query_groups,
+        "head_dim": head_dim,
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -92,10 +105,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_values(name: str) -> dict[str, Any]:
-    """The keys that a preset sets. ValueError, naming the nearest, for an unknown one."""
+    """Return the keys that a preset sets.
+
+    Raises:
+        ValueError: the preset is unknown; the message names the nearest one.
+    """
     if name in PRESETS:
         return PRESETS[name]
-    (near,) = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
+    (nearest,) = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
     raise ValueError(
-        f'preset ("{name}") is not known: did you mean "{near}"? All: {", ".join(PRESETS)}'
+        f'preset ("{name}") is not known: did you mean "{nearest}"? All: {", ".join(PRESETS)}'
     )
