@@ -53,7 +53,7 @@ def rules_of(distill: DistillSection, vocab_size: int) -> tuple[TokenRule, ...]:
         rules.append(Between(measure, first, last, only, squared))
     if distill.token_weight != "uniform":
         rules.append(EntropyWeight(vocab_size, inverse=distill.token_weight == "confidence"))
-    if distill.routing.routes:
+    if distill.routing.enabled:
         rules.append(Routing(distill.routing.fraction, full_ce=distill.routing.ce_weight == "one"))
     return tuple(rules)
 
@@ -65,7 +65,7 @@ def cut_of(distill: DistillSection, groups: Groups) -> CutOf:
     if routing.threshold is not None:
         threshold = torch.tensor(routing.threshold, device=groups.platform.device)
         return lambda microbatches, targets: threshold
-    if not routing.routes or routing.scope == "sequence":
+    if not routing.enabled or routing.scope == "sequence":
         return lambda microbatches, targets: None
 
     def cut(microbatches: Sequence[Microbatch], targets: Sequence[Target | None]) -> Tensor | None:
