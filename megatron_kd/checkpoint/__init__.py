@@ -1,1 +1,1 @@
-"""Saving, finding, loading and resuming the state of one run."""
+"""Save, verify, find, load and convert checkpoints."""

@@ -1,4 +1,4 @@
-"""One thing to be done with files while the process does something else, and what there is to report_phase about it."""
+"""Run a job on files in a thread, with a phase to report and a deadline."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ RUNNING, DONE, FAILED = 1, 0, 2
 
 
 class BackgroundJob:
-    """`work(report_phase)` in a thread; `report_phase(phase)` tells where it is. Not waited for at exit: a process must not hang on a disk that does.
+    """Run `work(report_phase)` in a thread; `report_phase(phase)` names the current phase.
 
-    limit_seconds: after these it has failed, whatever becomes of it. low_priority: give way to the training.
+    The thread is a daemon: a process must not hang at exit on a disk that does.
+
+    Args:
+        work: the job; its return value becomes `result`.
+        limit_seconds: after this time the job has failed, whatever it returns later.
+        low_priority: let the training run first.
     """
 
     def __init__(
@@ -25,7 +30,9 @@ class BackgroundJob:
         limit_seconds: float,
         low_priority: bool = False,
     ) -> None:
-        self.phase, self.result, self.error = "starting", None, None  # type: tuple[str, Any, BaseException | None]
+        self.phase = "starting"
+        self.result: Any = None
+        self.error: BaseException | None = None
         self._work, self._limit, self._low = work, limit_seconds, low_priority
         self._since = time.monotonic()
         self._done = threading.Event()
@@ -36,22 +43,25 @@ class BackgroundJob:
         if self._low:
             lower_priority()
         try:
-            self.result = self._work(self._say)
-        except BaseException as error:  # the thread has nobody to raise to: `problem` says it
+            self.result = self._work(self._report_phase)
+        except BaseException as error:  # Reported by `problem`.
             self.error = error
         self._done.set()
 
-    def _say(self, phase: str) -> None:
+    def _report_phase(self, phase: str) -> None:
         self.phase = phase
 
     @property
     def seconds(self) -> float:
-        """Since its beginning."""
+        """Seconds since the start."""
         return time.monotonic() - self._since
 
     @property
     def state(self) -> int:
-        """RUNNING, DONE or FAILED. What was once too late stays so: other ranks have heard of it."""
+        """RUNNING, DONE or FAILED.
+
+        A job that once was too late stays FAILED, because other ranks have been informed.
+        """
         if self._late:
             return FAILED
         if self._done.is_set():
@@ -61,20 +71,26 @@ class BackgroundJob:
 
     @property
     def problem(self) -> str | None:
-        """What went wrong, where something did."""
+        """Error message where the job has failed, else None."""
         if self.state != FAILED:
             return None
         if self.error is None:
-            return f"{self.phase} has taken {self.seconds:.1f} s, more than checkpoint.timeout_seconds = {self._limit:g}"
+            return (
+                f"{self.phase} has taken {self.seconds:.1f} s, "
+                f"more than checkpoint.timeout_seconds = {self._limit:g}"
+            )
         error = self.error
         if isinstance(error, OSError):
-            where = f"{error.filename}: " if error.filename else ""
-            return f"{where}{error.strerror or error} (while {self.phase})"
+            path = f"{error.filename}: " if error.filename else ""
+            return f"{path}{error.strerror or error} (while {self.phase})"
         return f"{type(error).__name__}: {error} (while {self.phase})"
 
 
 def lower_priority() -> None:
-    """Let the thread that calls this run when nothing else wants to; Linux gives threads priorities of their own, others do nothing."""
+    """Let the calling thread run only when no other thread needs the processor.
+
+    Linux has priorities for threads; on other systems this does nothing.
+    """
     if os.uname().sysname == "Linux":
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)

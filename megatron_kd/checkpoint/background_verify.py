@@ -1,4 +1,4 @@
-"""Reading a checkpoint back while training goes on, and what rotation may remove after it."""
+"""Read checkpoints back while training continues, and remove those that may be removed after."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from megatron_kd.checkpoint.store import prune, step_folder
 
 
 class CheckpointLog:
-    """What happens to a run's checkpoints: rows of `checkpoints.jsonl` in the run directory, and what is urgent on stderr too."""
+    """Record the history of a run's checkpoints in checkpoints.jsonl; print warnings on stderr."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, threading.Lock()
 
     def add(self, event: str, step: int, **facts: Any) -> None:
-        """One row. A disk that does not take it has more important things to say than this."""
-        row = {
+        """Append one record.
+
+        An error is ignored: a disk that fails here is reported by the save itself.
+        """
+        record = {
             "event": event,
             "step": step,
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -32,29 +35,38 @@ class CheckpointLog:
         with self._lock:
             try:
                 with open(self._path, "a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(row) + "\n")
+                    stream.write(json.dumps(record) + "\n")
             except OSError:
                 return
 
     def warn(self, event: str, step: int, message: str) -> None:
-        """A row, and a line on stderr."""
+        """Append a record, and print a line on stderr."""
         self.add(event, step, message=message)
         print(f"megatron_kd: warning: {message}", file=sys.stderr, flush=True)
 
 
 class _ClosedError(Exception):
-    """Nobody waits for the answer any more."""
+    """Report that the verifier was closed."""
 
 
 class Verifier:
-    """Reads committed checkpoints back, newest first, in a thread of low priority; then removes old ones. On one rank only.
+    """Read committed checkpoints back, newest first, and then remove old ones.
 
-    good: steps whose digests were found right. bad: step -> what is wrong with it.
+    It does so in a thread of low priority, on one rank only.
+
+    Args:
+        checkpoints: folder of all checkpoints.
+        keep_last: how many of the newest to keep.
+        log: of the run's checkpoints.
+
+    Attributes:
+        verified: steps whose digests are correct.
+        damaged: step -> what is wrong with it.
     """
 
     def __init__(self, checkpoints: Path, *, keep_last: int, log: CheckpointLog) -> None:
-        self.good: set[int] = set()
-        self.bad: dict[int, str] = {}
+        self.verified: set[int] = set()
+        self.damaged: dict[int, str] = {}
         self._checkpoints, self._keep_last, self._log = checkpoints, keep_last, log
         self._waiting: list[int] = []
         self._working = False
@@ -62,11 +74,14 @@ class Verifier:
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def add(self, step: int, *, good: bool = False) -> None:
-        """Read the checkpoint of `step` back as soon as may be. good: that was done elsewhere, and only rotation is left to do."""
+    def add(self, step: int, *, verified: bool = False) -> None:
+        """Queue the checkpoint of `step` for reading back.
+
+        With `verified`, that was done already, and only old checkpoints are removed.
+        """
         with self._changed:
-            (self.good.add if good else self.good.discard)(step)
-            self.bad.pop(step, None)
+            (self.verified.add if verified else self.verified.discard)(step)
+            self.damaged.pop(step, None)
             self._waiting.append(step)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="verify", daemon=True)
@@ -75,7 +90,7 @@ class Verifier:
 
     @property
     def busy(self) -> bool:
-        """Whether something is still to be read."""
+        """True while a checkpoint waits or is being read."""
         with self._changed:
             return self._working or bool(self._waiting)
 
@@ -92,44 +107,48 @@ class Verifier:
                 self._verify(step)
             except _ClosedError:
                 pass
-            except Exception as error:  # whatever it is, the checkpoint counts as unverified
+            except Exception as error:  # The checkpoint counts as unverified.
                 self._log.warn(
                     "unverified",
                     step,
-                    f"the checkpoint of step {step} could not be read back ({type(error).__name__}: {error})",
+                    f"the checkpoint of step {step} could not be read back "
+                    f"({type(error).__name__}: {error})",
                 )
             with self._changed:
                 self._working = False
 
     def close(self, seconds: float = 10.0) -> None:
-        """Read no further; wait so long for what is being removed."""
+        """Stop reading; wait at most `seconds` for a removal that is in progress."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(seconds)
 
-    def _look_up(self, _bytes: int) -> None:
+    def _check_closed(self, _bytes: int) -> None:
         if self._closed:
             raise _ClosedError
 
     def _verify(self, step: int) -> None:
-        if step not in self.good and not self._sound(step):
+        if step not in self.verified and not self._is_intact(step):
             return
-        for removed in prune(self._checkpoints, self._keep_last, self.good):
-            self.good.discard(removed)
+        for removed in prune(self._checkpoints, self._keep_last, self.verified):
+            self.verified.discard(removed)
             self._log.add("removed", removed)
 
-    def _sound(self, step: int) -> bool:
+    def _is_intact(self, step: int) -> bool:
         begin = time.perf_counter()
         problems = verify(
-            step_folder(self._checkpoints, step), from_disk=True, progress=self._look_up
+            step_folder(self._checkpoints, step), from_disk=True, progress=self._check_closed
         )
         if problems:
-            self.bad[step] = summarize_problems(problems)
-            message = f"the checkpoint of step {step} was written and does not read back: {self.bad[step]}; older ones are kept"
+            self.damaged[step] = summarize_problems(problems)
+            message = (
+                f"the checkpoint of step {step} was written and does not read back: "
+                f"{self.damaged[step]}; older ones are kept"
+            )
             self._log.warn("damaged", step, message)
             return False
-        self.good.add(step)
+        self.verified.add(step)
         self._log.add("verified", step, seconds=round(time.perf_counter() - begin, 3))
         return True

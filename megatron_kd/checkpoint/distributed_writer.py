@@ -1,7 +1,8 @@
-"""megatron-core's distributed checkpoint, written by a thread of the rank that has the data, its digests with it.
+"""Write megatron-core's distributed checkpoint in a thread of the rank that has the data.
 
-megatron-core's own writer starts a manager process and forks a writer for every file, even for a synchronous save: five seconds, a hang
-in scripts without a `__main__` guard or machines without psutil, and no digests.
+Digests are computed on the way. megatron-core's own writer starts a manager process and forks a
+writer for every file, even for a synchronous save: that costs five seconds, hangs in scripts
+without a `__main__` guard or on machines without psutil, and gives no digests.
 """
 
 from __future__ import annotations
@@ -35,10 +36,14 @@ PhaseReporter = Callable[[str], None]
 
 
 class StateWriter(FileSystemWriterAsync):
-    """What one rank has to write of a state; `write` needs no other rank and no megatron-core, so a thread may do it.
+    """Write one rank's part of a state.
 
-    copy: take a copy of every tensor, in memory of the CPU, so that training may go on meanwhile. Else a tensor is looked at when its turn
-    comes, and one at a time is in memory twice.
+    `write` needs no other rank and no megatron-core, so a thread may call it.
+
+    Args:
+        folder: of the checkpoint.
+        copy: copy every tensor to CPU memory, so that training may continue meanwhile. Else each
+            tensor is read when its turn comes, and one at a time is in memory twice.
     """
 
     def __init__(self, folder: Path, *, copy: bool) -> None:
@@ -49,27 +54,27 @@ class StateWriter(FileSystemWriterAsync):
 
     @property
     def records(self) -> dict[str, FileRecord]:
-        """Every file that this rank has written."""
+        """Record of every file that this rank has written."""
         return self.fs.written
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """The folder is there already."""
+        """Return the plan unchanged: the folder exists already."""
         return plan
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        """Called last by the planning."""
+        """Resolve the data of a plan; the planning calls this last."""
         self._name = f"{plan.storage_data.prefix}0.distcp"
         resolved = [(item, planner.resolve_data(item)) for item in plan.items]
         self._items = [(item, _copied(data) if self._copy else data) for item, data in resolved]
 
     def add_common(self, common: dict[str, Any]) -> None:
-        """What is not sharded, for one rank to write; serialised at once."""
+        """Serialize the unsharded part of the state, for one rank to write."""
         content = io.BytesIO()
         torch.save(common, content)
         self._bytes = {COMMON: content.getvalue(), "metadata.json": json.dumps(BACKEND).encode()}
 
     def write(self, report_phase: PhaseReporter) -> list[WriteResult]:
-        """Write this rank's files and make them durable."""
+        """Write this rank's files and make them durable; `report_phase` receives their names."""
         results: list[WriteResult] = []
         wait_for_folder(self.folder)
         for name, content in self._bytes.items():
@@ -80,7 +85,7 @@ class StateWriter(FileSystemWriterAsync):
             report_phase(f"writing {self._name}")
             with self.fs.create_stream(self.folder / self._name, "xb") as stream:
                 for item, data in self._items:
-                    data = _alone(data)
+                    data = _detach(data)
                     results.append(
                         _write_item(
                             self.transforms,
@@ -98,9 +103,18 @@ class StateWriter(FileSystemWriterAsync):
 def plan_save(
     state: dict[str, Any], folder: Path, *, copy: bool
 ) -> tuple[StateWriter, Metadata | None]:
-    """Settle which rank writes what of a sharded state: this rank's writer, and on rank 0 the table of contents.
+    """Plan which rank writes what of a sharded state.
 
-    Collective over the world.
+    Args:
+        state: megatron-core's sharded state.
+        folder: of the checkpoint.
+        copy: see `StateWriter`.
+
+    Returns:
+        This rank's writer, and on rank 0 the table of contents.
+
+    Collectives:
+        Over the world.
     """
     sharded, common = save_preprocess(state)
     renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
@@ -118,8 +132,11 @@ def _copied(data: Tensor | io.BytesIO) -> Tensor | io.BytesIO:
     return data.detach().to("cpu", copy=True) if isinstance(data, Tensor) else data
 
 
-def _alone(data: Tensor | io.BytesIO) -> Tensor | io.BytesIO:
-    """On the CPU, and without the rest of the buffer that it is a view of, which torch.save would write too."""
+def _detach(data: Tensor | io.BytesIO) -> Tensor | io.BytesIO:
+    """Return the data on the CPU, without the rest of a buffer that it is a view of.
+
+    torch.save would write the rest too.
+    """
     if not isinstance(data, Tensor):
         return data
     data = data.detach().cpu()

@@ -1,4 +1,4 @@
-"""The files of a distributed checkpoint as torch writes them, each with its size and digest from the moment it is written."""
+"""Record the size and digest of each file of a distributed checkpoint while torch writes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from megatron_kd.checkpoint.manifest import DigestingStream, FileRecord
 
 COMMON = "common.pt"
-# What megatron-core expects in metadata.json.
+# Content of metadata.json that megatron-core expects.
 BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -24,7 +24,11 @@ BACKEND = {
 
 
 class DigestingFiles(FileSystem):
-    """Where torch's writers put their files. written: by name, every file that is complete and durable."""
+    """Provide the files that torch's writers write to.
+
+    Attributes:
+        written: record of every complete and durable file, by name.
+    """
 
     def __init__(self) -> None:
         self.written: dict[str, FileRecord] = {}
@@ -33,7 +37,11 @@ class DigestingFiles(FileSystem):
     def create_stream(
         self, path: str | os.PathLike[str], mode: str
     ) -> Generator[io.IOBase, None, None]:
-        """A stream to be written from start to end; at its end the file is durable. OSError names the file."""
+        """Yield a stream that must be written from start to end; at its end the file is durable.
+
+        Raises:
+            OSError: writing failed; it names the file.
+        """
         if mode not in ("wb", "xb"):
             with super().create_stream(path, mode) as stream:
                 yield stream
@@ -45,7 +53,7 @@ class DigestingFiles(FileSystem):
                 try:
                     yield cast(io.IOBase, digesting)
                 except RuntimeError as error:
-                    # torch's writer, told of a full disk, says something about its own file and line.
+                    # After a full disk torch's writer raises an error about its own file and line.
                     raise digesting.error or error from error
                 os.fsync(digesting.fileno())
         except OSError as error:

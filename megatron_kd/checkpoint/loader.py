@@ -1,7 +1,8 @@
-"""megatron-core's distributed checkpoint, read without running anything that stands in it.
+"""Read megatron-core's distributed checkpoint without running code that it contains.
 
-torch and megatron-core would unpickle `.metadata` and every entry that is not a tensor. Here the table of contents is read with the
-unpickler of `tensors.py`, everything else with torch's own for weights only, whatever the environment says about it.
+torch and megatron-core would unpickle `.metadata` and every entry that is not a tensor. Here the
+table of contents is read with the unpickler of `tensors.py`, everything else with torch's own for
+weights only, whatever the environment says about it.
 """
 
 from __future__ import annotations
@@ -51,44 +52,57 @@ class _Planner(MCoreLoadPlanner):
 
 
 class ShardedLoadStrategy(TorchDistLoadShardedStrategy):
-    """megatron-core's strategy with a reader and a planner of our own. what: the run-file key that an error names."""
+    """Load sharded tensors with a reader and a planner that unpickle nothing.
+
+    Args:
+        what: the run-file key that an error names.
+    """
 
     def __init__(self, *, what: str) -> None:
         super().__init__()
         self._what = what
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Path) -> Any:
-        """Fill a sharded state. Collective over the world. ConfigError for a table of contents that is more than that."""
+        """Fill a sharded state.
+
+        Raises:
+            ConfigError: the table of contents contains anything else.
+
+        Collectives:
+            Over the world.
+        """
         tensors = [
-            each for each in nested_values(sharded_state_dict) if isinstance(each, ShardedTensor)
+            tensor
+            for tensor in nested_values(sharded_state_dict)
+            if isinstance(tensor, ShardedTensor)
         ]
-        wanted, flat, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
-        filled = cast(dict[str, Any], mcore_to_pyt_state_dict(wanted, True))
+        requested, flat, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
+        filled = cast(dict[str, Any], mcore_to_pyt_state_dict(requested, True))
         planner = _Planner(
             shapes_validation_sharded_tensors=[
-                each for each in tensors if not each.allow_shape_mismatch
+                tensor for tensor in tensors if not tensor.allow_shape_mismatch
             ],
             allow_shape_mismatch_sharded_tensors={
-                each.key: each for each in tensors if each.allow_shape_mismatch
+                tensor.key: tensor for tensor in tensors if tensor.allow_shape_mismatch
             },
         )
         folder = Path(checkpoint_dir)
         reader = _Reader(folder, read_metadata(folder, what=self._what))
         with warnings.catch_warnings():
-            # The newer name asks the ranks for their keys once more, and wants them equal.
+            # The newer function gathers the keys of all ranks again, and requires equal ones.
             warnings.simplefilter("ignore", FutureWarning)
             dcp.state_dict_loader.load_state_dict(filled, reader, planner=planner)
-        found = {key: _unwrap_pyt_sharded_tensor(value) for key, value in filled.items()}
-        restored = _replace_sharded_keys_with_state_dict_keys(found, flat, renamed)
+        loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in filled.items()}
+        restored = _replace_sharded_keys_with_state_dict_keys(loaded, flat, renamed)
         _restore_dict_types(restored, sharded_state_dict)
         return restored
 
 
 class CommonLoadStrategy(TorchCommonLoadStrategy):
-    """megatron-core's strategy, which says in so many words that nothing but plain values may come out of the file."""
+    """Load the unsharded part of a state, which may hold plain values only."""
 
     def load_common(self, checkpoint_dir: str | Path) -> Any:
-        """The part of the state that is not sharded."""
+        """Return the part of the state that is not sharded."""
         path = Path(checkpoint_dir) / COMMON
         try:
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,8 +1,9 @@
-"""What the files of a checkpoint are, by size and SHA-256: noted while they are written, compared before any of them is believed.
+"""Record size and SHA-256 of a checkpoint's files while they are written, and verify them later.
 
-`manifest.json` lists every file of the folder but itself and `commit.json`; `commit.json` is written last of all and holds the
-manifest's own digest, so that a change of any byte of any file is seen. Names in a manifest are plain: nothing outside the folder is
-ever opened, and links are refused.
+`manifest.json` lists every file of the folder except itself and `commit.json`. `commit.json` is
+written last of all and holds the manifest's own digest, so that a change of any byte of any file is
+detected. Names in a manifest are plain: no file outside the folder is ever opened, and links are
+refused.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO
 from megatron_kd.storage.atomic_files import sync_path
 
 MANIFEST, COMMIT = "manifest.json", "commit.json"
-STALE_SECONDS = 3.0  # how long a network file system may show an old view of a folder
+STALE_SECONDS = 3.0  # How long a network file system may show an old view of a folder.
 _NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.=+-]{0,199}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 20
@@ -30,21 +31,25 @@ _THREADS = 4
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint is not what was written; one sentence says which file, what was expected and what was found."""
+    """Report a checkpoint that differs from what was written.
+
+    The message is one sentence with the file and the expected and the actual value.
+    """
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size and SHA-256 (hex) of one file."""
+    """Hold size and SHA-256 (hex) of one file."""
 
     bytes: int
     sha256: str
 
 
 class DigestingStream:
-    """A file being written from start to end, whose size and digest are known without reading it again.
+    """Write a file from start to end, and know its size and digest without reading it again.
 
-    A failure names the file, and is kept in `error`: what calls `write` from C++ may tell another story.
+    A failure names the file and is kept in `error`: a caller of `write` in C++ may raise another
+    one.
     """
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
@@ -65,28 +70,31 @@ class DigestingStream:
         return len(view)
 
     def tell(self) -> int:
-        """Bytes written."""
+        """Return the number of bytes written."""
         return self._bytes
 
     def flush(self) -> None:
-        """Hand everything to the system."""
+        """Pass everything to the operating system."""
         self._stream.flush()
 
     def close(self) -> None:
-        """Not yet: who opened the file makes it durable first."""
+        """Keep the file open: its opener makes it durable first."""
 
     def fileno(self) -> int:
-        """Of the file, with everything handed to the system: whoever asks is about to make it durable."""
+        """Return the file descriptor after flushing.
+
+        Callers use it to make the file durable.
+        """
         self._stream.flush()
         return self._stream.fileno()
 
     def record(self) -> FileRecord:
-        """Of what was written so far."""
+        """Return the record of the bytes written so far."""
         return FileRecord(self._bytes, self._digest.hexdigest())
 
 
 def write_file(folder: Path, name: str, data: bytes) -> FileRecord:
-    """Write a durable file that must not exist. OSError names it."""
+    """Write a durable file that must not exist; an OSError names it."""
     try:
         with open(folder / name, "xb") as stream:
             stream.write(data)
@@ -100,7 +108,7 @@ def write_file(folder: Path, name: str, data: bytes) -> FileRecord:
 
 
 def seal(folder: Path, files: Mapping[str, FileRecord]) -> None:
-    """Write the manifest, then the mark that all is there. Every file must be durable already."""
+    """Write the manifest, then commit.json. Every file must be durable already."""
     for name in files:
         _check_name(name)
     content = {
@@ -108,34 +116,39 @@ def seal(folder: Path, files: Mapping[str, FileRecord]) -> None:
         "digest": "sha256",
         "files": {name: asdict(files[name]) for name in sorted(files)},
     }
-    written = write_file(folder, MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+    manifest = write_file(folder, MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
     sync_path(folder)
-    write_file(folder, COMMIT, (json.dumps({"manifest_sha256": written.sha256}) + "\n").encode())
+    write_file(folder, COMMIT, (json.dumps({"manifest_sha256": manifest.sha256}) + "\n").encode())
     sync_path(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
-    """What the folder must hold, by name. DamagedCheckpointError where that is not to be known."""
-    told = _read_small(folder, COMMIT)
+    """Return the files that the folder must hold, by name.
+
+    Raises:
+        DamagedCheckpointError: manifest.json or commit.json is missing or damaged.
+    """
+    commit = _read_small(folder, COMMIT)
     data = _read_small(folder, MANIFEST)
     try:
-        expected = json.loads(told)["manifest_sha256"]
-        found = hashlib.sha256(data).hexdigest()
-        if found != expected:
+        expected = json.loads(commit)["manifest_sha256"]
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != expected:
             raise DamagedCheckpointError(
-                f"{folder / MANIFEST} has SHA-256 {found}, {COMMIT} says {expected}"
+                f"{folder / MANIFEST} has SHA-256 {digest}, {COMMIT} says {expected}"
             )
         content = json.loads(data, object_pairs_hook=_without_repeats)
         if content["format"] != 1 or content["digest"] != "sha256":
             raise ValueError(
-                f"format {content['format']!r} with digest {content['digest']!r} is not known here"
+                f"format {content['format']!r} with digest {content['digest']!r} is not known"
             )
         return {name: _record(name, entry) for name, entry in content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, DamagedCheckpointError):
             raise
         raise DamagedCheckpointError(
-            f"{folder / MANIFEST} or {COMMIT} beside it is not a list of files and digests ({error})"
+            f"{folder / MANIFEST} or {COMMIT} beside it is not a list of files and digests "
+            f"({error})"
         ) from error
 
 
@@ -150,15 +163,16 @@ def _record(name: str, entry: Any) -> FileRecord:
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name) or name in (".", "..", MANIFEST, COMMIT):
         raise DamagedCheckpointError(
-            f"a file of a checkpoint cannot be called {name[:200]!r}: names are plain, without folders"
+            f"a file of a checkpoint cannot be called {name[:200]!r}: names are plain, without "
+            "folders"
         )
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name is there twice")
-    return found
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return content
 
 
 def _read_small(folder: Path, name: str) -> bytes:
@@ -175,7 +189,7 @@ def _read_small(folder: Path, name: str) -> bytes:
 
 
 def _open(path: Path) -> int:
-    """A regular file, and nothing that a link leads to."""
+    """Open a regular file, but no link."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -191,32 +205,39 @@ def verify(
     from_disk: bool = False,
     progress: Callable[[int], None] = lambda _bytes: None,
 ) -> list[str]:
-    """What is wrong with the checkpoint in `folder`, a sentence each; [] where every byte is the one written.
+    """Return what is wrong with the checkpoint in `folder`, a sentence each.
 
     Args:
-        share: (i, n): compare the digests of the i-th part of the files only, of n of about the same size; names and sizes of all.
-        patience: seconds to go on looking while names and sizes differ: a network file system may lag behind.
-        from_disk: forget what the system keeps of the files in memory before they are read.
-        progress: told the bytes read now and then, from any of several threads; what it raises ends the verification.
+        folder: the step folder.
+        share: (i, n): compare the digests of the i-th part of the files only, of n of about the
+            same size; names and sizes of all.
+        patience: seconds to retry while names and sizes differ: a network file system may lag
+            behind.
+        from_disk: drop the files from the operating system's cache before they are read.
+        progress: called with the number of bytes read, from any of several threads; an error that
+            it raises ends the verification.
+
+    Returns:
+        [] where every byte is the one written.
     """
     deadline = time.monotonic() + patience
     while True:
-        files, problems = _look(folder)
+        files, problems = _compare_sizes(folder)
         if not problems or time.monotonic() >= deadline:
             break
         time.sleep(0.2)
     if problems:
         return problems
-    mine = _part(files, *share)
+    names = _part(files, *share)
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        found = pool.map(
-            lambda name: _compare(folder / name, files[name], from_disk, progress), mine
+        results = pool.map(
+            lambda name: _compare(folder / name, files[name], from_disk, progress), names
         )
-        return [problem for problem in found if problem is not None]
+        return [problem for problem in results if problem is not None]
 
 
 def file_problem(folder: Path, name: str) -> str | None:
-    """What is wrong with one file of a checkpoint, or with the manifest that should list it."""
+    """Return what is wrong with one file, or with the manifest that should list it; else None."""
     try:
         record = read_manifest(folder).get(name)
     except DamagedCheckpointError as error:
@@ -228,8 +249,8 @@ def file_problem(folder: Path, name: str) -> str | None:
     )
 
 
-def _look(folder: Path) -> tuple[dict[str, FileRecord], list[str]]:
-    """The manifest, and what names and sizes say against it."""
+def _compare_sizes(folder: Path) -> tuple[dict[str, FileRecord], list[str]]:
+    """Return the manifest, and the problems of the files' names and sizes."""
     try:
         files = read_manifest(folder)
         present = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
@@ -253,13 +274,13 @@ def _look(folder: Path) -> tuple[dict[str, FileRecord], list[str]]:
 
 
 def _part(files: Mapping[str, FileRecord], index: int, count: int) -> list[str]:
-    """The names of part `index` of `count`: the largest file goes to the part with the least so far."""
+    """Return the names of part `index` of `count`; the largest files are distributed first."""
     parts: list[list[str]] = [[] for _ in range(count)]
     sizes = [0] * count
     for name in sorted(files, key=lambda name: (-files[name].bytes, name)):
-        least = sizes.index(min(sizes))
-        parts[least].append(name)
-        sizes[least] += files[name].bytes
+        smallest = sizes.index(min(sizes))
+        parts[smallest].append(name)
+        sizes[smallest] += files[name].bytes
     return parts[index]
 
 
@@ -279,14 +300,16 @@ def _compare(
             os.close(descriptor)
     except OSError as error:
         return f"{path} cannot be read ({error.strerror or error})"
-    found = digest.hexdigest()
-    return (
-        None if found == record.sha256 else f"{path} has SHA-256 {found}, expected {record.sha256}"
-    )
+    if digest.hexdigest() == record.sha256:
+        return None
+    return f"{path} has SHA-256 {digest.hexdigest()}, expected {record.sha256}"
 
 
 def wait_for_folder(folder: Path, patience: float = STALE_SECONDS) -> None:
-    """Return once the folder, which another machine may have made, is seen here; after `patience` seconds whatever is seen."""
+    """Wait until this machine sees a folder that another one may have made.
+
+    Returns after `patience` seconds in any case.
+    """
     deadline = time.monotonic() + patience
     while not folder.is_dir() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -295,14 +318,24 @@ def wait_for_folder(folder: Path, patience: float = STALE_SECONDS) -> None:
 def wait_for_sizes(
     folder: Path, files: Mapping[str, FileRecord], patience: float = STALE_SECONDS
 ) -> None:
-    """Return once every file shows its size here, whichever machine wrote it. OSError naming the first that does not."""
+    """Wait until this machine sees every file, which another one may have written, in its size.
+
+    Args:
+        folder: of the checkpoint.
+        files: expected records by name.
+        patience: seconds to wait.
+
+    Raises:
+        OSError: naming the first file that does not appear.
+    """
     deadline = time.monotonic() + patience
     for name, record in files.items():
-        while (found := _size(folder / name)) != record.bytes:
+        while (size := _size(folder / name)) != record.bytes:
             if time.monotonic() > deadline:
                 raise OSError(
                     0,
-                    f"it has {found} bytes here, {record.bytes} were written: is run.directory shared by all machines?",
+                    f"it has {size} bytes here, {record.bytes} were written: "
+                    "is run.directory shared by all machines?",
                     str(folder / name),
                 )
             time.sleep(0.05)
@@ -316,6 +349,6 @@ def _size(path: Path) -> int | None:
 
 
 def summarize_problems(problems: Iterable[str]) -> str:
-    """The first problem, and how many more there are."""
-    first, *more = problems
-    return f"{first}; and {len(more)} more" if more else first
+    """Return the first problem, and how many more there are."""
+    first, *others = problems
+    return f"{first}; and {len(others)} more" if others else first

@@ -1,9 +1,11 @@
-"""Saving while training goes on, or not: planned by all ranks together, written by each alone, committed by the first.
+"""Save checkpoints: planned by all ranks together, written by each, committed by the first.
 
-A save has three parts. Planning is collective and holds the training up. Writing is each rank's own, in a thread, and takes no other
-rank; when all are through (a number's all-reduce at a step boundary says so, so that all hear of it in the same step), what they wrote is
-gathered, and the first rank writes the table of contents, the digests and the mark, and gives the folder its name. A kill at any moment
-leaves the checkpoint before as the newest. A save that waits for its files is the same with the waiting done at once.
+A save has three parts. Planning is collective and delays the training. Writing is each rank's own,
+in a thread, and needs no other rank. When all have written (an all-reduce of a number at a step
+boundary informs all ranks in the same step), their results are gathered, and the first rank writes
+the table of contents, the digests and the commit mark, and gives the folder its name. A kill at any
+moment leaves the previous checkpoint as the newest. A synchronous save is the same with the waiting
+done at once.
 """
 
 from __future__ import annotations
@@ -48,7 +50,18 @@ from megatron_kd.storage.directory_lock import LostLockError
 
 @dataclass
 class _Save:
-    """One save on its way. stalled: seconds that the training has waited for it."""
+    """Hold the state of a save in progress.
+
+    Attributes:
+        info: content of state.json.
+        pending: the hidden folder.
+        writer: this rank's writer.
+        metadata: table of contents, on rank 0.
+        job: writes this rank's files, later commits.
+        begin: time of the start.
+        stalled: seconds that the training has waited for the save.
+        committing: whether `job` commits.
+    """
 
     info: CheckpointInfo
     pending: PendingCheckpoint
@@ -61,16 +74,19 @@ class _Save:
 
 
 class Saver:
-    """The checkpoints that a run writes.
+    """Write the checkpoints of a run.
 
-    Every method but the properties is collective over the world. CheckpointError on every rank alike where a file cannot be written, or
-    takes longer than section.timeout_seconds; checkpoints before it are as they were.
+    Every method but the properties is collective over the world.
 
     Args:
         checkpoints: the folder of all of them.
         section: [checkpoint] of the run file.
-        device: where a number for all ranks lives.
-        watchdog: is told where this rank stands.
+        device: of the numbers that are reduced over all ranks.
+        watch: receives this rank's current activity.
+
+    Raises:
+        CheckpointError: on every rank alike, where a file cannot be written, or takes longer than
+            section.timeout_seconds. Earlier checkpoints are untouched.
     """
 
     def __init__(
@@ -98,7 +114,13 @@ class Saver:
     def save(
         self, info: CheckpointInfo, models: Sequence[GPTModel], optimizer: OptimizerState
     ) -> None:
-        """Write a checkpoint; returns once it is complete, or on its way where section.asynchronous."""
+        """Write a checkpoint; it is complete on return, or in progress where section.asynchronous.
+
+        Args:
+            info: content of state.json.
+            models: this rank's model chunks.
+            optimizer: their optimizer.
+        """
         self._complete()
         begin = time.perf_counter()
         self._watchdog.enter_phase(
@@ -109,10 +131,10 @@ class Saver:
             from_rank_zero(lambda: self._make_folder(pending, info.step))
         except OSError as error:
             raise CheckpointError(
-                self._failed(info.step, f"{error.filename}: {error.strerror}")
+                self._failure_message(info.step, f"{error.filename}: {error.strerror}")
             ) from error
         except LostLockError as error:
-            raise CheckpointError(self._failed(info.step, str(error))) from error
+            raise CheckpointError(self._failure_message(info.step, str(error))) from error
         writer, metadata = plan_save(
             training_state(models, optimizer), pending.folder, copy=self._section.asynchronous
         )
@@ -124,17 +146,23 @@ class Saver:
     def _make_folder(self, pending: PendingCheckpoint, step: int) -> None:
         self.check()
         self.clean()
-        self._look_for_room(step)
+        self._check_disk_space(step)
         pending.start()
 
     def clean(self) -> None:
-        """What killed saves have left is removed, once. Rank 0 alone, which holds the run directory."""
+        """Remove, once, the leftovers of killed saves.
+
+        Only for rank 0, which has the run directory's lock.
+        """
         if not self._clean and self.checkpoints.is_dir():
             remove_leftovers(self.checkpoints)
             self._clean = True
 
-    def _look_for_room(self, step: int) -> None:
-        """Before anything is written, not after most of it: the next checkpoint will be as large as the last one. OSError; rank 0."""
+    def _check_disk_space(self, step: int) -> None:
+        """Raise OSError where the disk has no room for a checkpoint of the previous one's size.
+
+        Checked before anything is written. Only for rank 0.
+        """
         steps = complete_steps(self.checkpoints)
         if not steps:
             return
@@ -143,13 +171,17 @@ class Saver:
         )
         free = shutil.disk_usage(self.checkpoints).free
         if free < size:
-            said = f"a checkpoint takes {size / 1e9:.3g} GB and {free / 1e9:.3g} GB are free: make room"
-            raise OSError(errno.ENOSPC, said, str(self.checkpoints))
+            message = (
+                f"a checkpoint takes {size / 1e9:.3g} GB and {free / 1e9:.3g} GB are free: make "
+                "room"
+            )
+            raise OSError(errno.ENOSPC, message, str(self.checkpoints))
         if free < 2 * size and not self._tight:
             self.log.warn(
                 "disk",
                 step,
-                f"{self.checkpoints}: {free / 1e9:.3g} GB are free: room for this checkpoint and no other",
+                f"{self.checkpoints}: {free / 1e9:.3g} GB are free: "
+                "room for this checkpoint and no other",
             )
         self._tight = free < 2 * size
 
@@ -161,14 +193,18 @@ class Saver:
         )
 
     def poll(self) -> bool:
-        """Look at the save on its way, if there is one; whether there still is one. One all-reduce of a number where there was."""
+        """Advance the save in progress, and return whether there still is one.
+
+        Collectives:
+            One all-reduce of a number if a save is in progress.
+        """
         save = self._save
         if save is None:
             return False
         begin = time.perf_counter()
         state = int(maximum(float(save.job.state), self._device))
         if state == FAILED:
-            self._give_up(save)
+            self._abort(save)
         if state == DONE and not save.committing:
             self._start_commit(save)
             state = RUNNING
@@ -212,29 +248,33 @@ class Saver:
             self.log.add("saved", save.info.step, **facts)
             self.verifier.add(save.info.step)
 
-    def _give_up(self, save: _Save) -> None:
+    def _abort(self, save: _Save) -> None:
         self._save = None
         problem = save.job.problem
         if self._first:
             save.pending.discard()
         raise_together(
-            None if problem is None else self._failed(save.info.step, problem), CheckpointError
+            None if problem is None else self._failure_message(save.info.step, problem),
+            CheckpointError,
         )
 
-    def _failed(self, step: int, problem: str) -> str:
+    def _failure_message(self, step: int, problem: str) -> str:
         steps = complete_steps(self.checkpoints)
-        left = (
+        remaining = (
             f"the checkpoint of step {steps[-1]} is untouched"
             if steps
             else "there is no earlier one"
         )
-        return f"the checkpoint of step {step} could not be written: {problem}; {left}: see to the disk, then start the same command again"
+        return (
+            f"the checkpoint of step {step} could not be written: {problem}; {remaining}: "
+            "check the disk, then start the same command again"
+        )
 
     def _complete(self) -> None:
-        """Wait for the save on its way."""
+        """Wait for the save in progress."""
         pause = 0.001
         while (save := self._save) is not None:
-            # Each look is a collective of its own: no rank waits in one for as long as another one's disk takes.
+            # Each poll is a short collective, so no rank waits in one for another rank's disk.
             self._watchdog.enter_phase("saving a checkpoint")
             if self.poll():
                 time.sleep(pause)
@@ -242,7 +282,11 @@ class Saver:
                 pause = min(2 * pause, 0.05)
 
     def finish(self, *, read_back: bool = True) -> None:
-        """Wait until everything is complete and, where asked for, has been read back. CheckpointError where the last does not."""
+        """Wait until every save is complete, and with `read_back` until it has been verified.
+
+        Raises:
+            CheckpointError: the last checkpoint does not read back.
+        """
         self._complete()
         if read_back:
             self._read_back()
@@ -256,7 +300,7 @@ class Saver:
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
         problem = (
-            self.verifier.bad.get(self._newest)
+            self.verifier.damaged.get(self._newest)
             if self._first and self._newest is not None
             else None
         )

@@ -1,4 +1,7 @@
-"""Weights and optimizer state through megatron-core's dist_checkpointing: saved in one layout, loaded in any."""
+"""Save and load weights and optimizer state through megatron-core's dist_checkpointing.
+
+A state that was saved in one parallel layout loads in any.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,10 @@ from megatron_kd.parallel.collectives import from_all_ranks, raise_together
 
 
 def _metadata() -> dict[str, Any]:
-    """One layout-independent form of the distributed optimizer's state; the plain optimizer has no other.
+    """Return the layout-independent form of the distributed optimizer's state.
 
-    Made anew for each call: megatron-core writes the process group of its first use into it.
+    The plain optimizer has no other. A new dict for each call, because megatron-core writes the
+    process group of its first use into it.
     """
     return {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -35,68 +39,110 @@ _EXTRA = "_extra_state"
 
 
 def _is_weight(name: str) -> bool:
-    """Whether an entry of a model's state is one of the model's own weights."""
+    """Return True for the model's own weights among the entries of its state."""
     return not name.endswith(_EXTRA) and not name.startswith(PROJECTIONS)
 
 
 class OptimizerState(Protocol):
-    """What of an optimizer a checkpoint needs."""
+    """Provide the parts of an optimizer that a checkpoint needs."""
 
     inner: Any
 
     def loading(self) -> AbstractContextManager[None]:
-        """Entered while saved state is read and loaded."""
+        """Return a context to be entered while saved state is read and loaded."""
         ...
 
 
 def training_state(models: Sequence[GPTModel], optimizer: OptimizerState) -> dict[str, Any]:
-    """What a checkpoint holds, as megatron-core's sharded state. Collective over the data-parallel groups."""
+    """Return the content of a checkpoint as megatron-core's sharded state.
+
+    Collectives:
+        Over the data-parallel groups.
+    """
     state = _model_state(models)
     state["optimizer"] = optimizer.inner.sharded_state_dict(state, metadata=_metadata())
     return state
 
 
 def find_damage(folder: Path, info: CheckpointInfo) -> list[str]:
-    """What is wrong with the files of a checkpoint, a sentence each, equal on every rank; nothing where it has no digests.
+    """Return what is wrong with a checkpoint's files, a sentence each, equal on every rank.
 
-    Every rank reads its share. Collective over the world: one gather of objects.
+    Every rank reads its share. The result is empty where the checkpoint has no digests.
+
+    Collectives:
+        Over the world: one gather of objects.
     """
     share = dist.get_rank(), dist.get_world_size()
-    mine = verify(folder, share=share, patience=STALE_SECONDS) if has_digests(folder, info) else []
-    return list(dict.fromkeys(problem for found in from_all_ranks(mine) for problem in found))
+    problems = (
+        verify(folder, share=share, patience=STALE_SECONDS) if has_digests(folder, info) else []
+    )
+    return list(
+        dict.fromkeys(
+            problem for rank_problems in from_all_ranks(problems) for problem in rank_problems
+        )
+    )
 
 
 def check_together(folder: Path, info: CheckpointInfo, *, what: str) -> None:
-    """ConfigError on every rank where a file of the checkpoint is not what was written. Collective over the world."""
+    """Raise ConfigError on every rank where a file of the checkpoint is damaged.
+
+    Collectives:
+        Over the world.
+    """
     problems = find_damage(folder, info)
     if problems:
         raise ConfigError(f"{what}: {damage_message(problems)}")
 
 
 def load_weights(folder: Path, models: Sequence[GPTModel], *, what: str) -> None:
-    """Fill the models' parameters from a checkpoint saved in any layout, its files verified first. Collective over the world.
+    """Fill the models' parameters from a checkpoint of any layout, after verifying its files.
 
-    Projections to a teacher's layers stay as they are, whether the checkpoint holds some or not: they belong to a run.
+    Projections to a teacher's layers keep their values, whether the checkpoint holds some or not:
+    they belong to a run.
+
+    Args:
+        folder: the step folder.
+        models: this rank's model chunks.
+        what: the run-file key that an error names.
+
+    Raises:
+        ConfigError: the checkpoint is damaged or does not fit.
+
+    Collectives:
+        Over the world.
     """
     check_together(folder, read_info(folder, what=what), what=what)
     state = _without_extra(_model_state(models))
     for model in state.values():
         for name in [name for name in model if not _is_weight(name)]:
             del model[name]
-    _into_models(models, _load(state, folder, what), folder, what, needed=_is_weight)
+    _fill_models(models, _load(state, folder, what), folder, what, needed=_is_weight)
 
 
 def load_training_state(
     folder: Path, models: Sequence[GPTModel], optimizer: OptimizerState, *, what: str
 ) -> None:
-    """Fill parameters and optimizer state from a checkpoint saved in any layout, its files verified before. Collective over the world."""
+    """Fill parameters and optimizer state from a checkpoint of any layout, verified before.
+
+    Args:
+        folder: the step folder.
+        models: this rank's model chunks.
+        optimizer: their optimizer.
+        what: the run-file key that an error names.
+
+    Raises:
+        ConfigError: the checkpoint does not fit.
+
+    Collectives:
+        Over the world.
+    """
     state = _model_state(models)
     with optimizer.loading():
         state["optimizer"] = optimizer.inner.sharded_state_dict(
             state, is_loading=True, metadata=_metadata()
         )
         loaded = _load(_without_extra(state), folder, what)
-        _into_models(models, loaded, folder, what, needed=lambda name: not name.endswith(_EXTRA))
+        _fill_models(models, loaded, folder, what, needed=lambda name: not name.endswith(_EXTRA))
         optimizer.inner.load_state_dict(loaded["optimizer"])
 
 
@@ -110,8 +156,10 @@ def _model_state(models: Sequence[GPTModel]) -> dict[str, Any]:
 
 
 def _without_extra(state: dict[str, Any]) -> dict[str, Any]:
-    """Only tensors are read of a model: the entries that layers store beside their weights have no content here, differ between
-    Transformer Engine's layers and the local ones, and are pickles that Transformer Engine would run.
+    """Remove the entries that layers store beside their weights from the state; return it.
+
+    They have no content here, differ between Transformer Engine's layers and the local ones, and
+    are pickles that Transformer Engine would run.
     """
     for model in [content for name, content in state.items() if name.startswith("model")]:
         for name in [name for name in model if name.endswith(_EXTRA)]:
@@ -119,7 +167,7 @@ def _without_extra(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _into_models(
+def _fill_models(
     models: Sequence[GPTModel], loaded: dict[str, Any], folder: Path, what: str, *, needed: Any
 ) -> None:
     for index, model in enumerate(models):
@@ -127,7 +175,8 @@ def _into_models(
         problems = [*filter(needed, missing), *unexpected]
         if problems:
             raise ConfigError(
-                f"{what}: checkpoint {folder} does not fit the model: {problems[0]} is on one side only"
+                f"{what}: checkpoint {folder} does not fit the model: {problems[0]} is in only "
+                "one of them"
             )
 
 
@@ -154,8 +203,9 @@ def _load(state: dict[str, Any], folder: Path, what: str) -> dict[str, Any]:
     ) as error:
         if isinstance(error, ConfigError):
             raise
-        told = str(error).strip().splitlines() or [""]
+        lines = str(error).strip().splitlines() or [""]
         raise ConfigError(
-            f"{what}: checkpoint {folder} cannot be loaded ({type(error).__name__}: {told[0][:200]})"
+            f"{what}: checkpoint {folder} cannot be loaded ({type(error).__name__}: "
+            f"{lines[0][:200]})"
         ) from error
     return loaded

@@ -1,7 +1,8 @@
-"""Checkpoints as folders: `<run>/checkpoints/step-00000020`, complete or absent, never half.
+"""Keep checkpoints as folders: `<run>/checkpoints/step-00000020`, complete or absent.
 
-A checkpoint is written under a hidden name, its digests with it (`manifest.py`), made durable, and renamed: the rename is the commit.
-`state.json` beside megatron-core's files says what the weights are; it is plain JSON, read before anything else is opened.
+A checkpoint is written under a hidden name, its digests with it (`manifest.py`), made durable, and
+renamed: the rename is the commit. `state.json` beside megatron-core's files describes the weights;
+it is plain JSON and is read before any other file is opened.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from megatron_kd.checkpoint.manifest import (
     write_file,
 )
 from megatron_kd.config import ConfigError, ModelSection
-from megatron_kd.storage.atomic_files import sync_path
+from megatron_kd.storage.atomic_files import file_digest, sync_path
 
-FORMAT = 2  # 1: without digests
+FORMAT = 2  # Format 1 had no digests.
 _STEP = re.compile(r"step-(\d{8})")
 
-# What decides whether weights fit: everything else in the model section may change between runs.
+# Keys that decide whether weights fit; the rest of the model section may change between runs.
 _SHAPE: tuple[str, ...] = (
     "hidden_size",
     "num_layers",
@@ -55,12 +56,23 @@ _SHAPE += ("rope_high_frequency_factor", "rope_original_length", "sliding_window
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """The content of state.json, which also says its format.
+    """Hold the content of state.json.
 
-    model: the model section. vocab_size: true number of ids. tokenizer: digest of the vocabulary, or None. Counters are as of
-    `step` finished updates. distributed_optimizer: which form the optimizer state has, None for weights alone.
-    hidden_projections: [student layer, teacher layer, teacher's width] of each projection that trains along.
-    settings: what else decides the run's weights, key by key; empty for weights alone.
+    Attributes:
+        step: finished updates; the counters are as of this step.
+        consumed_samples: samples that the updates used.
+        consumed_tokens: tokens that the updates used.
+        nonfinite_steps: updates that were skipped for a gradient norm that is not finite.
+        model: the model section.
+        vocab_size: true number of ids.
+        tokenizer: digest of the vocabulary, or None.
+        precision: of the weights, "fp32" or "bf16".
+        distributed_optimizer: which form the optimizer state has; None for weights alone.
+        version: of this package.
+        hidden_projections: [student layer, teacher layer, teacher's width] of each projection that
+            is trained with the student.
+        settings: further settings that decide the run's weights, by key; empty for weights alone.
+        format: of the checkpoint.
     """
 
     step: int
@@ -78,17 +90,17 @@ class CheckpointInfo:
     format: int = FORMAT
 
     def model_section(self) -> ModelSection:
-        """The model section, checked."""
+        """Return the validated model section."""
         return ModelSection.model_validate(self.model)
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is, once complete."""
+    """Return the folder that the complete checkpoint of `step` has."""
     return checkpoints / f"step-{step:08d}"
 
 
 def complete_steps(checkpoints: Path) -> list[int]:
-    """Steps with a complete checkpoint in this folder, oldest first."""
+    """Return the steps with a complete checkpoint in this folder, oldest first."""
     if not checkpoints.is_dir():
         return []
     names = (_STEP.fullmatch(entry.name) for entry in checkpoints.iterdir() if entry.is_dir())
@@ -96,9 +108,14 @@ def complete_steps(checkpoints: Path) -> list[int]:
 
 
 def find_checkpoint(path: Path, *, what: str) -> Path:
-    """The newest complete checkpoint at `path`: a run directory, its checkpoints folder or one step folder.
+    """Return the newest complete checkpoint at `path`.
 
-    ConfigError naming `what` (a run-file key) where there is none.
+    Args:
+        path: a run directory, its checkpoints folder or one step folder.
+        what: the run-file key that an error names.
+
+    Raises:
+        ConfigError: there is no checkpoint.
     """
     if (path / "state.json").is_file():
         return path
@@ -107,18 +124,20 @@ def find_checkpoint(path: Path, *, what: str) -> Path:
         if steps:
             return step_folder(folder, steps[-1])
     raise ConfigError(
-        f"{what}: no checkpoint at {path} (expected a run directory, its checkpoints folder, or a step-* folder)"
+        f"{what}: no checkpoint at {path} "
+        "(expected a run directory, its checkpoints folder, or a step-* folder)"
     )
 
 
 def read_info(folder: Path, *, what: str) -> CheckpointInfo:
-    """state.json of a checkpoint; ConfigError where it cannot be understood."""
+    """Return state.json of a checkpoint; raise ConfigError where it is invalid."""
     try:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         version = content["format"]
         if version not in range(1, FORMAT + 1):
             raise ConfigError(
-                f"{what}: {folder} has checkpoint format {version}, this version reads formats 1 to {FORMAT}"
+                f"{what}: {folder} has checkpoint format {version}, this version reads formats 1 "
+                f"to {FORMAT}"
             )
         return CheckpointInfo(**content)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -128,20 +147,24 @@ def read_info(folder: Path, *, what: str) -> CheckpointInfo:
 
 
 def check_digests(folder: Path, info: CheckpointInfo, *, what: str) -> None:
-    """ConfigError where a file of the checkpoint is not what was written. Reads all of them; no collective."""
+    """Raise ConfigError where a file of the checkpoint is damaged. Reads all; no collective."""
     problems = verify(folder) if has_digests(folder, info) else []
     if problems:
         raise ConfigError(f"{what}: {damage_message(problems)}")
 
 
 def has_digests(folder: Path, info: CheckpointInfo) -> bool:
-    """Whether a checkpoint can be verified. What state.json says is not enough: that may be what is damaged."""
+    """Return True if a checkpoint can be verified.
+
+    The format in state.json is not sufficient: that file may be the damaged one.
+    """
     return info.format > 1 or any((folder / name).exists() for name in (MANIFEST, COMMIT))
 
 
 def damage_message(problems: Iterable[str]) -> str:
-    """One sentence for the files that are wrong."""
-    return f"{summarize_problems(problems)}: the checkpoint is damaged, use another copy or another step"
+    """Return one sentence about the damaged files."""
+    summary = summarize_problems(problems)
+    return f"{summary}: the checkpoint is damaged, use another copy or another step"
 
 
 def check_same_model(
@@ -153,13 +176,23 @@ def check_same_model(
     folder: Path,
     what: str,
 ) -> None:
-    """ConfigError unless the checkpoint holds this model: same shape, vocabulary and tokenizer."""
-    saved, wanted = info.model_section(), model
+    """Raise ConfigError unless the checkpoint holds this model: shape, vocabulary and tokenizer.
+
+    Args:
+        info: content of the checkpoint's state.json.
+        model: the run's model section.
+        vocab_size: the run's true number of ids.
+        tokenizer: digest of the run's vocabulary, or None.
+        folder: of the checkpoint.
+        what: the run-file key that an error names.
+    """
+    saved_model = info.model_section()
     for name in _SHAPE:
-        here, there = _effective(wanted, name), _effective(saved, name)
-        if here != there:
+        current, saved = _effective(model, name), _effective(saved_model, name)
+        if current != saved:
             raise ConfigError(
-                f"{what}: {folder} holds another model: model.{name} is {there} there and {here} here"
+                f"{what}: {folder} holds another model: "
+                f"model.{name} is {saved} there and {current} here"
             )
     check_same_vocabulary(
         info, vocab_size=vocab_size, tokenizer=tokenizer, folder=folder, what=what
@@ -169,14 +202,24 @@ def check_same_model(
 def check_same_vocabulary(
     info: CheckpointInfo, *, vocab_size: int, tokenizer: str | None, folder: Path, what: str
 ) -> None:
-    """ConfigError unless the checkpoint's ids mean the same as this run's."""
+    """Raise ConfigError unless the checkpoint's ids mean the same as this run's.
+
+    Args:
+        info: content of the checkpoint's state.json.
+        vocab_size: the run's true number of ids.
+        tokenizer: digest of the run's vocabulary, or None.
+        folder: of the checkpoint.
+        what: the run-file key that an error names.
+    """
     if info.vocab_size != vocab_size:
         raise ConfigError(
-            f"{what}: {folder} has a vocabulary of {info.vocab_size} ids, this run has {vocab_size}: use the same tokenizer"
+            f"{what}: {folder} has a vocabulary of {info.vocab_size} ids, this run has "
+            f"{vocab_size}: use the same tokenizer"
         )
     if info.tokenizer is not None and tokenizer is not None and info.tokenizer != tokenizer:
         raise ConfigError(
-            f"{what}: {folder} was made with another tokenizer (digest {info.tokenizer}, this run's is {tokenizer})"
+            f"{what}: {folder} was made with another tokenizer (digest {info.tokenizer}, this "
+            f"run's is {tokenizer})"
         )
 
 
@@ -189,32 +232,46 @@ def _effective(model: ModelSection, name: str) -> Any:
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or does not read back. Those before it are as they were."""
+    """Report a checkpoint that could not be written, or does not read back.
+
+    Earlier checkpoints are untouched.
+    """
 
 
 class PendingCheckpoint:
-    """A checkpoint being written: a hidden folder until `commit`. For one rank only."""
+    """Hold a checkpoint that is being written: a hidden folder until `commit`.
+
+    For one rank only.
+    """
 
     def __init__(self, checkpoints: Path, step: int) -> None:
         self.final = step_folder(checkpoints, step)
         self.folder = checkpoints / f".incomplete-{self.final.name}"
 
     def start(self) -> None:
-        """An empty folder; what an interrupted save left is removed."""
+        """Create an empty folder, removing what an interrupted save has left."""
         self.discard()
         self.folder.mkdir(parents=True)
 
     def discard(self) -> None:
-        """Leave nothing behind, as far as the disk lets us."""
+        """Remove the folder, as far as the disk permits."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def commit(
         self, info: CheckpointInfo, files: Mapping[str, FileRecord]
     ) -> dict[str, FileRecord]:
-        """Write state.json, the manifest and its mark, and give the folder its name. `files`: all others, durable. Returns all."""
+        """Write state.json, the manifest and its mark, and give the folder its name.
+
+        Args:
+            info: content of state.json.
+            files: records of all other files, which are durable.
+
+        Returns:
+            The records of all files.
+        """
         data = (json.dumps(asdict(info), indent=2) + "\n").encode()
-        written = {**files, "state.json": write_file(self.folder, "state.json", data)}
-        seal(self.folder, written)
+        records = {**files, "state.json": write_file(self.folder, "state.json", data)}
+        seal(self.folder, records)
         replaced = self.final.exists()
         if replaced:
             _hide(self.final)
@@ -222,7 +279,7 @@ class PendingCheckpoint:
         sync_path(self.final.parent)
         if replaced:
             shutil.rmtree(_hidden(self.final), ignore_errors=True)
-        return written
+        return records
 
 
 def _hidden(folder: Path) -> Path:
@@ -230,51 +287,59 @@ def _hidden(folder: Path) -> Path:
 
 
 def _hide(folder: Path) -> None:
-    """Take a checkpoint's name away, before it is removed file by file."""
+    """Rename a checkpoint before it is removed file by file."""
     shutil.rmtree(_hidden(folder), ignore_errors=True)
     os.replace(folder, _hidden(folder))
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Remove what killed saves and removals have left. For a run that holds the directory and saves nothing at the moment."""
+    """Remove what killed saves and removals have left.
+
+    For a run that has the directory's lock and saves nothing at the moment.
+    """
     for pattern in (".incomplete-*", ".removed-*"):
         for leftover in checkpoints.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def quarantine(folder: Path) -> Path:
-    """Give a damaged checkpoint a name under which nothing looks for it; returns that."""
-    aside = folder.with_name(f"damaged-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(folder, aside)
+    """Rename a damaged checkpoint so that it is not found as one; return its new folder."""
+    damaged = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(damaged, ignore_errors=True)
+    os.replace(folder, damaged)
     sync_path(folder.parent)
-    return aside
+    return damaged
 
 
 def checkpoint_digest(folder: Path, patterns: Iterable[str] = ("*",)) -> str:
-    """SHA-256, hex, over the names and contents of a checkpoint's files (those of a pattern). Reads all of them."""
+    """Return the SHA-256, hex, over the names and contents of a checkpoint's files.
+
+    Reads all files of the patterns.
+    """
     total = hashlib.sha256()
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-        with open(path, "rb") as stream:
-            total.update(
-                f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()
-            )
+        total.update(f"{path.name} {file_digest(path)}\n".encode())
     return total.hexdigest()
 
 
-def prune(checkpoints: Path, keep_last: int, good: Collection[int]) -> list[int]:
-    """Remove complete checkpoints, each under a hidden name first; returns their steps.
+def prune(checkpoints: Path, keep_last: int, verified: Collection[int]) -> list[int]:
+    """Remove complete checkpoints, each under a hidden name first, and return their steps.
 
-    The newest `keep_last` stay, and the newest of those whose digests were found right (`good`): where nothing is verified, all stay.
+    The newest `keep_last` stay, and so does the newest verified one: without any, all stay.
+
+    Args:
+        checkpoints: folder of all checkpoints.
+        keep_last: how many of the newest to keep.
+        verified: steps whose digests are correct.
     """
     steps = complete_steps(checkpoints)
-    verified = [step for step in steps if step in good]
-    if not verified:
+    verified_steps = [step for step in steps if step in verified]
+    if not verified_steps:
         return []
-    doomed = [step for step in steps[:-keep_last] if step != verified[-1]]
-    for step in doomed:
+    removed = [step for step in steps[:-keep_last] if step != verified_steps[-1]]
+    for step in removed:
         _hide(step_folder(checkpoints, step))
     sync_path(checkpoints)
-    for step in doomed:
+    for step in removed:
         shutil.rmtree(_hidden(step_folder(checkpoints, step)), ignore_errors=True)
-    return doomed
+    return removed

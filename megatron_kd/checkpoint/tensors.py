@@ -1,8 +1,9 @@
-"""Single tensors in and out of a distributed checkpoint, without a model, a process group or megatron-core.
+"""Read and write single tensors of a distributed checkpoint, without a model or megatron-core.
 
-Weights are converted one tensor at a time, so a model of any size passes through the memory of its largest tensor. The format
-(torch's distributed checkpoint: a pickled `.metadata` and `.distcp` files) is read with an unpickler that knows only the
-classes such a file needs: a checkpoint from elsewhere cannot run code here.
+No process group is needed either. Weights are converted one tensor at a time, so a model of any
+size passes through the memory of its largest tensor. The format (torch's distributed checkpoint: a
+pickled `.metadata` and `.distcp` files) is read with an unpickler that knows only the classes such
+a file needs: a checkpoint from elsewhere cannot run code here.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ _CLASSES = {
     ),
     "torch.serialization": ("_get_layout",),
     "collections": ("OrderedDict",),
-    # The folder's own name, as older and newer Pythons spell its class.
+    # The class of the folder's name, as older and newer Pythons spell it.
     "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
     "pathlib._local": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
 }
@@ -101,28 +102,37 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _member(kind: Any, name: Any) -> Any:
-    """What `getattr` stands for in metadata written by Python 3.11.0 to 3.11.3: a member of an enumeration."""
+    """Return a member of an enumeration.
+
+    Metadata written by Python 3.11.0 to 3.11.3 uses `getattr` for that.
+    """
     if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
         return kind[name]
     raise pickle.UnpicklingError(f"it asks for {name!r} of {kind!r}, which no checkpoint needs")
 
 
 def read_metadata(folder: Path, *, what: str) -> Metadata:
-    """The table of contents of a distributed checkpoint. ConfigError naming `what` where there is none, or one that is not just that."""
+    """Return the table of contents of a distributed checkpoint.
+
+    Raises:
+        ConfigError: naming `what`, where there is none, or where it asks for anything else.
+    """
     path = folder / ".metadata"
     try:
         with open(path, "rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise pickle.UnpicklingError("it holds something else")
-        for place in metadata.storage_data.values():
-            if not _DATA_FILE.fullmatch(place.relative_path) or place.transform_descriptors:
+        for location in metadata.storage_data.values():
+            if not _DATA_FILE.fullmatch(location.relative_path) or location.transform_descriptors:
                 raise pickle.UnpicklingError(
-                    f"it asks for the file {place.relative_path!r}, which is not one of a checkpoint's"
+                    f"it asks for the file {location.relative_path!r}, "
+                    "which is not one of a checkpoint's"
                 )
     except FileNotFoundError:
         raise ConfigError(
-            f"{what}: {folder} holds no megatron-core distributed checkpoint (no .metadata file in it)"
+            f"{what}: {folder} holds no megatron-core distributed checkpoint "
+            "(no .metadata file in it)"
         ) from None
     except (
         OSError,
@@ -135,42 +145,57 @@ def read_metadata(folder: Path, *, what: str) -> Metadata:
         KeyError,
     ) as error:
         raise ConfigError(
-            f"{what}: {path} cannot be read as the metadata of a checkpoint ({error}): use another copy"
+            f"{what}: {path} cannot be read as the metadata of a checkpoint ({error}): "
+            "use another copy"
         ) from error
     return metadata
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Whole shape and type of a stored tensor."""
+    """Hold the whole shape and the type of a stored tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class TensorReader:
-    """Slices of the tensors of a checkpoint, however it was sharded when it was written.
+    """Read slices of a checkpoint's tensors, however they were sharded when written.
 
-    tensors: what is stored, by name. ConfigError from the constructor and from `read` where files are missing or damaged.
+    Args:
+        folder: of the checkpoint.
+        what: name of the checkpoint in error messages.
+
+    Attributes:
+        tensors: the stored tensors, by name.
+
+    Raises:
+        ConfigError: files are missing or damaged; also raised by `read`.
     """
 
     def __init__(self, folder: Path, *, what: str) -> None:
         self.folder, self._what = folder, what
         self._metadata = read_metadata(folder, what=what)
         self._stored = {
-            name: found
-            for name, found in self._metadata.state_dict_metadata.items()
-            if isinstance(found, TensorStorageMetadata)
+            name: stored
+            for name, stored in self._metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata)
         }
         self.tensors = {
-            name: TensorInfo(tuple(found.size), found.properties.dtype)
-            for name, found in self._stored.items()
+            name: TensorInfo(tuple(stored.size), stored.properties.dtype)
+            for name, stored in self._stored.items()
         }
         self._reader = FileSystemReader(str(folder))
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """[shape] of tensor `name` from `offset` on, in its stored type, on the CPU."""
+        """Return a slice of tensor `name` in its stored type, on the CPU.
+
+        Args:
+            name: of the tensor.
+            offset: first index in each dimension.
+            shape: of the slice.
+        """
         stored = self._stored[name]
         target = torch.empty(tuple(shape), dtype=stored.properties.dtype)
         items, filled = [], 0
@@ -184,7 +209,7 @@ class TensorReader:
                 f"{self._what}: {self.folder} does not hold the whole of {name}: use another copy"
             )
         try:
-            self._reader.read_data(LoadPlan(items), _Fill(target))  # type: ignore[arg-type]
+            self._reader.read_data(LoadPlan(items), _TargetPlanner(target))  # type: ignore[arg-type]
         except (
             OSError,
             RuntimeError,
@@ -195,8 +220,8 @@ class TensorReader:
             AssertionError,
         ) as error:
             raise ConfigError(
-                f"{self._what}: {name} cannot be read from {self.folder} ({type(error).__name__}: {str(error).splitlines()[0][:120]}): "
-                "use another copy"
+                f"{self._what}: {name} cannot be read from {self.folder} "
+                f"({type(error).__name__}: {str(error).splitlines()[0][:120]}): use another copy"
             ) from error
         return target
 
@@ -204,6 +229,7 @@ class TensorReader:
 def _overlap(
     name: str, number: int, chunk: ChunkStorageMetadata, offset: Sequence[int], shape: Sequence[int]
 ) -> ReadItem | None:
+    """Return the part of a stored chunk that a slice needs, or None."""
     starts = [max(a, b) for a, b in zip(chunk.offsets, offset, strict=True)]
     ends = [
         min(a + n, b + m)
@@ -215,17 +241,17 @@ def _overlap(
     return ReadItem(
         type=LoadItemType.TENSOR,
         dest_index=index,
-        dest_offsets=torch.Size(start - at for start, at in zip(starts, offset, strict=True)),
+        dest_offsets=torch.Size(start - first for start, first in zip(starts, offset, strict=True)),
         storage_index=index,
         storage_offsets=torch.Size(
-            start - at for start, at in zip(starts, chunk.offsets, strict=True)
+            start - first for start, first in zip(starts, chunk.offsets, strict=True)
         ),
         lengths=torch.Size(end - start for start, end in zip(starts, ends, strict=True)),
     )
 
 
-class _Fill:
-    """What `FileSystemReader.read_data` asks of a planner, for one target tensor."""
+class _TargetPlanner:
+    """Answer the requests of `FileSystemReader.read_data` for one target tensor."""
 
     def __init__(self, target: Tensor) -> None:
         self.target = target
@@ -233,18 +259,27 @@ class _Fill:
     def resolve_tensor(self, item: ReadItem) -> Tensor:
         return self.target[
             tuple(
-                slice(at, at + size)
-                for at, size in zip(item.dest_offsets, item.lengths, strict=True)
+                slice(first, first + size)
+                for first, size in zip(item.dest_offsets, item.lengths, strict=True)
             )
         ]
 
     def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None:
-        """The slice is a view: nothing to hand back."""
+        """Do nothing: the resolved tensor is a view of the target."""
 
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """One slice of a tensor to be written: [shape] at `offset` of the tensor's `whole` shape; `load` is called when its turn comes."""
+    """Describe one slice of a tensor to be written.
+
+    Attributes:
+        name: of the tensor.
+        whole: shape of the tensor.
+        offset: first index of the slice in each dimension.
+        shape: of the slice.
+        dtype: stored type.
+        load: returns the slice, [shape] of any float type; called when its turn comes.
+    """
 
     name: str
     whole: tuple[int, ...]
@@ -255,13 +290,22 @@ class TensorSlice:
 
 
 def write_slices(
-    folder: Path, pieces: Iterable[TensorSlice], *, objects: Iterable[str] = ()
+    folder: Path, slices: Iterable[TensorSlice], *, objects: Iterable[str] = ()
 ) -> dict[str, FileRecord]:
-    """Write a distributed checkpoint that megatron-core loads in any layout, holding one piece in memory at a time; returns its files.
+    """Write a distributed checkpoint that megatron-core loads in any layout.
 
-    objects: names of the entries without content that megatron-core's layers want to find (`..._extra_state/shard_0_4`).
+    One slice at a time is in memory.
+
+    Args:
+        folder: of the checkpoint.
+        slices: all tensors.
+        objects: names of the entries without content that megatron-core's layers expect
+            (`..._extra_state/shard_0_4`).
+
+    Returns:
+        Records of the written files, by name.
     """
-    planner = _LazyPlanner(list(pieces), list(objects))
+    planner = _LazyPlanner(list(slices), list(objects))
     writer = FileSystemWriter(str(folder), sync_files=False)
     writer.fs = files = DigestingFiles()
     with warnings.catch_warnings():
@@ -271,7 +315,7 @@ def write_slices(
         try:
             dcp.state_dict_saver.save({}, storage_writer=writer, planner=planner, no_dist=True)
         except dcp.api.CheckpointException as error:
-            # One process, one failure: what the caller can do about it is in the failure itself.
+            # One process has one failure, and that names the cause.
             (failure, _), *_others = error.failures.values()
             raise failure from error
     common = io.BytesIO()
@@ -284,27 +328,31 @@ def write_slices(
 
 
 class _LazyPlanner(SavePlanner):
-    def __init__(self, pieces: list[TensorSlice], objects: list[str]) -> None:
-        self.pieces = {(piece.name, piece.offset): piece for piece in pieces}
+    def __init__(self, slices: list[TensorSlice], objects: list[str]) -> None:
+        self.slices = {
+            (tensor_slice.name, tensor_slice.offset): tensor_slice for tensor_slice in slices
+        }
         self.objects = objects
 
     def set_up_planner(
         self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
-        """Everything was given at construction."""
+        """Do nothing: the constructor received everything."""
 
     def create_local_plan(self) -> SavePlan:
         items = [
             WriteItem(index=MetadataIndex(name), type=WriteItemType.BYTE_IO)
             for name in self.objects
         ]
-        return SavePlan(items + [_write_item(piece) for piece in self.pieces.values()])
+        return SavePlan(
+            items + [_write_item(tensor_slice) for tensor_slice in self.slices.values()]
+        )
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         plans, metadata = create_default_global_save_plan(all_plans)
         assert all(
-            isinstance(found, TensorStorageMetadata | BytesStorageMetadata)
-            for found in metadata.state_dict_metadata.values()
+            isinstance(stored, TensorStorageMetadata | BytesStorageMetadata)
+            for stored in metadata.state_dict_metadata.values()
         )
         return plans, metadata
 
@@ -314,31 +362,35 @@ class _LazyPlanner(SavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
             content = io.BytesIO()
-            # One object per shard, as megatron-core stores them.
+            # megatron-core stores one object per shard.
             torch.save([None], content)
             return content
         index = write_item.index
         assert index.offset is not None
-        piece = self.pieces[index.fqn, tuple(index.offset)]
-        tensor = piece.load().to(piece.dtype).contiguous()
-        if tuple(tensor.shape) != piece.shape:
+        tensor_slice = self.slices[index.fqn, tuple(index.offset)]
+        tensor = tensor_slice.load().to(tensor_slice.dtype).contiguous()
+        if tuple(tensor.shape) != tensor_slice.shape:
             raise ConfigError(
-                f"{piece.name} has shape {list(tensor.shape)}, expected {list(piece.shape)}"
+                f"{tensor_slice.name} has shape {list(tensor.shape)}, expected "
+                f"{list(tensor_slice.shape)}"
             )
         if not torch.isfinite(tensor).all():
             raise ConfigError(
-                f"{piece.name}, from {list(piece.offset)} on, holds numbers that are not finite in {piece.dtype}: use another copy"
+                f"{tensor_slice.name}, from {list(tensor_slice.offset)} on, holds numbers that "
+                f"are not finite in {tensor_slice.dtype}: use another copy"
             )
         return tensor
 
 
-def _write_item(piece: TensorSlice) -> WriteItem:
+def _write_item(tensor_slice: TensorSlice) -> WriteItem:
     return WriteItem(
-        index=MetadataIndex(piece.name, torch.Size(piece.offset)),
+        index=MetadataIndex(tensor_slice.name, torch.Size(tensor_slice.offset)),
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape)),
-            properties=TensorProperties(dtype=piece.dtype),
-            size=torch.Size(piece.whole),
+            chunk=ChunkStorageMetadata(
+                torch.Size(tensor_slice.offset), torch.Size(tensor_slice.shape)
+            ),
+            properties=TensorProperties(dtype=tensor_slice.dtype),
+            size=torch.Size(tensor_slice.whole),
         ),
     )

@@ -170,7 +170,7 @@ def test_manifest_that_repeats_a_name(tmp_path: Path) -> None:
         path.unlink()
     digest = write_file(folder, MANIFEST, text.encode()).sha256
     write_file(folder, COMMIT, json.dumps({"manifest_sha256": digest}).encode())
-    assert "a name is there twice" in verify(folder)[0]
+    assert "a name occurs twice" in verify(folder)[0]
 
 
 def test_ranks_share_the_reading(tmp_path: Path) -> None:
@@ -264,8 +264,8 @@ def test_damaged_newest_keeps_the_last_good(tmp_path: Path) -> None:
         [2, 3],
         [2, 3, 4],
     ]
-    assert verifier.good == {2}
-    assert set(verifier.bad) == {3, 4}
+    assert verifier.verified == {2}
+    assert set(verifier.damaged) == {3, 4}
     assert add(5) == [5]
     rows = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [(row["event"], row["step"]) for row in rows if row["event"] == "damaged"] == [

@@ -96,7 +96,7 @@ def reconcile_checkpoints(inputs: Inputs, saver: Saver) -> None:
     if inputs.resume is not None and has_digests(*inputs.resume):
         # The last rotation may have been interrupted. Repeat it now that the damaged checkpoints,
         # which do not count as kept ones, have other names.
-        saver.verifier.add(inputs.resume[1].step, good=True)
+        saver.verifier.add(inputs.resume[1].step, verified=True)
 
 
 def _check_visible(folder: Path) -> None:
