@@ -16,7 +16,9 @@ def divergences_reference() -> str:
 
     lines = ["| Name | Sum over ids | Direction | Source | Parameters |", "|---|---|---|---|---|"]
     for name, divergence in DIVERGENCES.items():
-        parameters = ", ".join(f"`{parameter.name}` ({parameter.default})" for parameter in divergence.parameters)
+        parameters = ", ".join(
+            f"`{parameter.name}` ({parameter.default})" for parameter in divergence.parameters
+        )
         cells = (divergence.formula, divergence.direction, divergence.source, parameters)
         escaped = " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
         lines.append(f"| `{name}` | {escaped} |")

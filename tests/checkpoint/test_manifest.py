@@ -226,14 +226,14 @@ def test_the_last_good_one_is_never_removed(tmp_path: Path) -> None:
             step_folder(tmp_path, step).mkdir(exist_ok=True)
 
     steps(1, 2, 3, 4)
-    assert prune(tmp_path, 1, good=()) == []
+    assert prune(tmp_path, 1, verified=()) == []
     assert complete_steps(tmp_path) == [1, 2, 3, 4]
-    assert prune(tmp_path, 1, good={2, 9}) == [1, 3]
+    assert prune(tmp_path, 1, verified={2, 9}) == [1, 3]
     assert complete_steps(tmp_path) == [2, 4]
-    assert prune(tmp_path, 1, good={2, 4}) == [2]
+    assert prune(tmp_path, 1, verified={2, 4}) == [2]
     assert complete_steps(tmp_path) == [4]
     steps(5, 6)
-    assert prune(tmp_path, 2, good={4, 6}) == [4]
+    assert prune(tmp_path, 2, verified={4, 6}) == [4]
     assert complete_steps(tmp_path) == [5, 6]
     quarantine(step_folder(tmp_path, 6))
     (tmp_path / ".incomplete-step-00000007").mkdir()
@@ -286,7 +286,7 @@ def test_a_start_removes_what_a_kill_has_left(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         make(step_folder(tmp_path, step), seed=step)
     verifier = Verifier(tmp_path, keep_last=1, log=CheckpointLog(tmp_path / "log"))
-    verifier.add(3, good=True)
+    verifier.add(3, verified=True)
     _wait(verifier)
     verifier.close()
     rows = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
