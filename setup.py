@@ -33,7 +33,7 @@ setup(
     entry_points={"console_scripts": ["megatron-kd = megatron_kd.cli:main"]},
     package_data={
         "megatron_kd.cache": ["FORMAT.md"],
-        "megatron_kd.sweep": ["page.css", "page.js"],
+        "megatron_kd.sweep.pages": ["page.css", "page.js"],
     },
     install_requires=[
         # 2.10 repairs a hole in reading checkpoints (CVE-2026-24747); NGC images call theirs 2.10.0a0.

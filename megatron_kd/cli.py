@@ -1,8 +1,8 @@
 """Run a program of the installed package: `megatron-kd VERB [OPTION ...]`.
 
-Every program of the folder tools/ is a verb, its name written with dashes: tools/preprocess_data.py
-is `megatron-kd preprocess-data`. `megatron-kd train` is megatron_kd.pretrain in one process; several
-processes are started with torchrun. Benchmarks are no verbs.
+Every program of the folder tools/ is a verb, written with dashes: tools/preprocess_data.py is
+`megatron-kd preprocess-data`. `megatron-kd train` is megatron_kd.pretrain in one process; torchrun
+starts it in several. Benchmarks are no verbs.
 """
 
 from __future__ import annotations

@@ -1,15 +1,20 @@
-"""Run a grid of experiments: jobs once, then every cell with every seed, and what is measured on each. What is done is never done again.
+"""Run a grid of experiments: jobs once, then every cell with every seed and its measurements.
 
-    python tools/sweep.py grid.toml --output out [--small] [--set name=value ...] [--jobs 2] [--only "alpha*" ...]
-    python tools/sweep.py grid.toml --output out --list          # every task and its state; --dry-run: every command
-    python tools/sweep.py grid.toml --output out --slurm --ranks 4 --sbatch-args --partition=gpu --time=8:00:00
+    python tools/sweep.py grid.toml --output out [--small] [--set name=value ...] [--jobs 2]
+        [--only "alpha*" ...]
+    python tools/sweep.py grid.toml --output out --list       # every task and its state
+    python tools/sweep.py grid.toml --output out --dry-run    # every command
+    python tools/sweep.py grid.toml --output out --slurm --ranks 4
+        --sbatch-args --partition=gpu --time=8:00:00
     python tools/report.py out --html out/report.html
 
-The keys of a sweep file stand in examples/README.md. Each task prints into a log in its folder. SIGINT and SIGTERM let runs save and leave;
-the same command goes on there. A change to what is done or begun already is refused: another --output, or --redo with a name, which puts
-the old folder aside.
+examples/README.md describes the keys of a sweep file. Each task prints into a log in its folder.
+On SIGINT and SIGTERM runs save and exit, and the same command resumes them. Tasks that are done are
+not repeated. If the definition of a task that was begun or done changes, the sweep is refused:
+choose another --output, or name the task with --redo, which moves the old folder aside.
 
-Exit codes: 0 all done, 1 something failed (listed at the end), 2 bad input, 85 asked to leave: start it again, 93 (--task) do not.
+Exit codes: 0 all done, 1 something failed (listed at the end), 2 bad input, 85 stopped on request
+and resumable, 93 (--task) not to be started again.
 """
 
 from __future__ import annotations
@@ -26,19 +31,30 @@ from pathlib import Path
 from megatron_kd.config import ConfigError
 from megatron_kd.storage.directory_lock import DirectoryLock, DirectoryLockedError
 from megatron_kd.storage.exit_codes import BAD_INPUT, DO_NOT_RESTART, FAILED, FINISHED, REQUEUE
-from megatron_kd.sweep.grid import Sweep, Task, resolve, select
-from megatron_kd.sweep.local_runner import print_line, run_tasks
-from megatron_kd.sweep.slurm import submissions, submit
-from megatron_kd.sweep.sweep_record import SWEEP_FILE, provenance, write_sweep
-from megatron_kd.sweep.task_runner import Outcome, Shop
-from megatron_kd.sweep.task_state import State, look, redo, refuse_changed
+from megatron_kd.sweep.definition.grid import resolve
+from megatron_kd.sweep.definition.tasks import Sweep, Task, select, with_needs
+from megatron_kd.sweep.execution.local_runner import FAILURES, run_tasks
+from megatron_kd.sweep.execution.slurm import job_arrays, print_arrays, submit
+from megatron_kd.sweep.execution.sweep_record import provenance, write_sweep
+from megatron_kd.sweep.execution.task_runner import (
+    TaskOutcome,
+    TaskRunner,
+    print_line,
+)
+from megatron_kd.sweep.execution.task_state import (
+    TaskState,
+    read_statuses,
+    redo,
+    refuse_changed,
+)
+from megatron_kd.sweep.file_names import SWEEP_FILE
 
-# How long a task waits for what it needs: network file systems may show a new file a minute later.
-_SEEN_WITHIN = 70.0
+# Seconds that a task waits for the files of its needs: network file systems may show them late.
+_FILE_DELAY = 70.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse and do what was asked."""
+    """Parse the options and run, show or submit the sweep."""
     options = _parser().parse_args(argv)
     try:
         for name, least in (("jobs", 1), ("ranks", 1), ("retries", 0)):
@@ -52,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             ranks=options.ranks,
         )
         if options.task is not None:
-            return _one(sweep, options)
+            return _run_one(sweep, options)
         if options.list or (options.dry_run and not options.slurm):
             return _show(sweep, options)
-        return _all(sweep, options)
+        return _run_all(sweep, options)
     except ConfigError as error:
         print(f"sweep: error: {error}", file=sys.stderr, flush=True)
         return BAD_INPUT
@@ -74,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--small",
         action="store_true",
-        help="with the values of [small], to see that everything works",
+        help="use the values of [small], to see that everything works",
     )
     parser.add_argument(
         "--set",
@@ -87,20 +103,20 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs",
         type=int,
         default=1,
-        help="tasks at a time; the cores are shared out among them (1)",
+        help="number of tasks at a time, which share the cores (1)",
     )
     parser.add_argument(
         "--only",
         nargs="+",
         default=[],
         metavar="GLOB",
-        help="only cells and jobs of these names, and what they need",
+        help="run only cells and jobs with these names, and what they need",
     )
     parser.add_argument(
         "--ranks",
         type=int,
         default=1,
-        help="processes of each run whose job or cell does not say (1)",
+        help="processes of each run whose job or cell sets no number (1)",
     )
     parser.add_argument(
         "--retries",
@@ -113,15 +129,15 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="GLOB",
-        help="put these aside, and what was made from them, and do them again",
+        help="move these and what was made from them aside, and do them again",
     )
     parser.add_argument(
-        "--list", action="store_true", help="print every task and its state, and leave"
+        "--list", action="store_true", help="print every task and its state, and exit"
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print every command, and leave; with --slurm, the scripts",
+        help="print every command, and exit; with --slurm, the scripts",
     )
     parser.add_argument(
         "--slurm",
@@ -132,37 +148,39 @@ def _parser() -> argparse.ArgumentParser:
         "--task",
         type=int,
         metavar="I",
-        help="do this one task only (what the jobs of --slurm start)",
+        help="do only this task; the jobs of --slurm use it",
     )
     parser.add_argument(
         "--sbatch-args",
         nargs=argparse.REMAINDER,
         default=[],
         metavar="OPTION",
-        help="the last option: more for sbatch",
+        help="further options of sbatch; must come last",
     )
     return parser
 
 
 def _show(sweep: Sweep, options: argparse.Namespace) -> int:
-    found, chosen = look(sweep), select(sweep, options.only)
+    """Print the state or the commands of the selected tasks."""
+    statuses, selected = read_statuses(sweep), select(sweep, options.only)
     for number, (name, task) in enumerate(sweep.tasks.items()):
-        if name not in chosen:
+        if name not in selected:
             continue
+        state = statuses[name].state
         if options.list:
-            print(
-                f"{number:4d}  {found[name].state.value:8s}{name}  {task.folder}{'  needs ' if task.needs else ''}{', '.join(task.needs)}"
-            )
-        elif found[name].state is not State.DONE:
+            needs = f"  needs {', '.join(task.needs)}" if task.needs else ""
+            print(f"{number:4d}  {state.value:8s}{name}  {task.folder}{needs}")
+        elif state is not TaskState.DONE:
             print(f"# {name}\n" + "\n".join(shlex.join(step.argv) for step in task.steps))
     return FINISHED
 
 
-def _all(sweep: Sweep, options: argparse.Namespace) -> int:
+def _run_all(sweep: Sweep, options: argparse.Namespace) -> int:
+    """Run or submit the selected tasks, as the only sweep in the folder."""
     tasks, origin = select(sweep, options.only), provenance()
     if options.slurm and options.dry_run:
         refuse_changed(sweep, tasks)
-        submit(submissions(sweep, tasks, _words(options), options.sbatch_args), dry_run=True)
+        print_arrays(job_arrays(sweep, tasks, _task_command(options), options.sbatch_args))
         return FINISHED
     lock = _lock(sweep.out)
     try:
@@ -172,121 +190,111 @@ def _all(sweep: Sweep, options: argparse.Namespace) -> int:
         refuse_changed(sweep, tasks)
         write_sweep(sweep, origin)
         if options.slurm:
-            submit(submissions(sweep, tasks, _words(options), options.sbatch_args), dry_run=False)
+            submit(job_arrays(sweep, tasks, _task_command(options), options.sbatch_args))
             return FINISHED
-        return _report(
-            run_tasks(
-                sweep, tasks, _shop(sweep, options, origin), workers=options.jobs, say=print_line
-            )
-        )
+        runner = _task_runner(sweep, options, origin)
+        return _report(run_tasks(sweep, tasks, runner, workers=options.jobs))
     finally:
         lock.release()
 
 
-def _one(sweep: Sweep, options: argparse.Namespace) -> int:
-    """A task by its number. What it needs must be done; the sweep must be the one that was submitted."""
+def _run_one(sweep: Sweep, options: argparse.Namespace) -> int:
+    """Run a task by its number, of the sweep as it was submitted."""
     if not 0 <= options.task < len(sweep.tasks):
         raise ConfigError(f"--task ({options.task}) must be in 0 .. {len(sweep.tasks) - 1}")
+    _check_submitted(sweep, options)
+    name = list(sweep.tasks)[options.task]
+    tasks = with_needs(sweep.tasks, [name])
+    missing = _wait_for_needs(sweep, {need: tasks[need] for need in tasks if need != name})
+    if missing:
+        print(
+            f"sweep: error: {name!r} needs {missing!r}, which is not done",
+            file=sys.stderr,
+            flush=True,
+        )
+        return FAILED
+    refuse_changed(sweep, tasks)
+    outcomes = run_tasks(sweep, tasks, _task_runner(sweep, options, provenance()), workers=1)
+    if any(outcome.result == "stopped" for outcome in outcomes.values()):
+        return DO_NOT_RESTART
+    return _report(outcomes)
+
+
+def _check_submitted(sweep: Sweep, options: argparse.Namespace) -> None:
+    path = sweep.out / SWEEP_FILE
     try:
-        submitted = json.loads((sweep.out / SWEEP_FILE).read_text(encoding="utf-8"))["digest"]
+        submitted = json.loads(path.read_text(encoding="utf-8"))["digest"]
     except (OSError, ValueError, KeyError):
         raise ConfigError(
-            f"{sweep.out / SWEEP_FILE} cannot be read: --task is for a sweep that was started or submitted"
+            f"{path} cannot be read: --task is for a sweep that was started or submitted"
         ) from None
     if submitted != sweep.digest():
         raise ConfigError(
-            f"{options.file}, or a run file of it, has changed since this sweep was submitted: submit it again"
+            f"{options.file}, or a run file of it, has changed since this sweep was submitted: "
+            "submit it again"
         )
-    name = list(sweep.tasks)[options.task]
-    needed = {each: task for each, task in select_task(sweep, name).items() if each != name}
-    deadline = time.monotonic() + _SEEN_WITHIN
-    while missing := [
-        each for each, found in look(sweep, needed).items() if found.state is not State.DONE
-    ]:
+
+
+def _wait_for_needs(sweep: Sweep, needs: Mapping[str, Task]) -> str:
+    """Wait until all needs are done; return the name of one that does not become so, or ""."""
+    deadline = time.monotonic() + _FILE_DELAY
+    while True:
+        missing = [
+            name
+            for name, status in read_statuses(sweep, needs).items()
+            if status.state is not TaskState.DONE
+        ]
+        if not missing:
+            return ""
         if time.monotonic() > deadline:
-            print(
-                f"sweep: error: {name!r} needs {missing[0]!r}, which is not done",
-                file=sys.stderr,
-                flush=True,
-            )
-            return 1
+            return missing[0]
         time.sleep(1.0)
-    refuse_changed(sweep, select_task(sweep, name))
-    outcomes = run_tasks(
-        sweep,
-        select_task(sweep, name),
-        _shop(sweep, options, provenance()),
-        workers=1,
-        say=print_line,
-    )
-    return (
-        DO_NOT_RESTART
-        if any(each.word == "stopped" for each in outcomes.values())
-        else _report(outcomes)
-    )
 
 
-def select_task(sweep: Sweep, name: str) -> Mapping[str, Task]:
-    """A task and all that it needs, in order."""
-    found = {name}
-    for each in reversed(list(sweep.tasks)):
-        if each in found:
-            found |= set(sweep.tasks[each].needs)
-    return {each: task for each, task in sweep.tasks.items() if each in found}
-
-
-def _shop(sweep: Sweep, options: argparse.Namespace, origin: Mapping[str, str]) -> Shop:
+def _task_runner(
+    sweep: Sweep, options: argparse.Namespace, origin: Mapping[str, str]
+) -> TaskRunner:
     cores = len(os.sched_getaffinity(0))
-    return Shop(
+    return TaskRunner(
         sweep.out,
         threads=max(1, cores // options.jobs),
         retries=options.retries,
         provenance=origin,
-        say=print_line,
     )
 
 
-def _words(options: argparse.Namespace) -> list[str]:
-    """The command of a Slurm task, without --task."""
-    settings = [word for text in options.set for word in ("--set", text)]
-    small = ["--small"] if options.small else []
-    fixed = [
+def _task_command(options: argparse.Namespace) -> list[str]:
+    """Return the command of a Slurm task without --task."""
+    return [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        str(options.file.resolve()),
         "--output",
         str(options.output.resolve()),
         "--ranks",
         str(options.ranks),
         "--retries",
         str(options.retries),
-    ]
-    return [
-        sys.executable,
-        str(Path(__file__).resolve()),
-        str(options.file.resolve()),
-        *fixed,
-        *small,
-        *settings,
+        *(["--small"] if options.small else []),
+        *(word for setting in options.set for word in ("--set", setting)),
     ]
 
 
-def _report(outcomes: Mapping[str, Outcome]) -> int:
-    """The exit code, after one line for everything that is not done."""
-    bad = {
-        name: outcome
-        for name, outcome in outcomes.items()
-        if outcome.word in ("failed", "stopped", "blocked")
-    }
-    left = [name for name, outcome in outcomes.items() if outcome.word == "left"]
-    for name, outcome in bad.items():
-        print_line(f"{outcome.word}: {name}: {outcome.message}")
-    if left:
-        print_line(f"{len(left)} left to do: start it again to go on")
+def _report(outcomes: Mapping[str, TaskOutcome]) -> int:
+    """Print a line for everything that is not done; return the exit code."""
+    failed = {name: outcome for name, outcome in outcomes.items() if outcome.result in FAILURES}
+    for name, outcome in failed.items():
+        print_line(f"{outcome.result}: {name}: {outcome.message}")
+    interrupted = sum(outcome.result == "interrupted" for outcome in outcomes.values())
+    if interrupted:
+        print_line(f"{interrupted} left to do: start it again to go on")
         return REQUEUE
-    print_line(f"{len(bad)} not done" if bad else "all done")
-    return FAILED if bad else FINISHED
+    print_line(f"{len(failed)} not done" if failed else "all done")
+    return FAILED if failed else FINISHED
 
 
 def _lock(directory: Path) -> DirectoryLock:
-    """Lock the folder of the sweep. Raise ConfigError where another process works in it."""
+    """Lock the folder of the sweep; ConfigError if another process works in it."""
     try:
         return DirectoryLock(directory)
     except DirectoryLockedError as error:

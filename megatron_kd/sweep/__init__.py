@@ -1,1 +1,1 @@
-"""Experiments: a grid of runs in one TOML file, started once each, and what came of them as a table and a page."""
+"""Run grids of experiments, locally or on Slurm, and show their tables, plots and pages."""

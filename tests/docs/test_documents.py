@@ -17,7 +17,7 @@ import torch
 
 from megatron_kd.config import ConfigError, load_config
 from megatron_kd.parallel.platform import check_apex
-from megatron_kd.sweep.grid import resolve
+from megatron_kd.sweep.definition.grid import resolve
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from megatron_kd.config import ConfigError, load_config
 from megatron_kd.data.preparation.token_file_writer import TokenFileWriter
 from megatron_kd.data.token_file_checks import check_token_file
 from megatron_kd.data.token_files import read_index
-from megatron_kd.sweep.grid import resolve
+from megatron_kd.sweep.definition.grid import resolve
 from tests.helpers.program import ROOT
 from tests.helpers.sweeps import tool
 from tests.losses.cases import fresh_seed

@@ -22,7 +22,7 @@ from megatron_kd.config import ConfigError, ModelSection, load_config
 from megatron_kd.data.dataset import DatasetRequest, build_dataset
 from megatron_kd.data.token_files import read_index
 from megatron_kd.planning.memory import Job, fullest, run_memory
-from megatron_kd.sweep.grid import resolve
+from megatron_kd.sweep.definition.grid import resolve
 from tests.helpers.sweeps import sweep
 from tests.losses.cases import fresh_seed
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kd.sweep.results import read_result
+from megatron_kd.sweep.results.sweep_results import read_result
 from tests.helpers.sweeps import ROOT, sweep, tool
 
 
@@ -32,7 +32,7 @@ def test_bigram_sandbox(tmp_path: Path) -> None:
     ]
     code, output = sweep(ROOT / "examples/bigram_sandbox/sweep.toml", out, *words, "--only", *cells)
     assert code == 0, output
-    found = {row.name: row for row in read_result(out).rows}
+    found = {row.name: row for row in read_result(out).cells}
     for name in cells[:2]:
         samples = found[name].samples
         assert all(

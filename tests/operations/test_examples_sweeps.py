@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_kd.sweep.plots import pictures
-from megatron_kd.sweep.results import read_result
+from megatron_kd.sweep.plots.draw import pictures
+from megatron_kd.sweep.results.sweep_results import read_result
 from tests.helpers.program import ROOT
 from tests.helpers.sweeps import sweep, tool
 

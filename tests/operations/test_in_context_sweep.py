@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kd.sweep.results import read_result
+from megatron_kd.sweep.results.sweep_results import read_result
 from tests.helpers.program import ROOT
 from tests.helpers.sweeps import sweep, tool
 
@@ -33,8 +33,8 @@ def test_the_sweep_from_data_to_page(tmp_path: Path) -> None:
     assert "all done" in told, told
     result = read_result(out)
     assert not result.notes()
-    assert [row.name for row in result.rows] == CELLS
-    for row in result.rows:
+    assert [row.name for row in result.cells] == CELLS
+    for row in result.cells:
         assert all(sample.n == 1 for sample in row.samples.values()), row
         assert row.samples["copied"].values[1] < 1.0
         assert 0.0 <= row.samples["pass@16, best"].values[1] <= 1.0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kd.sweep.results import read_result
+from megatron_kd.sweep.results.sweep_results import read_result
 from tests.helpers.sweeps import start_sweep, sweep, tool, write_sweep
 from tests.helpers.tiny import write_tokens
 
@@ -81,7 +81,7 @@ def test_a_sweep_of_runs(tmp_path: Path) -> None:
         ]
         assert steps == [1, 2, 3, 4, 5, 6]
         assert json.loads((folder / "count.json").read_text()) == {"rows": 8}
-    seeds = [read_result(out).rows[0].samples["held-out"].values[seed] for seed in (1, 2)]
+    seeds = [read_result(out).cells[0].samples["held-out"].values[seed] for seed in (1, 2)]
     assert seeds[0] != seeds[1]
     assert all(3 < loss < 5 for loss in seeds)
     _again(path, out)

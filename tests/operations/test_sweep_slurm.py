@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kd.sweep.results import read_result
+from megatron_kd.sweep.results.sweep_results import read_result
 from tests.helpers.slurm import Cluster, missing
 from tests.helpers.slurm_site import HOSTILE, whole_rows
 from tests.helpers.sweeps import TOOL, write_sweep
@@ -116,7 +116,7 @@ def test_arrays_in_order_and_a_run_brought_back(tmp_path: Path) -> None:
         assert submit() == [], "all is done"
     result = read_result(out)
     assert not result.notes()
-    assert [row.samples["n"].values for row in result.rows[1:]] == [
+    assert [row.samples["n"].values for row in result.cells[1:]] == [
         {1: 8.0, 2: 8.0},
         {1: 9.0, 2: 9.0},
     ]

@@ -1,4 +1,4 @@
-"""Sweep files: what is put in for names, which combinations there are, folders' names, and one sentence for everything that cannot work."""
+"""Sweep files: placeholders, combinations, folder names, and one sentence for every problem."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from megatron_kd.config import ConfigError
-from megatron_kd.sweep.grid import Sweep, resolve, select
-from megatron_kd.sweep.slurm import ranges
-from megatron_kd.sweep.templating import fill, slug
+from megatron_kd.sweep.definition.grid import resolve
+from megatron_kd.sweep.definition.tasks import Sweep, select
+from megatron_kd.sweep.definition.templating import fill, slug
+from megatron_kd.sweep.execution.slurm import ranges
 from tests.helpers.sweeps import ROOT, write_sweep
 
 HEAD = '[sweep]\ntitle = "T"\nseeds = [1, 2]\n'
@@ -44,9 +45,13 @@ group = "alpha"
 name = "alpha {alpha} k {k}"
 vary = { alpha = [0.0, 0.5], k = [8, 16] }
 run = "student.toml"
-overrides = { "distill.alpha" = "{alpha}", "distill.top_k" = "{k}", "data.train" = ["{data}", "b"], "data.valid" = { held = "{data}" } }
 needs = ["teacher_*"]
 paper = { accuracy = { "0.0, 8" = 37.7, "0.5,16" = 38 }, loss = 2 }
+[cell.overrides]
+"distill.alpha" = "{alpha}"
+"distill.top_k" = "{k}"
+"data.train" = ["{data}", "b"]
+"data.valid" = { held = "{data}" }
 [[cell]]
 name = "pair {a}"
 vary = [{ a = 1, b = 2 }, { a = 3, b = 4 }]
@@ -151,7 +156,7 @@ def test_small_and_set(tmp_path: Path) -> None:
 
 
 def test_overrides_of_the_whole_sweep(tmp_path: Path) -> None:
-    """Of cells and jobs; an entry's own come over them; what is wrong with one is told as if it stood there."""
+    """They apply to cells and jobs, whose own overrides win; problems name the entry."""
     job = '[[job]]\nname = "first"\nrun = "student.toml"\noverrides = { "train.steps" = 3 }\n'
     text = (
         HEAD
@@ -160,17 +165,17 @@ def test_overrides_of_the_whole_sweep(tmp_path: Path) -> None:
         + job
     )
     configs = {task.name: task.steps[0].config for task in resolved(tmp_path, text).tasks.values()}
-    found = {
+    settings = {
         name: (config.train.steps, config.distill.alpha)
         for name, config in configs.items()
         if config is not None
     }
-    assert found == {"lm, seed 1": (9, 0.25), "lm, seed 2": (9, 0.25), "first": (3, 0.25)}
+    assert settings == {"lm, seed 1": (9, 0.25), "lm, seed 2": (9, 0.25), "first": (3, 0.25)}
     with pytest.raises(ConfigError, match="train.seed is set by the sweep itself"):
         resolved(tmp_path, HEAD + '[sweep.overrides]\n"train.seed" = 1\n' + CELL)
 
 
-def test_words() -> None:
+def test_placeholders_slugs_and_ranges() -> None:
     names = {"a": 0.5, "b": True, "c": "x y", "d": [1, "2"]}
     assert fill("{a}", names, "") == 0.5
     assert fill("{d}", names, "") == [1, "2"]
@@ -245,14 +250,14 @@ def test_words() -> None:
         (HEAD + CELL.replace("student", "nowhere"), "cell 'lm': run file"),
     ],
 )
-def test_one_sentence(tmp_path: Path, text: str, words: str) -> None:
+def test_a_problem_is_reported_in_one_sentence(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ConfigError) as error:
         resolved(tmp_path, text)
     assert words in str(error.value), str(error.value)
     assert "\n" not in str(error.value), str(error.value)
 
 
-def test_settings_that_cannot_be(tmp_path: Path) -> None:
+def test_invalid_settings(tmp_path: Path) -> None:
     for setting, words in {
         "stebs=1": "did you mean steps",
         "steps": "name=value",

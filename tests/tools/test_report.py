@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import numpy as np
 import pytest
 
+from megatron_kd.sweep.plots.run_curves import running_mean
+from megatron_kd.sweep.results.run_results import read_run
 from megatron_kd.telemetry.run_files import RunWriter
+from tests.helpers.sweeps import tool
 
 REPORT = Path(__file__).parents[2] / "tools" / "report.py"
-
-
-@pytest.fixture(scope="module")
-def report() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("report", REPORT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["report"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["report"]
 
 
 def synthetic_run(
@@ -55,29 +47,15 @@ def synthetic_run(
     return folder
 
 
-def test_report_numbers_table_and_picture(
-    tmp_path: Path, report: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_numbers_table_and_picture_of_runs(tmp_path: Path) -> None:
     runs = [
         synthetic_run(tmp_path / "plain", 0.0),
         synthetic_run(tmp_path / "distilled", 8.0, splits=("books", "code")),
     ]
     output, numbers = tmp_path / "new" / "out.png", tmp_path / "out.json"
-    assert (
-        report.main(
-            [
-                *map(str, runs),
-                "--labels",
-                "CE",
-                "KD run",
-                "--output",
-                str(output),
-                "--json",
-                str(numbers),
-            ]
-        )
-        == 0
-    )
+    words = ["--labels", "CE", "KD run", "--output", str(output), "--json", str(numbers)]
+    code, text = tool("report", *map(str, runs), *words)
+    assert code == 0
     plain, distilled = json.loads(numbers.read_text())
     assert plain["run"] == "CE"
     assert plain["tokens"] == 40_000
@@ -85,10 +63,10 @@ def test_report_numbers_table_and_picture(
     assert plain["validation"]["books"]["perplexity"] == pytest.approx(40.0)
     assert plain["validation"]["books"]["step"] == 40
     assert distilled["validation"]["code"]["ce_loss"] == pytest.approx(math.log(32.0))
-    table = capsys.readouterr().out.splitlines()
-    assert len(table) == 3
-    assert len({len(line) for line in table}) == 1
-    assert table[1].split() == ["CE", "3.6889", "40.00", "-", "-", "40,000", "120"]
+    lines = text.splitlines()
+    assert len(lines) == 3
+    assert len({len(line) for line in lines}) == 1
+    assert lines[1].split() == ["CE", "3.6889", "40.00", "-", "-", "40,000", "120"]
     header = output.read_bytes()[:24]
     assert header[:4] == b"\x89PNG"
     assert (
@@ -97,15 +75,15 @@ def test_report_numbers_table_and_picture(
     ) == (1200, 500)
 
 
-def test_report_markdown_default_labels_and_nonfinite_losses(
-    tmp_path: Path, report: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_markdown_default_labels_and_losses_that_are_not_finite(tmp_path: Path) -> None:
     runs = [
         synthetic_run(tmp_path / "a" / "seed0", 0.0),
         synthetic_run(tmp_path / "b" / "seed0", 1.0, last_ce=math.nan),
     ]
-    assert report.main([*map(str, runs), "--output", str(tmp_path / "out.svg"), "--markdown"]) == 0
-    header, rule, first, second = capsys.readouterr().out.splitlines()
+    words = ["--output", str(tmp_path / "out.svg"), "--markdown"]
+    code, text = tool("report", *map(str, runs), *words)
+    assert code == 0
+    header, rule, first, second = text.splitlines()
     assert header.startswith("| run ")
     assert set(rule) <= set("|-: ")
     assert rule.count(":") == 4
@@ -114,20 +92,19 @@ def test_report_markdown_default_labels_and_nonfinite_losses(
     assert second.count("not finite") == 2
 
 
-def test_report_places_validation_points_by_consumed_tokens(
-    tmp_path: Path, report: ModuleType
-) -> None:
-    run = report.read_run(synthetic_run(tmp_path, 0.0), "x")
+def test_validation_points_are_placed_by_consumed_tokens(tmp_path: Path) -> None:
+    run = read_run(synthetic_run(tmp_path, 0.0), "x")
     assert run.splits["books"].tokens.tolist() == [20_000.0, 40_000.0]
 
 
-def test_running_mean_is_a_centred_mean(report: ModuleType) -> None:
-    values = report.np.array([1.0, 5.0, 3.0, 7.0])
-    assert report.running_mean(values, 1).tolist() == values.tolist()
-    assert report.running_mean(values, 3).tolist() == [3.0, 3.0, 5.0, 5.0]
+def test_running_mean_is_a_centred_mean() -> None:
+    values = np.array([1.0, 5.0, 3.0, 7.0])
+    assert running_mean(values, 1).tolist() == values.tolist()
+    assert running_mean(values, 3).tolist() == [3.0, 3.0, 5.0, 5.0]
 
 
-ROW = '{"step": 1, "ce_loss": 2.0, "tokens": 10, "tokens_per_second": 5.0}\n'
+# A training line of metrics.jsonl.
+LINE = '{"step": 1, "ce_loss": 2.0, "tokens": 10, "tokens_per_second": 5.0}\n'
 
 
 @pytest.mark.parametrize(
@@ -135,54 +112,50 @@ ROW = '{"step": 1, "ce_loss": 2.0, "tokens": 10, "tokens_per_second": 5.0}\n'
     [
         (None, "does not exist"),
         ("", "is empty"),
-        (ROW + '{"step": 2, "ce', "line 2 is not JSON: torn"),
-        (ROW + "{]\n" + ROW, "line 2 is not JSON: the file is damaged"),
+        (LINE + '{"step": 2, "ce', "line 2 is not JSON: torn"),
+        (LINE + "{]\n" + LINE, "line 2 is not JSON: the file is damaged"),
         ('{"step": 1, "ce_loss": 2.0}\n', "line 1 has no tokens"),
-        (ROW.replace("10", "null"), "line 1 has tokens = None"),
+        (LINE.replace("10", "null"), "line 1 has tokens = None"),
         ("[1]\n", "line 1 is not a JSON object"),
         ('{"step": 1, "split": "a", "ce_loss": 2.0}\n', "validation rows only"),
     ],
 )
-def test_report_says_in_one_sentence_what_is_wrong(
-    tmp_path: Path,
-    report: ModuleType,
-    capsys: pytest.CaptureFixture[str],
-    content: str | None,
-    words: str,
+def test_a_problem_is_reported_in_one_sentence(
+    tmp_path: Path, content: str | None, words: str
 ) -> None:
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
-    assert report.main([str(tmp_path), "--output", str(tmp_path / "out.png")]) == 2
-    error = capsys.readouterr().err
+    code, error = tool("report", str(tmp_path), "--output", str(tmp_path / "out.png"))
+    assert code == 2
     assert words in error
     assert error.count("\n") == 1
     assert error.endswith(".\n")
     assert not (tmp_path / "out.png").exists()
 
 
-def test_report_refuses_labels_and_outputs_that_do_not_fit(
-    tmp_path: Path, report: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = synthetic_run(tmp_path / "run", 0.0)
-    assert report.main([str(run), "--labels", "a", "b", "--output", str(tmp_path / "out.png")]) == 2
-    assert "1 runs, 2 labels" in capsys.readouterr().err
-    assert report.main([str(run), "--output", str(tmp_path / "out.nonsense")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+def test_unsuitable_labels_and_outputs_are_refused(tmp_path: Path) -> None:
+    run = str(synthetic_run(tmp_path / "run", 0.0))
+    code, error = tool("report", run, "--labels", "a", "b", "--output", str(tmp_path / "out.png"))
+    assert code == 2
+    assert "1 runs, 2 labels" in error
+    code, error = tool("report", run, "--output", str(tmp_path / "out.nonsense"))
+    assert code == 2
+    assert "cannot be written" in error
 
 
-def test_report_as_a_program_needs_no_torch(tmp_path: Path) -> None:
+def test_the_program_needs_no_torch(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path / "run", 0.0)
-    code = f"import runpy, sys; sys.modules['torch'] = None; sys.argv = ['report', {str(run)!r}, '--output', {str(tmp_path / 'o.png')!r}]"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}; runpy.run_path({str(REPORT)!r}, run_name='__main__')"],
-        capture_output=True,
-        text=True,
+    words = ["report", str(run), "--output", str(tmp_path / "o.png")]
+    code = (
+        f"import runpy, sys; sys.modules['torch'] = None; sys.argv = {words!r}; "
+        f"runpy.run_path({str(REPORT)!r}, run_name='__main__')"
     )
-    assert done.returncode == 0, done.stderr
-    missing = subprocess.run(
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    process = subprocess.run(
         [sys.executable, str(REPORT), str(tmp_path), "--output", "o.png"],
         capture_output=True,
         text=True,
     )
-    assert missing.returncode == 2
-    assert "does not exist" in missing.stderr
+    assert process.returncode == 2
+    assert "does not exist" in process.stderr

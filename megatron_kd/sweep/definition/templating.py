@@ -1,4 +1,4 @@
-"""Names in braces, and names of folders."""
+"""Expand {name} placeholders and make folder-safe slugs."""
 
 from __future__ import annotations
 
@@ -13,28 +13,44 @@ from typing import Any
 from megatron_kd.config import ConfigError
 
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
-_ONE = re.compile(r"\{([^{}]*)\}")
+_SINGLE_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Set by the sweep itself.
+# Names that the sweep itself sets.
 BUILT_IN = ("seed", "here", "repo", "out", "run", "python")
 
 
 def as_text(value: Any) -> str:
-    """A value inside a longer string, or as a word of a command: true and false as in TOML, lists and tables as JSON."""
+    """Format a value as a part of a longer string or as a word of a command.
+
+    true and false are written as in TOML, lists and tables as JSON.
+    """
     if isinstance(value, bool | list | dict):
         return json.dumps(value, ensure_ascii=False)
     return str(value)
 
 
-def fill(value: Any, names: Mapping[str, Any], where: str) -> Any:
-    """`value` with every {name} replaced, inside lists and tables too; a string that is exactly "{x}" becomes x with its own type.
+def fill(value: Any, names: Mapping[str, Any], location: str) -> Any:
+    """Replace every {name} in a value, inside lists and tables too.
 
-    {{ and }} stand for braces. ConfigError, naming `where`, for a name that is not known.
+    A string that is exactly "{x}" becomes x with its own type. {{ and }} stand for braces.
+
+    Args:
+        value: String, list, table, or any other value, which stays as it is.
+        names: Values by name.
+        location: Place in the sweep file, for the error message.
+
+    Returns:
+        A new value; the argument is not changed.
+
+    Raises:
+        ConfigError: A name is not known, or a brace stands alone.
     """
     if isinstance(value, list):
-        return [fill(item, names, where) for item in value]
+        return [fill(item, names, location) for item in value]
     if isinstance(value, dict):
-        return {fill(key, names, where): fill(item, names, where) for key, item in value.items()}
+        return {
+            fill(key, names, location): fill(item, names, location) for key, item in value.items()
+        }
     if not isinstance(value, str):
         return value
 
@@ -43,15 +59,16 @@ def fill(value: Any, names: Mapping[str, Any], where: str) -> Any:
             return match[0][0]
         if match[1] is None:
             raise ConfigError(
-                f"{where}: {value!r} has a single brace: write {{{{ and }}}} for braces that name nothing"
+                f"{location}: {value!r} has a single brace: "
+                "write {{ and }} for braces that are no placeholder"
             )
-        return as_text(_look_up(match[1], names, where))
+        return as_text(_value_of(match[1], names, location))
 
-    whole = _ONE.fullmatch(value)
-    return _look_up(whole[1], names, where) if whole else _BRACES.sub(replace, value)
+    single = _SINGLE_PLACEHOLDER.fullmatch(value)
+    return _value_of(single[1], names, location) if single else _BRACES.sub(replace, value)
 
 
-def _look_up(name: str, names: Mapping[str, Any], where: str) -> Any:
+def _value_of(name: str, names: Mapping[str, Any], location: str) -> Any:
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = (
@@ -59,15 +76,26 @@ def _look_up(name: str, names: Mapping[str, Any], where: str) -> Any:
             if close
             else f"known are {', '.join(sorted(names))}; {{{{ stands for a brace"
         )
-        raise ConfigError(f"{where}: {{{name}}} is not known: {hint}")
+        raise ConfigError(f"{location}: {{{name}}} is not known: {hint}")
     return names[name]
 
 
 def resolve_variables(variables: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables whose texts name each other or what is fixed, {out} for one. ConfigError for circles and reserved or odd names."""
+    """Expand the placeholders of [variables].
+
+    Args:
+        variables: Values that may name each other and the fixed names.
+        fixed: Values of the built-in names, such as {out}.
+
+    Returns:
+        All values by name, the fixed ones first.
+
+    Raises:
+        ConfigError: Variables name each other in a circle, or a name is reserved or malformed.
+    """
     for name in variables:
         check_name(name, "[variables]")
-    found: dict[str, Any] = dict(fixed)
+    values: dict[str, Any] = dict(fixed)
     waiting = dict(variables)
     while waiting:
         ready = {
@@ -80,16 +108,16 @@ def resolve_variables(variables: Mapping[str, Any], fixed: Mapping[str, Any]) ->
                 f"[variables]: {', '.join(sorted(waiting))} name each other in a circle"
             )
         for name in ready:
-            found[name] = fill(waiting.pop(name), found, f"[variables] {name}")
-    return found
+            values[name] = fill(waiting.pop(name), values, f"[variables] {name}")
+    return values
 
 
-def check_name(name: str, where: str) -> None:
-    """ConfigError where a name cannot stand in braces, or is the sweep's own."""
+def check_name(name: str, location: str) -> None:
+    """Raise ConfigError for a name that cannot be a placeholder or that the sweep itself sets."""
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"{where}: {name!r} is no name: use letters, digits and _")
+        raise ConfigError(f"{location}: {name!r} is no name: use letters, digits and _")
     if name in (*BUILT_IN, "seeds", "cells"):
-        raise ConfigError(f"{where}: {name} is set by the sweep itself: choose another name")
+        raise ConfigError(f"{location}: {name} is set by the sweep itself: choose another name")
 
 
 def _names_in(value: Any) -> set[str]:
@@ -105,7 +133,11 @@ def _names_in(value: Any) -> set[str]:
 
 
 def parse_setting(text: str, variables: Mapping[str, Any]) -> tuple[str, Any]:
-    """name=value of --set: text where the variable is text, else a value as in TOML. ConfigError otherwise."""
+    """Parse a name=value of --set: a text for a variable that is a text, else a value as in TOML.
+
+    Raises:
+        ConfigError: There is no such variable, or the value is not one of TOML.
+    """
     name, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"--set {text} must be name=value")
@@ -128,6 +160,10 @@ def parse_setting(text: str, variables: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def slug(name: str) -> str:
-    """A name as that of a folder: ASCII letters, digits, dots, _ and -, at most 100 of them; "" where nothing is left."""
+    """Make a folder name of ASCII letters, digits, dots, _ and -, of at most 100 characters.
+
+    Returns:
+        The folder name, or "" for a name without such characters.
+    """
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-.")[:100]

@@ -1,4 +1,4 @@
-"""sweep.json: a sweep as it was started, with all that a table or a page of it needs."""
+"""Write sweep.json: a sweep as it was started, with all that its table and page need."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kd.storage.provenance import commit
-from megatron_kd.sweep.grid import Cell, Sweep
-from megatron_kd.sweep.task_state import write_json
+from megatron_kd.sweep.definition.tasks import Cell, Sweep
+from megatron_kd.sweep.execution.task_state import write_json
+from megatron_kd.sweep.file_names import FORMAT, SWEEP_FILE
 
-SWEEP_FILE = "sweep.json"
-FORMAT = 1
 _PACKAGES = ("torch", "megatron-core", "numpy")
 
 
 def provenance() -> dict[str, str]:
-    """Commit and machine, for the record of everything that is done here."""
+    """Return commit and machine, for the records of all tasks."""
     return {"commit": commit(), "machine": machine()}
 
 
 def machine() -> str:
-    """Processor, its usable cores, and the GPUs."""
-    found = [f"{_processor()}, {len(os.sched_getaffinity(0))} cores"]
+    """Describe the processor, its usable cores, and the GPUs."""
+    parts = [f"{_processor()}, {len(os.sched_getaffinity(0))} cores"]
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         try:
@@ -38,8 +37,8 @@ def machine() -> str:
             ).stdout.splitlines()
         except (OSError, subprocess.TimeoutExpired):
             names = []
-        found += [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
-    return ", ".join(found)
+        parts += [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+    return ", ".join(parts)
 
 
 def _processor() -> str:
@@ -54,27 +53,32 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that numbers depend on."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that results depend on."""
+    versions_by_name = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            versions_by_name[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions_by_name
 
 
 def write_sweep(sweep: Sweep, origin: dict[str, str]) -> None:
-    """Write sweep.json into the sweep's folder. origin: what `provenance` found."""
-    part = sweep.content.sweep
+    """Write sweep.json into the sweep's folder.
+
+    Args:
+        sweep: The sweep.
+        origin: Commit and machine, from `provenance`.
+    """
+    section = sweep.content.sweep
     content = {
         "format": FORMAT,
-        "title": part.title,
-        "text": part.text,
+        "title": section.title,
+        "text": section.text,
         "file": str(sweep.path.resolve()),
         "small": sweep.small,
         "seeds": list(sweep.seeds),
-        "baseline": part.baseline,
+        "baseline": section.baseline,
         "variables": {name: sweep.variables[name] for name in sweep.content.variables},
         "cells": [_cell(cell) for cell in sweep.cells],
         "left_out": list(sweep.skipped),
@@ -91,7 +95,7 @@ def write_sweep(sweep: Sweep, origin: dict[str, str]) -> None:
 
 
 def _cell(cell: Cell) -> dict[str, Any]:
-    """runs: seed -> folder below the sweep's, and the digest of each of its steps."""
+    """Return a cell with the folder of each seed and the digests of its steps."""
     runs = {
         str(seed): {"folder": task.folder, "steps": {step.name: step.digest for step in task.steps}}
         for seed, task in cell.runs.items()

@@ -1,0 +1,1 @@
+"""Read sweep files and resolve them to the tasks of a grid."""

@@ -1,0 +1,1 @@
+"""Write sweeps as web pages."""

@@ -1,0 +1,1 @@
+"""Compute and draw the plots of runs and sweeps."""

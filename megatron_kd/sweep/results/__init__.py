@@ -1,0 +1,1 @@
+"""Read the results of runs and sweeps, and format them as tables."""
