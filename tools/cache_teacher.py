@@ -1,15 +1,17 @@
 """Run a frozen teacher once over token data and store its targets, for any number of students.
 
-    python tools/cache_teacher.py --config run.toml --output cache/                                # one process
-    torchrun --nproc-per-node 8 tools/cache_teacher.py --config run.toml --output cache/ --parallel.tensor 2
-    ... --workers 16 --worker $SLURM_ARRAY_TASK_ID                                                 # one of 16 jobs on one cache
+    python tools/cache_teacher.py --config run.toml --output cache/
+    torchrun --nproc-per-node 8 tools/cache_teacher.py ... --parallel.tensor 2
+    ... --workers 16 --worker $SLURM_ARRAY_TASK_ID      # one of 16 jobs on one cache
 
-The run file is that of a student: [teacher] checkpoint, [data] train, [batch] sequence_length, [distill] top_k, top_p, min_k or
-num_draws, and temperature say what is stored. By default every sample of one pass over data.train is stored, which serves
-students of any seed, order, batch size and layout. Start it again with the same command after any interruption, with more or
-fewer processes if you like: finished shards are kept, and the result is the same.
+The run file is that of a student: [teacher] checkpoint, [data] train, [batch] sequence_length,
+[distill] top_k, top_p, min_k or num_draws, and temperature decide what is stored. By default every
+sample of one pass over data.train is stored, which serves students of any seed, order, batch size
+and layout. Start it again with the same command after any interruption, with more or fewer
+processes if you like: finished shards are kept, and the result is the same.
 
-Exit codes: 0 finished, 2 bad input, 3 another process writes this cache, 5 the disk is full or not writable.
+Exit codes: 0 finished, 2 bad input, 3 another process writes this cache, 5 the disk is full or not
+writable.
 """
 
 from __future__ import annotations
@@ -32,12 +34,15 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, build the teacher and the data, extract."""
-    arguments, rest = _parser().parse_known_args(argv)
+    arguments, overrides = _parser().parse_known_args(argv)
     try:
-        config = load_config(["--config", arguments.config, *_overrides(arguments, rest), *rest])
+        config = load_config(
+            ["--config", arguments.config, *_overrides(arguments, overrides), *overrides]
+        )
         if not 0 <= arguments.worker < arguments.workers:
             raise ConfigError(
-                f"--worker ({arguments.worker}) must be in [0, {arguments.workers}), the number of --workers"
+                f"--worker ({arguments.worker}) must be in [0, {arguments.workers}), the number "
+                "of --workers"
             )
         return _extract(config, arguments)
     except ConfigError as error:
@@ -76,10 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _overrides(arguments: argparse.Namespace, rest: list[str]) -> list[str]:
-    """A student's own directory is not touched, and its teacher runs here, whichever way it would in training."""
+def _overrides(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
+    """Return overrides of the run file for this job.
+
+    They leave the student's own directory alone, and run its teacher in this process, whichever
+    source it has in training.
+    """
     directory = ["--run.directory", str(arguments.output / ".work")]
-    if any(word.partition("=")[0] == "--teacher.source" for word in rest):
+    if any(word.partition("=")[0] == "--teacher.source" for word in overrides):
         return directory
     try:
         source = (
@@ -88,7 +97,7 @@ def _overrides(arguments: argparse.Namespace, rest: list[str]) -> list[str]:
             .get("source")
         )
     except (OSError, ValueError):
-        source = None  # load_config says what is wrong with it
+        source = None  # load_config reports what is wrong with it.
     traits = TEACHER_SOURCES.get(str(source))
     runs = traits is not None and traits.runs_in_job
     return directory + ([] if runs else ["--teacher.source", "online"])
@@ -111,7 +120,8 @@ def _extract(config: RunConfig, arguments: argparse.Namespace) -> int:
         raise ConfigError(str(error)) from error
     except OSError as error:
         print(
-            f"cache_teacher: stopped on rank {rank}: {error}: finished shards are kept; free space and start again",
+            f"cache_teacher: stopped on rank {rank}: {error}: finished shards are kept; "
+            "free space and start again",
             file=sys.stderr,
             flush=True,
         )
@@ -140,17 +150,19 @@ def _run(config: RunConfig, arguments: argparse.Namespace, platform: Platform) -
     writes = groups.is_last_stage and groups.tensor_rank == 0
     with sole_writer(arguments.output, worker, writes=writes):
         finished = agree_on_finished(arguments.output, plan, identity)
-        mine = [shard for shard in range(worker, plan.num_shards, workers) if shard not in finished]
-        progress = Progress("auto", steps=len(mine), enabled=writes and groups.data_rank == 0)
+        shards = [
+            shard for shard in range(worker, plan.num_shards, workers) if shard not in finished
+        ]
+        progress = Progress("auto", steps=len(shards), enabled=writes and groups.data_rank == 0)
         progress.message(
             f"{plan.num_samples} samples in {plan.num_shards} shards, {len(finished)} finished; "
-            f"this writer, {worker} of {workers}, has {len(mine)}"
+            f"this writer, {worker} of {workers}, has {len(shards)}"
         )
         report = _Report(progress)
         extract(
             teacher,
             plan,
-            mine,
+            shards,
             arguments.output,
             identity,
             writes=writes,
@@ -168,7 +180,7 @@ def _run(config: RunConfig, arguments: argparse.Namespace, platform: Platform) -
 
 
 class _Report:
-    """Shards and tokens per second of this writer."""
+    """Report shards and tokens per second of this writer."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress

@@ -1,15 +1,17 @@
-"""Look into a teacher cache, check it, repair it, or make several into one.
+"""Show what a teacher cache holds, verify it, repair it, or merge several into one.
 
     python tools/inspect_cache.py stats cache/ [--samples 1000] [--picture kept.png] [--json]
-    python tools/inspect_cache.py verify cache/ [--json]                 # reads every byte: structure, digests, checksums
-    python tools/inspect_cache.py verify cache/ --recompute 32 --config run.toml    # and asks the live teacher about 32 random samples
-    python tools/inspect_cache.py repair cache/ [--config run.toml]      # removes bad shards; with the run file writes them again
+    python tools/inspect_cache.py verify cache/ [--json]
+    python tools/inspect_cache.py verify cache/ --recompute 32 --config run.toml
+    python tools/inspect_cache.py repair cache/ [--config run.toml]
     python tools/inspect_cache.py merge first/ second/ --output all/
 
-The run file is the one that tools/cache_teacher.py was given; its keys can be overridden as --section.key value. --recompute runs
-under torchrun too, in any layout.
+verify reads every byte: structure, digests, checksums. With --recompute it compares 32 random
+samples with the live teacher; that runs under torchrun too, in any layout. repair removes bad
+shards; with the run file it writes them again. The run file is that of tools/cache_teacher.py; its
+keys can be overridden as --section.key value.
 
-Exit codes: 0 sound, 1 something is wrong with the cache, 2 bad arguments.
+Exit codes: 0 intact, 1 something is wrong with the cache, 2 bad arguments.
 """
 
 from __future__ import annotations
@@ -20,11 +22,17 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_kd.cache import CacheError, CacheReader
 from megatron_kd.cache.verify import merge, remove_shard, statistics, verify
-from megatron_kd.config import ConfigError, load_config
+from megatron_kd.config import ConfigError, RunConfig, load_config
 from megatron_kd.parallel.world import world_from_environment
+
+if TYPE_CHECKING:
+    from megatron_kd.parallel.groups import Groups
+    from megatron_kd.teacher.recheck import Recheck
+    from megatron_kd.train.startup.input_checks import Inputs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="stats | verify | repair | merge")
     stats = commands.add_parser("stats", help="bytes per token, kept entries and mass, entropy")
     stats.add_argument("cache", type=Path)
-    stats.add_argument("--samples", type=int, help="look at this many samples; unset: all")
+    stats.add_argument("--samples", type=int, help="read this many samples; unset: all")
     stats.add_argument(
         "--picture",
         type=Path,
@@ -58,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     stats.add_argument("--json", action="store_true", help="print JSON")
     stats.set_defaults(run=_stats)
-    check = commands.add_parser("verify", help="read every byte and say what is wrong")
+    check = commands.add_parser("verify", help="read every byte and report what is wrong")
     check.add_argument("cache", type=Path)
     check.add_argument("--json", action="store_true", help="print JSON")
     check.add_argument(
@@ -89,14 +97,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _stats(arguments: argparse.Namespace) -> int:
     reader = CacheReader(arguments.cache)
-    found = statistics(reader, arguments.samples)
-    summary = found.summary()
+    sums = statistics(reader, arguments.samples)
+    summary = sums.summary()
     if arguments.picture:
-        _picture(found.kept, arguments.picture)
+        _picture(sums.kept, arguments.picture)
     if arguments.json:
         print(
             json.dumps(
-                {"identity": asdict(reader.identity), **summary, "kept": found.kept}, indent=2
+                {"identity": asdict(reader.identity), **summary, "kept": sums.kept}, indent=2
             )
         )
         return 0
@@ -114,18 +122,21 @@ def _stats(arguments: argparse.Namespace) -> int:
     for name, value in summary.items():
         print(f"{name:20} {value:,.4g}" if isinstance(value, float) else f"{name:20} {value:,}")
     print("\ntokens by number of kept entries")
-    for line in _histogram(found.kept):
+    for line in _histogram(sums.kept):
         print(line)
     return 0
 
 
 def _histogram(kept: list[int], lines: int = 16, width: int = 50) -> list[str]:
-    """Bars of equal ranges of entries."""
+    """Return the lines of a bar chart of equal ranges of entries."""
     size = -(-len(kept) // lines)
     bins = [sum(kept[start : start + size]) for start in range(0, len(kept), size)]
     most = max([*bins, 1])
     return [
-        f"{n * size:4}..{min((n + 1) * size, len(kept)) - 1:<4} {'#' * round(width * count / most)} {count:,}"
+        (
+            f"{n * size:4}..{min((n + 1) * size, len(kept)) - 1:<4} "
+            f"{'#' * round(width * count / most)} {count:,}"
+        )
         for n, count in enumerate(bins)
     ]
 
@@ -147,24 +158,24 @@ def _picture(kept: list[int], path: Path) -> None:
 def _verify(arguments: argparse.Namespace) -> int:
     if arguments.recompute:
         return _recompute(arguments)
-    problems, strays = verify(arguments.cache)
+    problems, unfinished = verify(arguments.cache)
     if arguments.json:
-        print(json.dumps({"problems": problems, "unfinished": strays}, indent=2))
+        print(json.dumps({"problems": problems, "unfinished": unfinished}, indent=2))
         return 1 if problems else 0
     for problem in problems.values():
         print(problem)
-    for stray in strays:
-        print(f"{stray}: not finished, not part of the cache")
+    for name in unfinished:
+        print(f"{name}: not finished, not part of the cache")
     print(
         f"{arguments.cache}: {len(problems)} bad shards"
         if problems
-        else f"{arguments.cache}: sound, {len(CacheReader(arguments.cache)):,} samples"
+        else f"{arguments.cache}: intact, {len(CacheReader(arguments.cache)):,} samples"
     )
     return 1 if problems else 0
 
 
 def _recompute(arguments: argparse.Namespace) -> int:
-    """Random samples once more through the live teacher. Collective over the world that torchrun makes."""
+    """Compare random samples with the live teacher. Collective over the world of torchrun."""
     if not arguments.config:
         raise ConfigError("--recompute needs --config: the run file that the cache was made with")
     work = ["--run.directory", str(arguments.cache / ".work"), "--teacher.source", "online"]
@@ -174,60 +185,69 @@ def _recompute(arguments: argparse.Namespace) -> int:
 
     platform = start_platform(config.train.device, local_rank)
     from megatron_kd.parallel.groups import start_groups, stop_groups
-    from megatron_kd.teacher.build import build_extraction
-    from megatron_kd.teacher.extract import ShardPlan
-    from megatron_kd.teacher.recheck import TOLERANCE, recheck
-    from megatron_kd.train.build import token_dataset
     from megatron_kd.train.startup.input_checks import check_inputs
 
     inputs = check_inputs(config, world_size=world_size)
     groups = start_groups(platform, config.parallel, timeout_seconds=config.train.timeout_seconds)
     try:
-        encoding = CacheReader(arguments.cache).identity.value_encoding
-        teacher, identity = build_extraction(config, inputs, groups, value_encoding=encoding)
-        reader = CacheReader(arguments.cache, expect=identity)
-        plan = ShardPlan(
-            token_dataset(config, inputs, "data.train", config.data.train, 1).prefixes, 1
-        )
-        found = recheck(
-            teacher,
-            reader,
-            plan,
-            samples=arguments.recompute,
-            seed=arguments.seed,
-            device=platform.device,
-        )
+        result = _compare_samples(arguments, config, inputs, groups)
     finally:
         stop_groups()
-    if found is None:
+    if result is None:
         return 0
     if groups.tensor_rank == 0 and groups.data_rank == 0:
-        if arguments.json:
-            print(
-                json.dumps(
-                    {
-                        "distances": found.distances,
-                        "missing": found.missing,
-                        "tolerance": TOLERANCE,
-                    },
-                    indent=2,
-                )
-            )
-        else:
-            for sample, distance in found.wrong.items():
-                print(
-                    f"sample {sample}: total variation {distance:.4f} from what the teacher says, at most {TOLERANCE} expected"
-                )
-            mean = sum(found.distances.values()) / max(len(found.distances), 1)
-            print(
-                f"{arguments.cache}: {len(found.distances)} samples compared, {len(found.wrong)} wrong, mean total variation {mean:.5f}; "
-                f"{len(found.missing)} of the chosen are not in the cache"
-            )
-    return 1 if found.wrong or not found.distances else 0
+        _print_comparison(arguments, result)
+    return 1 if result.wrong or not result.distances else 0
+
+
+def _compare_samples(
+    arguments: argparse.Namespace, config: RunConfig, inputs: Inputs, groups: Groups
+) -> Recheck | None:
+    from megatron_kd.teacher.build import build_extraction
+    from megatron_kd.teacher.extract import ShardPlan
+    from megatron_kd.teacher.recheck import recheck
+    from megatron_kd.train.build import token_dataset
+
+    encoding = CacheReader(arguments.cache).identity.value_encoding
+    teacher, identity = build_extraction(config, inputs, groups, value_encoding=encoding)
+    reader = CacheReader(arguments.cache, expect=identity)
+    dataset = token_dataset(config, inputs, "data.train", config.data.train, 1)
+    return recheck(
+        teacher,
+        reader,
+        ShardPlan(dataset.prefixes, 1),
+        samples=arguments.recompute,
+        seed=arguments.seed,
+        device=groups.platform.device,
+    )
+
+
+def _print_comparison(arguments: argparse.Namespace, result: Recheck) -> None:
+    from megatron_kd.teacher.recheck import TOLERANCE
+
+    if arguments.json:
+        content = {
+            "distances": result.distances,
+            "missing": result.missing,
+            "tolerance": TOLERANCE,
+        }
+        print(json.dumps(content, indent=2))
+        return
+    for sample, distance in result.wrong.items():
+        print(
+            f"sample {sample}: total variation {distance:.4f} from the teacher's distribution, "
+            f"at most {TOLERANCE} expected"
+        )
+    mean = sum(result.distances.values()) / max(len(result.distances), 1)
+    print(
+        f"{arguments.cache}: {len(result.distances)} samples compared, {len(result.wrong)} wrong, "
+        f"mean total variation {mean:.5f}; "
+        f"{len(result.missing)} of the chosen are not in the cache"
+    )
 
 
 def _repair(arguments: argparse.Namespace) -> int:
-    problems, strays = verify(arguments.cache)
+    problems, unfinished = verify(arguments.cache)
     for shard, problem in problems.items():
         if shard.endswith(".json"):
             print(
@@ -237,22 +257,24 @@ def _repair(arguments: argparse.Namespace) -> int:
             return 1
         print(f"removed: {problem}")
         remove_shard(arguments.cache, shard)
-    for stray in strays:
-        (arguments.cache / stray).unlink()
-        print(f"removed: {stray}, not finished")
+    for name in unfinished:
+        (arguments.cache / name).unlink()
+        print(f"removed: {name}, not finished")
     if not problems:
         print("nothing to write again")
         return 0
     lost = [shard for shard in problems if not shard.startswith("shard-")]
     if lost:
         print(
-            f"{', '.join(lost)}: not from tools/cache_teacher.py: merge the caches again, or let the teacher's training capture again"
+            f"{', '.join(lost)}: not from tools/cache_teacher.py: merge the caches again, or let "
+            "the teacher's training capture again"
         )
     if len(lost) == len(problems):
         return 1
     if not arguments.config:
         print(
-            f"{len(problems) - len(lost)} shards to write again: run the tools/cache_teacher.py command that made them"
+            f"{len(problems) - len(lost)} shards to write again: run the tools/cache_teacher.py "
+            "command that made them"
         )
         return 0
     program = [

@@ -1,12 +1,13 @@
-"""Read every byte of a run's checkpoints and say which are what was written.
+"""Verify every byte of a run's checkpoints against the digests noted while they were written.
 
-    python tools/verify_checkpoint.py runs/student                                   # every step of a run
-    python tools/verify_checkpoint.py runs/student/checkpoints/step-00000500 --json  # one
+    python tools/verify_checkpoint.py runs/student                    # every step of a run
+    python tools/verify_checkpoint.py runs/student/checkpoints/step-00000500 --json  # one step
 
-Sizes and SHA-256 digests are compared with those noted while the checkpoint was written; nothing in the files is interpreted, torch is
-not needed. Steps are read newest first, the files of a step by several threads.
+Sizes and SHA-256 digests are compared; nothing in the files is interpreted, and torch is not
+needed. Steps are read newest first, the files of a step by several threads.
 
-Exit codes: 0 every step is sound, 1 a step is damaged or has no digests, 2 bad arguments or nothing to verify.
+Exit codes: 0 every step is intact, 1 a step is damaged or has no digests, 2 bad arguments or
+nothing to verify.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from megatron_kd.config import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Verify; one line per step, or JSON."""
+    """Verify the checkpoints and print one line per step, or JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     folders = step_folders(arguments.path)
     if not folders:
         print(
-            f"verify_checkpoint: error: no checkpoint at {arguments.path}: name a run directory or a step-* folder",
+            f"verify_checkpoint: error: no checkpoint at {arguments.path}: name a run directory "
+            "or a step-* folder",
             file=sys.stderr,
         )
         return 2
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def step_folders(path: Path) -> list[Path]:
-    """The step folders at `path`, newest first."""
+    """Return the step folders at `path`, newest first."""
     if any((path / name).exists() for name in ("state.json", "manifest.json", ".metadata")):
         return [path]
     for folder in (path / "checkpoints", path):
@@ -68,7 +70,12 @@ def step_folders(path: Path) -> list[Path]:
 
 
 def verify_step(folder: Path) -> dict[str, Any]:
-    """{"folder", "state": "good" | "damaged" | "no digests", "files", "bytes", "seconds", "problems"}."""
+    """Return the result of verifying one step.
+
+    Returns:
+        {"folder", "state": "good" | "damaged" | "no digests", "files", "bytes", "seconds",
+        "problems"}.
+    """
     begin = time.perf_counter()
     result: dict[str, Any] = {"folder": str(folder), "state": "damaged", "files": 0, "bytes": 0}
     try:
@@ -103,7 +110,10 @@ def verify_step(folder: Path) -> dict[str, Any]:
 
 def _line(result: dict[str, Any]) -> str:
     rate = result["bytes"] / 1e6 / max(result["seconds"], 1e-3)
-    size = f"{result['files']} files, {result['bytes'] / 1e6:.1f} MB in {result['seconds']:.1f} s ({rate:.0f} MB/s)"
+    size = (
+        f"{result['files']} files, {result['bytes'] / 1e6:.1f} MB in {result['seconds']:.1f} s "
+        f"({rate:.0f} MB/s)"
+    )
     return f"{result['state']:10} {result['folder']}  {size if result['files'] else ''}".rstrip()
 
 

@@ -274,7 +274,7 @@ class TensorSlice:
 
     Attributes:
         name: of the tensor.
-        whole: shape of the tensor.
+        full_shape: shape of the tensor.
         offset: first index of the slice in each dimension.
         shape: of the slice.
         dtype: stored type.
@@ -282,7 +282,7 @@ class TensorSlice:
     """
 
     name: str
-    whole: tuple[int, ...]
+    full_shape: tuple[int, ...]
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -391,6 +391,6 @@ def _write_item(tensor_slice: TensorSlice) -> WriteItem:
                 torch.Size(tensor_slice.offset), torch.Size(tensor_slice.shape)
             ),
             properties=TensorProperties(dtype=tensor_slice.dtype),
-            size=torch.Size(tensor_slice.whole),
+            size=torch.Size(tensor_slice.full_shape),
         ),
     )

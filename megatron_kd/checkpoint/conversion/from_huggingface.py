@@ -214,12 +214,14 @@ class _Target:
         self, shape: tuple[int, ...], start: int, count: int, load: Callable[[], Tensor]
     ) -> TensorSlice:
         """Return the slice of rows [start, start + count) of one layer's tensor of `shape`."""
-        whole, part = shape, (count, *shape[1:])
+        full_shape, part = shape, (count, *shape[1:])
         offset = (start, *[0] * (len(shape) - 1))
         if self.layer is not None:
-            whole, part = (self.num_layers, *whole), (1, *part)
+            full_shape, part = (self.num_layers, *full_shape), (1, *part)
             offset = (self.layer, *offset)
-        return TensorSlice(self.name, whole, offset, part, self.dtype, lambda: load().view(part))
+        return TensorSlice(
+            self.name, full_shape, offset, part, self.dtype, lambda: load().view(part)
+        )
 
 
 def _tensor_slices(source: HuggingFaceSource, row: Row, layer: int | None) -> Iterator[TensorSlice]:

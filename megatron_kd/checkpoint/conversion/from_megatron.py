@@ -66,9 +66,9 @@ def _tensor_slice(
     if layer is None:
         load = partial(weights.read, row, None)
         return TensorSlice(row.ours, shape, (0,) * len(shape), shape, dtype, load)
-    whole, offset = (model.num_layers, *shape), (layer, *[0] * len(shape))
+    full_shape, offset = (model.num_layers, *shape), (layer, *[0] * len(shape))
     load = partial(_read_layer, weights, row, layer)
-    return TensorSlice(row.ours, whole, offset, (1, *shape), dtype, load)
+    return TensorSlice(row.ours, full_shape, offset, (1, *shape), dtype, load)
 
 
 def _read_padded(weights: CheckpointWeights, row: Row, padded_size: int) -> Tensor:
