@@ -1,4 +1,4 @@
-"""A small complete run file, and a way to load it with changes."""
+"""Provide a small complete run file, and a fixture that loads it with changes."""
 
 from __future__ import annotations
 

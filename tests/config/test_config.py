@@ -1,4 +1,4 @@
-"""The run file, its overrides and every sentence they can fail with."""
+"""Load run files with overrides, dump them again, and print --help."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from megatron_kd.config import ConfigError, RunConfig, dump_toml, load_config
 Load = Callable[..., RunConfig]
 
 
-def leaves(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def leaf_fields(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    fields_by_key: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= leaves(field.annotation, f"{prefix}{name}.")
+            fields_by_key |= leaf_fields(field.annotation, f"{prefix}{name}.")
         else:
-            found[prefix + name] = field
-    return found
+            fields_by_key[prefix + name] = field
+    return fields_by_key
 
 
 def test_file_values_and_defaults(load: Load) -> None:
@@ -88,9 +88,9 @@ def test_override_wins_over_file(
     text = run_text.replace("[data]", '[data]\nvalid = { books = "q" }') + "[model.mcore]\nc = 1\n"
     config = load(*overrides, text=text)
     section, name = key.split(".")
-    got = getattr(getattr(config, section), name)
-    assert got == value
-    assert type(got) is type(value)
+    actual = getattr(getattr(config, section), name)
+    assert actual == value
+    assert type(actual) is type(value)
 
 
 @pytest.mark.parametrize("null", ["null", "none", "None"])
@@ -129,9 +129,9 @@ def test_overrides_alone_can_be_a_complete_run(load: Load, run_text: str) -> Non
     del overrides["train.steps"]
     with pytest.raises(ConfigError) as caught:
         load_config(list(overrides.values()))
-    assert (
-        str(caught.value)
-        == "train.steps is missing: set it to a whole number > 0 with --train.steps, or give a run file with --config"
+    assert str(caught.value) == (
+        "train.steps is missing: set it to a whole number > 0 with --train.steps, or give a run "
+        "file with --config"
     )
 
 
@@ -168,17 +168,20 @@ def test_environment_and_dotenv_are_no_source(
         (
             "--parallel.tensor=2",
             3,
-            "3 processes cannot be split into parallel.tensor * parallel.pipeline = 2: start a multiple of 2 processes",
+            "3 processes cannot be split into parallel.tensor * parallel.pipeline = 2: start a "
+            "multiple of 2 processes",
         ),
         (
             "",
             3,
-            "batch.global_batch_size (8) must be a multiple of batch.micro_batch_size * data-parallel size = 2 * 3 = 6",
+            "batch.global_batch_size (8) must be a multiple of batch.micro_batch_size * "
+            "data-parallel size = 2 * 3 = 6",
         ),
         (
             "--parallel.pipeline=4 --parallel.virtual_pipeline=2 --model.num_layers=8",
             8,
-            "the interleaved pipeline schedule needs the microbatches per step (2) to be a multiple of parallel.pipeline (4): "
+            "the interleaved pipeline schedule needs the microbatches per step (2) to be a "
+            "multiple of parallel.pipeline (4): "
             "change batch.global_batch_size or batch.micro_batch_size",
         ),
     ],
@@ -252,16 +255,17 @@ def test_round_trip(load: Load, overrides: list[str]) -> None:
 def test_a_list_of_tables(load: Load, run_text: str) -> None:
     text = run_text + '[teacher]\nsource = "online"\ncheckpoint = "t"\n'
     text += "[[distill.hidden_states]]\nstudent_layer = 1\nteacher_layer = 3\nweight = 1e-3\n"
-    text += '[[distill.hidden_states]]\nstudent_layer = 2\nteacher_layer = 3\nweight = 2.0\nloss = "cosine"\n'
+    text += "[[distill.hidden_states]]\nstudent_layer = 2\nteacher_layer = 3\nweight = 2.0\n"
+    text += 'loss = "cosine"\n'
     config = load(text=text)
     assert [tuple(pair.model_dump().values()) for pair in config.distill.hidden_states] == [
         (1, 3, "mse", 1e-3),
         (2, 3, "cosine", 2.0),
     ]
-    given = ["--teacher.source=online", "--teacher.checkpoint=t"]
+    teacher = ["--teacher.source=online", "--teacher.checkpoint=t"]
     assert (
-        load(*given, *LAYERS)
-        == load(*given, "--distill.hidden_states", f"[{LAYERS[1]}, {LAYERS[3]}]")
+        load(*teacher, *LAYERS)
+        == load(*teacher, "--distill.hidden_states", f"[{LAYERS[1]}, {LAYERS[3]}]")
         == config
     )
 
@@ -278,7 +282,7 @@ def test_round_trip_of_dates_from_the_file(load: Load, run_text: str) -> None:
 def test_dump_has_every_key_and_leaves_only_unset_ones_out(load: Load) -> None:
     config = load()
     text = dump_toml(config)
-    for key, field in leaves(RunConfig).items():
+    for key, field in leaf_fields(RunConfig).items():
         section, _, name = key.rpartition(".")
         body = text.split(f"[{section}]\n")[1].split("\n\n[", 1)[0]
         value = attrgetter(key)(config)
@@ -295,7 +299,10 @@ def test_dump_refuses_what_toml_cannot_hold(load: Load) -> None:
     model = config.model.model_copy(update={"mcore": {"f": {"g": print}}})
     with pytest.raises(
         ConfigError,
-        match="model.mcore.f.g cannot be written to a run file: TOML has no form for a builtin_function",
+        match=(
+            "model.mcore.f.g cannot be written to a run file: TOML has no form for a "
+            "builtin_function"
+        ),
     ):
         dump_toml(config.model_copy(update={"model": model}))
 
@@ -304,35 +311,37 @@ def test_help_lists_every_key_with_its_text_and_default() -> None:
     program = (
         "from megatron_kd.config import load_config; load_config(['--train.steps', 'x', '--help'])"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         capture_output=True,
         text=True,
         env={"COLUMNS": "1000"},
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    options = " ".join(done.stdout.split())
-    for key, field in leaves(RunConfig).items():
+    assert (process.returncode, process.stderr) == (0, "")
+    options = " ".join(process.stdout.split())
+    for key, field in leaf_fields(RunConfig).items():
         entry = options.split(f" --{key} ", 1)[1].split(" --", 1)[0]
         assert " ".join(field.description.split()) in entry, key
         assert ("(required)" in entry) == field.is_required(), key
         assert ("(default: " in entry) != field.is_required(), key
-    for entry in [
+    for expected in [
         "usage: python -m megatron_kd.pretrain --config run.toml [--section.key value ...]",
         "--config path Run file (TOML)",
         "Define the shape of the student: a Llama-style decoder",
         "--optimizer.learning_rate number Peak learning rate. Must be > 0. (required)",
-        "--distill.alpha number Largest weight of the distillation loss, in [0, 1]. Unused without a teacher. (default: 0.9)",
+        "--distill.alpha number Largest weight of the distillation loss, in [0, 1]. Unused "
+        "without a teacher. (default: 0.9)",
         "--train.precision {bf16,fp32} ",
         "--parallel.sequence_parallel {true,false} ",
         "--telemetry.tensorboard {true,false} Write TensorBoard event files. (default: true)",
         "--distill.chunk_tokens integer Tokens whose logits exist at one time in the output head.",
         "never from free memory. Must be > 0. (default: unset)",
         "--model.mcore table Further fields",
-        "--data.train list Prefixes of the training data (path without .bin/.idx). A JSON list; or repeat the option. (required)",
+        "--data.train list Prefixes of the training data (path without .bin/.idx). A JSON list; "
+        "or repeat the option. (required)",
     ]:
-        assert entry in options
-    for noise in (
+        assert expected in options
+    for python_word in (
         "Optional",
         "NoneType",
         "tuple[",
@@ -343,7 +352,7 @@ def test_help_lists_every_key_with_its_text_and_default() -> None:
         "True)",
         "PydanticUndefined",
     ):
-        assert noise not in done.stdout
+        assert python_word not in process.stdout
 
 
 def test_config_imports_neither_torch_nor_megatron_core() -> None:

@@ -1,4 +1,4 @@
-"""Known model shapes: their sizes as published, and how a run file uses them."""
+"""Compare known model shapes with published sizes, and use them in run files."""
 
 from __future__ import annotations
 
@@ -60,16 +60,19 @@ def test_sizes_are_the_published_ones(name: str) -> None:
     if name in RELEASED:
         assert count == RELEASED[name]
         return
-    named, digits, without = NAMED[name]
-    # Sources cut off or round: half a unit of the last digit, and a little more for those that cut.
-    assert abs(count / 1e9 - named) < 0.99 * 10.0**-digits, count
-    if without is not None:
+    billions, digits, without_embeddings = NAMED[name]
+    # Sources truncate or round: less than one unit of the last digit.
+    assert abs(count / 1e9 - billions) < 0.99 * 10.0**-digits, count
+    if without_embeddings is not None:
         embeddings = model.vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
-        assert abs((count - embeddings) / 1e9 - without) < 0.05
+        assert abs((count - embeddings) / 1e9 - without_embeddings) < 0.05
 
 
 def test_single_keys_win_over_the_preset(load: Callable[..., RunConfig]) -> None:
-    text = f'[model]\npreset = "qwen3-0.6b"\nnum_layers = 4\nvocab_size = 512\n[data]{RUN_FILE.partition("[data]")[2]}'
+    text = (
+        f'[model]\npreset = "qwen3-0.6b"\nnum_layers = 4\nvocab_size = '
+        f"512\n[data]{RUN_FILE.partition('[data]')[2]}"
+    )
     model = load(text=text).model
     assert (model.num_layers, model.vocab_size, model.hidden_size, model.qk_norm) == (
         4,
@@ -114,13 +117,16 @@ def test_window_shorter_than_the_sequence_is_refused(load: Callable[..., RunConf
     assert load("--model.sliding_window", "32").model.sliding_window == 32
     with pytest.raises(
         ConfigError,
-        match=r"batch.sequence_length \(32\) must be at most the model's sliding window \(31 tokens\)",
+        match=(
+            r"batch.sequence_length \(32\) must be at most the model's sliding window \(31 "
+            r"tokens\)"
+        ),
     ):
         load("--model.sliding_window", "31")
 
 
 def test_stages_hold_the_whole_model() -> None:
-    """Over all stages of one tensor rank: every weight once, the tied head's copy and padding aside."""
+    """Sum the stages of one tensor rank: every weight once, without padding and the tied copy."""
     model = ModelSection.model_validate({"preset": "qwen3-8b", "vocab_size_multiple": 1})
     stages = [
         rank_parameters(model, 151_936, tensor=1, pipeline=4, stage=stage) for stage in range(4)
@@ -134,7 +140,7 @@ def test_stages_hold_the_whole_model() -> None:
 
 
 def test_memory_of_a_layout(load: Callable[..., RunConfig]) -> None:
-    """Counted by hand for a model small enough to do so."""
+    """Compare with a count by hand for a small model."""
     config = load("--optimizer.distributed", "true", "--batch.global_batch_size", "16")
     (stage,) = run_memory(config, 512, world_size=4)
     count = 512 * 64 * 2 + 4 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
@@ -149,7 +155,7 @@ def test_memory_of_a_layout(load: Callable[..., RunConfig]) -> None:
 
 
 def test_memory_of_hidden_states(load: Callable[..., RunConfig]) -> None:
-    """Two microbatches of 4 x 32 tokens, layers 1 and 2 of 4 on the first stage, counted by hand."""
+    """Compare with a count by hand: two microbatches of 4 x 32 tokens, two of three layers first."""
     layout = [
         "--parallel.pipeline",
         "2",
@@ -159,8 +165,8 @@ def test_memory_of_hidden_states(load: Callable[..., RunConfig]) -> None:
         "8",
     ]
     pairs = [
-        {"student_layer": student, "teacher_layer": theirs, "weight": 1}
-        for student, theirs in ((1, 3), (2, 3), (4, 2))
+        {"student_layer": student, "teacher_layer": teacher, "weight": 1}
+        for student, teacher in ((1, 3), (2, 3), (4, 2))
     ]
     config = load(
         *layout,
@@ -193,7 +199,7 @@ def test_memory_of_hidden_states(load: Callable[..., RunConfig]) -> None:
 
 
 def test_flops_of_projections(load: Callable[..., RunConfig]) -> None:
-    """Two entries of one pair of layers share a projection: forward, and two products backward."""
+    """Count one projection for two entries of a pair: one product forward, two backward."""
     layers = [(1, 2, "mse"), (1, 2, "cosine"), (3, 1, "mse")]
     pairs = [
         HiddenStatesPair(student_layer=s, teacher_layer=t, loss=loss, weight=1.0)
@@ -208,22 +214,23 @@ def test_flops_of_projections(load: Callable[..., RunConfig]) -> None:
 def test_describe_model(tmp_path: Path) -> None:
     def run(*arguments: str) -> str:
         command = [sys.executable, str(ROOT / "tools/describe_model.py"), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        process = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
 
-    listed = run()
-    assert all(name in listed for name in PRESETS)
-    found = json.loads(
+    output = run()
+    for name in PRESETS:
+        assert name in output
+    description = json.loads(
         run("--preset", "llama-3.2-1b", "--ranks", "8", "--parallel.tensor", "2", "--json")
     )
-    assert found["parameters"]["total"] == RELEASED["llama-3.2-1b"]
-    assert found["layout"]["data"] == 4
-    assert len(found["memory_per_rank"]) == 1
-    done = subprocess.run(
+    assert description["parameters"]["total"] == RELEASED["llama-3.2-1b"]
+    assert description["layout"]["data"] == 4
+    assert len(description["memory_per_rank"]) == 1
+    process = subprocess.run(
         [sys.executable, str(ROOT / "tools/describe_model.py"), "--preset", "gpt5"],
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2
-    assert "is not known" in done.stderr
+    assert process.returncode == 2
+    assert "is not known" in process.stderr
