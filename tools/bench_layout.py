@@ -35,7 +35,7 @@ from pydantic import ValidationError
 
 from megatron_kd.config import ConfigError, RunConfig, dump_toml
 from megatron_kd.parallel.world import world_from_environment
-from megatron_kd.planning.placement import Placement, Work, step_time
+from megatron_kd.planning.placement import PipelineWork, Placement, placed_step_time
 from megatron_kd.storage.provenance import commit
 
 KINDS = ("plain", "cached", "online", "teacher")
@@ -303,7 +303,7 @@ def _of_pair(
                     teacher,
                     overlap,
                     lambda run=run: train_step(run),
-                    placement.ahead,
+                    placement.prefetch,
                     placement.reverse,
                 )
             )
@@ -501,9 +501,11 @@ def _bubble(
         step_bench.spread(plain)["median"] / slots(student, arguments.micro_batch) / 3
     )  # a backward pass is two forward passes
     forward = step_bench.spread(alone)["median"] / slots(forward_only, micro)
-    ours = Work(world, student.tensor, student.pipeline, int(own), unit, 2 * unit, student.virtual)
-    other = Work(world, layout.tensor, layout.pipeline, int(theirs), forward)
-    seconds = step_time(
+    ours = PipelineWork(
+        world, student.tensor, student.pipeline, int(own), unit, 2 * unit, student.virtual
+    )
+    other = PipelineWork(world, layout.tensor, layout.pipeline, int(theirs), forward)
+    seconds = placed_step_time(
         ours,
         other,
         Placement(job.ahead, job.reverse),

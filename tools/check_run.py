@@ -104,16 +104,17 @@ def _plan(config: RunConfig, ranks: int) -> str:
 
 def _found(config: RunConfig, inputs: Inputs, ranks: int) -> str:
     """What follows from the files."""
-    from megatron_kd.planning.memory import Job, fullest, run_memory
+    from megatron_kd.planning.memory import peak_rank, run_memory
+    from megatron_kd.planning.planned_run import PlannedRun
 
     step = inputs.resume[1].step if inputs.resume is not None else 0
-    job = Job(
+    planned = PlannedRun(
         config,
         inputs.vocab_size,
         inputs.teacher_model,
         device="cpu" if config.train.device == "cpu" else "cuda",
     )
-    rank = fullest(run_memory(job, ranks))
+    rank = peak_rank(run_memory(planned, ranks))
     return f"starts at  step {step:,}\nmemory     {rank.total / GIB:.1f} GiB on the fullest rank, without the framework's own"
 
 

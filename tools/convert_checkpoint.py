@@ -240,7 +240,7 @@ def _model_file(model: ModelSection) -> dict[str, bytes]:
 def _report(output: Path, folder: Path, digest: str | None) -> None:
     """Print the model section as it was saved, and how to use the result."""
     from megatron_kd.checkpoint.store import read_info
-    from megatron_kd.planning.flops import parameter_count
+    from megatron_kd.planning.parameters import parameter_count
 
     info = read_info(folder, what="output")
     model = info.model_section()

@@ -245,7 +245,8 @@ def _size(
             f"--{prefix}parameters and --{prefix}preset say the same thing: give one of them"
         )
     from megatron_kd.config.presets import preset_values
-    from megatron_kd.planning.flops import flops_per_token, parameter_count
+    from megatron_kd.planning.flops import flops_per_token
+    from megatron_kd.planning.parameters import parameter_count
 
     try:
         vocab_size = preset_values(preset)["vocab_size"]

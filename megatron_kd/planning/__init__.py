@@ -1,1 +1,1 @@
-"""Planning a run before it is paid for: memory of every rank, time of a step, online against cached, and the layouts ranked."""
+"""Plan a run before paying for it: FLOPs, memory of every rank, time of a step, and the layouts."""

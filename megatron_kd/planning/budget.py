@@ -1,4 +1,4 @@
-"""A live teacher against one stored once: GPU-hours, bytes, bandwidth, money, and from how many students on storing pays."""
+"""Compare a live teacher with a cached one: GPU-hours, bytes, bandwidth and money."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from megatron_kd.config import RunConfig
 from megatron_kd.planning.hardware import Cluster
 
 HOUR, DAY, MONTH, TIB = 3600.0, 86400.0, 30 * 86400.0, 1 << 40
-# Bytes of a kept entry in a cache, all of a record divided by its entries: 1.6 to 1.9 as measured (tools/benchmarks/README.md: 70.1
-# bytes for 42.7 entries, 66.2 for 35.9; of random draws 46.8 for 28.3 ids, 22.0 for 11.9). The larger one is assumed.
+# Bytes of a record of a cache per kept entry: 1.6 to 1.9 as measured (tools/benchmarks/README.md:
+# 70.1 bytes for 42.7 entries, 66.2 for 35.9; of random samples 46.8 for 28.3 ids, 22.0 for 11.9).
+# A large value is assumed.
 BYTES_PER_ENTRY = 1.85
+# Largest number of students for which the break-even point is computed.
+_MAX_STUDENTS = 10_000
 
 
 @dataclass(frozen=True)
 class Prices:
-    """gpu_hour and tib_month in any currency; None where it is not said."""
+    """Hold prices in any currency; None where a price is not known."""
 
     gpu_hour: float | None = None
     tib_month: float | None = None
@@ -24,9 +27,14 @@ class Prices:
 
 @dataclass(frozen=True)
 class Budget:
-    """One student and all of them. Hours are GPU-hours; bytes and bytes/s are of the whole cluster; costs None without prices.
+    """Hold the cost of one student and of all of them.
 
-    break_even: students from which on a cache costs no more (money where both prices are known, else GPU-hours); None: never.
+    Hours are GPU-hours. Bytes and bytes per second are those of the whole cluster. Costs are None
+    without prices.
+
+    Attributes:
+        break_even: number of students from which on a cache costs no more than a live teacher
+            (in money where GPU-hours have a price, else in GPU-hours); None: never.
     """
 
     tokens: float
@@ -48,18 +56,32 @@ class Budget:
     break_even: int | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
+        """Return plain numbers by name."""
         return asdict(self)
 
 
 def assumed_bytes_per_token(config: RunConfig, entries: float | None = None) -> float:
-    """Of a quantised record. entries: kept of a token on average; None: all slots, which top_p and repeated draws make fewer."""
+    """Return the bytes of a quantised record of a token.
+
+    Args:
+        config: the run file.
+        entries: average number of kept entries of a token. None: all of them; top_p and repeated
+            samples make them fewer.
+    """
     return BYTES_PER_ENTRY * (entries or config.distill.num_draws or config.distill.top_k)
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Seconds of one step over `tokens` tokens: online, what of it is the teacher's, with a cached teacher, and of the teacher alone."""
+class StepSeconds:
+    """Hold the seconds of one step in different settings.
+
+    Attributes:
+        tokens: tokens of the step.
+        online: with a live teacher.
+        teacher: the teacher's part of `online`.
+        cached: with a cached teacher.
+        extraction: the teacher alone, when it fills a cache.
+    """
 
     tokens: int
     online: float
@@ -68,59 +90,89 @@ class Steps:
     extraction: float
 
 
-def budget(
-    steps: Steps,
-    cluster: Cluster,
-    *,
-    tokens: float,
-    readers: int,
-    bytes_per_token: float,
-    students: int,
-    prices: Prices,
-) -> Budget:
-    """Of `students` trained one after the other on `tokens` tokens each.
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Hold the amount of training that a budget is made for.
 
-    readers: ranks of a replica that read its targets (the last stage's tensor group). A cache is paid for from its extraction until the
-    last student is done.
+    Attributes:
+        tokens: tokens of each student.
+        students: students that are trained one after the other.
+        bytes_per_token: size of a cached target.
+        readers: ranks of a replica that read its targets (the last stage's tensor group).
     """
-    count = max(1, round(tokens / steps.tokens))
-    hours = count * cluster.ranks / HOUR  # of a second a step
-    size = bytes_per_token * tokens
 
-    def costs(several: int) -> tuple[float, float]:
-        """Live and stored: in money where GPU-hours have a price, else in GPU-hours."""
-        live, stored = (
-            several * steps.online * hours,
-            (steps.extraction + several * steps.cached) * hours,
-        )
-        if prices.gpu_hour is None:
-            return live, stored
-        months = count * (steps.extraction + several * steps.cached) / MONTH
-        return live * prices.gpu_hour, stored * prices.gpu_hour + size / TIB * months * (
-            prices.tib_month or 0.0
-        )
+    tokens: float
+    students: int
+    bytes_per_token: float
+    readers: int
 
-    costs_all = costs(students) if prices.gpu_hour is not None else (None, None)
-    read = bytes_per_token * steps.tokens / steps.cached * readers
+
+def make_budget(
+    seconds: StepSeconds, cluster: Cluster, training: TrainingPlan, prices: Prices
+) -> Budget:
+    """Return the cost of training all students, with a live and with a cached teacher.
+
+    Args:
+        seconds: time of a step.
+        cluster: its ranks are paid for.
+        training: tokens and students.
+        prices: a cache is paid for from its extraction until the last student is finished.
+    """
+    steps = max(1, round(training.tokens / seconds.tokens))
+    hours = steps * cluster.ranks / HOUR  # GPU-hours of the run per second of a step
+    cache_bytes = training.bytes_per_token * training.tokens
+    costs = _Costs(seconds, steps, hours, cache_bytes, prices)
+    read = training.bytes_per_token * seconds.tokens / seconds.cached * training.readers
+    has_prices = prices.gpu_hour is not None
     return Budget(
-        tokens=tokens,
-        steps=count,
-        students=students,
-        online_hours=steps.online * hours,
-        online_days=count * steps.online / DAY,
-        teacher_hours_online=steps.teacher * hours,
-        cached_hours=steps.cached * hours,
-        cached_days=count * steps.cached / DAY,
-        extraction_hours=steps.extraction * hours,
-        extraction_days=count * steps.extraction / DAY,
-        bytes_per_token=bytes_per_token,
-        cache_bytes=size,
+        tokens=training.tokens,
+        steps=steps,
+        students=training.students,
+        online_hours=seconds.online * hours,
+        online_days=steps * seconds.online / DAY,
+        teacher_hours_online=seconds.teacher * hours,
+        cached_hours=seconds.cached * hours,
+        cached_days=steps * seconds.cached / DAY,
+        extraction_hours=seconds.extraction * hours,
+        extraction_days=steps * seconds.extraction / DAY,
+        bytes_per_token=training.bytes_per_token,
+        cache_bytes=cache_bytes,
         read_bandwidth=read,
         read_bandwidth_per_node=read / cluster.nodes,
-        online_cost=costs_all[0],
-        cached_cost=costs_all[1],
-        break_even=next(
-            (several for several in range(1, 10_001) if costs(several)[1] <= costs(several)[0]),
-            None,
-        ),
+        online_cost=costs.online(training.students) if has_prices else None,
+        cached_cost=costs.cached(training.students) if has_prices else None,
+        break_even=costs.break_even(),
     )
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Compute costs of students: money where GPU-hours have a price, else GPU-hours."""
+
+    seconds: StepSeconds
+    steps: int
+    hours: float
+    cache_bytes: float
+    prices: Prices
+
+    def online(self, students: int) -> float:
+        """Return the cost with a live teacher."""
+        gpu_hours = students * self.seconds.online * self.hours
+        return gpu_hours * (1.0 if self.prices.gpu_hour is None else self.prices.gpu_hour)
+
+    def cached(self, students: int) -> float:
+        """Return the cost with a cached teacher, extraction and storage included."""
+        step_seconds = self.seconds.extraction + students * self.seconds.cached
+        gpu_hours = step_seconds * self.hours
+        if self.prices.gpu_hour is None:
+            return gpu_hours
+        months = self.steps * step_seconds / MONTH
+        storage = self.cache_bytes / TIB * months * (self.prices.tib_month or 0.0)
+        return gpu_hours * self.prices.gpu_hour + storage
+
+    def break_even(self) -> int | None:
+        """Return the smallest number of students for which a cache costs no more."""
+        for students in range(1, _MAX_STUDENTS + 1):
+            if self.cached(students) <= self.online(students):
+                return students
+        return None

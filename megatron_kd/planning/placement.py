@@ -1,8 +1,9 @@
-"""How long a step with a live teacher takes, by where the teacher's forward pass stands in it: pipeline bubbles counted, nothing else.
+"""Decide when in a step a live teacher runs, by a model of pipeline bubbles and nothing else.
 
-Times are in any one unit: model FLOPs of a rank do, since only their relation decides. A student in p stages with m microbatches of f
-(forward) and b (backward) on a stage takes (m + (p - 1) / v) (f + b) with v virtual stages (Narayanan et al., arXiv 2104.04473, 2.2):
-stage s begins s f / v late and is done s b / v before stage 0 is. A forward-only pipeline takes (m + p - 1) f.
+Times are in any unit, for example model FLOPs of a rank, because only their relation decides. A
+student in p stages with m microbatches of f (forward) and b (backward) on a stage takes
+(m + (p - 1) / v) (f + b) with v virtual stages (Narayanan et al., arXiv 2104.04473, 2.2): stage s
+begins s f / v late and ends s b / v before stage 0. A forward-only pipeline takes (m + p - 1) f.
 """
 
 from __future__ import annotations
@@ -11,10 +12,17 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Work:
-    """One model over the ranks. Ranks are numbered tensor fastest, then data, then pipeline.
+class PipelineWork:
+    """Describe one model's pipeline over the ranks, numbered tensor fastest, then data, pipeline.
 
-    microbatches: of one replica in a step. forward, backward: time of one microbatch on one pipeline stage (all its virtual ones).
+    Attributes:
+        world_size: number of ranks.
+        tensor: tensor-parallel size.
+        pipeline: number of pipeline stages.
+        microbatches: microbatches of one replica in a step.
+        forward: time of one microbatch's forward pass on one stage (all its virtual stages).
+        backward: the same for the backward pass.
+        virtual: virtual stages of each stage.
     """
 
     world_size: int
@@ -26,47 +34,59 @@ class Work:
     virtual: int = 1
 
     @property
-    def alone(self) -> float:
-        """Time of the whole pipeline from first to last, with its bubbles."""
-        return (self.microbatches + (self.pipeline - 1) / self.virtual) * (
-            self.forward + self.backward
-        )
+    def duration(self) -> float:
+        """Return the time of the pipeline from first to last, with its bubbles."""
+        rounds = self.microbatches + (self.pipeline - 1) / self.virtual
+        return rounds * (self.forward + self.backward)
 
     def stage(self, rank: int) -> int:
-        """The pipeline stage of a rank."""
+        """Return the pipeline stage of a rank."""
         return rank * self.pipeline // self.world_size
 
     def replicas(self) -> list[list[list[int]]]:
-        """Of each replica, of each stage: its ranks."""
+        """Return the ranks of each stage of each replica."""
         per_stage = self.world_size // self.pipeline
-        firsts = range(0, per_stage, self.tensor)
         return [
             [
                 list(range(stage * per_stage + first, stage * per_stage + first + self.tensor))
                 for stage in range(self.pipeline)
             ]
-            for first in firsts
+            for first in range(0, per_stage, self.tensor)
         ]
 
 
 @dataclass(frozen=True)
 class Placement:
-    """When the teacher runs: before the student's step, or of the next one while the student's pipeline drains.
+    """Say when the teacher runs.
 
-    reverse: its first stage on the ranks of the last, which fall idle first.
+    Attributes:
+        prefetch: run it for the next step, while the student's pipeline drains; otherwise before
+            the student's step.
+        reverse: put its first stage on the ranks of the last one, which become idle first.
     """
 
-    ahead: bool = False
+    prefetch: bool = False
     reverse: bool = False
 
 
-def step_time(student: Work, teacher: Work, placement: Placement, *, same_layout: bool) -> float:
-    """Time of a step. same_layout: targets stay where they are made; else an exchange over the world holds all ranks up together."""
-    if placement.ahead:
-        return _ahead(student, teacher, placement.reverse)
+def placed_step_time(
+    student: PipelineWork, teacher: PipelineWork, placement: Placement, *, same_layout: bool
+) -> float:
+    """Return the time of a step with the teacher at a placement.
+
+    Args:
+        student: pipeline of the student.
+        teacher: forward-only pipeline of the teacher over the same ranks.
+        placement: when the teacher runs.
+        same_layout: targets stay on the ranks that make them. Otherwise an exchange over the world
+            makes all ranks wait for each other.
+    """
+    if placement.prefetch:
+        return _prefetched_step_time(student, teacher, reverse=placement.reverse)
     if not same_layout:
-        return teacher.alone + student.alone
-    # Nobody waits for all: the teacher's last stages are still at work while the student's first ones begin.
+        return teacher.duration + student.duration
+    # No rank waits for all the others: the teacher's last stages are still working while the
+    # student's first ones begin.
     fill = (student.pipeline - 1) * max(teacher.forward, student.forward / student.virtual)
     drain = (student.pipeline - 1) * student.backward / student.virtual
     return (
@@ -77,34 +97,46 @@ def step_time(student: Work, teacher: Work, placement: Placement, *, same_layout
     )
 
 
-def _ahead(student: Work, teacher: Work, reverse: bool) -> float:
-    idle = [
-        student.alone - student.stage(rank) * student.backward / student.virtual
+def _prefetched_step_time(student: PipelineWork, teacher: PipelineWork, *, reverse: bool) -> float:
+    idle_from = [
+        student.duration - student.stage(rank) * student.backward / student.virtual
         for rank in range(student.world_size)
     ]
-    last = 0.0
+    end = 0.0
     for stages in teacher.replicas():
-        arrives = [0.0] * teacher.microbatches
+        arrivals = [0.0] * teacher.microbatches
         for ranks in reversed(stages) if reverse else stages:
-            free = max(idle[rank] for rank in ranks)
-            for number, ready in enumerate(arrives):
-                free = arrives[number] = max(free, ready) + teacher.forward
-        last = max(last, arrives[-1])
-    return max(last, student.alone)
+            time = max(idle_from[rank] for rank in ranks)
+            for number, arrival in enumerate(arrivals):
+                time = arrivals[number] = max(time, arrival) + teacher.forward
+        end = max(end, arrivals[-1])
+    return max(end, student.duration)
 
 
 def best_placement(
-    student: Work, teacher: Work, *, same_layout: bool, can_reverse: bool, gain: float
+    student: PipelineWork,
+    teacher: PipelineWork,
+    *,
+    same_layout: bool,
+    can_reverse: bool,
+    gain: float,
 ) -> Placement:
-    """The placement of the shortest step; `before`, the plain one, unless another saves at least the share `gain` of it."""
-    plain = step_time(student, teacher, Placement(), same_layout=same_layout)
-    others = [
-        Placement(ahead=True, reverse=reverse)
-        for reverse in ((False, True) if can_reverse and teacher.pipeline > 1 else (False,))
-    ]
-    best = min(others, key=lambda each: step_time(student, teacher, each, same_layout=same_layout))
-    return (
-        best
-        if step_time(student, teacher, best, same_layout=same_layout) < (1 - gain) * plain
-        else Placement()
-    )
+    """Return the placement of the shortest step.
+
+    Args:
+        student: pipeline of the student.
+        teacher: forward-only pipeline of the teacher.
+        same_layout: see `placed_step_time`.
+        can_reverse: the teacher's stages may be put on the ranks in reversed order.
+        gain: share of the plain step's time that another placement must save to be chosen.
+
+    Returns:
+        The plain placement, before the student's step, unless another one saves enough.
+    """
+
+    def time(placement: Placement) -> float:
+        return placed_step_time(student, teacher, placement, same_layout=same_layout)
+
+    orders = (False, True) if can_reverse and teacher.pipeline > 1 else (False,)
+    best = min((Placement(prefetch=True, reverse=reverse) for reverse in orders), key=time)
+    return best if time(best) < (1 - gain) * time(Placement()) else Placement()

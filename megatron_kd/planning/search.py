@@ -1,7 +1,8 @@
-"""Every layout of student and teacher over a cluster, those that fit in its memory, the fastest first.
+"""Search the layouts of student and teacher that fit a cluster, fastest first.
 
-A layout is a RunConfig: what the program would refuse is refused here by the same checks. Student and teacher share memory and take
-turns in time, so each student's layout gets the fastest teacher's layout that still fits beside it.
+A layout is a RunConfig: layouts that the program would refuse are refused here by the same checks.
+Student and teacher share memory and take turns in time, so each layout of the student gets the
+fastest layout of the teacher that still fits beside it.
 """
 
 from __future__ import annotations
@@ -16,35 +17,41 @@ from megatron_kd.config import ConfigError, ParallelSection, RunConfig
 from megatron_kd.config.sections import TeacherParallelSection
 from megatron_kd.planning.hardware import GIB, Cluster
 from megatron_kd.planning.memory import (
-    Job,
     RankMemory,
-    fullest,
+    peak_rank,
     run_memory,
-    teacher_alone,
-    without_teacher,
+    separate_teacher_bytes,
+    student_stage_bytes,
 )
-from megatron_kd.planning.step_time import Rates, StepTime, step_time, student_time, teacher_time
+from megatron_kd.planning.planned_run import PlannedRun
+from megatron_kd.planning.step_time import (
+    ComputeRates,
+    StepTime,
+    step_time,
+    student_time,
+    teacher_time,
+)
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One layout: what it needs on each stage's ranks, and how long a step takes."""
+class LayoutPlan:
+    """Hold one layout, the memory of each stage's ranks, and the time of a step."""
 
-    job: Job
+    run: PlannedRun
     memory: list[RankMemory]
     time: StepTime
 
     @property
-    def fullest(self) -> RankMemory:
-        """The stage that needs most."""
-        return fullest(self.memory)
+    def peak(self) -> RankMemory:
+        """Return the stage that needs most memory."""
+        return peak_rank(self.memory)
 
     @property
     def overrides(self) -> list[str]:
-        """Words to put behind the command of the run."""
-        config = self.job.config
+        """Return the command-line words that set this layout in a run."""
+        config = self.run.config
         values: dict[str, object] = {
             "parallel.tensor": config.parallel.tensor,
             "parallel.pipeline": config.parallel.pipeline,
@@ -57,7 +64,7 @@ class Plan:
             "model.recompute": config.model.recompute,
             "optimizer.distributed": config.optimizer.distributed,
         }
-        if self.job.lives:  # null: as the student, whatever the run file says
+        if self.run.has_live_teacher:  # null: the student's, whatever the run file sets
             values |= {
                 "teacher.parallel.tensor": config.teacher.parallel.tensor,
                 "teacher.parallel.pipeline": config.teacher.parallel.pipeline,
@@ -71,138 +78,189 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Found:
-    """plans: the fastest first. considered: layouts that the program would run. least: the one that needs least memory."""
+class SearchResult:
+    """Hold the layouts of a search.
 
-    plans: list[Plan]
+    Attributes:
+        plans: the fastest first.
+        considered: number of layouts that the program would run.
+        smallest: the layout that needs least memory.
+    """
+
+    plans: list[LayoutPlan]
     considered: int
-    least: Plan | None
+    smallest: LayoutPlan | None
 
 
-def evaluate(job: Job, cluster: Cluster, rates: Rates) -> Plan:
-    """One layout as it stands. ConfigError where the program would refuse it."""
-    if job.lives:
-        assert job.teacher is not None
-        problem = job.config.teacher_problem(job.teacher, cluster.ranks)
+def evaluate(run: PlannedRun, cluster: Cluster, rates: ComputeRates) -> LayoutPlan:
+    """Return the plan of one layout as it is.
+
+    Raises:
+        ConfigError: if the program would refuse it.
+    """
+    if run.has_live_teacher:
+        assert run.teacher is not None
+        problem = run.config.teacher_problem(run.teacher, cluster.ranks)
         if problem is not None:
             raise ConfigError(f"the teacher has {problem}")
-    time = step_time(job, cluster, rates)
-    return Plan(job, run_memory(job, cluster.ranks, framework=cluster.framework), time)
+    time = step_time(run, cluster, rates)
+    return LayoutPlan(run, run_memory(run, cluster.ranks, framework=cluster.framework), time)
 
 
-def search(job: Job, cluster: Cluster, rates: Rates, *, keep: int = 40) -> Found:
-    """The `keep` fastest layouts of `job` on `cluster`. ConfigError, one sentence, where none fits or none is possible."""
-    if job.config.teacher.runs_in_job and not job.config.teacher.uses_megatron:
+def search(
+    run: PlannedRun, cluster: Cluster, rates: ComputeRates, *, keep: int = 40
+) -> SearchResult:
+    """Return the fastest layouts of a run on a cluster.
+
+    Args:
+        run: the run; its layout is ignored.
+        cluster: the ranks, their memory and links.
+        rates: FLOP/s of a rank.
+        keep: number of layouts to return.
+
+    Raises:
+        ConfigError: if no layout is possible, or none fits in memory.
+    """
+    if run.config.teacher.runs_in_job and not run.config.teacher.uses_megatron:
         raise ConfigError(
-            f'teacher.source = "{job.config.teacher.source}" is not planned: convert the teacher (tools/convert_checkpoint.py) and use "online"'
+            f'teacher.source = "{run.config.teacher.source}" is not planned: convert the teacher '
+            '(tools/convert_checkpoint.py) and use "online"'
         )
-    options = list(_students(job, cluster))
-    if not options:
+    students = list(_student_layouts(run, cluster))
+    if not students:
         raise ConfigError(
             f"no layout of {cluster.ranks} ranks divides this model and batch.global_batch_size = "
-            f"{job.config.batch.global_batch_size}: change the number of ranks or the batch"
+            f"{run.config.batch.global_batch_size}: change the number of ranks or the batch"
         )
-    teachers = (
-        sorted(_teachers(job, cluster, rates), key=lambda each: each.seconds) if job.lives else []
-    )
-    plans: list[tuple[float, Job]] = []
-    least: tuple[float, Job] | None = None
-    for option in options:
-        choices = list(_choices(option, job, teachers, cluster, rates))
-        smallest = min(choices, key=lambda each: each.need, default=None)
-        if smallest is not None and (least is None or smallest.need < least[0]):
-            least = smallest.need, _complete(option, job, smallest.teacher)
-        fitting = [each for each in choices if each.need <= cluster.memory]
-        if fitting:
-            # The first of equals: the teacher in the student's layout, which needs no exchange.
-            best_choice = min(fitting, key=lambda each: each.seconds)
-            seconds = (
-                sum(student_time(option, cluster, rates.student).values()) + best_choice.seconds
-            )
-            plans.append((seconds, _complete(option, job, best_choice.teacher)))
-    if not plans:
-        _nothing_fits(least, cluster)
-    best: list[Plan] = []
-    for _, chosen in sorted(plans, key=lambda each: each[0]):
-        plan = evaluate(chosen, cluster, rates)
-        best += [plan] if plan.fullest.total <= cluster.memory else []
-        if len(best) == keep:
+    teachers: list[_TeacherLayout] = []
+    if run.has_live_teacher:
+        teachers = sorted(_teacher_layouts(run, cluster, rates), key=lambda layout: layout.seconds)
+    combinations = [_combine(student, run, teachers, cluster, rates) for student in students]
+    fitting = [pair.fastest for pair in combinations if pair.fastest is not None]
+    needs = [pair.smallest for pair in combinations if pair.smallest is not None]
+    smallest = min(needs, key=lambda need: need[0], default=None)
+    if smallest is None or not fitting:
+        raise _no_fit_error(smallest, cluster)
+    plans: list[LayoutPlan] = []
+    for _, candidate in sorted(fitting, key=lambda pair: pair[0]):
+        plan = evaluate(candidate, cluster, rates)
+        plans += [plan] if plan.peak.total <= cluster.memory else []
+        if len(plans) == keep:
             break
-    assert least is not None
-    return Found(
-        sorted(best, key=lambda plan: plan.time.seconds),
-        len(options) * max(1, len(teachers)),
-        evaluate(least[1], cluster, rates),
+    return SearchResult(
+        sorted(plans, key=lambda plan: plan.time.seconds),
+        len(students) * max(1, len(teachers)),
+        evaluate(smallest[1], cluster, rates),
     )
 
 
-def _nothing_fits(least: tuple[float, Job] | None, cluster: Cluster) -> None:
-    if least is None:
-        raise ConfigError(
-            "no layout of the teacher divides it and batch.global_batch_size: change the number of ranks or the batch"
+@dataclass(frozen=True)
+class _Combination:
+    """Hold the best of one student layout with all layouts of the teacher.
+
+    Attributes:
+        fastest: seconds of a step and run of the fastest that fits; None where none fits.
+        smallest: bytes and run of the one that needs least memory; None where none is possible.
+    """
+
+    fastest: tuple[float, PlannedRun] | None
+    smallest: tuple[float, PlannedRun] | None
+
+
+def _combine(
+    student: PlannedRun,
+    run: PlannedRun,
+    teachers: list[_TeacherLayout],
+    cluster: Cluster,
+    rates: ComputeRates,
+) -> _Combination:
+    choices = list(_teacher_choices(student, run, teachers, cluster, rates))
+    if not choices:
+        return _Combination(None, None)
+    least = min(choices, key=lambda choice: choice.bytes)
+    smallest = (least.bytes, _with_choice(student, run, least.layout))
+    fitting = [choice for choice in choices if choice.bytes <= cluster.memory]
+    if not fitting:
+        return _Combination(None, smallest)
+    # The first of equals is the teacher in the student's layout, which needs no exchange.
+    best = min(fitting, key=lambda choice: choice.seconds)
+    seconds = sum(student_time(student, cluster, rates.student).values()) + best.seconds
+    return _Combination((seconds, _with_choice(student, run, best.layout)), smallest)
+
+
+def _no_fit_error(smallest: tuple[float, PlannedRun] | None, cluster: Cluster) -> ConfigError:
+    if smallest is None:
+        return ConfigError(
+            "no layout of the teacher divides it and batch.global_batch_size: change the number of "
+            "ranks or the batch"
         )
-    config = least[1].config
+    needed, config = smallest[0], smallest[1].config
     layout = f"tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline}"
     layout += ", model.recompute = full" if config.model.recompute == "full" else ""
-    raise ConfigError(
-        f"nothing fits: the layout that needs least ({layout}) takes {least[0] / GIB:.1f} GiB a rank of {cluster.memory / GIB:.1f}: take "
-        "GPUs with more memory, more of them, shorter sequences, a smaller model, or a cached teacher"
+    return ConfigError(
+        f"nothing fits: the layout that needs least ({layout}) takes {needed / GIB:.1f} GiB a rank "
+        f"of {cluster.memory / GIB:.1f}: take GPUs with more memory, more of them, shorter "
+        "sequences, a smaller model, or a cached teacher"
     )
 
 
-def _students(job: Job, cluster: Cluster) -> Iterator[Job]:
-    """Layouts of the student that the program accepts; the teacher of each is still to be chosen."""
-    config, ranks = job.config, cluster.ranks
-    cuda = job.device == "cuda"
-    for tensor, pipeline in product(_divisors(min(cluster.gpus_per_node, ranks)), _divisors(ranks)):
+def _student_layouts(run: PlannedRun, cluster: Cluster) -> Iterator[PlannedRun]:
+    """Yield the layouts of the student that the program accepts, without a teacher."""
+    config, ranks = run.config, cluster.ranks
+    tensors = _divisors(min(cluster.gpus_per_node, ranks))
+    for tensor, pipeline in product(tensors, _divisors(ranks)):
         if ranks % (tensor * pipeline) or config.model.num_layers % pipeline:
             continue
         data = ranks // (tensor * pipeline)
-        virtuals = [
-            each
-            for each in _divisors(config.model.num_layers // pipeline)
-            if each == 1 or pipeline > 1
-        ]
-        sequence, sharded = (
-            ([False, True] if tensor > 1 else [False]),
-            ([False, True] if data > 1 else [False]),
+        chunks = _divisors(config.model.num_layers // pipeline)
+        options = product(
+            chunks if pipeline > 1 else [1],
+            [False, True] if tensor > 1 else [False],
+            MICRO_BATCHES,
+            ("none", "full"),
+            [False, True] if data > 1 else [False],
         )
-        for virtual, split, size, recompute, distributed in product(
-            virtuals, sequence, MICRO_BATCHES, ("none", "full"), sharded
-        ):
+        for virtual, sequence_parallel, micro_batch_size, recompute, distributed in options:
             parallel = {
                 "tensor": tensor,
                 "pipeline": pipeline,
                 "virtual_pipeline": virtual,
-                "sequence_parallel": split,
-                "overlap_grad_reduce": cuda and data > 1,
-                "overlap_param_gather": cuda and distributed,
+                "sequence_parallel": sequence_parallel,
+                "overlap_grad_reduce": run.device == "cuda" and data > 1,
+                "overlap_param_gather": run.device == "cuda" and distributed,
             }
-            found = _checked(config, parallel, size, recompute, distributed)
-            if found is not None and _divides(found, ranks):
-                yield replace(job, config=found, teacher=None)
+            layout = _StudentLayout(parallel, micro_batch_size, recompute, distributed)
+            student = layout.apply(config)
+            if student is not None and _divides(student, ranks):
+                yield replace(run, config=student, teacher=None)
 
 
-def _checked(
-    config: RunConfig, parallel: Mapping[str, object], size: int, recompute: str, distributed: bool
-) -> RunConfig | None:
-    """The run file with this layout; None where its own checks refuse it."""
-    own = config.teacher.model_copy(
-        update={"parallel": TeacherParallelSection(), "micro_batch_size": None}
-    )
-    sections = {name: getattr(config, name) for name in RunConfig.model_fields}
-    sections |= {
-        "teacher": own,
-        "model": config.model.model_copy(update={"recompute": recompute}),
-        "optimizer": config.optimizer.model_copy(update={"distributed": distributed}),
-        "batch": config.batch.model_copy(update={"micro_batch_size": size}),
-    }
-    try:
-        return RunConfig.model_validate(
-            {**sections, "parallel": ParallelSection.model_validate(parallel)}
+@dataclass(frozen=True)
+class _StudentLayout:
+    """Hold the values of a run file that the search varies for the student."""
+
+    parallel: Mapping[str, object]
+    micro_batch_size: int
+    recompute: str
+    distributed: bool
+
+    def apply(self, config: RunConfig) -> RunConfig | None:
+        """Return the run file with this layout, or None where its checks refuse it."""
+        teacher = config.teacher.model_copy(
+            update={"parallel": TeacherParallelSection(), "micro_batch_size": None}
         )
-    except ValidationError:
-        return None
+        sections = {name: getattr(config, name) for name in RunConfig.model_fields}
+        sections |= {
+            "teacher": teacher,
+            "model": config.model.model_copy(update={"recompute": self.recompute}),
+            "optimizer": config.optimizer.model_copy(update={"distributed": self.distributed}),
+            "batch": config.batch.model_copy(update={"micro_batch_size": self.micro_batch_size}),
+        }
+        try:
+            parallel = ParallelSection.model_validate(self.parallel)
+            return RunConfig.model_validate({**sections, "parallel": parallel})
+        except ValidationError:
+            return None
 
 
 def _divides(config: RunConfig, ranks: int) -> bool:
@@ -214,90 +272,120 @@ def _divides(config: RunConfig, ranks: int) -> bool:
 
 
 def _divisors(number: int) -> list[int]:
-    return [each for each in range(1, number + 1) if number % each == 0]
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 @dataclass(frozen=True)
-class _Teacher:
-    """One layout of the teacher's own, and what it takes wherever the student is."""
+class _TeacherLayout:
+    """Hold one separate layout of the teacher and its cost beside any student.
+
+    Attributes:
+        seconds: time of its part of a step.
+        weights: bytes of its weights on the largest stage.
+        temporary: bytes of its temporary memory at the peak.
+    """
 
     tensor: int
     pipeline: int
     micro_batch_size: int
     seconds: float
     weights: float
-    moment: float
+    temporary: float
+
+    def apply(self, config: RunConfig) -> RunConfig:
+        """Return the run file with the teacher in this layout."""
+        return _with_teacher_layout(config, self.tensor, self.pipeline, self.micro_batch_size)
 
 
-def _teachers(job: Job, cluster: Cluster, rates: Rates) -> Iterator[_Teacher]:
-    """Layouts of the teacher over the same ranks that the program accepts."""
-    if job.config.distill.dense or not job.config.teacher.uses_megatron:
+def _teacher_layouts(
+    run: PlannedRun, cluster: Cluster, rates: ComputeRates
+) -> Iterator[_TeacherLayout]:
+    """Yield the separate layouts of the teacher over the same ranks that the program accepts."""
+    if run.config.distill.dense or not run.config.teacher.uses_megatron:
         return
-    assert job.teacher is not None
-    base = _checked(job.config, {}, 1, "none", False)
-    for tensor, pipeline, size in product(
+    assert run.teacher is not None
+    base = _StudentLayout({}, 1, "none", False).apply(run.config)
+    if base is None:
+        return
+    for tensor, pipeline, micro_batch_size in product(
         _divisors(min(cluster.gpus_per_node, cluster.ranks)),
         _divisors(min(16, cluster.ranks)),
         MICRO_BATCHES,
     ):
-        if base is None or cluster.ranks % (tensor * pipeline):
+        if cluster.ranks % (tensor * pipeline):
             continue
-        found = replace(job, config=_with_teacher(base, tensor, pipeline, size))
+        candidate = replace(
+            run, config=_with_teacher_layout(base, tensor, pipeline, micro_batch_size)
+        )
         try:
-            if found.config.teacher_problem(job.teacher, cluster.ranks) is not None:
+            if candidate.config.teacher_problem(run.teacher, cluster.ranks) is not None:
                 continue
         except ConfigError:
             continue
-        weights, moment = teacher_alone(found, cluster.ranks)
-        yield _Teacher(
-            tensor, pipeline, size, teacher_time(found, cluster, rates.teacher), weights, moment
-        )
+        weights, temporary = separate_teacher_bytes(candidate, cluster.ranks)
+        seconds = teacher_time(candidate, cluster, rates.teacher)
+        yield _TeacherLayout(tensor, pipeline, micro_batch_size, seconds, weights, temporary)
 
 
-def _with_teacher(config: RunConfig, tensor: int, pipeline: int, size: int) -> RunConfig:
+def _with_teacher_layout(
+    config: RunConfig, tensor: int, pipeline: int, micro_batch_size: int
+) -> RunConfig:
     section = config.teacher.model_copy(
         update={
             "parallel": TeacherParallelSection(tensor=tensor, pipeline=pipeline),
-            "micro_batch_size": size,
+            "micro_batch_size": micro_batch_size,
         }
     )
     return config.model_copy(update={"teacher": section})
 
 
 @dataclass(frozen=True)
-class _Choice:
-    """What a student's layout takes with one of the teacher's. need: bytes of the fullest rank. seconds: the teacher's."""
+class _TeacherChoice:
+    """Hold the cost of a student layout with one layout of the teacher.
 
-    need: float
+    Attributes:
+        bytes: memory of the rank that needs most.
+        seconds: time of the teacher's part of a step.
+        layout: separate layout of the teacher; None: the student's, or no live teacher.
+    """
+
+    bytes: float
     seconds: float
-    teacher: _Teacher | None
+    layout: _TeacherLayout | None
 
 
-def _choices(
-    option: Job, job: Job, teachers: list[_Teacher], cluster: Cluster, rates: Rates
-) -> Iterator[_Choice]:
-    """The student with no live teacher; or with the teacher in its layout, and in each layout of the teacher's own."""
-    if not job.lives:
-        yield _Choice(
-            cluster.framework + max(map(sum, without_teacher(option, cluster.ranks))), 0.0, None
-        )
+def _teacher_choices(
+    student: PlannedRun,
+    run: PlannedRun,
+    teachers: list[_TeacherLayout],
+    cluster: Cluster,
+    rates: ComputeRates,
+) -> Iterator[_TeacherChoice]:
+    """Yield the ways to place the teacher beside a student layout.
+
+    Without a live teacher there is one; otherwise the student's layout comes first, then each
+    separate layout.
+    """
+    if not run.has_live_teacher:
+        largest = max(map(sum, student_stage_bytes(student, cluster.ranks)))
+        yield _TeacherChoice(cluster.framework + largest, 0.0, None)
         return
-    assert job.teacher is not None
-    if option.config.teacher_problem(job.teacher, cluster.ranks) is None:
-        both = replace(option, teacher=job.teacher)
-        need = fullest(run_memory(both, cluster.ranks, framework=cluster.framework)).total
-        yield _Choice(need, teacher_time(both, cluster, rates.teacher), None)
-    stages = without_teacher(option, cluster.ranks) if teachers else []
-    for each in teachers:
-        need = cluster.framework + max(
-            states + each.weights + max(moment, each.moment) for states, moment in stages
+    assert run.teacher is not None
+    if student.config.teacher_problem(run.teacher, cluster.ranks) is None:
+        both = replace(student, teacher=run.teacher)
+        memory = run_memory(both, cluster.ranks, framework=cluster.framework)
+        seconds = teacher_time(both, cluster, rates.teacher)
+        yield _TeacherChoice(peak_rank(memory).total, seconds, None)
+    stages = student_stage_bytes(student, cluster.ranks) if teachers else []
+    for layout in teachers:
+        largest = max(
+            permanent + layout.weights + max(temporary, layout.temporary)
+            for permanent, temporary in stages
         )
-        yield _Choice(need, each.seconds, each)
+        yield _TeacherChoice(cluster.framework + largest, layout.seconds, layout)
 
 
-def _complete(option: Job, job: Job, teacher: _Teacher | None) -> Job:
-    """The student's layout with the teacher chosen for it."""
-    config = option.config
-    if teacher is not None:
-        config = _with_teacher(config, teacher.tensor, teacher.pipeline, teacher.micro_batch_size)
-    return replace(option, config=config, teacher=job.teacher)
+def _with_choice(student: PlannedRun, run: PlannedRun, layout: _TeacherLayout | None) -> PlannedRun:
+    """Return the student's layout with the teacher that was chosen for it."""
+    config = student.config if layout is None else layout.apply(student.config)
+    return replace(student, config=config, teacher=run.teacher)

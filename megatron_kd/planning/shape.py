@@ -1,7 +1,8 @@
-"""A model cut for one rank: its widths, and the bytes of what a microbatch leaves behind in it.
+"""Describe the part of a model on one rank and the bytes that a microbatch keeps in it.
 
-Read off the saved tensors of a layer of megatron-core's local modules on a CPU, where norms and SwiGLU are not fused; on a GPU as fused
-(torch's fused RMSNorm or Transformer Engine's, megatron-core's fused SwiGLU), after arXiv 2205.05198, section 4.1.
+The sizes were read off the saved tensors of a layer of megatron-core's local modules on a CPU,
+where norms and SwiGLU are not fused. On a GPU these are assumed to be fused (torch's fused RMSNorm
+or Transformer Engine's, megatron-core's fused SwiGLU), after arXiv 2205.05198, section 4.1.
 """
 
 from __future__ import annotations
@@ -10,16 +11,49 @@ from dataclasses import dataclass
 
 from megatron_kd.config import ModelSection
 from megatron_kd.parallel.vocab_shards import padded_vocab_size
+from megatron_kd.planning.parameters import head_width, key_width, query_width
 
-ELEMENT = {"bf16": 2, "fp32": 4}
+ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Widths of one rank and bytes of one microbatch.
+class MicrobatchLayout:
+    """Describe how a microbatch is laid out over tensor-parallel ranks.
 
-    hidden: H whole. queries, keys, ffn, heads: on this rank. tensor: ranks that share a layer. sequence_split: ranks that share the
-    sequence outside of it. tokens: of a microbatch. element: bytes of a number. vocabulary_rows: on this rank, padding included.
+    Attributes:
+        tensor: tensor-parallel size.
+        sequence_parallel: the sequence is split over the tensor-parallel ranks outside of layers.
+        micro_batch_size: sequences of the microbatch.
+        sequence_length: tokens per sequence.
+        precision: "bf16" or "fp32".
+        device: "cuda" or "cpu".
+        within_documents: attention is masked at document boundaries.
+    """
+
+    tensor: int
+    sequence_parallel: bool
+    micro_batch_size: int
+    sequence_length: int
+    precision: str
+    device: str
+    within_documents: bool = False
+
+
+@dataclass(frozen=True)
+class RankShape:
+    """Hold the widths of one rank, from which the bytes of one microbatch follow.
+
+    Attributes:
+        hidden: the full hidden size.
+        queries: width of the queries on this rank; likewise keys, ffn and heads.
+        grouped: several query heads share a key head.
+        tensor: ranks that share a layer.
+        sequence_split: ranks that share the sequence outside of layers.
+        tokens: tokens of a microbatch.
+        element_bytes: bytes of one number.
+        vocabulary_rows: rows of the vocabulary on this rank, padding included.
+        device: "cuda" or "cpu".
+        within_documents: attention is masked at document boundaries.
     """
 
     hidden: int
@@ -34,113 +68,132 @@ class Shape:
     sequence_split: int
     tokens: int
     sequence_length: int
-    element: int
+    element_bytes: int
     vocabulary_rows: int
     device: str
     within_documents: bool
 
     @property
     def layer_input(self) -> float:
-        """The residual stream on this rank."""
-        return self.element * self.tokens * self.hidden / self.sequence_split
+        """Return the bytes of the residual stream on this rank."""
+        return self.element_bytes * self.tokens * self.hidden / self.sequence_split
 
     @property
     def layer(self) -> float:
-        """What one layer keeps for its backward: inputs of norms, their outputs, attention, MLP, rotary tables, logsumexps.
+        """Return the bytes that one layer keeps for its backward pass.
 
-        On a CPU a norm keeps its scaled input too, and SwiGLU both halves apart, activated and multiplied. Attention keeps queries and
-        keys as turned, values, and its output; values are a view of the whole projection unless grouped heads are repeated (CPU).
+        These are the inputs and outputs of norms, attention, MLP, rotary tables and logsumexps.
+        On a CPU a norm also keeps its scaled input, and SwiGLU keeps both halves separately,
+        activated and multiplied. Attention keeps queries and keys after the rotary embedding,
+        the values, and its output. The values are a view of the whole projection unless grouped
+        heads are repeated, which happens on a CPU.
         """
         cuda = self.device == "cuda"
-        # In bf16 a norm that is not fused keeps its input and its scaled input in fp32.
-        norms = (4 if cuda else 6 if self.element == 4 else 10) * self.hidden / self.sequence_split
-        projection = self.queries + 2 * self.keys
-        attention = (
-            2 * self.queries + self.keys + projection
-            if cuda or not self.grouped
-            else 4 * self.queries
-        )
-        if self.qk_norm:
-            attention += (
-                self.queries
-                if cuda
-                else 2 * self.queries + self.keys + (projection if self.grouped else 0)
-            )
+        # In bf16 an unfused norm keeps its input and its scaled input in fp32.
+        norm_copies = 4 if cuda else 6 if self.element_bytes == 4 else 10
+        norms = norm_copies * self.hidden / self.sequence_split
         mlp = (3 if cuda else 5) * self.ffn
-        numbers = self.tokens * (norms + attention + mlp) + 4 * self.sequence_length * self.head_dim
+        numbers = self.tokens * (norms + self._attention_width() + mlp)
+        numbers += 4 * self.sequence_length * self.head_dim
         if self.within_documents:  # the mask as it is added to the scores
             numbers += self.tokens * self.sequence_length
-        return self.element * numbers + 4 * self.tokens * self.heads
+        return self.element_bytes * numbers + 4 * self.tokens * self.heads
+
+    def _attention_width(self) -> float:
+        """Return the numbers that attention keeps for one token."""
+        cuda = self.device == "cuda"
+        projection = self.queries + 2 * self.keys
+        if cuda or not self.grouped:
+            width = 2 * self.queries + self.keys + projection
+        else:
+            width = 4 * self.queries
+        if self.qk_norm and cuda:
+            width += self.queries
+        elif self.qk_norm:
+            width += 2 * self.queries + self.keys + (projection if self.grouped else 0)
+        return width
 
     @property
     def layer_backward(self) -> float:
-        """Gradients that exist at one time beside what the layers keep: of the residual stream, and of SwiGLU's two factors."""
-        return self.layer_input + 2 * self.element * self.tokens * self.ffn
+        """Return the bytes of the gradients that exist at one time in the backward of a layer.
+
+        They come beside what the layers keep: the gradient of the residual stream, and those of
+        SwiGLU's two factors.
+        """
+        return self.layer_input + 2 * self.element_bytes * self.tokens * self.ffn
 
     @property
     def layer_forward(self) -> float:
-        """What lives at one time in a forward pass that keeps nothing: residual, normalised input, and the MLP or attention."""
+        """Return the bytes that exist at one time in a forward pass that keeps nothing.
+
+        These are the residual stream, the normalised input, and the MLP or the attention.
+        """
         mlp = (3 if self.device == "cuda" else 5) * self.ffn
         attention = 4 * self.queries + 4 * self.keys
-        return 2 * self.layer_input + self.element * self.tokens * max(mlp, attention)
+        return 2 * self.layer_input + self.element_bytes * self.tokens * max(mlp, attention)
 
     @property
     def final_norm(self) -> float:
-        """Input and output of the norm in front of the head (scaled input too on a CPU)."""
+        """Return the bytes of input and output of the final norm (scaled input too on a CPU)."""
         return (2 if self.device == "cuda" else 3) * self.layer_input
 
     @property
     def rotary(self) -> float:
-        """Angles of a microbatch, fp32, and the mask of its documents."""
+        """Return the bytes of a microbatch's rotary angles, fp32, and of its document mask."""
         mask = self.tokens * self.sequence_length if self.within_documents else 0
         return 4.0 * self.sequence_length * self.head_dim + mask
 
     @property
     def gathered(self) -> float:
-        """The sequence put together for a product, under sequence parallelism."""
-        return float(self.element * self.tokens * self.hidden) if self.sequence_split > 1 else 0.0
+        """Return the bytes of the sequence gathered for a product under sequence parallelism."""
+        if self.sequence_split == 1:
+            return 0.0
+        return float(self.element_bytes * self.tokens * self.hidden)
 
 
-def shape_of(
-    model: ModelSection,
-    vocab_size: int,
-    *,
-    tensor: int,
-    sequence_parallel: bool,
-    micro_batch_size: int,
-    sequence_length: int,
-    precision: str,
-    device: str,
-    within_documents: bool = False,
-) -> Shape:
-    """One rank's part of `model` in a microbatch of micro_batch_size sequences."""
-    width = model.head_dim or model.hidden_size // model.num_attention_heads
-    groups = model.num_query_groups or model.num_attention_heads
-    return Shape(
+def shape_of(model: ModelSection, vocab_size: int, layout: MicrobatchLayout) -> RankShape:
+    """Return one rank's part of `model` for a microbatch.
+
+    Args:
+        model: shape of the whole model.
+        vocab_size: true vocabulary size, without padding.
+        layout: layout of the microbatch.
+    """
+    tensor = layout.tensor
+    padded = padded_vocab_size(vocab_size, model.vocab_size_multiple)
+    return RankShape(
         hidden=model.hidden_size,
-        queries=model.num_attention_heads * width / tensor,
-        keys=groups * width / tensor,
+        queries=query_width(model) / tensor,
+        keys=key_width(model) / tensor,
         ffn=model.ffn_hidden_size / tensor,
         heads=model.num_attention_heads / tensor,
-        head_dim=width,
-        grouped=groups < model.num_attention_heads,
+        head_dim=head_width(model),
+        grouped=key_width(model) < query_width(model),
         qk_norm=model.qk_norm,
         tensor=tensor,
-        sequence_split=tensor if sequence_parallel else 1,
-        tokens=micro_batch_size * sequence_length,
-        sequence_length=sequence_length,
-        element=ELEMENT[precision],
-        vocabulary_rows=padded_vocab_size(vocab_size, model.vocab_size_multiple) // tensor,
-        device=device,
-        within_documents=within_documents,
+        sequence_split=tensor if layout.sequence_parallel else 1,
+        tokens=layout.micro_batch_size * layout.sequence_length,
+        sequence_length=layout.sequence_length,
+        element_bytes=ELEMENT_BYTES[layout.precision],
+        vocabulary_rows=padded // tensor,
+        device=layout.device,
+        within_documents=layout.within_documents,
     )
 
 
 def microbatches_in_flight(pipeline: int, virtual: int, stage: int, microbatches: int) -> int:
-    """Forward passes of model chunks of a stage whose backward is still to come, at most: megatron-core's warm-up and one.
+    """Return the largest number of a stage's forward passes whose backward is still to come.
 
-    1F1B: pipeline - stage. Interleaved: 2 (pipeline - stage - 1) + (virtual - 1) pipeline + 1 (arXiv 2104.04473, section 2.2).
+    That is megatron-core's warm-up and one more. 1F1B: pipeline - stage. Interleaved:
+    2 (pipeline - stage - 1) + (virtual - 1) pipeline + 1 (arXiv 2104.04473, section 2.2).
+
+    Args:
+        pipeline: pipeline-parallel size.
+        virtual: model chunks of each stage.
+        stage: index of the stage.
+        microbatches: microbatches of a step.
     """
     if virtual == 1:
         return min(pipeline - stage, microbatches)
-    return min(2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1, microbatches * virtual)
+    warm_up = 2 * (pipeline - stage - 1) + (virtual - 1) * pipeline
+    return min(warm_up + 1, microbatches * virtual)

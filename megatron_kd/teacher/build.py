@@ -18,7 +18,7 @@ from megatron_kd.parallel.collectives import from_rank_zero, raise_together
 from megatron_kd.parallel.groups import Groups, can_reverse_stages, start_separate_layout
 from megatron_kd.parallel.vocab_shards import padded_vocab_size
 from megatron_kd.planning.flops import flops_per_token
-from megatron_kd.planning.placement import Placement, Work, best_placement
+from megatron_kd.planning.placement import PipelineWork, Placement, best_placement
 from megatron_kd.targets import SampleSelection, Selection, TopSelection
 from megatron_kd.targets.narrow import is_contained, parse_top_selection
 from megatron_kd.teacher.ahead import AheadTeacher
@@ -150,7 +150,7 @@ def placement_of(config: RunConfig, inputs: Inputs, world_size: int) -> Placemen
     )
     forward = ours / (parallel.tensor * parallel.pipeline)
     recomputed = 3 if config.model.recompute == "full" else 2
-    student = Work(
+    student = PipelineWork(
         world_size,
         parallel.tensor,
         parallel.pipeline,
@@ -160,7 +160,7 @@ def placement_of(config: RunConfig, inputs: Inputs, world_size: int) -> Placemen
         parallel.virtual_pipeline,
     )
     count = config.batch.global_batch_size * tensor * pipeline // (micro_batch_size * world_size)
-    teacher = Work(world_size, tensor, pipeline, count, theirs / (tensor * pipeline))
+    teacher = PipelineWork(world_size, tensor, pipeline, count, theirs / (tensor * pipeline))
     # Where the model promised 5 and 9 % (two ranks on gloo, tools/benchmarks), -3 and 4 % were measured: a small promise is not taken.
     gain = -math.inf if config.teacher.overlap == "drain" else 0.1
     return best_placement(
@@ -193,7 +193,7 @@ def build_teacher(config: RunConfig, inputs: Inputs, groups: Groups) -> TeacherS
     if config.teacher.source == "online":
         placement = placement_of(config, inputs, groups.world_size)
         live = _live_teacher(config, inputs, groups, placement=placement, even=True)
-        return AheadTeacher(live) if placement.ahead else live
+        return AheadTeacher(live) if placement.prefetch else live
     if config.teacher.source == "huggingface":
         return huggingface_teacher(config, inputs, groups)
     reader, wanted = _open_cache(config, inputs)

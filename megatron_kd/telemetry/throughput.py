@@ -1,4 +1,4 @@
-"""Tokens per second, model FLOP/s per device and MFU over the interval since the last row."""
+"""Measure tokens per second, model FLOP/s per device and MFU between two log entries."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
-class Lap:
-    """Rates of one interval. mfu is None where the peak of the device is not known."""
+class IntervalRates:
+    """Hold the rates of one interval; mfu is None where the peak of the device is not known."""
 
     seconds: float
     tokens: int
@@ -20,14 +22,14 @@ class Lap:
 
 
 class Stopwatch:
-    """Measures the training steps between two rows; evaluation and saving are cut out with `pause`.
+    """Measure the training steps between two log entries, without what `pause` encloses.
 
-    It reads the host's clock and never synchronises a device: call `lap` right after the step's metrics reached the
-    host, which waits for the device anyway.
+    It reads the host's clock and never synchronises a device. Call `lap` right after the step's
+    metrics reached the host, which waits for the device anyway.
 
     Args:
-        flops_per_token: model FLOPs per token over all devices: training of the student plus the forward pass of
-            an online teacher.
+        flops_per_token: model FLOPs per token over all devices: training of the student plus the
+            forward pass of an online teacher.
         num_devices: ranks that share the work (the world size).
         peak_tflops: peak of one device, 1e12 FLOP/s, or None.
         clock: seconds, monotonic; replaceable for tests.
@@ -52,35 +54,64 @@ class Stopwatch:
         self._tokens = 0
         self._pauses = 0
         self._seconds = 0.0
-        self._since = clock()
+        self._last_read = clock()
 
     def add(self, tokens: int) -> None:
-        """Count tokens that all ranks together have trained on since the last call, masked ones included."""
+        """Count tokens that all ranks together trained on since the last call, masked included."""
         self._tokens += tokens
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave the time inside out of the interval; may be nested."""
-        self._settle()
+        """Leave the enclosed time out of the interval; may be nested."""
+        self._accumulate()
         self._pauses += 1
         try:
             yield
         finally:
-            self._settle()
+            self._accumulate()
             self._pauses -= 1
 
-    def lap(self) -> Lap:
+    def lap(self) -> IntervalRates:
         """Close the interval, return its rates and begin the next one."""
-        self._settle()
+        self._accumulate()
         seconds, tokens = self._seconds, self._tokens
         self._seconds, self._tokens = 0.0, 0
         rate = tokens / seconds if seconds > 0 else 0.0
         tflops = rate * self._flops_per_token / self._num_devices / 1e12
         mfu = None if self._peak_tflops is None else tflops / self._peak_tflops
-        return Lap(seconds, tokens, rate, tflops, mfu)
+        return IntervalRates(seconds, tokens, rate, tflops, mfu)
 
-    def _settle(self) -> None:
+    def _accumulate(self) -> None:
+        """Add the time since the last reading of the clock unless paused."""
         now = self._clock()
         if self._pauses == 0:
-            self._seconds += now - self._since
-        self._since = now
+            self._seconds += now - self._last_read
+        self._last_read = now
+
+
+def measure_peak_tflops(dtype: torch.dtype, *, seconds: float = 0.2) -> float:
+    """Time square matrix products on the CPU and return the best rate, 1e12 FLOP/s.
+
+    No data sheet states a CPU's peak for a number of threads, so the reference is the best product
+    that this process reaches with its present number of threads. The load of other processes
+    lowers it.
+
+    Args:
+        dtype: type of the matrices.
+        seconds: approximate duration.
+    """
+    size, best = 128, 0.0
+    deadline = time.perf_counter() + seconds
+    while True:
+        left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+        torch.mm(left, right)
+        start = time.perf_counter()
+        torch.mm(left, right)
+        elapsed = max(time.perf_counter() - start, 1e-9)
+        best = max(best, 2 * size**3 / elapsed / 1e12)
+        remaining = deadline - time.perf_counter()
+        if remaining <= 0:
+            return best
+        # A product of twice the size takes eight times as long, and it runs twice, once to warm up.
+        if 16 * elapsed < remaining and size < 8192:
+            size *= 2

@@ -13,14 +13,13 @@ from megatron_kd.parallel.collectives import from_rank_zero, raise_together
 from megatron_kd.parallel.groups import seed_step
 from megatron_kd.planning.flops import (
     flops_per_token,
-    measure_peak_tflops,
     peak_tflops,
     projection_flops_per_token,
 )
 from megatron_kd.storage.directory_lock import DirectoryLock
 from megatron_kd.telemetry.progress_bar import Progress
 from megatron_kd.telemetry.run_files import RunWriter, State
-from megatron_kd.telemetry.throughput import Stopwatch
+from megatron_kd.telemetry.throughput import Stopwatch, measure_peak_tflops
 from megatron_kd.train.build import Run
 from megatron_kd.train.capture import CaptureError
 from megatron_kd.train.evaluate import evaluate

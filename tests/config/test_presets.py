@@ -11,11 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_kd.config import ConfigError, ModelSection, RunConfig, dump_toml, load_config
-from megatron_kd.config.hidden_state_pairs import projections_of
 from megatron_kd.config.presets import PRESETS
-from megatron_kd.config.sections.hidden_states_pair import HiddenStatesPair
-from megatron_kd.planning.flops import parameter_count, projection_flops_per_token
-from megatron_kd.planning.state_memory import rank_parameters, run_memory
+from megatron_kd.planning.parameters import parameter_count
 from tests.config.conftest import RUN_FILE
 
 ROOT = Path(__file__).parents[2]
@@ -123,92 +120,6 @@ def test_window_shorter_than_the_sequence_is_refused(load: Callable[..., RunConf
         ),
     ):
         load("--model.sliding_window", "31")
-
-
-def test_stages_hold_the_whole_model() -> None:
-    """Sum the stages of one tensor rank: every weight once, without padding and the tied copy."""
-    model = ModelSection.model_validate({"preset": "qwen3-8b", "vocab_size_multiple": 1})
-    stages = [
-        rank_parameters(model, 151_936, tensor=1, pipeline=4, stage=stage) for stage in range(4)
-    ]
-    assert sum(stages) == parameter_count(model, 151_936)
-    tied = ModelSection.model_validate({"preset": "qwen3-4b", "vocab_size_multiple": 1})
-    stages = [
-        rank_parameters(tied, 151_936, tensor=1, pipeline=4, stage=stage) for stage in range(4)
-    ]
-    assert sum(stages) == parameter_count(tied, 151_936) + 151_936 * 2560
-
-
-def test_memory_of_a_layout(load: Callable[..., RunConfig]) -> None:
-    """Compare with a count by hand for a small model."""
-    config = load("--optimizer.distributed", "true", "--batch.global_batch_size", "16")
-    (stage,) = run_memory(config, 512, world_size=4)
-    count = 512 * 64 * 2 + 4 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
-    assert (stage.parameters, stage.weights, stage.gradients) == (count, 2 * count, 4 * count)
-    assert stage.optimizer == 12 * -(-count // 4)
-    assert stage.activations == 2 * 32 * 4 * (4 * 64 + 4 * 64 + 3 * 128) * 2
-    first, last = run_memory(
-        load("--parallel.pipeline", "2", "--train.precision", "fp32"), 512, world_size=2
-    )
-    assert first.activations == 2 * last.activations
-    assert last.optimizer == 8 * last.parameters
-
-
-def test_memory_of_hidden_states(load: Callable[..., RunConfig]) -> None:
-    """Compare with a count by hand: two microbatches of 4 x 32 tokens, two of three layers first."""
-    layout = [
-        "--parallel.pipeline",
-        "2",
-        "--batch.micro_batch_size",
-        "4",
-        "--batch.global_batch_size",
-        "8",
-    ]
-    pairs = [
-        {"student_layer": student, "teacher_layer": teacher, "weight": 1}
-        for student, teacher in ((1, 3), (2, 3), (4, 2))
-    ]
-    config = load(
-        *layout,
-        "--teacher.source=online",
-        "--teacher.checkpoint=t",
-        "--distill.hidden_states",
-        json.dumps(pairs),
-    )
-    wide, same = config.model.model_copy(update={"hidden_size": 96}), config.model
-    plain = run_memory(
-        config.model_copy(
-            update={"distill": config.distill.model_copy(update={"hidden_states": ()})}
-        ),
-        512,
-        world_size=2,
-    )
-    tokens = 4 * 32
-    for teacher, entries in ((wide, 64 * 96), (same, 0)):
-        first, last = run_memory(config, 512, world_size=2, teacher=teacher)
-        assert first.hidden_states == tokens * (2 * teacher.hidden_size + 2 * 2 * 64) * 2
-        assert last.hidden_states == tokens * (2 * teacher.hidden_size + 1 * 64) * 2
-        assert (first.parameters - plain[0].parameters, last.parameters - plain[1].parameters) == (
-            2 * entries,
-            entries,
-        )
-        assert (
-            first.total - first.hidden_states
-            == first.weights + first.gradients + first.optimizer + first.activations + first.teacher
-        )
-
-
-def test_flops_of_projections(load: Callable[..., RunConfig]) -> None:
-    """Count one projection for two entries of a pair: one product forward, two backward."""
-    layers = [(1, 2, "mse"), (1, 2, "cosine"), (3, 1, "mse")]
-    pairs = [
-        HiddenStatesPair(student_layer=s, teacher_layer=t, loss=loss, weight=1.0)
-        for s, t, loss in layers
-    ]
-    model = load().model
-    wide = projections_of(pairs, model, model.model_copy(update={"hidden_size": 96}))
-    assert projection_flops_per_token(model, wide) == 2 * 3 * (2 * 64 * 96)
-    assert projection_flops_per_token(model, projections_of(pairs, model, model)) == 0
 
 
 def test_describe_model(tmp_path: Path) -> None:

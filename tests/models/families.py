@@ -144,7 +144,7 @@ def _difference(folder: Path, groups: Any, parallel: Any, tokens: torch.Tensor) 
     """Largest difference of our logits from transformers' on any rank that has them."""
     from megatron_kd.checkpoint.store import find_checkpoint, read_info
     from megatron_kd.inference.frozen_model import FrozenModel, KeyValueCache
-    from megatron_kd.planning.state_memory import rank_parameters
+    from megatron_kd.planning.parameters import rank_parameters
 
     checkpoint = find_checkpoint(folder / "ours", what="test")
     info = read_info(checkpoint, what="test")

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from megatron_kd.config import ModelSection, load_config
-from megatron_kd.planning.memory import Job, fullest, run_memory
+from megatron_kd.planning.memory import peak_rank, run_memory
+from megatron_kd.planning.planned_run import PlannedRun
 from tests.helpers.slurm import ROOT
 from tests.helpers.slurm_site import HOSTILE, Checkout
 
@@ -188,7 +189,7 @@ def test_a_run_file_divides_and_fits(name: str) -> None:
     tokens = config.train.steps * config.batch.global_batch_size * config.batch.sequence_length
     assert abs(tokens / (200e9 if name == "teacher" else 100e9) - 1) < 0.01
     teacher = {"7b": LLAMA_70B, "1b": LLAMA_8B, "3b": LLAMA_8B}.get(name[-2:])
-    memory = fullest(run_memory(Job(config, 128256, teacher), ranks))
+    memory = peak_rank(run_memory(PlannedRun(config, 128256, teacher), ranks))
     assert 5 * 2**30 < memory.total < 70 * 2**30, memory
 
 

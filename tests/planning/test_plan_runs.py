@@ -1,4 +1,4 @@
-"""The planner beside real runs: what a layer keeps, the peak of memory in three layouts, and a step that was not calibrated with."""
+"""The planner beside real runs: kept bytes of a layer, peak memory, the time of a step."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from megatron_kd.planning.machine_rates import bench_job, bench_runs, calibrate, read_calibration
-from megatron_kd.planning.memory import Job, run_memory
+from megatron_kd.planning.machine_rates import bench_run, bench_runs, calibrate, read_calibration
+from megatron_kd.planning.memory import run_memory
+from megatron_kd.planning.planned_run import PlannedRun
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny, write_tokens
-from tests.planning.plan_ranks import kept_by_a_layer, peak_of
+from tests.planning.memory_ranks import kept_by_a_layer, peak_of
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
@@ -29,7 +30,10 @@ SMALL = {
 
 
 def test_what_a_layer_keeps(tmp_path: Path) -> None:
-    """Every tensor that autograd saves is in the planner's sum: grouped and equal heads, normalised queries, masked documents."""
+    """Every tensor that autograd saves is in the planner's sum.
+
+    The variants have grouped and equal heads, normalised queries, and masked documents.
+    """
     data = write_tokens(tmp_path)
     variants: list[dict[str, Any]] = [
         {"model": SMALL},
@@ -41,8 +45,8 @@ def test_what_a_layer_keeps(tmp_path: Path) -> None:
     ]
     batch = {"global_batch_size": 3, "micro_batch_size": 3, "sequence_length": 96}
     configs = [
-        tiny(tmp_path / f"run{number}", data, batch=batch, **each)
-        for number, each in enumerate(variants)
+        tiny(tmp_path / f"run{number}", data, batch=batch, **variant)
+        for number, variant in enumerate(variants)
     ]
     for variant, (measured, planned) in zip(
         variants, run_ranks(kept_by_a_layer, 1, configs)[0], strict=True
@@ -94,13 +98,16 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_peak_memory(name: str, tmp_path: Path) -> None:
-    """Within 10 % on every rank. Sizes are such that the head, a recomputed layer and the teacher are each more than that."""
+    """The planned peak is within 10 % on every rank.
+
+    The head, a recomputed layer and the teacher are each more than that.
+    """
     world, changes = RUNS[name]
-    teaches = "teacher" in changes
+    has_teacher = "teacher" in changes
     overrides = {
         **changes,
         "model": {**MODEL, **changes.get("model", {})},
-        **({"distill": DISTILL} if teaches else {}),
+        **({"distill": DISTILL} if has_teacher else {}),
     }
     config = tiny(
         tmp_path / "run",
@@ -116,15 +123,19 @@ def test_peak_memory(name: str, tmp_path: Path) -> None:
     }
     teacher = config.model.model_copy(update={**shape, "num_attention_heads": hidden // 32})
     planned = run_memory(
-        Job(config, overrides["model"]["vocab_size"], teacher if teaches else None, "cpu"), world
+        PlannedRun(
+            config, overrides["model"]["vocab_size"], teacher if has_teacher else None, "cpu"
+        ),
+        world,
     )
-    measured = run_ranks(peak_of, world, config, teacher if teaches else None, timeout=500)
+    measured = run_ranks(peak_of, world, config, teacher if has_teacher else None, timeout=500)
     for rank, peak in enumerate(measured):
         expected = planned[
             rank * len(planned) // world
         ]  # tensor counts fastest, then data, then pipeline
         print(
-            f"{name}: rank {rank}: {peak / 2**20:.1f} MiB, planned {expected.total / 2**20:.1f} ({expected.moment})"
+            f"{name}: rank {rank}: {peak / 2**20:.1f} MiB, planned {expected.total / 2**20:.1f} "
+            f"({expected.moment})"
         )
         assert expected.total == pytest.approx(peak, rel=0.1), (
             name,
@@ -136,32 +147,32 @@ def test_peak_memory(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_calibrated_step(tmp_path: Path) -> None:
-    """Calibrated in one layout (student and teacher both in DP2), the step with the teacher in TP2 follows within 25 %.
+    """Calibrated with student and teacher in DP2, the step with the teacher in TP2 follows in 25 %.
 
-    Rounds that other processes disturbed are left out by taking the fastest of each.
+    The fastest round of each run counts, because other processes disturb the others.
     """
     options = ["--rounds", "6", "--batch", "8"]
-    made = [
+    command = [
         sys.executable,
         "tools/plan.py",
         "calibrate",
         "--ranks",
         "2",
         "--output",
-        str(tmp_path / "here.json"),
+        str(tmp_path / "calibration.json"),
         *options,
     ]
-    done = subprocess.run(made, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "the online step, not used: predicted" in done.stdout, done.stderr
-    calibration = calibrate(read_calibration(tmp_path / "here.json"), statistic="min")
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr
+    assert "the online step, not used: predicted" in process.stdout, process.stderr
+    calibration = calibrate(read_calibration(tmp_path / "calibration.json"), statistic="min")
     bench = [
         "tools/bench_step.py",
         *options,
         "--teacher-tensor",
         "2",
         "--output",
-        str(tmp_path / "own.json"),
+        str(tmp_path / "separate.json"),
     ]
     launch = [
         sys.executable,
@@ -172,11 +183,11 @@ def test_a_calibrated_step(tmp_path: Path) -> None:
         "2",
         *bench,
     ]
-    done = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "own.json").read_text())
+    process = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "separate.json").read_text())
     (online,) = [run for run in bench_runs(result, 2) if run["kind"] == "online"]
-    predicted = calibration.predict(bench_job(result["settings"], online, "cpu"))
+    predicted = calibration.predict(bench_run(result["settings"], online, "cpu"))
     measured = online["seconds"]["min"]
     print(f"two grids: {measured:.3f} s, predicted {predicted.seconds:.3f} s: {predicted.parts}")
     assert predicted.seconds == pytest.approx(measured, rel=0.25)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from megatron_kd.config import ConfigError, ModelSection
-from megatron_kd.planning.flops import parameter_count
+from megatron_kd.planning.parameters import parameter_count
 from megatron_kd.sweep.scaling.compute import Prices, compare, forward_flops
 from megatron_kd.sweep.scaling.forms import DISTILLATION_NAMES, SUPERVISED_NAMES, Problem
 from megatron_kd.sweep.scaling.law import (

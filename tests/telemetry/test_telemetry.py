@@ -18,14 +18,13 @@ import torch.multiprocessing as mp
 from megatron_kd.config.sections import ModelSection
 from megatron_kd.planning.flops import (
     flops_per_token,
-    measure_peak_tflops,
-    parameter_count,
     peak_tflops,
 )
+from megatron_kd.planning.parameters import parameter_count
 from megatron_kd.telemetry.metrics import METRICS, reduce_reports
 from megatron_kd.telemetry.progress_bar import Progress
 from megatron_kd.telemetry.run_files import RunWriter
-from megatron_kd.telemetry.throughput import Stopwatch
+from megatron_kd.telemetry.throughput import Stopwatch, measure_peak_tflops
 
 VERBS = (
     "all_",

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_kd.config import ConfigError, ModelSection
-from megatron_kd.planning.flops import parameter_count
+from megatron_kd.planning.parameters import parameter_count
 from megatron_kd.storage.json_files import read_json
 from megatron_kd.sweep.scaling.law import Point
 

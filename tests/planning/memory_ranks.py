@@ -1,4 +1,4 @@
-"""What the planner's tests run on each rank: the peak of a real run's memory, and what a layer keeps for its backward."""
+"""Measure on each rank: the peak memory of a real run, and the bytes that a layer keeps."""
 
 from __future__ import annotations
 
@@ -7,38 +7,31 @@ from typing import Any
 import torch
 
 from megatron_kd.config import ModelSection, RunConfig, TeacherSection
-from megatron_kd.planning.memory import Job
+from megatron_kd.planning.planned_run import PlannedRun
 from tests.helpers.allocations import peak_bytes
 
 
 def peak_of(
     rendezvous: str, config: RunConfig, teacher: ModelSection | None, steps: int = 2
 ) -> int:
-    """Most bytes that torch held at one time while this rank built the run and made `steps` steps, from the allocator's own log.
+    """Return the most bytes that torch held at one time while this rank built and trained a run.
 
-    That is what torch.cuda.max_memory_allocated says on a GPU. A process's resident memory would add Python, the libraries and what the
-    C allocator keeps for itself. Adam's state appears at the end of the first step. teacher: an untrained one's shape, saved before.
+    They come from the allocator's log, as torch.cuda.max_memory_allocated does on a GPU. Resident
+    memory of the process would add Python, the libraries and what the C allocator keeps for itself.
+    Adam's state appears at the end of the first step.
+
+    Args:
+        rendezvous: rendezvous of the ranks.
+        config: the run.
+        teacher: shape of an untrained teacher, which is saved first; None: no teacher.
+        steps: number of steps.
     """
     from megatron_kd.parallel.groups import stop_groups
     from megatron_kd.train.build import build_run
     from megatron_kd.train.step import train_step
 
     if teacher is not None:
-        folder = config.run.directory.parent / "teacher"
-        # A sharded optimizer has nothing to save before its first step.
-        whole = config.optimizer.model_copy(update={"distributed": False})
-        run_section = config.run.model_copy(update={"directory": folder})
-        own = {
-            "model": teacher,
-            "teacher": TeacherSection(),
-            "run": run_section,
-            "optimizer": whole,
-        }
-        build_run(config.model_copy(update=own), rendezvous=f"{rendezvous}-teacher").save()
-        stop_groups()
-        config = config.model_copy(
-            update={"teacher": config.teacher.model_copy(update={"checkpoint": folder})}
-        )
+        config = _with_saved_teacher(rendezvous, config, teacher)
 
     def start() -> None:
         run = build_run(config, rendezvous=rendezvous)
@@ -50,12 +43,33 @@ def peak_of(
     return peak
 
 
-def kept_by_a_layer(rendezvous: str, configs: list[RunConfig]) -> list[tuple[int, float]]:
-    """Of each run: bytes of the tensors that autograd saved in one layer, parameters apart, and what the planner says."""
+def _with_saved_teacher(rendezvous: str, config: RunConfig, teacher: ModelSection) -> RunConfig:
     from megatron_kd.parallel.groups import stop_groups
     from megatron_kd.train.build import build_run
 
-    found = []
+    folder = config.run.directory.parent / "teacher"
+    sections = {
+        "model": teacher,
+        "teacher": TeacherSection(),
+        "run": config.run.model_copy(update={"directory": folder}),
+        # A sharded optimizer has nothing to save before its first step.
+        "optimizer": config.optimizer.model_copy(update={"distributed": False}),
+    }
+    build_run(config.model_copy(update=sections), rendezvous=f"{rendezvous}-teacher").save()
+    stop_groups()
+    section = config.teacher.model_copy(update={"checkpoint": folder})
+    return config.model_copy(update={"teacher": section})
+
+
+def kept_by_a_layer(rendezvous: str, configs: list[RunConfig]) -> list[tuple[int, float]]:
+    """Return the bytes that autograd saved in one layer of each run, and the planned bytes.
+
+    Parameters do not count.
+    """
+    from megatron_kd.parallel.groups import stop_groups
+    from megatron_kd.train.build import build_run
+
+    sizes = []
     for number, config in enumerate(configs):
         run = build_run(config, rendezvous=f"{rendezvous}-{number}")
         model: Any = run.student.models[0]
@@ -82,7 +96,8 @@ def kept_by_a_layer(rendezvous: str, configs: list[RunConfig]) -> list[tuple[int
             )
         total = sum(size for pointer, size in saved.items() if pointer not in parameters)
         assert config.model.vocab_size is not None
-        found.append((total, Job(config, config.model.vocab_size, device="cpu").student.layer))
+        planned = PlannedRun(config, config.model.vocab_size, device="cpu")
+        sizes.append((total, planned.student_shape.layer))
         del result
         stop_groups()
-    return found
+    return sizes
