@@ -12,6 +12,7 @@ from megatron_kd.config.sections.divergence_section import DivergenceSection, di
 from megatron_kd.config.sections.hidden_states_pair import HiddenStatesPair
 from megatron_kd.config.sections.section import Section
 from megatron_kd.config.sections.token_rules_section import AdaptiveSection, RoutingSection
+from megatron_kd.config.token_rules import ADAPTIVE_METHODS
 
 
 class AlphaSection(Section):
@@ -254,7 +255,7 @@ class DistillSection(DivergenceSection, AlphaSection):
                 f'adaptive.method = "{method}" needs the most probable ids and '
                 'tail = "renormalize": unset num_draws and tail'
             )
-        if method in ("normkd", "wttm", "adakd") and self.temperature_on != "both":
+        if ADAPTIVE_METHODS[method].sets_both_temperatures and self.temperature_on != "both":
             raise ValueError(
                 f'adaptive.method = "{method}" itself chooses the models whose temperature it '
                 "sets: leave temperature_on unset"

@@ -7,17 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_kd.config.sections.section import Section
-
-AdaptiveMethod = Literal[
-    "none",
-    "normkd",
-    "wttm",
-    "entropy",
-    "entropy_inverse",
-    "deviation",
-    "deviation_inverse",
-    "adakd",
-]
+from megatron_kd.config.token_rules import AdaptiveMethodName, describe_adaptive_methods
 
 
 class RoutingSection(Section):
@@ -62,15 +52,9 @@ class RoutingSection(Section):
 class AdaptiveSection(Section):
     """Choose a temperature for each token (formulas: losses/token_rules.py)."""
 
-    method: AdaptiveMethod = Field(
+    method: AdaptiveMethodName = Field(
         default="none",
-        description="Rule for the temperature of a token. none: distill.temperature. normkd: "
-        "distill.temperature x standard deviation of each model's logits. wttm: "
-        "distill.temperature on the teacher alone, and the token's loss times the sum of the "
-        "teacher's probabilities to the power 1 / temperature. entropy, deviation: between minimum "
-        "and maximum, lower for a higher entropy or a higher standard deviation of the teacher's "
-        "logits. entropy_inverse, deviation_inverse: the reverse. adakd: distill.temperature, "
-        "reduced on tokens that are hard for the student.",
+        description=f"Rule for the temperature of a token. {describe_adaptive_methods()}.",
     )
     minimum: float = Field(
         default=0.5, gt=0, description="entropy, deviation: lowest temperature, > 0."
