@@ -1,1 +1,1 @@
-"""The chunked output head: logits of a chunk, their statistics, and the autograd function around them."""
+"""Multiply hidden states by the output weight chunk by chunk, with the loss inside the product."""

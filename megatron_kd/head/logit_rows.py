@@ -1,7 +1,7 @@
-"""What is done to the logits of one chunk of tokens, in plain torch and in Triton, behind one set of methods.
+"""Choose the implementation of the row operations on a chunk's logits: plain torch or Triton.
 
-`chunk_rows` chooses by where the logits are; triton is imported when it is first needed. Nothing here knows of targets, losses
-or process groups.
+Triton is imported when it is first needed. Nothing here depends on targets, losses or process
+groups.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from megatron_kd.head.plain_rows import MASKED, CompiledRows, GradientTerms, Pla
 
 __all__ = ["MASKED", "ChunkRows", "GradientTerms", "chunk_rows", "compile_rows", "is_tempered"]
 
-# `TritonRows` derives from it: what a kernel does not do, torch does.
+# `TritonRows` derives from it: operations without a kernel run in torch.
 ChunkRows = PlainRows
 
 
 _plain: type[PlainRows] = PlainRows
 
 
-def compile_rows(wanted: bool = True) -> None:
-    """Whether rows on a CPU go through torch.compile from now on, in this process; needs a C++ compiler."""
+def compile_rows(enabled: bool = True) -> None:
+    """Compile the row operations on a CPU, in this process from now on; needs a C++ compiler."""
     global _plain
-    _plain = CompiledRows if wanted else PlainRows
+    _plain = CompiledRows if enabled else PlainRows
 
 
 @functools.cache
@@ -35,10 +35,13 @@ def _has_triton() -> bool:
 
 
 def chunk_rows(buffer: Tensor, valid: int, gradient_dtype: torch.dtype | None = None) -> ChunkRows:
-    """The rows of `buffer` [C, W], of which the first `valid` columns are this rank's logits; see `PlainRows`.
+    """Return the row operations on `buffer`.
 
-    gradient_dtype: the type in which the logit gradient is wanted, None for the buffer's. It is a wish: `TritonRows`, which
-    takes fp32 logits on a GPU, grants it.
+    Args:
+        buffer: [C, W], of which the first `valid` columns are this rank's logits.
+        valid: number of logits per row.
+        gradient_dtype: preferred type of the logit gradient, None for the buffer's. Only
+            `TritonRows`, which takes fp32 logits on a GPU, follows it.
     """
     if buffer.is_cuda and buffer.dtype == torch.float32 and _has_triton():
         from megatron_kd.head.triton_rows import TritonRows

@@ -1,7 +1,10 @@
-"""Hidden states chunk by chunk, with the collectives of tensor and sequence parallelism hidden behind the products.
+"""Cut hidden states into chunks of tokens and run their tensor-parallel collectives.
 
-Under sequence parallelism a chunk takes the same rows of every rank's slice, so that each rank gathers and gives back equal
-parts. N tokens of the full sequence, T ranks that hold slices of it (1 without sequence parallelism), n = N / T.
+Under sequence parallelism a chunk takes the same positions of every rank's slice of the sequence,
+so that each rank gathers and returns equal parts.
+
+Shapes: N tokens of the full sequence, T ranks that hold slices of it (1 without sequence
+parallelism), n = N / T, C tokens of a chunk, H hidden size.
 """
 
 from __future__ import annotations
@@ -23,83 +26,111 @@ from megatron_kd.parallel.collectives import (
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Address the tokens of one chunk in tensors of the full sequence.
+
+    Attributes:
+        part: the chunk's positions in every rank's slice of the sequence.
+        slices: number of ranks that hold slices, 1 without sequence parallelism.
+    """
+
+    part: slice
+    slices: int
+
+    def take(self, full: Tensor) -> Tensor:
+        """Return the chunk's entries [C, ...] of a tensor [N, ...] of the full sequence."""
+        return full.view(self.slices, -1, *full.shape[1:])[:, self.part].flatten(0, 1)
+
+    def put(self, full: Tensor, values: Tensor) -> None:
+        """Write `values` [C, ...] to the chunk's entries of `full` [N, ...]."""
+        trailing = full.shape[1:]
+        view = full.view(self.slices, -1, *trailing)
+        view[:, self.part] = values.view(self.slices, -1, *trailing)
+
+
+@dataclass(frozen=True)
 class TokenChunks:
-    """Cuts N tokens, of which T ranks hold equal slices, into chunks of at most `size` (at least one of each slice)."""
+    """Cut N tokens into chunks of at most `size` tokens, at least one of each slice.
+
+    Attributes:
+        tokens: N, a multiple of `slices`.
+        slices: number of ranks that hold slices of the sequence.
+        size: upper bound of the tokens of a chunk, over all slices.
+    """
 
     tokens: int
     slices: int
     size: int
 
-    def __iter__(self) -> Iterator[slice]:
-        """The part of every rank's slice that each chunk takes."""
-        held, step = self.tokens // self.slices, max(1, self.size // self.slices)
-        for start in range(0, held, step):
-            yield slice(start, min(start + step, held))
+    def __iter__(self) -> Iterator[Chunk]:
+        length, step = self.tokens // self.slices, max(1, self.size // self.slices)
+        for start in range(0, length, step):
+            yield Chunk(slice(start, min(start + step, length)), self.slices)
 
     @property
     def largest(self) -> int:
-        """Tokens of the largest chunk."""
+        """Return the number of tokens of the largest chunk."""
         return min(max(1, self.size // self.slices), self.tokens // self.slices) * self.slices
-
-    def take(self, full: Tensor, part: slice) -> Tensor:
-        """[N, ...] -> [C, ...], the chunk's rows of a tensor of the full sequence."""
-        return full.view(self.slices, -1, *full.shape[1:])[:, part].flatten(0, 1)
-
-    def put(self, full: Tensor, part: slice, values: Tensor) -> None:
-        """The opposite: `values` [C, ...] into `full` [N, ...]."""
-        rest = full.shape[1:]
-        full.view(self.slices, -1, *rest)[:, part] = values.view(self.slices, -1, *rest)
 
 
 class HiddenChunks:
-    """Hands out hidden states [C, H] and sums their gradient.
+    """Iterate over the hidden states of each chunk and sum their gradient over the ranks.
 
-    rows: [n, H], this rank's slice under sequence parallelism, else all tokens, the same on every rank. While a chunk is
-    worked on, the next one is being gathered and the gradient of the last one summed.
+    While one chunk is being processed, the next one is gathered and the gradient of the last one
+    is summed.
     """
 
     def __init__(
         self,
-        rows: Tensor,
+        states: Tensor,
         chunks: TokenChunks,
         group: Group,
         *,
-        gradient: torch.dtype | None = None,
+        gradient_dtype: torch.dtype | None = None,
     ) -> None:
-        self._rows, self._chunks, self._group = rows, chunks, group
-        self._gathers = chunks.slices > 1
-        self._gradient = None if gradient is None else rows.new_empty(rows.shape, dtype=gradient)
+        """Start nothing yet; the first gather begins with the iteration.
+
+        Args:
+            states: [n, H], this rank's slice under sequence parallelism, else all tokens,
+                replicated over the group.
+            chunks: how the tokens are cut.
+            group: tensor-parallel group.
+            gradient_dtype: type of the gradient of `states`, None if it is not needed.
+        """
+        self._states, self._chunks, self._group = states, chunks, group
+        self._sliced = chunks.slices > 1
+        self._gradient = (
+            None if gradient_dtype is None else states.new_empty(states.shape, dtype=gradient_dtype)
+        )
         self._sums: list[Pending] = []
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        parts = list(self._chunks)
-        ahead = self._start(parts[0])
-        for part, following in zip(parts, [*parts[1:], None], strict=True):
-            x = ahead.wait()
+    def __iter__(self) -> Iterator[tuple[Chunk, Tensor]]:
+        """Yield each chunk and its hidden states [C, H]."""
+        chunks = list(self._chunks)
+        pending = self._start(chunks[0])
+        for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+            states = pending.wait()
             if following is not None:
-                ahead = self._start(following)
-            yield part, x.flatten(0, 1) if self._gathers else x
+                pending = self._start(following)
+            yield chunk, states.flatten(0, 1) if self._sliced else states
 
-    def _start(self, part: slice) -> Pending:
-        return (
-            start_all_gather(self._rows[part], self._group)
-            if self._gathers
-            else Pending(self._rows[part])
-        )
+    def _start(self, chunk: Chunk) -> Pending:
+        states = self._states[chunk.part]
+        return start_all_gather(states, self._group) if self._sliced else Pending(states)
 
-    def give_back(self, part: slice, gradient: Tensor) -> None:
-        """This rank's contribution [C, H] to the gradient of a chunk's hidden states; starts its sum over the ranks."""
+    def add_gradient(self, chunk: Chunk, gradient: Tensor) -> None:
+        """Start summing this rank's part [C, H] of the gradient of a chunk's hidden states."""
         assert self._gradient is not None
-        mine = self._gradient[part]
-        if self._gathers:
-            self._sums.append(start_reduce_scatter_sum(mine, gradient, self._group))
+        local = self._gradient[chunk.part]
+        if self._sliced:
+            self._sums.append(start_reduce_scatter_sum(local, gradient, self._group))
         else:
-            mine.copy_(gradient)
+            local.copy_(gradient)
             if group_size(self._group) > 1:
-                self._sums.append(start_all_reduce_sum(mine, self._group))
+                self._sums.append(start_all_reduce_sum(local, self._group))
 
     def gradient(self) -> Tensor:
-        """[n, H], once everything has been given back."""
+        """Return the gradient [n, H] after `add_gradient` was called for every chunk."""
         assert self._gradient is not None
         for pending in self._sums:
             pending.wait()

@@ -1,9 +1,8 @@
-"""Cross-entropy mixed with distillation: the plain reference, on given logits, and fused with the output head."""
+"""Mix cross-entropy with distillation: plain reference, on given logits, or inside the head."""
 
-from megatron_kd.losses.divergence_terms import Divergence
-from megatron_kd.losses.divergences import linear_divergence
+from megatron_kd.losses.divergence import Divergence
 from megatron_kd.losses.given_logits import kd_cross_entropy
-from megatron_kd.losses.head import linear_kd_cross_entropy
+from megatron_kd.losses.linear_loss import linear_divergence, linear_kd_cross_entropy
 from megatron_kd.losses.reference import reference_kd_cross_entropy
 from megatron_kd.losses.spec import KDLoss
 from megatron_kd.targets.dense import DenseTarget as DenseTeacher

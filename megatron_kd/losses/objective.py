@@ -1,59 +1,40 @@
-"""What a microbatch's hidden states are worth: a loss sum, a token count and a report, never a mean."""
+"""Compute the loss sum, the token count and the report of a microbatch's hidden states."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_kd.losses.divergence_terms import Divergence
-from megatron_kd.losses.divergences import DivergenceHead
-from megatron_kd.losses.head import HeadOptions
-from megatron_kd.losses.look import look_at
-from megatron_kd.losses.sparse_loss import HEALTH
-from megatron_kd.losses.spec import KDLoss, LossSpec, TokenTerms
-from megatron_kd.losses.token_rules import Seen, TokenRule
-from megatron_kd.targets import Target
-from megatron_kd.targets.sparse import SparseTarget
-
-
-class HeadLoss(Protocol):
-    """A loss through the output head: `losses.divergences.DivergenceHead`."""
-
-    def __call__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        target: Target | None,
-        spec: LossSpec,
-        options: HeadOptions,
-        *,
-        loss_mask: Tensor | None = None,
-        terms: TokenTerms | None = None,
-    ) -> tuple[KDLoss, Tensor | None]:
-        """[S, B] losses and, if asked for, the columns of `losses.rows.HEALTH` [S, B, 5]."""
+from megatron_kd.head.options import HeadOptions
+from megatron_kd.losses.linear_loss import linear_loss
+from megatron_kd.losses.spec import LossInputs, LossSpec, TokenTerms
+from megatron_kd.losses.student_statistics import student_statistics
+from megatron_kd.losses.token_rules import TokenContext, TokenRule
+from megatron_kd.targets.dense import Target
+from megatron_kd.targets.sparse import SparseTarget, assign_tail_to_label
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Mixes next-token cross-entropy with the distillation loss inside the output head.
+    """Mix next-token cross-entropy with the distillation loss inside the output head.
 
-    options: layout of hidden states and weight, and the walk over chunks. head_loss: the divergence; forward KL from sparse
-    targets by default. rules: what differs from token to token, in this order; sparse targets only. cut: of this step, see `Seen`.
-    prepare: what becomes of a sparse target [S, B, K] and the labels [S, B] first.
+    Attributes:
+        spec: scalars of the loss and the divergence.
+        options: layout of hidden states and weight, and memory strategy.
+        rules: set what differs from token to token, in this order; sparse targets only.
+        entropy_threshold: of this step, see `TokenContext`.
+        tail_to_label: True to give the teacher's mass outside the kept ids to the label.
+        token_metrics: True to report the metrics of `losses/token_metrics.py`.
     """
 
     spec: LossSpec
     options: HeadOptions
-    head_loss: HeadLoss = DivergenceHead(Divergence("forward_kl"))
     rules: tuple[TokenRule, ...] = ()
-    cut: Tensor | None = None
-    prepare: Callable[[SparseTarget, Tensor], SparseTarget] | None = None
+    entropy_threshold: Tensor | None = None
+    tail_to_label: bool = False
+    token_metrics: bool = False
 
     def __call__(
         self,
@@ -64,31 +45,38 @@ class Objective:
         loss_mask: Tensor,
         target: Target | None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """One microbatch, in megatron-core's form: (loss_sum, num_tokens, report); it divides by the global tokens once.
+        """Return (loss_sum, num_tokens, report) of one microbatch, as megatron-core expects.
+
+        megatron-core divides once, by the global number of tokens.
 
         Args:
-            hidden: [S, B, H] (this rank's slice of S under sequence parallelism). weight: [V/tp, H].
-            labels, loss_mask: [B, S]. target: SparseTarget [S, B, K] or DenseTeacher, or None for plain cross-entropy.
+            hidden: [S, B, H], or this rank's slice of S under sequence parallelism.
+            weight: [V/tp, H].
+            labels: int [B, S].
+            loss_mask: fp32 [B, S].
+            target: SparseTarget [S, B, K], DenseTarget, or None for plain cross-entropy.
+
         Returns:
-            loss_sum: fp32 scalar, nats. num_tokens: int32 scalar. report: name -> fp32 [2] = (sum, count).
+            loss_sum: fp32 scalar, nats.
+            num_tokens: int32 scalar.
+            report: name -> fp32 [2] = (sum, count).
         """
         mask, labels = loss_mask.t().contiguous(), labels.t().contiguous()
         spec = self.spec if target is not None else LossSpec(alpha=0.0, z_loss=self.spec.z_loss)
-        if isinstance(target, SparseTarget) and self.prepare is not None:
-            target = self.prepare(target, labels)
         terms = None
-        if isinstance(target, SparseTarget) and self.rules:
-            seen = Seen(
-                target,
-                mask,
-                self.cut,
-                cache(partial(look_at, hidden, weight, labels, target, self.options)),
-            )
-            terms = spec.terms()
-            for rule in self.rules:
-                terms = rule(terms, seen)
-        loss, health = self.head_loss(
-            hidden, weight, labels, target, spec, self.options, loss_mask=mask, terms=terms
+        if isinstance(target, SparseTarget):
+            if self.tail_to_label:
+                target = assign_tail_to_label(target, labels)
+            if self.rules:
+                terms = self._token_terms(hidden, weight, labels, mask, target)
+        loss, metrics = linear_loss(
+            hidden,
+            weight,
+            LossInputs(labels, mask, terms),
+            target,
+            spec,
+            self.options,
+            token_metrics=self.token_metrics,
         )
         loss_sum, count = loss.total.sum(), mask.sum()
         report = {
@@ -98,26 +86,40 @@ class Objective:
         if target is not None:
             report["kd_loss"] = torch.stack([(loss.kd * mask).sum(), count])
         if terms is not None:
-            report |= _means(terms, mask)
-        if health is not None:
-            for name, column in zip(HEALTH, health.unbind(-1), strict=True):
-                if target is not None or name == "student_entropy":
-                    known = mask * ~column.isnan()
-                    report[name] = torch.stack([(column.nan_to_num() * known).sum(), known.sum()])
+            report |= _report_terms(terms, mask)
+        for name, values in metrics.items():
+            known = mask * ~values.isnan()
+            report[name] = torch.stack([(values.nan_to_num() * known).sum(), known.sum()])
         return (
             loss_sum,
             count.to(torch.int32),
             {name: value.float() for name, value in report.items()},
         )
 
+    def _token_terms(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, target: SparseTarget
+    ) -> TokenTerms:
+        """Return the terms [S, B] that the rules set, one after the other."""
+        student = None
+        if any(rule.needs_student for rule in self.rules):
+            student = student_statistics(hidden, weight, labels, target, self.options)
+        context = TokenContext(target, mask, self.entropy_threshold, student)
+        terms = self.spec.terms()
+        for rule in self.rules:
+            terms = rule.apply(terms, context)
+        return terms
 
-def _means(terms: TokenTerms, mask: Tensor) -> dict[str, Tensor]:
-    """What rules did, as sums and counts: the share of tokens left to their labels, and the teacher's temperature where it differs."""
-    found = {}
+
+def _report_terms(terms: TokenTerms, mask: Tensor) -> dict[str, Tensor]:
+    """Return sums and counts of what the rules set.
+
+    They are the share of tokens without distillation, and the teacher's temperature if it differs
+    from token to token.
+    """
+    report = {}
     if isinstance(terms.kd_weight, Tensor):
-        found["routed_share"] = torch.stack([((terms.kd_weight == 0) * mask).sum(), mask.sum()])
+        report["routed_share"] = torch.stack([((terms.kd_weight == 0) * mask).sum(), mask.sum()])
     if isinstance(terms.teacher_temperature, Tensor):
-        found["teacher_temperature"] = torch.stack(
-            [(terms.teacher_temperature * mask).sum(), mask.sum()]
-        )
-    return found
+        temperatures = (terms.teacher_temperature * mask).sum()
+        report["teacher_temperature"] = torch.stack([temperatures, mask.sum()])
+    return report

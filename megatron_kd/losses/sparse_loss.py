@@ -1,14 +1,15 @@
-"""Loss and logit gradient of one chunk of tokens on a vocabulary shard.
+"""Compute the loss and the logit gradient of a chunk of tokens against a sparse target.
 
-Gradient of total with respect to the student's logits z (w the token's weight, e and k what its two losses count, usually
-1 - alpha and alpha, t the student's temperature, c = t^2 or 1, s = w k c / t, a = w (e + 2 z_loss logsumexp), p and p^t the
-student's softmaxes, Q the kept teacher mass, o the tail):
-    on a kept id       a p + s (m p^t - q)            m = Q for "drop", else 1
-    on any other id    a p + s (m p^t - tail term)    bucket: o p^t / r;  uniform: o / (V - K)
-    on the label       further - w e
-p^t / r is the softmax over the other ids alone, so no tail mass is divided by, however small.
+With a, s and the label's coefficient from `losses/mix.py`, p and p^t the student's softmaxes at
+temperature 1 and at t, f' the derivative of the divergence by the student's log-probability of an
+entry and G their sum (`Slopes`), the gradient with respect to the student's logits is
+    on a kept id       a p + s (f' - p^t G)
+    on any other id    a p + s (f' p^t / r - p^t G - u)
+where f' of the others is that of their one entry, r their mass, and u the equal share of the tail
+under "uniform", else 0. p^t / r is the softmax over the other ids alone, so that no tail mass is
+divided by, however small.
 
-Shapes: C tokens, n valid vocabulary rows here, K slots.
+Shapes: C tokens, n valid vocabulary rows on this rank, K slots.
 """
 
 from __future__ import annotations
@@ -18,183 +19,211 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_kd.head.chunk_loss import ChunkLoss, TokenValues
 from megatron_kd.head.logit_rows import ChunkRows, GradientTerms, is_tempered
-from megatron_kd.head.statistics import RowStatistics, local_columns, over_entries, row_statistics
-from megatron_kd.losses.spec import IGNORED_LABEL, LossSpec, TokenTerms
+from megatron_kd.head.statistics import (
+    RowStatistics,
+    StatisticsQuery,
+    local_columns,
+    over_entries,
+    row_statistics,
+)
+from megatron_kd.head.token_chunks import Chunk
+from megatron_kd.losses.mix import LossMix
+from megatron_kd.losses.sparse_comparison import (
+    Slopes,
+    SparseComparison,
+    TeacherEntries,
+    no_entries,
+    student_entries,
+    teacher_entries,
+)
+from megatron_kd.losses.spec import LossInputs, LossSpec
+from megatron_kd.losses.token_metrics import (
+    TokenStatistics,
+    compute_token_metrics,
+    token_metric_names,
+)
 from megatron_kd.parallel.collectives import Group
 from megatron_kd.parallel.vocab_shards import VocabShard
-from megatron_kd.targets.sparse import SparseTarget, kept_distribution
+from megatron_kd.targets.sparse import SparseTarget
 
 
-@dataclass
-class RowLoss:
-    """[C] per token: total (times weight), ce and kd; `health` [C, 5] where asked for, see `HEALTH`."""
+@dataclass(frozen=True)
+class SparseState:
+    """Hold what the logit gradient of a chunk needs besides the logits: [C] and [C, K] tensors.
 
-    total: Tensor
-    ce: Tensor
-    kd: Tensor
-    health: Tensor | None
+    Attributes:
+        mix: weights of the chunk's tokens.
+        statistics: of the student's rows.
+        indices: [C, K] kept ids, -1 for an unused slot.
+        slopes: derivatives of the divergence.
+        tail_mass: [C], spread evenly over the other ids; None unless tail is "uniform".
+        others: int [C], number of other ids.
+    """
+
+    mix: LossMix
+    statistics: RowStatistics
+    indices: Tensor
+    slopes: Slopes
+    tail_mass: Tensor | None
+    others: Tensor
 
 
-# Columns of RowLoss.health: kept teacher mass, teacher and student entropy (nats), agreement of the likeliest ids (0 or 1),
-# forward KL at temperature 1 on the kept ids and one bucket for the rest (nats). NaN where the target does not hold it.
-HEALTH = ("teacher_mass", "teacher_entropy", "student_entropy", "top1_agreement", "kl")
+class SparseLoss(ChunkLoss[SparseState]):
+    """Mix cross-entropy with a divergence from a sparse target, or with nothing.
 
-
-class TokenLoss:
-    """The loss of C tokens, and all that their logit gradient takes besides the logits. Holds [C, K] tensors, no logits.
-
-    Construction takes the statistics of `rows`, this rank's logits (one all-gather), and lifts the support out of them.
-    `weight` [C] multiplies each token. terms: of these tokens; None: the spec's.
+    Collectives: one all-gather of [C, K + 6] per chunk.
     """
 
     def __init__(
         self,
-        rows: ChunkRows,
-        labels: Tensor,
-        weight: Tensor,
+        inputs: LossInputs,
         target: SparseTarget | None,
         spec: LossSpec,
         shard: VocabShard,
         group: Group,
         *,
-        terms: TokenTerms | None = None,
-        health: bool = False,
+        token_metrics: bool = False,
     ) -> None:
-        dtype = rows.buffer.dtype
-        self.terms = (terms or spec.terms()).map(lambda each: each.to(dtype))
-        self.spec, self.shard, self.labels = spec, shard, labels
-        self.counted = labels != IGNORED_LABEL
-        self.weight = torch.where(self.counted, weight, 0.0).to(dtype)
-        self.target = target
-        if target is None:
-            self.indices = labels.new_empty((labels.shape[0], 0))
-            self.log_q = self.weight.new_empty((labels.shape[0], 0))
-            self.log_tail = self.weight.new_full((labels.shape[0],), -torch.inf)
-        else:
-            self.indices = target.indices
-            log_q, log_tail = kept_distribution(
-                target, temperature=self.terms.teacher_temperature, tail=spec.tail
-            )
-            self.log_q, self.log_tail = log_q.to(dtype), log_tail.to(dtype)
-            self.indices = torch.where(self.log_q > -torch.inf, self.indices, -1)
-        self.q, self.tail_mass = self.log_q.exp(), self.log_tail.exp()
-        self.others = shard.vocab_size - (self.indices >= 0).sum(1)
-        self.stats: RowStatistics = row_statistics(
-            rows,
-            self.indices,
-            labels,
-            vocab_start=shard.start,
-            temperature=self.terms.temperature,
-            group=group,
-            rest_sum=spec.tail == "uniform",
-            entropy=health,
-        )
-        self.health = health
+        """Take checked inputs of all tokens.
 
-    def loss(self) -> RowLoss:
-        """The chunk's losses, the same bits on every rank of the group."""
-        stats, terms = self.stats, self.terms
-        ce = torch.where(self.counted, stats.logsumexp - stats.label, 0.0)
-        kd = torch.where(self.counted, terms.kd_scale * self._divergence(), 0.0)
-        logsumexp = stats.logsumexp + stats.shift
-        total = self.weight * (
-            terms.ce_weight * ce + terms.kd_weight * kd + self.spec.z_loss * logsumexp**2
-        )
-        return RowLoss(
-            torch.where(self.counted, total, 0.0), ce, kd, self._health() if self.health else None
-        )
-
-    def _divergence(self) -> Tensor:
-        stats, spec, temperature = self.stats, self.spec, self.terms.temperature
-        log_p = stats.support / over_entries(temperature) - stats.logsumexp_t.unsqueeze(1)
-        kd = (self.q * torch.where(self.q > 0, self.log_q - log_p, 0.0)).sum(1)
-        outside = (self.tail_mass > 0) & (self.others > 0)
-        if spec.tail == "bucket":
-            log_r = stats.rest_logsumexp_t - stats.logsumexp_t
-            kd = kd + torch.where(outside, self.tail_mass * (self.log_tail - log_r), 0.0)
-        if spec.tail == "uniform" and stats.rest_sum is not None:
-            others = self.others.clamp(min=1).to(self.log_tail.dtype)  # log() of integers is fp32
-            share = self.tail_mass / others
-            log_p_sum = (
-                stats.rest_sum - self.others * stats.shift
-            ) / temperature - self.others * stats.logsumexp_t
-            kd = kd + torch.where(
-                outside, share * (self.others * (self.log_tail - others.log()) - log_p_sum), 0.0
-            )
-        return kd
-
-    def gradient(self, rows: ChunkRows, *, start: int, upstream: Tensor | None = None) -> Tensor:
-        """d(sum of upstream * total)/d(logits) [C, n] for the logits in `rows`, whose first id is `start`; consumes them.
-
-        upstream: [C], None for ones. `rows` may be any part of this rank's vocabulary, with or without its support.
+        Args:
+            inputs: labels, mask and terms of the full sequence.
+            target: [S, B, K], or None for cross-entropy alone.
+            spec: the scalars of the loss.
+            shard: this rank's part of the vocabulary.
+            group: tensor-parallel group.
+            token_metrics: True to report the token metrics too, which costs one pass over the
+                logits.
         """
-        stats, spec, terms = self.stats, self.spec, self.terms
-        w = (
-            self.weight
-            if upstream is None
-            else self.weight * torch.where(self.counted, upstream, 0.0).to(self.weight.dtype)
+        metrics = token_metric_names(has_teacher=target is not None) if token_metrics else ()
+        super().__init__(("ce", "kd", *metrics))
+        self._mix = LossMix.of(inputs, spec)
+        self._target = None if target is None else target.flatten()
+        self._spec, self._shard, self._group = spec, shard, group
+        self._token_metrics = token_metrics
+
+    def measure(self, rows: ChunkRows, chunk: Chunk) -> tuple[TokenValues, SparseState]:
+        """Return the values of a chunk and the state of its gradient, see `ChunkLoss`."""
+        spec, dtype = self._spec, rows.buffer.dtype
+        mix = self._mix.take(chunk, dtype)
+        target = None if self._target is None else self._target.map(chunk.take)
+        teacher = self._teacher_entries(target, mix, dtype)
+        uniform = spec.tail == "uniform" and target is not None
+        statistics = row_statistics(
+            rows,
+            teacher.indices,
+            labels=mix.labels,
+            vocab_start=self._shard.start,
+            group=self._group,
+            query=StatisticsQuery(mix.terms.temperature, uniform, self._token_metrics),
         )
-        a = w * (terms.ce_weight + 2.0 * spec.z_loss * (stats.logsumexp + stats.shift))
-        s = w * (terms.kd_weight * terms.kd_scale / terms.temperature)
-        rest, rest_t = (
-            (stats.rest_logsumexp - stats.logsumexp).exp(),
-            (stats.rest_logsumexp_t - stats.logsumexp_t).exp(),
+        divergence, slopes = self._compare(target, teacher, statistics, mix)
+        losses = mix.losses(
+            statistics.logsumexp - statistics.label,
+            divergence,
+            statistics.logsumexp + statistics.shift,
         )
-        on_support, on_rest, whole = self._slopes()
-        p = (stats.support - stats.logsumexp.unsqueeze(1)).exp()
+        reported = {"ce": losses.ce, "kd": losses.kd}
+        if self._token_metrics:
+            token_statistics = _token_statistics(losses.ce, statistics, target, teacher)
+            reported |= compute_token_metrics(token_statistics, has_teacher=target is not None)
+        tail_mass = teacher.log_tail.exp() if uniform else None
+        state = SparseState(mix, statistics, teacher.indices, slopes, tail_mass, teacher.others)
+        return TokenValues(losses.total, reported), state
+
+    def _teacher_entries(
+        self, target: SparseTarget | None, mix: LossMix, dtype: torch.dtype
+    ) -> TeacherEntries:
+        vocab_size = self._shard.vocab_size
+        if target is None:
+            return no_entries(mix.labels, vocab_size=vocab_size, dtype=dtype)
+        return teacher_entries(
+            target,
+            temperature=mix.terms.teacher_temperature,
+            tail=self._spec.tail,
+            vocab_size=vocab_size,
+            dtype=dtype,
+        )
+
+    def _compare(
+        self,
+        target: SparseTarget | None,
+        teacher: TeacherEntries,
+        statistics: RowStatistics,
+        mix: LossMix,
+    ) -> tuple[Tensor, Slopes]:
+        if target is None:
+            zeros = torch.zeros_like(mix.weight)
+            return zeros, Slopes(torch.zeros_like(teacher.log_q), zeros, zeros)
+        student = student_entries(statistics, teacher.others, mix.terms.temperature)
+        comparison = SparseComparison(teacher, student, self._spec.tail, self._shard.vocab_size)
+        return self._spec.divergence.compare_sparse(comparison)
+
+    def logit_gradient(
+        self, rows: ChunkRows, state: SparseState, *, start: int, upstream: Tensor | None = None
+    ) -> Tensor:
+        """Return the gradient [C, n] of any part of this rank's vocabulary, see `ChunkLoss`.
+
+        `rows` may be the logits that `measure` has split, or logits with their support.
+        """
+        statistics, slopes, temperature = (
+            state.statistics,
+            state.slopes,
+            state.mix.terms.temperature,
+        )
+        mix = state.mix.gradient(statistics.logsumexp + statistics.shift, upstream)
+        a, s = mix.softmax, mix.divergence
+        rest = (statistics.rest_logsumexp - statistics.logsumexp).exp()
+        rest_t = (statistics.rest_logsumexp_t - statistics.logsumexp_t).exp()
+        p = (statistics.support - statistics.logsumexp.unsqueeze(1)).exp()
         p_t = p
-        if is_tempered(terms.temperature):
-            p_t = (
-                stats.support / over_entries(terms.temperature) - stats.logsumexp_t.unsqueeze(1)
-            ).exp()
+        if is_tempered(temperature):
+            scaled = statistics.support / over_entries(temperature)
+            p_t = (scaled - statistics.logsumexp_t.unsqueeze(1)).exp()
+        share = None
+        if state.tail_mass is not None:
+            share = s * state.tail_mass / state.others.clamp(min=1)
         return rows.gradient(
             GradientTerms(
-                shift=stats.rest_shift,
-                scale=a * rest / stats.rest_mass,
-                scale_t=s * (on_rest - whole * rest_t) / stats.rest_mass_t,
-                constant=s * self.tail_mass / self.others.clamp(min=1)
-                if spec.tail == "uniform"
-                else None,
-                temperature=terms.temperature,
-                columns=local_columns(self.indices, start, rows.valid),
+                shift=statistics.rest_shift,
+                scale=a * rest / statistics.rest_mass,
+                scale_t=s * (slopes.rest - slopes.total * rest_t) / statistics.rest_mass_t,
+                constant=share,
+                temperature=temperature,
+                columns=local_columns(state.indices, start, rows.valid),
                 support=a.unsqueeze(1) * p
-                + s.unsqueeze(1) * (on_support - whole.unsqueeze(1) * p_t),
-                label=local_columns(self.labels, start, rows.valid),
-                label_value=-terms.ce_weight * w,
+                + s.unsqueeze(1) * (slopes.support - slopes.total.unsqueeze(1) * p_t),
+                label=local_columns(state.mix.labels, start, rows.valid),
+                label_value=mix.label,
             )
         )
 
-    def _slopes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Derivatives of the divergence with respect to log p^t of each kept id [C, K] and of all others together [C], and their
-        sum [C], which falls on every id times -p^t. What "uniform" gives each other id is not among the first two."""
-        drops = self.spec.tail == "drop" or self.target is None
-        bucket = (self.others > 0) if self.spec.tail == "bucket" else torch.zeros_like(self.counted)
-        whole = self.q.sum(1) if drops else torch.ones_like(self.tail_mass)
-        return -self.q, -torch.where(bucket, self.tail_mass, 0.0), -whole
 
-    def _health(self) -> Tensor:
-        """[C, 5], see HEALTH. At temperature 1 whatever the loss uses, so that schedules do not move it."""
-        stats, target = self.stats, self.target
-        nothing = torch.full_like(self.weight, torch.nan)
-        student_entropy = stats.entropy if stats.entropy is not None else nothing
-        if target is None or target.sampled:
-            return torch.stack([nothing, nothing, student_entropy, nothing, nothing], 1)
-        used = self.indices >= 0
-        lp = torch.where(used, target.logprobs, -torch.inf).to(self.q.dtype)
-        mass = lp.exp().sum(1).clamp(max=1.0)
-        log_p = stats.support - stats.logsumexp.unsqueeze(1)
-        log_r = stats.rest_logsumexp - stats.logsumexp
-        outside = (
-            target.log_tail.to(lp.dtype)
-            if target.log_tail is not None and target.temperature == 1.0
-            else torch.log1p(-mass)
-        )
-        kl = (lp.exp() * torch.where(used, lp - log_p, 0.0)).sum(1)
-        kl = kl + torch.where(
-            (outside > -torch.inf) & (log_r > -torch.inf), outside.exp() * (outside - log_r), 0.0
-        )
-        best = lp.argmax(1, keepdim=True)
-        agrees = (stats.support.gather(1, best).squeeze(1) >= 0).to(lp.dtype)
-        teacher_entropy = target.entropy.to(lp.dtype) if target.entropy is not None else nothing
-        return torch.stack([mass, teacher_entropy, student_entropy, agrees, kl], 1)
+def _token_statistics(
+    ce: Tensor, statistics: RowStatistics, target: SparseTarget | None, teacher: TeacherEntries
+) -> TokenStatistics:
+    """Return the statistics for token metrics; samples tell nothing exact of the teacher."""
+    if target is None or target.sampled:
+        return TokenStatistics(ce, statistics.entropy)
+    used = teacher.indices >= 0
+    log_q = torch.where(used, target.logprobs, -torch.inf).to(ce.dtype)
+    mass = log_q.exp().sum(1).clamp(max=1.0)
+    log_p = statistics.support - statistics.logsumexp.unsqueeze(1)
+    log_rest = statistics.rest_logsumexp - statistics.logsumexp
+    log_tail = torch.log1p(-mass)
+    if target.log_tail is not None and target.temperature == 1.0:
+        log_tail = target.log_tail.to(ce.dtype)
+    kl = (log_q.exp() * torch.where(used, log_q - log_p, 0.0)).sum(1)
+    both = (log_tail > -torch.inf) & (log_rest > -torch.inf)
+    kl = kl + torch.where(both, log_tail.exp() * (log_tail - log_rest), 0.0)
+    top = log_q.argmax(1, keepdim=True)
+    return TokenStatistics(
+        ce,
+        student_entropy=statistics.entropy,
+        teacher_entropy=None if target.entropy is None else target.entropy.to(ce.dtype),
+        teacher_mass=mass,
+        kl=kl,
+        top_id_gap=statistics.support.gather(1, top).squeeze(1),
+    )

@@ -1,14 +1,15 @@
-"""What every distillation loss takes and gives."""
+"""Define the inputs and results of every distillation loss, and check them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_kd.losses.divergence import Divergence
 from megatron_kd.targets.sparse import TAILS, SparseTarget, check_target, check_temperature
 
 IGNORED_LABEL = -100
@@ -16,9 +17,14 @@ WEIGHTS = ("mix", "keep_ce", "keep_kd")
 
 
 class KDLoss(NamedTuple):
-    """Per token, nats, unreduced, identical on every tensor-parallel rank; `ce` and `kd` are detached.
+    """Hold the losses of each token, nats, unreduced, identical on every tensor-parallel rank.
 
-    total = ((1 - alpha) * ce + alpha * kd + z_loss * logsumexp^2) * loss_mask. A label of -100 makes all three zero.
+    A label of -100 makes all three zero.
+
+    Attributes:
+        total: [...], ((1 - alpha) * ce + alpha * kd + z_loss * logsumexp^2) * loss_mask.
+        ce: [...], cross-entropy, detached.
+        kd: [...], distillation loss, detached.
     """
 
     total: Tensor
@@ -28,13 +34,18 @@ class KDLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class LossSpec:
-    """The scalars of the loss.
+    """Hold the scalars of the loss and its divergence.
 
-    alpha in [0, 1] is the weight of the distillation loss; temperature > 0 divides both models' logits in it;
-    temperature_squared multiplies it by temperature^2; tail says what becomes of the teacher's mass outside the kept ids;
-    z_loss >= 0 weighs the squared logsumexp of the student. weights: what the two losses count: "mix" 1 - alpha and alpha;
-    "keep_ce" 1 and alpha; "keep_kd" 1 - alpha and 1 (the loss-scale ablation of arXiv 2605.23857). teacher_only: the temperature
-    divides the teacher's logits alone (equation 4 of arXiv 2410.16215).
+    Attributes:
+        alpha: weight of the distillation loss, in [0, 1].
+        temperature: divides both models' logits in the distillation loss, > 0.
+        temperature_squared: True to multiply the distillation loss by temperature^2.
+        tail: treatment of the teacher's mass outside the kept ids of a sparse target.
+        z_loss: weight of the squared logsumexp of the student, >= 0.
+        weights: weights of the two losses. "mix": 1 - alpha and alpha; "keep_ce": 1 and alpha;
+            "keep_kd": 1 - alpha and 1 (the loss-scale ablation of arXiv 2605.23857).
+        teacher_only: True to divide the teacher's logits alone (equation 4 of arXiv 2410.16215).
+        divergence: compared with the teacher.
     """
 
     alpha: float
@@ -44,6 +55,7 @@ class LossSpec:
     z_loss: float = 0.0
     weights: str = "mix"
     teacher_only: bool = False
+    divergence: Divergence = field(default_factory=Divergence)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
@@ -59,21 +71,21 @@ class LossSpec:
 
     @property
     def ce_weight(self) -> float:
-        """Weight of the cross-entropy."""
+        """Return the weight of the cross-entropy."""
         return 1.0 if self.weights == "keep_ce" else 1.0 - self.alpha
 
     @property
     def kd_weight(self) -> float:
-        """Weight of the distillation loss."""
+        """Return the weight of the distillation loss."""
         return 1.0 if self.weights == "keep_kd" else self.alpha
 
     @property
     def kd_scale(self) -> float:
-        """Factor of the distillation loss: temperature^2 or 1."""
+        """Return the factor of the distillation loss: temperature^2 or 1."""
         return self.temperature**2 if self.temperature_squared else 1.0
 
     def terms(self) -> TokenTerms:
-        """The same for every token."""
+        """Return the weights and temperatures of the spec, the same for every token."""
         return TokenTerms(
             self.ce_weight,
             self.kd_weight,
@@ -85,10 +97,16 @@ class LossSpec:
 
 @dataclass(frozen=True)
 class TokenTerms:
-    """What may differ from token to token: each a number for all of them, or fp32 [...] of the labels' shape, not differentiated.
+    """Hold what may differ from token to token.
 
-    ce_weight, kd_weight: of the two losses. temperature, teacher_temperature: what divides the logits of the student and of the
-    teacher in the distillation loss. kd_scale: its factor, reported with it.
+    Each is a number for all tokens, or fp32 [...] of the labels' shape, not differentiated.
+
+    Attributes:
+        ce_weight: weight of the cross-entropy.
+        kd_weight: weight of the distillation loss.
+        temperature: divides the student's logits in the distillation loss.
+        teacher_temperature: divides the teacher's logits.
+        kd_scale: factor of the distillation loss, reported with it.
     """
 
     ce_weight: float | Tensor
@@ -98,26 +116,46 @@ class TokenTerms:
     kd_scale: float | Tensor = 1.0
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenTerms:
-        """The same with `function` applied to every tensor."""
-        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        """Return the terms with `function` applied to every tensor."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
         return TokenTerms(
             **{
                 name: function(value) if isinstance(value, Tensor) else value
-                for name, value in named.items()
+                for name, value in values.items()
             }
         )
 
 
+@dataclass(frozen=True)
+class LossInputs:
+    """Hold the per-token inputs of a loss, of the full sequence on every rank.
+
+    Attributes:
+        labels: int [S, B] (or [N]), already shifted; -100 is ignored.
+        loss_mask: float of the labels' shape, weight of each token in `total`; None: ones.
+        terms: of each token; None: the spec's.
+    """
+
+    labels: Tensor
+    loss_mask: Tensor | None = None
+    terms: TokenTerms | None = None
+
+
 def check_inputs(
-    labels: Tensor,
-    target: SparseTarget | None,
-    loss_mask: Tensor | None,
-    spec: LossSpec,
-    *,
-    vocab_size: int,
-    terms: TokenTerms | None = None,
+    inputs: LossInputs, target: SparseTarget | None, spec: LossSpec, *, vocab_size: int
 ) -> None:
-    """ValueError for what cannot be a loss, on every rank alike and before any collective. Values are read on CPU only."""
+    """Check what a loss is computed from, before any collective. Values are read on a CPU only.
+
+    Args:
+        inputs: per-token inputs.
+        target: of the labels' shape, or None.
+        spec: scalars.
+        vocab_size: true vocabulary size.
+
+    Raises:
+        ValueError: they do not fit together or are out of range, on every rank alike.
+    """
+    labels, loss_mask, terms = inputs.labels, inputs.loss_mask, inputs.terms
     if labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, not {labels.dtype}")
     if loss_mask is not None and loss_mask.shape != labels.shape:
@@ -130,16 +168,17 @@ def check_inputs(
         value = getattr(terms, f.name)
         if isinstance(value, Tensor) and value.shape != labels.shape:
             raise ValueError(
-                f"terms.{f.name} {tuple(value.shape)} must have the labels' shape {tuple(labels.shape)}"
+                f"terms.{f.name} {tuple(value.shape)} must have the labels' shape "
+                f"{tuple(labels.shape)}"
             )
     if target is not None:
         check_target(target, labels.shape, vocab_size=vocab_size)
-        check_temperature(
-            target, temperature=(terms or spec.terms()).teacher_temperature, tail=spec.tail
-        )
+        temperature = (terms or spec.terms()).teacher_temperature
+        check_temperature(target, temperature=temperature, tail=spec.tail)
     if labels.is_cpu and labels.numel():
-        wrong = ((labels < 0) | (labels >= vocab_size)) & (labels != IGNORED_LABEL)
-        if bool(wrong.any()):
+        invalid = ((labels < 0) | (labels >= vocab_size)) & (labels != IGNORED_LABEL)
+        if bool(invalid.any()):
             raise ValueError(
-                f"label {int(labels[wrong][0])} is not in the vocabulary (0..{vocab_size - 1}) nor {IGNORED_LABEL} (ignored)"
+                f"label {int(labels[invalid][0])} is not in the vocabulary (0..{vocab_size - 1}) "
+                f"nor {IGNORED_LABEL} (ignored)"
             )

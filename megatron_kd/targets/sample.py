@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_kd.head.logit_rows import ChunkRows
-from megatron_kd.head.statistics import row_statistics
+from megatron_kd.head.statistics import StatisticsQuery, row_statistics
 from megatron_kd.parallel.collectives import Group, all_gather, group_rank
 from megatron_kd.parallel.vocab_shards import VocabShard
 from megatron_kd.targets.select import target_at
@@ -77,14 +77,12 @@ class SampleSelection:
             An all-gather of [C, 6], and under tensor parallelism two more, of [C] and [C,
             num_draws]. Where values are not the plain counts, also one of [C, num_draws + 6].
         """
-        no_ids = torch.full_like(keys, -1)
         statistics = row_statistics(
             rows,
-            no_ids.new_empty((len(keys), 0)),
-            no_ids,
+            keys.new_empty((len(keys), 0)),
             vocab_start=shard.start,
             group=group,
-            entropy=True,
+            query=StatisticsQuery(entropy=True),
         )
         quantiles = uniform(self.seed, keys, self.num_draws)
         ids = _invert(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from megatron_kd.head.logit_rows import ChunkRows
-from megatron_kd.head.output_weight import given_logits, linear_logits
+from megatron_kd.head.output_weight import LogitChunks, given_logits, linear_logits
 from megatron_kd.head.sizes import chunk_size
-from megatron_kd.head.statistics import row_logsumexp, row_statistics
-from megatron_kd.head.token_chunks import TokenChunks
+from megatron_kd.head.statistics import StatisticsQuery, row_logsumexp, row_statistics
+from megatron_kd.head.token_chunks import Chunk, TokenChunks
 from megatron_kd.parallel.collectives import Group, all_gather, group_rank, group_size
 from megatron_kd.parallel.vocab_shards import VocabShard, vocab_shard
 from megatron_kd.targets.sparse import SparseTarget, sort_by_logprob
@@ -111,15 +111,12 @@ def target_at(
     Collectives:
         One all-gather of [C, K + 6].
     """
-    no_labels = torch.full_like(indices[:, 0], -1)
     statistics = row_statistics(
         rows,
         indices,
-        no_labels,
         vocab_start=shard.start,
-        temperature=temperature,
         group=group,
-        entropy=True,
+        query=StatisticsQuery(temperature, entropy=True),
     )
     logprobs = statistics.support - statistics.logsumexp.unsqueeze(1)
     log_tail = statistics.rest_logsumexp_t - statistics.logsumexp_t
@@ -280,31 +277,31 @@ def _check_keys(token_keys: Tensor | None, shape: torch.Size) -> None:
 
 
 def _chunk_targets(
-    rows: Iterator[tuple[slice, ChunkRows]],
+    rows: LogitChunks,
     chunks: TokenChunks,
     token_keys: Tensor | None,
     selection: Selection,
     shard: VocabShard,
     group: Group,
-) -> Iterator[tuple[slice, SparseTarget]]:
-    """Yield the slice and the target of each chunk."""
+) -> Iterator[tuple[Chunk, SparseTarget]]:
+    """Yield each chunk and its target."""
     keys = None if token_keys is None else token_keys.flatten()
-    for part, logits in rows:
+    for chunk, logits in rows:
         if keys is None:
             keys = torch.arange(chunks.tokens, device=logits.buffer.device)
-        yield part, selection(logits, chunks.take(keys, part), shard, group)
+        yield chunk, selection(logits, chunk.take(keys), shard, group)
 
 
 @torch.no_grad()
 def _join(
-    targets: Iterator[tuple[slice, SparseTarget]], chunks: TokenChunks, shape: torch.Size
+    targets: Iterator[tuple[Chunk, SparseTarget]], chunks: TokenChunks, shape: torch.Size
 ) -> SparseTarget:
     """Return the targets of all chunks in the order of the sequence; computes them without grad."""
     joined: SparseTarget | None = None
-    for part, target in targets:
+    for chunk, target in targets:
         if joined is None:
             joined = target.map(lambda tensor: tensor.new_empty((chunks.tokens, *tensor.shape[1:])))
         for full, values in zip(joined.tensors(), target.tensors(), strict=True):
-            chunks.put(full, part, values)
+            chunk.put(full, values)
     assert joined is not None
     return joined.map(lambda tensor: tensor.view(*shape, *tensor.shape[1:]))

@@ -15,9 +15,8 @@ from megatron_kd.config.sections.divergence_section import divergence_parameters
 from megatron_kd.data.batches import Attach, BatchSource, Microbatch
 from megatron_kd.data.dataset import DatasetRequest, TokenDataset, build_dataset
 from megatron_kd.head.logit_rows import compile_rows
+from megatron_kd.head.options import HeadOptions
 from megatron_kd.losses import Divergence
-from megatron_kd.losses.divergences import DivergenceHead
-from megatron_kd.losses.head import HeadOptions
 from megatron_kd.losses.objective import Objective
 from megatron_kd.losses.spec import LossSpec
 from megatron_kd.models.student import Student
@@ -26,7 +25,6 @@ from megatron_kd.parallel.platform import start_platform
 from megatron_kd.parallel.vocab_shards import padded_vocab_size
 from megatron_kd.parallel.world import world_from_environment
 from megatron_kd.targets.dense import Target, same_vocabulary_ranges
-from megatron_kd.targets.sparse import assign_tail_to_label
 from megatron_kd.teacher.ahead import AheadTeacher
 from megatron_kd.teacher.build import attach_of, build_teacher
 from megatron_kd.teacher.cached import CachedTeacher, check_coverage
@@ -35,7 +33,7 @@ from megatron_kd.train.capture import Capture, build_capture
 from megatron_kd.train.guards import RankTimes
 from megatron_kd.train.hidden_state_loss import HiddenStates, build_hidden_states
 from megatron_kd.train.optimizer import Optimizer
-from megatron_kd.train.routing import CutOf, cut_of, rules_of
+from megatron_kd.train.routing import CutOf, cut_of, token_rules
 from megatron_kd.train.run_progress import RunProgress
 from megatron_kd.train.schedules import alpha_at, learning_rate_at
 from megatron_kd.train.startup.input_checks import Inputs, check_inputs, checkpoints_folder
@@ -83,7 +81,7 @@ class Run:
         return replace(
             self.objective,
             spec=replace(self.objective.spec, alpha=self.alpha),
-            cut=self.cut(microbatches, targets),
+            entropy_threshold=self.cut(microbatches, targets),
         )
 
     def save(self) -> None:
@@ -196,27 +194,29 @@ def _look_ahead(
 
 def _objective(config: RunConfig, inputs: Inputs, groups: Groups) -> Objective:
     distill = config.distill
+    spec = LossSpec(
+        distill.alpha,
+        distill.temperature,
+        distill.temperature_squared,
+        distill.loss_tail,
+        distill.z_loss,
+        distill.weights,
+        teacher_only=distill.temperature_on == "teacher",
+        divergence=Divergence(distill.divergence, **divergence_parameters(distill)),
+    )
+    options = HeadOptions(
+        inputs.vocab_size,
+        groups.tp,
+        config.parallel.sequence_parallel,
+        distill.head_schedule,
+        distill.chunk_tokens,
+    )
     return Objective(
-        LossSpec(
-            distill.alpha,
-            distill.temperature,
-            distill.temperature_squared,
-            distill.loss_tail,
-            distill.z_loss,
-            distill.weights,
-            teacher_only=distill.temperature_on == "teacher",
-        ),
-        HeadOptions(
-            inputs.vocab_size,
-            groups.tp,
-            config.parallel.sequence_parallel,
-            distill.head_schedule,
-            distill.chunk_tokens,
-            health=True,
-        ),
-        head_loss=DivergenceHead(Divergence(distill.divergence, **divergence_parameters(distill))),
-        rules=rules_of(distill, inputs.vocab_size),
-        prepare=assign_tail_to_label if distill.tail == "label" else None,
+        spec,
+        options,
+        rules=token_rules(distill, inputs.vocab_size),
+        tail_to_label=distill.tail == "label",
+        token_metrics=True,
     )
 
 

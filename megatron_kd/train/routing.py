@@ -10,17 +10,13 @@ from torch import Tensor
 from megatron_kd.config import DistillSection
 from megatron_kd.data.batches import Microbatch
 from megatron_kd.losses.token_rules import (
-    Between,
-    ByDifficulty,
+    TEMPERATURE_RULES,
+    EntropyRouting,
     EntropyWeight,
-    NormTemperature,
-    Routing,
-    ScaledTargets,
+    TemperatureSettings,
     TokenRule,
-    bounded_deviation,
-    known_entropy,
-    lowest,
-    relative_entropy,
+    lowest_fraction,
+    teacher_entropy,
 )
 from megatron_kd.parallel.collectives import all_gather
 from megatron_kd.parallel.groups import Groups
@@ -31,30 +27,22 @@ from megatron_kd.targets.sparse import SparseTarget
 CutOf = Callable[[Sequence[Microbatch], Sequence[Target | None]], Tensor | None]
 
 
-def rules_of(distill: DistillSection, vocab_size: int) -> tuple[TokenRule, ...]:
-    """Temperatures first, then weights, then which tokens are distilled at all."""
+def token_rules(distill: DistillSection, vocab_size: int) -> tuple[TokenRule, ...]:
+    """Return the rules of a run: temperatures, then weights, then which tokens are distilled."""
     rules: list[TokenRule] = []
-    adaptive, temperature, squared = (
-        distill.adaptive,
-        distill.temperature,
-        distill.temperature_squared,
-    )
-    ends = (adaptive.minimum, adaptive.maximum)
-    only = distill.temperature_on == "teacher"
-    if adaptive.method == "normkd":
-        rules.append(NormTemperature(temperature, squared))
-    elif adaptive.method == "wttm":
-        rules.append(ScaledTargets(temperature))
-    elif adaptive.method == "adakd":
-        rules.append(ByDifficulty(temperature, adaptive.strength, adaptive.keep, squared))
-    elif adaptive.method != "none":
-        measure = relative_entropy if adaptive.method.startswith("entropy") else bounded_deviation
-        first, last = reversed(ends) if adaptive.method.endswith("inverse") else ends
-        rules.append(Between(measure, first, last, only, squared))
+    if distill.adaptive.method != "none":
+        settings = TemperatureSettings(
+            distill.temperature,
+            distill.temperature_squared,
+            distill.temperature_on == "teacher",
+            distill.adaptive.model_dump(),
+        )
+        rules.append(TEMPERATURE_RULES[distill.adaptive.method](settings))
     if distill.token_weight != "uniform":
         rules.append(EntropyWeight(vocab_size, inverse=distill.token_weight == "confidence"))
     if distill.routing.enabled:
-        rules.append(Routing(distill.routing.fraction, full_ce=distill.routing.ce_weight == "one"))
+        full_ce = distill.routing.ce_weight == "one"
+        rules.append(EntropyRouting(distill.routing.fraction, full_ce=full_ce))
     return tuple(rules)
 
 
@@ -72,11 +60,13 @@ def cut_of(distill: DistillSection, groups: Groups) -> CutOf:
         if not groups.is_last_stage:
             return None
         sparse = [target for target in targets if isinstance(target, SparseTarget)]
-        entropy = torch.cat([known_entropy(target).flatten().float() for target in sparse])
+        entropy = torch.cat([teacher_entropy(target).flatten().float() for target in sparse])
         counts = torch.cat([microbatch.loss_mask.t().flatten() for microbatch in microbatches])
         group = groups.collection.dp if groups.data_size > 1 else None
         # Of a token that does not count: infinite, so that one tensor says both.
         everyone = all_gather(torch.where(counts > 0, entropy, torch.inf), group).reshape(-1, 1)
-        return lowest(everyone, torch.isfinite(everyone).float(), routing.fraction).squeeze()
+        return lowest_fraction(
+            everyone, torch.isfinite(everyone).float(), routing.fraction
+        ).squeeze()
 
     return cut

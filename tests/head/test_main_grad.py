@@ -61,7 +61,7 @@ def test_microbatches_add_up(
     schedule: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In fp32 whatever the weight's type, so no rounding to bf16 comes between two microbatches."""
-    monkeypatch.setattr("megatron_kd.losses.head.SAVED_LOGITS_CPU", 0)
+    monkeypatch.setattr("megatron_kd.head.sizes.SAVED_LOGITS_CPU", 0)
     seed = fresh_seed()
     weight, expected = None, torch.zeros(96, 16, dtype=torch.float64)
     for number in range(3):

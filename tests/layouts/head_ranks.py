@@ -473,7 +473,7 @@ def _run_default_chunks(layout: Layout, seed: int) -> Tensor:
     chunk_logits = 80 * -(-problem.vocab_size // layout.size)
     with (
         patch("megatron_kd.head.sizes.CHUNK_LOGITS_CPU", chunk_logits),
-        patch("megatron_kd.losses.head.SAVED_LOGITS_CPU", 100 * 23),
+        patch("megatron_kd.head.sizes.SAVED_LOGITS_CPU", 100 * 23),
     ):
         target = linear_targets(hidden, weight, TopSelection(8), **options)
         loss = linear_kd_cross_entropy(

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_kd.head.options import HeadOptions
 from megatron_kd.losses import DenseTeacher, Divergence, linear_divergence
-from megatron_kd.losses.divergences import DivergenceHead
-from megatron_kd.losses.head import HeadOptions
-from megatron_kd.losses.sparse_loss import HEALTH
-from megatron_kd.losses.spec import LossSpec
+from megatron_kd.losses.linear_loss import linear_loss
+from megatron_kd.losses.spec import LossInputs, LossSpec
 from megatron_kd.targets import TopSelection, linear_targets, select_targets
 from tests.losses.cases import (
     Outcome,
@@ -54,7 +53,7 @@ UPSTREAM = {"chunk": 0.37, "direct": 1.0}
 @pytest.fixture(autouse=True)
 def _small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Too small for "auto" to keep the logits, and blocks of a few rows."""
-    monkeypatch.setattr("megatron_kd.losses.head.SAVED_LOGITS_CPU", 0)
+    monkeypatch.setattr("megatron_kd.head.sizes.SAVED_LOGITS_CPU", 0)
     monkeypatch.setattr("megatron_kd.losses.dense_loss.BLOCK_CPU", 3 * 96)
 
 
@@ -516,7 +515,7 @@ def test_what_a_schedule_cannot_serve_raises(monkeypatch: pytest.MonkeyPatch) ->
                 alpha=1.0,
                 schedule=schedule,
             )
-    monkeypatch.setattr("megatron_kd.losses.head.SAVED_LOGITS_CPU", 96 * 40)
+    monkeypatch.setattr("megatron_kd.head.sizes.SAVED_LOGITS_CPU", 96 * 40)
     found = divergence_outcome(
         case.problem, teacher, DIVERGENCES["reverse_kl"], upstream, None, alpha=1.0
     )
@@ -535,44 +534,48 @@ def test_what_a_schedule_cannot_serve_raises(monkeypatch: pytest.MonkeyPatch) ->
             loss.total.sum().backward()
 
 
-def test_health_of_whole_distributions() -> None:
-    """At temperature 1 whatever the loss uses."""
+def test_token_metrics_of_whole_distributions() -> None:
+    """They are at temperature 1 whatever the loss uses."""
     seed = fresh_seed()
     case = dense_problem(seed)
     problem = case.problem
+    inputs, options = LossInputs(problem.labels), HeadOptions(90, chunk_tokens=CHUNK)
     q, p = distributions(problem.logits(), problem.teacher, 1.0, None, "")
+    expected = {
+        "teacher_entropy": -(q * q.log()).sum(1),
+        "student_entropy": -(p * p.log()).sum(1),
+        "kl": plain_divergence(DIVERGENCES["forward_kl"], q, p),
+    }
+    agreement = (q.argmax(1) == p.argmax(1)).double()
     for temperature, name in product((1.0, 2.0), ("reverse_kl", "hard_label", "mse_logits")):
-        spec = LossSpec(0.5, temperature)
-        options = HeadOptions(90, health=True, chunk_tokens=CHUNK)
-        _, found = DivergenceHead(DIVERGENCES[name])(
+        _, metrics = linear_loss(
             problem.hidden,
             problem.weight,
-            problem.labels,
+            inputs,
             case.teacher(torch.float64),
-            spec,
+            LossSpec(0.5, temperature, divergence=DIVERGENCES[name]),
             options,
+            token_metrics=True,
         )
-        assert found is not None
-        columns = dict(zip(HEALTH, found.unbind(-1), strict=True))
-        assert torch.equal(columns["teacher_mass"], torch.ones_like(columns["kl"]))
-        assert torch.equal(columns["top1_agreement"], (q.argmax(1) == p.argmax(1)).double()), say(
-            seed, name
-        )
-        assert relative_error(columns["teacher_entropy"], -(q * q.log()).sum(1)) < 1e-12, say(
-            seed, name
-        )
-        assert relative_error(columns["student_entropy"], -(p * p.log()).sum(1)) < 1e-12, say(
-            seed, name
-        )
-        assert (
-            relative_error(columns["kl"], plain_divergence(DIVERGENCES["forward_kl"], q, p)) < 1e-12
-        ), say(seed, name)
-    twin = DenseTeacher(problem.hidden, problem.weight)
-    _, found = DivergenceHead(DIVERGENCES["reverse_kl"])(
-        problem.hidden, problem.weight, problem.labels, twin, LossSpec(1.0), options
+        assert torch.equal(metrics["teacher_mass"], torch.ones_like(metrics["kl"]))
+        assert torch.equal(metrics["top1_agreement"], agreement), say(seed, name)
+        for metric, values in expected.items():
+            assert relative_error(metrics[metric], values) < 1e-12, say(seed, name, metric)
+
+
+def test_identical_models_agree_on_every_top_id() -> None:
+    seed = fresh_seed()
+    problem = dense_problem(seed).problem
+    _, metrics = linear_loss(
+        problem.hidden,
+        problem.weight,
+        LossInputs(problem.labels),
+        DenseTeacher(problem.hidden, problem.weight),
+        LossSpec(1.0, divergence=DIVERGENCES["reverse_kl"]),
+        HeadOptions(90, chunk_tokens=CHUNK),
+        token_metrics=True,
     )
-    assert found is not None, say(seed)
-    assert bool((found[:, HEALTH.index("top1_agreement")] == 1).all()), say(seed)
+    assert bool((metrics["top1_agreement"] == 1).all()), say(seed)
 
 
 def test_what_makes_no_sense_is_refused_with_a_reason() -> None:

@@ -38,7 +38,7 @@ LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}
 @pytest.fixture(autouse=True)
 def _small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Too small for "auto" to keep the logits."""
-    monkeypatch.setattr("megatron_kd.losses.head.SAVED_LOGITS_CPU", 0)
+    monkeypatch.setattr("megatron_kd.head.sizes.SAVED_LOGITS_CPU", 0)
 
 
 def upstream_for(schedule: str, upstream: Tensor) -> Tensor:

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_kd.head.options import HeadOptions
 from megatron_kd.losses import (
     KDLoss,
     kd_cross_entropy,
     linear_kd_cross_entropy,
     reference_kd_cross_entropy,
 )
-from megatron_kd.losses.head import HeadOptions, head_loss
-from megatron_kd.losses.sparse_loss import HEALTH, TokenLoss
-from megatron_kd.losses.spec import LossSpec
+from megatron_kd.losses.linear_loss import linear_loss
+from megatron_kd.losses.sparse_loss import SparseLoss
+from megatron_kd.losses.spec import LossInputs, LossSpec
 from megatron_kd.targets import SparseTarget, TopSelection, linear_targets, select_targets
 from tests.losses.cases import (
     TAILS,
@@ -309,44 +310,46 @@ def test_the_chunk_size_changes_nothing() -> None:
             assert worst(found, whole) < 1e-13, say(seed, tail, schedule, chunk_tokens)
 
 
-def test_asking_for_health_moves_no_bit() -> None:
-    """The extra pass must not touch losses or gradients; its columns against whole rows."""
+def test_token_metrics_change_no_bit_of_the_loss() -> None:
+    """The extra pass must not touch losses or gradients; the metrics against whole rows."""
     seed = fresh_seed()
     problem = make_problem(seed)
     target = hand_target(problem.teacher, top_k=8)
     results = []
-    for health in (False, True):
+    for token_metrics in (False, True):
         hidden, weight = (
             t.detach().clone().requires_grad_() for t in (problem.hidden, problem.weight)
         )
-        loss, extra = head_loss(
+        loss, metrics = linear_loss(
             hidden,
             weight,
-            problem.labels,
+            LossInputs(problem.labels),
             target,
             LossSpec(0.5, tail="bucket"),
-            HeadOptions(90, chunk_tokens=7, health=health),
+            HeadOptions(90, chunk_tokens=7),
+            token_metrics=token_metrics,
         )
         loss.total.sum().backward()
         results.append((*(t.detach() for t in loss), hidden.grad, weight.grad))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), say(seed)
-    assert extra is not None
-    assert extra.shape == (40, 5)
-    assert not extra.requires_grad
+        assert bool(metrics) == token_metrics, say(seed)
+    for without, with_metrics in zip(*results, strict=True):
+        assert torch.equal(without, with_metrics), say(seed)
     log_p, log_q = problem.logits().log_softmax(1), problem.teacher.log_softmax(1)
     kl = reference_kd_cross_entropy(
         problem.logits(), problem.labels.clamp(min=0), target, alpha=1.0, tail="bucket"
     ).kd
-    agrees = (log_p.argmax(1) == log_q.argmax(1)).double()
-    expected = [
-        target.logprobs.exp().sum(1),
-        -(log_q.exp() * log_q).sum(1),
-        -(log_p.exp() * log_p).sum(1),
-        agrees,
-        kl,
-    ]
-    for name, ours, theirs in zip(HEALTH, extra.unbind(1), expected, strict=True):
-        assert relative_error(ours, theirs) < 1e-12, say(seed, name)
+    expected = {
+        "teacher_mass": target.logprobs.exp().sum(1),
+        "teacher_entropy": -(log_q.exp() * log_q).sum(1),
+        "student_entropy": -(log_p.exp() * log_p).sum(1),
+        "top1_agreement": (log_p.argmax(1) == log_q.argmax(1)).double(),
+        "kl": kl,
+    }
+    assert metrics.keys() == expected.keys()
+    for name, values in metrics.items():
+        assert values.shape == (40,)
+        assert not values.requires_grad
+        assert relative_error(values, expected[name]) < 1e-12, say(seed, name)
 
 
 Losses = list[tuple[str, Callable[[Tensor, Tensor, SparseTarget], KDLoss]]]
@@ -507,10 +510,10 @@ def test_ce_and_kd_have_no_gradient() -> None:
 def test_without_autograd_no_gradient_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A parameter asks for its gradient even in evaluation: three products where one is needed."""
 
-    def refuse(self: TokenLoss, *arguments: object, **options: object) -> Tensor:
+    def refuse(self: SparseLoss, *arguments: object, **options: object) -> Tensor:
         raise AssertionError("formed a gradient")
 
-    monkeypatch.setattr(TokenLoss, "gradient", refuse)
+    monkeypatch.setattr(SparseLoss, "logit_gradient", refuse)
     problem = make_problem(fresh_seed())
     target = hand_target(problem.teacher, top_k=8, dtype=torch.float32)
     leaves = problem.hidden.float().requires_grad_(), problem.weight.float().requires_grad_()

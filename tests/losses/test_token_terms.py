@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_kd.head.options import HeadOptions
 from megatron_kd.losses import DenseTeacher, Divergence, KDLoss
-from megatron_kd.losses.divergences import DivergenceHead
-from megatron_kd.losses.head import HeadOptions
-from megatron_kd.losses.spec import LossSpec, TokenTerms
+from megatron_kd.losses.linear_loss import linear_loss
+from megatron_kd.losses.spec import LossInputs, LossSpec, TokenTerms
 from megatron_kd.targets import Target
 from megatron_kd.targets.sparse import SparseTarget
 from tests.losses.cases import (
@@ -77,20 +77,12 @@ def through_head(
     **more: Any,
 ) -> Outcome:
     name, schedule = more.get("name", "forward_kl"), more.get("schedule", "auto")
-    options = HeadOptions(problem.vocab_size, schedule=schedule, chunk_tokens=7)
+    options = HeadOptions(problem.vocab_size, strategy=schedule, chunk_tokens=7)
 
     def loss(hidden: Tensor, weight: Tensor) -> KDLoss:
-        head = DivergenceHead(Divergence(name))
-        return head(
-            hidden,
-            weight,
-            problem.labels,
-            target,
-            spec,
-            options,
-            loss_mask=problem.mask,
-            terms=terms,
-        )[0]
+        inputs = LossInputs(problem.labels, problem.mask, terms)
+        spec_with_name = replace(spec, divergence=Divergence(name))
+        return linear_loss(hidden, weight, inputs, target, spec_with_name, options)[0]
 
     return outcome_of(
         problem,

@@ -58,7 +58,7 @@ def use_triton(
     counted_rows = CountedRows(gradient_dtype)
     for caller in CALLERS:
         monkeypatch.setattr(f"megatron_kd.{caller}.chunk_rows", counted_rows)
-    monkeypatch.setattr("megatron_kd.losses.head.SAVED_LOGITS_CPU", 0)
+    monkeypatch.setattr("megatron_kd.head.sizes.SAVED_LOGITS_CPU", 0)
     return counted_rows
 
 
