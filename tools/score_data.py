@@ -1,16 +1,20 @@
-"""Keep the documents that a teacher finds much likelier than a small reference model does (difference sampling, arXiv 2410.17215).
+r"""Keep the documents that a teacher finds much more probable than a small reference model does.
 
-    python tools/score_data.py --data data/train --teacher runs/teacher --reference runs/small --keep-fraction 0.5 --output data/chosen
-    torchrun --nproc-per-node 8 tools/score_data.py --data data/train --teacher teachers/8b --reference runs/small --tensor 4 \\
-        --sequence-length 2048 --keep-tokens 50000000000 --output data/chosen
+    python tools/score_data.py --data data/train --teacher runs/teacher --reference runs/small \
+        --keep-fraction 0.5 --output data/chosen
+    torchrun --nproc-per-node 8 tools/score_data.py --data data/train --teacher teachers/8b \
+        --reference runs/small --tensor 4 --sequence-length 2048 --keep-tokens 50000000000 \
+        --output data/chosen
 
-A document's score is the mean over its tokens but the first of log p_teacher - log p_reference, nats. Longer documents than
---sequence-length are cut into windows that see nothing before them; documents never see each other. The documents kept are written
-unchanged and in order as OUTPUT.bin, .idx and .json (the tokenizer's digest goes along), and OUTPUT.selection.json says how scores are
-distributed and what was kept. Both models must have been trained with the data's tokenizer; they may be converted ones.
+This is difference sampling (arXiv 2410.17215). The score of a document is the mean over its tokens
+but the first of log p_teacher - log p_reference, in nats. Documents longer than --sequence-length
+are cut into windows that see nothing before them; documents never see each other. The documents
+kept are written unchanged and in order as OUTPUT.bin, .idx and .json, with the tokenizer's digest.
+OUTPUT.selection.json states how scores are distributed and what was kept. Both models must have
+been trained with the data's tokenizer; they may be converted ones.
 
-Scores are kept in --scores, shard by shard: the same command again goes on after a kill, and another --output with another rule reads
-them. Exit codes: 0 done, 1 a failure, 2 bad input.
+Scores are kept in --scores, shard by shard. The same command, run again, continues after a kill,
+and another --output with another rule reads them. Exit codes: 0 done, 1 a failure, 2 bad input.
 """
 
 from __future__ import annotations
@@ -20,32 +24,47 @@ import json
 import sys
 import time
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_kd.config import ConfigError
 from megatron_kd.parallel.world import world_from_environment
 
-_WAIT = 4 * 3600  # seconds that finished ranks wait for the last shard of others
+if TYPE_CHECKING:
+    from megatron_kd.data.preparation.selection import SelectionRule
+    from megatron_kd.parallel.groups import Groups
+
+_TIMEOUT_SECONDS = 4 * 3600  # finished ranks wait this long for the last shard of others
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse, score, choose, write."""
-    arguments = _parser().parse_args(argv)
+@dataclass(frozen=True)
+class ScoringModels:
+    """Hold the checkpoint folder and the info of both models by role, and the window length."""
+
+    checkpoints: dict[str, tuple[Path, Any]]
+    sequence_length: int
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Checkpoint folder of each model."""
+        return {name: str(path) for name, (path, _) in self.checkpoints.items()}
+
+
+def main() -> int:
+    """Parse the arguments, score the documents, and write those that are kept."""
+    arguments = _parser().parse_args()
     try:
-        found = _run(arguments)
+        report = _run(arguments)
         if world_from_environment()[0] == 0:
-            print(json.dumps(found, indent=2))
+            print(json.dumps(report, indent=2))
         return 0
     except ConfigError as error:
         print(f"score_data: error: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
-        print(
-            f"score_data: {error}: finished shards are kept; start again",
-            file=sys.stderr,
-            flush=True,
-        )
+        message = f"score_data: {error}: finished shards are kept; start again"
+        print(message, file=sys.stderr, flush=True)
         return 1
 
 
@@ -72,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--keep-fraction", type=float, help="keep this share of the scored documents, the highest")
     add("--threshold", type=float, help="keep documents with at least this score, nats per token")
     add("--keep-tokens", type=int, help="keep the highest documents up to this many tokens")
+    _add_model_options(parser)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--scores", type=Path, help="folder of the scores (OUTPUT.scores)")
     add(
         "--sequence-length",
@@ -98,57 +123,54 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto takes CUDA where there is one",
     )
-    return parser
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from megatron_kd.data.preparation.selection import Rule, read_documents
+    from megatron_kd.data.preparation.selection import (
+        SelectionRule,
+        check_selection_output,
+        read_documents,
+    )
 
-    rule = Rule(arguments.keep_fraction, arguments.threshold, arguments.keep_tokens)
-    _check_output(arguments.output)
+    rule = SelectionRule(arguments.keep_fraction, arguments.threshold, arguments.keep_tokens)
+    check_selection_output(arguments.output)
     for name in ("batch_size", "shard_tokens", "sequence_length"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} ({value}) must be at least 1")
-    index, description = read_documents(arguments.data)
-    models = _models(arguments, description)
-    length = arguments.sequence_length or _trained_length(models["teacher"][0])
-    for name, (_, info) in models.items():
-        window = info.model_section().window_problem(length)
-        if window is not None:
-            raise ConfigError(f"--{name}: --sequence-length {window}")
-    return _score(arguments, rule, index, description, models, length)
+    _, description = read_documents(arguments.data)
+    models = _find_models(arguments, description)
+    return _score(arguments, rule, models)
 
 
-def _check_output(output: Path) -> None:
-    """Nothing is overwritten but what this tool left of an output that it did not finish: files without an index, beside its report."""
-    there = [ending for ending in (".idx", ".bin", ".json") if Path(f"{output}{ending}").exists()]
-    if there and (".idx" in there or not Path(f"{output}.selection.json").exists()):
-        raise ConfigError(f"{output}{there[0]} is there already: choose another --output")
+def _find_models(arguments: argparse.Namespace, description: dict[str, Any]) -> ScoringModels:
+    """Check both checkpoints against the data.
 
-
-def _models(
-    arguments: argparse.Namespace, description: dict[str, Any]
-) -> dict[str, tuple[Path, Any]]:
-    """Both checkpoints, with the data's vocabulary. ConfigError on every rank, before any collective."""
+    Raises:
+        ConfigError: on every rank, before any collective.
+    """
     from megatron_kd.checkpoint.store import find_checkpoint, read_info
     from megatron_kd.data.token_file_checks import check_token_file
 
-    found = {}
+    digest = description["tokenizer_digest"]
+    checkpoints = {}
     for name in ("teacher", "reference"):
         folder = find_checkpoint(getattr(arguments, name), what=f"--{name}")
         info = read_info(folder, what=f"--{name}")
-        if info.tokenizer is not None and info.tokenizer != description["tokenizer_digest"]:
+        if info.tokenizer is not None and info.tokenizer != digest:
             raise ConfigError(
-                f"--{name} was trained with another tokenizer than {arguments.data} was made with (digests {info.tokenizer} and "
-                f"{description['tokenizer_digest']})"
+                f"--{name} was trained with another tokenizer than {arguments.data} was made with "
+                f"(digests {info.tokenizer} and {digest})"
             )
-        found[name] = folder, info
-    smallest = min(info.vocab_size for _, info in found.values())
-    check_token_file(
-        arguments.data, vocab_size=smallest, tokenizer_digest=description["tokenizer_digest"]
-    )
-    return found
+        checkpoints[name] = folder, info
+    smallest = min(info.vocab_size for _, info in checkpoints.values())
+    check_token_file(arguments.data, vocab_size=smallest, tokenizer_digest=digest)
+    length = arguments.sequence_length or _trained_length(checkpoints["teacher"][0])
+    for name, (_, info) in checkpoints.items():
+        problem = info.model_section().window_problem(length)
+        if problem is not None:
+            raise ConfigError(f"--{name}: --sequence-length {problem}")
+    return ScoringModels(checkpoints, length)
 
 
 def _trained_length(folder: Path) -> int:
@@ -157,136 +179,116 @@ def _trained_length(folder: Path) -> int:
     length = content.get("batch", {}).get("sequence_length")
     if length is None:
         raise ConfigError(
-            "--sequence-length is needed: the teacher's checkpoint is not in a run directory that says it"
+            "--sequence-length is needed: "
+            "the teacher's checkpoint is not in a run directory that states it"
         )
     return int(length)
 
 
 def _score(
-    arguments: argparse.Namespace,
-    rule: Any,
-    index: Any,
-    description: dict[str, Any],
-    models: dict[str, tuple[Path, Any]],
-    length: int,
+    arguments: argparse.Namespace, rule: SelectionRule, models: ScoringModels
 ) -> dict[str, Any]:
+    """Score the shards that are missing, then write the selection on rank 0. Collective."""
     from megatron_kd.parallel.platform import start_platform
 
     _, world_size, local_rank = world_from_environment()
     platform = start_platform(arguments.device, local_rank)
     import torch.distributed as dist
 
-    from megatron_kd.checkpoint.store import checkpoint_digest
-    from megatron_kd.data.token_digests import token_ends_digest
+    from megatron_kd.data.preparation.selection import write_selection
+    from megatron_kd.data.token_files import read_index
     from megatron_kd.inference import document_scores as scoring
     from megatron_kd.inference.frozen_model import FrozenModel, inference_layout
     from megatron_kd.parallel.collectives import from_rank_zero
     from megatron_kd.parallel.groups import start_groups, stop_groups
 
     sizes = {"tensor": arguments.tensor, "pipeline": arguments.pipeline, "world_size": world_size}
-    layouts = {name: inference_layout(info, **sizes) for name, (_, info) in models.items()}
-    precision = arguments.precision or models["teacher"][1].precision
+    checkpoints, length = models.checkpoints, models.sequence_length
+    layouts = {name: inference_layout(info, **sizes) for name, (_, info) in checkpoints.items()}
+    precision = arguments.precision or checkpoints["teacher"][1].precision
     folder = arguments.scores or Path(f"{arguments.output}.scores")
+    index = read_index(arguments.data)
     shards = scoring.cut_shards(index.lengths.astype("int64"), arguments.shard_tokens)
-
-    def begin() -> list[int]:
-        digests = {name: checkpoint_digest(path) for name, (path, _) in models.items()}
-        data = token_ends_digest(arguments.data)
-        about = scoring.Scoring(
-            data,
-            **digests,
-            sequence_length=length,
-            shard_tokens=arguments.shard_tokens,
-            precision=precision,
-        )
-        scoring.agree_on_scores(folder, about)
-        return [
-            number
-            for number in range(len(shards))
-            if not scoring.shard_path(folder, number).exists()
-        ]
-
     try:
-        groups = start_groups(platform, layouts["teacher"], timeout_seconds=_WAIT)
-        missing = from_rank_zero(begin)
+        groups = start_groups(platform, layouts["teacher"], timeout_seconds=_TIMEOUT_SECONDS)
+        missing = from_rank_zero(
+            lambda: _missing_shards(arguments, models, precision, folder, len(shards))
+        )
         if missing:
-            built = {"precision": precision, "sequence_length": length}
+            options = {"precision": precision, "sequence_length": length}
             pair = tuple(
-                FrozenModel(path, info, groups, layouts[name], **built)
-                for name, (path, info) in models.items()
+                FrozenModel(path, info, groups, layouts[name], **options)
+                for name, (path, info) in checkpoints.items()
             )
-            mine = missing[groups.data_rank :: groups.data_size]
-            report = _Report(len(shards), len(shards) - len(missing), len(mine), groups)
-            options = {
-                "sequence_length": length,
-                "batch_size": arguments.batch_size,
-                "done": report,
-            }
-            scoring.score_shards(pair, arguments.data, index, shards, mine, folder, **options)
-            report.close()
+            numbers = missing[groups.data_rank :: groups.data_size]
+            progress = ShardProgress(len(shards), len(missing), len(numbers), groups)
+            options = {"sequence_length": length, "batch_size": arguments.batch_size}
+            scoring.score_shards(
+                pair, arguments.data, index, shards, numbers, folder, **options, done=progress
+            )
+            progress.close()
         dist.barrier()
         return from_rank_zero(
-            lambda: _choose(
-                arguments, rule, index, description, models, scoring.read_scores(folder, shards)
+            lambda: write_selection(
+                Path(arguments.data),
+                arguments.output,
+                scoring.read_scores(folder, shards),
+                rule,
+                models.paths,
             )
         )
     finally:
         stop_groups()
 
 
-class _Report:
-    """Shards and tokens per second of the first replica."""
+def _missing_shards(
+    arguments: argparse.Namespace,
+    models: ScoringModels,
+    precision: str,
+    folder: Path,
+    num_shards: int,
+) -> list[int]:
+    """Check that the folder holds scores of this very job and return the shards to score."""
+    from megatron_kd.checkpoint.store import checkpoint_digest
+    from megatron_kd.data.token_digests import token_ends_digest
+    from megatron_kd.inference import document_scores as scoring
 
-    def __init__(self, shards: int, finished: int, mine: int, groups: Any) -> None:
+    digests = {name: checkpoint_digest(path) for name, (path, _) in models.checkpoints.items()}
+    identity = scoring.Scoring(
+        token_ends_digest(arguments.data),
+        **digests,
+        sequence_length=models.sequence_length,
+        shard_tokens=arguments.shard_tokens,
+        precision=precision,
+    )
+    scoring.agree_on_scores(folder, identity)
+    return [n for n in range(num_shards) if not scoring.shard_path(folder, n).exists()]
+
+
+class ShardProgress:
+    """Show shards and tokens per second of the first replica."""
+
+    def __init__(self, shards: int, missing: int, steps: int, groups: Groups) -> None:
         from megatron_kd.telemetry.progress_bar import Progress
 
         self._progress = Progress(
-            "auto", steps=mine, enabled=groups.reports_loss and groups.data_rank == 0
+            "auto", steps=steps, enabled=groups.reports_loss and groups.data_rank == 0
         )
         self._progress.message(
-            f"{shards} shards, {finished} finished; {groups.data_size} replica(s) share the rest"
+            f"{shards} shards, {shards - missing} finished; "
+            f"{groups.data_size} replica(s) share the rest"
         )
-        self._begin = time.perf_counter()
+        self._start = time.perf_counter()
 
     def __call__(self, shards: int, tokens: int) -> None:
+        """Count finished shards and tokens."""
         self._progress.update(
-            shards, tokens_per_second=tokens / (time.perf_counter() - self._begin)
+            shards, tokens_per_second=tokens / (time.perf_counter() - self._start)
         )
 
     def close(self) -> None:
+        """Close the bar."""
         self._progress.close()
-
-
-def _choose(
-    arguments: argparse.Namespace,
-    rule: Any,
-    index: Any,
-    description: dict[str, Any],
-    models: dict[str, tuple[Path, Any]],
-    scores: Any,
-) -> dict[str, Any]:
-    """Write the chosen documents and the report, on rank 0."""
-    from dataclasses import asdict
-
-    from megatron_kd.data.preparation.selection import choose, summary, write_chosen
-    from megatron_kd.storage.atomic_files import write_atomically
-
-    lengths = index.lengths.astype("int64")
-    chosen = choose(scores, lengths, rule)
-    found = {
-        "data": str(Path(arguments.data).absolute()),
-        **{name: str(path) for name, (path, _) in models.items()},
-        "rule": {key: value for key, value in asdict(rule).items() if value is not None},
-        **summary(scores, lengths, chosen),
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        Path(f"{arguments.output}.selection.json"), (json.dumps(found, indent=2) + "\n").encode()
-    )
-    write_chosen(
-        arguments.data, arguments.output, chosen, description, {"selection": found["rule"]}
-    )
-    return found
 
 
 if __name__ == "__main__":

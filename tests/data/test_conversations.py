@@ -1,4 +1,4 @@
-"""Conversations become tokens of which each belongs to one side, packed whole, and a run trains on the answers alone."""
+"""Test that conversations are packed whole and that the loss counts on the answers alone."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import pytest
 
 from megatron_kd.config import ConfigError, load_config
 from megatron_kd.data.dataset import DatasetRequest, build_dataset
-from megatron_kd.data.preparation import chats, pieces
-from megatron_kd.data.preparation.conversations import (
-    BadConversation,
+from megatron_kd.data.preparation.jobs import pieces
+from megatron_kd.data.preparation.jobs.conversations import (
     ChatTemplate,
     ConversationEncoder,
-    Packer,
-    messages_of,
+    ConversationError,
+    MessageKeys,
+    parse_messages,
 )
-from megatron_kd.data.preparation.documents import make_pieces
+from megatron_kd.data.preparation.jobs.packing import Packer
 from megatron_kd.data.token_file_checks import check_token_file
 from megatron_kd.data.token_files import COUNTS_FOR_LOSS, STARTS_DOCUMENT, read_index, read_roles
 from megatron_kd.data.tokenizer import load_tokenizer
 from megatron_kd.train.startup.input_checks import check_inputs
+from tests.data.preprocessing import cut_pieces
 from tests.helpers.text import END, ROOT, load_tool, make_tokenizers
 from tests.losses.cases import fresh_seed
 
@@ -44,8 +45,8 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def chat(*contents: str) -> list[dict[str, str]]:
     return [
-        {"role": ("user", "assistant")[at % 2], "content": content}
-        for at, content in enumerate(contents)
+        {"role": ("user", "assistant")[turn % 2], "content": content}
+        for turn, content in enumerate(contents)
     ]
 
 
@@ -62,45 +63,50 @@ def test_the_loss_counts_on_what_the_assistant_says(
     ids, roles = encoder.encode(messages)
     assert roles[0] & STARTS_DOCUMENT
     assert not (roles[1:] & STARTS_DOCUMENT).any()
-    # What begins with the assistant's own words: no label of this conversation is its first token.
+    # No label is the first token of a conversation, even one that begins with the assistant.
     opening = [{"role": "assistant", "content": "Well?"}, *messages]
     first = ConversationEncoder(vocabulary, ChatTemplate(PLAIN, vocabulary)).encode(opening)[1]
     assert first[0] == STARTS_DOCUMENT
     assert first[1] == COUNTS_FOR_LOSS
-    # Read back with the end of document as a mark: the counted runs are the answers and the ends after them, nothing else.
+    # The runs of tokens that count are the answers and the end-of-document ids after them.
     counts = roles & COUNTS_FOR_LOSS != 0
     runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(counts.astype(int))) + 1)
 
     def text_of(part: np.ndarray) -> str:
-        """Without the library's own ideas of leading spaces."""
+        """Decode without the library's rules for leading spaces."""
         return b"".join(vocabulary.tokens[index] for index in part if index != end).decode()
 
-    plain = [text_of(ids[run]) for run in runs if counts[run[0]]]
-    assert [text.strip("\n") for text in plain] == ["Four of them.", " Five, naïvely."]
+    answers = [text_of(ids[run]) for run in runs if counts[run[0]]]
+    assert [text.strip("\n") for text in answers] == ["Four of them.", " Five, naïvely."]
     assert sum(ids[counts] == end) == 2
     rendered = template.render(messages, prompt=False).replace(vocabulary.tokens[end].decode(), "")
     assert text_of(ids) == (" " if vocabulary.adds_leading_space else "") + rendered
 
 
-def test_what_cannot_be_used_is_said(tokenizers: dict[str, Path]) -> None:
+def test_unusable_conversations_are_reported(tokenizers: dict[str, Path]) -> None:
     vocabulary, _ = load_tokenizer(tokenizers["huggingface"])
-    keys = dict(messages_key="messages", prompt_key="prompt", response_key="response")
-    for row, reason in (
-        ({"text": "x"}, "no key 'messages'"), ({"messages": []}, "not a list"), ({"messages": [{"role": "user"}]}, "not a list"),
-        ({"messages": chat("only a question")}, "the assistant says nothing"), ({"prompt": "a", "response": " "}, "says nothing"),
-    ):  # fmt: skip
-        with pytest.raises(BadConversation, match=reason):
-            messages_of(row, **keys)
-    with pytest.raises(BadConversation, match="spells the special token"):
+    for record, reason in (
+        ({"text": "x"}, "no key 'messages'"),
+        ({"messages": []}, "not a list"),
+        ({"messages": [{"role": "user"}]}, "not a list"),
+        ({"messages": chat("only a question")}, "the assistant says nothing"),
+        ({"prompt": "a", "response": " "}, "says nothing"),
+    ):
+        with pytest.raises(ConversationError, match=reason):
+            parse_messages(record, MessageKeys())
+    with pytest.raises(ConversationError, match="spells the special token"):
         ConversationEncoder(vocabulary, ChatTemplate(PLAIN, vocabulary)).encode(
             chat("<|endoftext|>", "no")
         )
-    shifting = "{% for m in messages %}{% if loop.last %}{{ m.content }}{% else %}...{% endif %}{% endfor %}"
-    with pytest.raises(BadConversation, match="writes earlier messages differently"):
+    shifting = (
+        "{% for m in messages %}{% if loop.last %}{{ m.content }}{% else %}...{% endif %}"
+        "{% endfor %}"
+    )
+    with pytest.raises(ConversationError, match="writes earlier messages differently"):
         ConversationEncoder(vocabulary, ChatTemplate(shifting, vocabulary)).encode(
             chat("one", "two")
         )
-    with pytest.raises(BadConversation, match="the template refuses it: no"):
+    with pytest.raises(ConversationError, match="the template refuses it: no"):
         ConversationEncoder(
             vocabulary, ChatTemplate("{{ raise_exception('no') }}", vocabulary)
         ).encode(chat("one", "two"))
@@ -111,25 +117,25 @@ def test_what_cannot_be_used_is_said(tokenizers: dict[str, Path]) -> None:
 def test_packing_keeps_conversations_whole() -> None:
     rng = random.Random(fresh_seed())
     packer = Packer(50, 0, np.dtype("<u2"), open_samples=4)
-    given = [np.full(rng.randint(1, 50), number, "<u2") for number in range(1, 300)]
+    conversations = [np.full(rng.randint(1, 50), number, "<u2") for number in range(1, 300)]
     packed = []
-    for ids in given:
+    for ids in conversations:
         roles = np.full(len(ids), COUNTS_FOR_LOSS, np.uint8)
         roles[0] |= STARTS_DOCUMENT
         packed.append(packer.add(ids, roles))
-    samples = [one for one in [*packed, *packer.finish()] if one is not None]
-    assert all(len(one.ids) == len(one.roles) == 50 for one in samples)
-    assert sum(one.conversations for one in samples) == 299
-    found: dict[int, int] = {}
-    for one in samples:
-        starts = np.flatnonzero(one.roles & STARTS_DOCUMENT)
+    samples = [sample for sample in [*packed, *packer.finish()] if sample is not None]
+    assert all(len(sample.ids) == len(sample.roles) == 50 for sample in samples)
+    assert sum(sample.conversations for sample in samples) == 299
+    lengths: dict[int, int] = {}
+    for sample in samples:
+        starts = np.flatnonzero(sample.roles & STARTS_DOCUMENT)
         for start, end in zip(starts, [*starts[1:], 50], strict=True):
-            (number,) = set(one.ids[start:end].tolist())
-            assert number == 0 or number not in found
-            found[number] = int(end - start)
-            assert bool(one.roles[end - 1] & COUNTS_FOR_LOSS) == (number != 0)
-    assert all(found[number] == len(ids) for number, ids in enumerate(given, start=1))
-    assert len(samples) < 1.25 * sum(map(len, given)) / 50
+            (number,) = set(sample.ids[start:end].tolist())
+            assert number == 0 or number not in lengths
+            lengths[number] = int(end - start)
+            assert bool(sample.roles[end - 1] & COUNTS_FOR_LOSS) == (number != 0)
+    assert all(lengths[number] == len(ids) for number, ids in enumerate(conversations, start=1))
+    assert len(samples) < 1.25 * sum(map(len, conversations)) / 50
 
 
 def test_the_tool_writes_packed_samples_that_a_run_accepts(
@@ -174,9 +180,9 @@ def test_the_tool_writes_packed_samples_that_a_run_accepts(
         "6",
         "7",
     ]
-    assert sum(one["conversations"] for one in summary["outputs"].values()) == 144
+    assert sum(output["conversations"] for output in summary["outputs"].values()) == 144
     vocabulary, info = load_tokenizer(tokenizers["sentencepiece"])
-    said = []
+    answers_read = []
     for prefix in (tmp_path / "data/sums", tmp_path / "data/sums_valid"):
         index, roles = read_index(prefix), read_roles(prefix)
         ids = np.fromfile(f"{prefix}.bin", "<u2")
@@ -187,8 +193,10 @@ def test_the_tool_writes_packed_samples_that_a_run_accepts(
             ids[roles & COUNTS_FOR_LOSS != 0],
             np.flatnonzero(ids[roles & COUNTS_FOR_LOSS != 0] == info.end_of_document) + 1,
         )
-        said += [vocabulary.decode(answer[:-1].tolist()) for answer in answers if len(answer)]
-    assert sorted(said) == sorted(row["answer"] for row in rows)
+        answers_read += [
+            vocabulary.decode(answer[:-1].tolist()) for answer in answers if len(answer)
+        ]
+    assert sorted(answers_read) == sorted(row["answer"] for row in rows)
     strict = [*command, "--output", str(tmp_path / "strict/sums"), "--strict"]
     assert tool.main(strict) == 2
     assert "sums.jsonl:6 cannot be used" in capsys.readouterr().err
@@ -255,10 +263,10 @@ def contents(folder: Path, names: tuple[str, ...] = ("chats", "valid")) -> dict[
     }
 
 
-def test_packing_depends_on_nothing_but_the_input(
+def test_packing_depends_only_on_the_input(
     tokenizers: dict[str, Path], tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    """One piece or many, one process or two, interrupted in the middle or not."""
+    """Compare one piece with many, one process with two, and an interrupted job."""
     write_chats(tmp_path / "a.jsonl", 300, random.Random(fresh_seed()))
     command = [
         "--input",
@@ -275,10 +283,8 @@ def test_packing_depends_on_nothing_but_the_input(
         str(ROOT / "examples/instructions/plain.jinja"),
         "--workers",
     ]
-    assert tool.main([*command, "1", "--output", str(tmp_path / "whole/chats")]) == 0
-    monkeypatch.setattr(
-        chats, "make_pieces", lambda files, format: make_pieces(files, format, 3001)
-    )
+    assert tool.main([*command, "1", "--output", str(tmp_path / "one/chats")]) == 0
+    cut_pieces(monkeypatch, 3001)
     capsys.readouterr()
     real, calls = pieces.write_atomically, []
 
@@ -296,23 +302,26 @@ def test_packing_depends_on_nothing_but_the_input(
     summary = json.loads(capsys.readouterr().out)
     assert summary["pieces"] > 5
     assert summary["kept_pieces"] == 2
-    whole, cut = contents(tmp_path / "whole"), contents(tmp_path / "cut")
-    for name in whole:
-        same = [
-            json.dumps(json.loads(one[name]) | {"made_from": ""})
+    one, cut = contents(tmp_path / "one"), contents(tmp_path / "cut")
+    for name in one:
+        contents_of_both = [
+            json.dumps(json.loads(files[name]) | {"made_from": ""})
             if name.endswith("json")
-            else one[name]
-            for one in (whole, cut)
+            else files[name]
+            for files in (one, cut)
         ]
-        assert same[0] == same[1], name
+        assert contents_of_both[0] == contents_of_both[1], name
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == sorted(cut)
 
 
 def test_a_pass_reads_every_packed_sample(
     tokenizers: dict[str, Path], tmp_path: Path, capsys: Any
 ) -> None:
-    """Also the last one, and where there is one only; labels that count are the answers, all of them, once."""
-    said = write_chats(tmp_path / "a.jsonl", 60, random.Random(fresh_seed()))
+    """The last sample, or an only one, is read too.
+
+    The labels that count are all answers, once.
+    """
+    answers = write_chats(tmp_path / "a.jsonl", 60, random.Random(fresh_seed()))
     vocabulary, info = load_tokenizer(tokenizers["tiktoken"])
     command = [
         "--input",
@@ -336,19 +345,19 @@ def test_a_pass_reads_every_packed_sample(
             DatasetRequest(prefixes=[str(prefix)], num_samples=10**6, repeat=False, **settings)
         )
         assert len(dataset) == samples
-        for own in (
+        for ordered in (
             dataset,
             build_dataset(DatasetRequest(prefixes=[str(prefix)], num_samples=samples, **settings)),
         ):
-            found, tokens = [], np.memmap(f"{prefix}.bin", "<u2").reshape(-1, length)
+            labels, tokens = [], np.memmap(f"{prefix}.bin", "<u2").reshape(-1, length)
             for sample in range(samples):
-                row = own[sample]
-                assert any(np.array_equal(row["tokens"], one) for one in tokens)
-                assert np.array_equal(row["labels"][:-1], row["tokens"][1:])
-                assert row["loss_mask"][-1] == 0
-                found += row["labels"][row["loss_mask"] > 0].tolist()
-            text = b"".join(vocabulary.tokens[index] for index in found).decode()
-            assert sorted(text.split(END)[:-1]) == sorted(said)
+                values = ordered[sample]
+                assert any(np.array_equal(values["tokens"], one) for one in tokens)
+                assert np.array_equal(values["labels"][:-1], values["tokens"][1:])
+                assert values["loss_mask"][-1] == 0
+                labels += values["labels"][values["loss_mask"] > 0].tolist()
+            text = b"".join(vocabulary.tokens[index] for index in labels).decode()
+            assert sorted(text.split(END)[:-1]) == sorted(answers)
 
 
 def test_packed_files_without_their_roles_are_refused(
@@ -372,10 +381,10 @@ def test_packed_files_without_their_roles_are_refused(
     both, one = contents(tmp_path, ("both",)), contents(tmp_path, ("one",))
     assert both["both.roles"] == 2 * one["one.roles"]
     assert both["both.bin"] == 2 * one["one.bin"]
-    about, own = json.loads(both["both.json"]), json.loads(one["one.json"])
-    assert about["packed_length"] == 64
-    assert about["loss_tokens"] == 2 * own["loss_tokens"]
-    assert about["conversations"] == 80
+    merged, part = json.loads(both["both.json"]), json.loads(one["one.json"])
+    assert merged["packed_length"] == 64
+    assert merged["loss_tokens"] == 2 * part["loss_tokens"]
+    assert merged["conversations"] == 80
     (tmp_path / "two.roles").unlink()
     with pytest.raises(ConfigError, match="two.roles is missing"):
         check_token_file(tmp_path / "two", vocab_size=1000)

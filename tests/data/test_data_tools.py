@@ -1,4 +1,4 @@
-"""The tokenizer, and the tools that train one and turn text into token files; on a few of Python's own sources."""
+"""Test the tools that train a tokenizer and make token files, on part of Python's sources."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from megatron_kd.data.preparation.documents import find_text_files
 from megatron_kd.data.token_file_checks import check_token_file
 from megatron_kd.data.tokenizer import load_tokenizer
 from megatron_kd.data.vocabularies.base import Vocabulary
+from tests.data.preprocessing import cut_pieces
 from tests.helpers.text import ROOT, STDLIB, load_tool
 
 EOD = 2
@@ -30,7 +31,7 @@ train_tokenizer = load_tool("train_tokenizer")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer trained on part of the standard library."""
+    """Train a tokenizer on part of the standard library."""
     output = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     arguments = [
         "--input",
@@ -61,7 +62,7 @@ def test_tokenizer_round_trips_source_text(model: Path) -> None:
 def test_tokenizer_digest_is_of_the_vocabulary(model: Path, tmp_path: Path) -> None:
     _, info = load_tokenizer(model)
     other_bytes = tmp_path / "same.model"
-    # A field that the format does not know (number 15, a varint): another file, the same vocabulary.
+    # An unknown field (number 15, a varint) changes the file and not the vocabulary.
     other_bytes.write_bytes(model.read_bytes() + bytes([15 << 3, 1]))
     assert load_tokenizer(other_bytes)[1] == info
     text = tmp_path / "text.txt"
@@ -125,8 +126,8 @@ def test_unusable_tokenizers_are_refused(
     ]
     assert preprocess_data.main(arguments) == 2
     assert "names no token that ends documents" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="has no token 'nothing'"):
-        load_tokenizer(tmp_path / "no_eos.model", end_of_document="nothing")
+    with pytest.raises(ConfigError, match="has no token 'absent'"):
+        load_tokenizer(tmp_path / "no_eos.model", end_of_document="absent")
 
 
 @pytest.mark.parametrize(
@@ -180,8 +181,8 @@ def test_finding_text_files_is_ordered_and_filtered(tmp_path: Path) -> None:
     for name in ("b/two.py", "a.py", "a/one.py", "site-packages/x.py", "a/note.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    found = find_text_files([tmp_path, tmp_path / "a.py"], ["*.py"], ["site-packages"])
-    assert [file.key for file in found] == ["a.py", "a/one.py", "b/two.py"]
+    files = find_text_files([tmp_path, tmp_path / "a.py"], ["*.py"], ["site-packages"])
+    assert [file.key for file in files] == ["a.py", "a/one.py", "b/two.py"]
 
 
 @pytest.fixture
@@ -203,7 +204,10 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def read_documents(prefix: Path, processor: Vocabulary) -> list[str]:
-    """Decoded documents of a token file, read with plain numpy; each must end with the end-of-document id."""
+    """Decode the documents of a token file with plain numpy.
+
+    Each document must end with the end-of-document id.
+    """
     raw = Path(f"{prefix}.idx").read_bytes()
     (count,) = struct.unpack_from("<Q", raw, 18)
     tokens = np.fromfile(f"{prefix}.bin", "<u2")
@@ -255,7 +259,7 @@ def test_preprocessing_writes_every_document_once(
         check_token_file(out / "valid", vocab_size=400, tokenizer_digest=info.digest).num_tokens
         == sidecar["tokens"]
     )
-    # A file keeps its side when others come or go.
+    # The split of a file does not depend on other files.
     assert (
         preprocess_data.main([*arguments, "--exclude", "f0*", "--no-append-eod", "--overwrite"])
         == 0
@@ -285,22 +289,17 @@ def test_preprocessing_does_not_depend_on_workers(
         "2",
     ]
     command += ["--output", str(tmp_path / "two" / "train")]
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0
-    assert done.stderr.count("\n") == 1
-    assert json.loads(done.stdout)["unreadable"] == 4
-    from megatron_kd.data.preparation import preprocess
-    from megatron_kd.data.preparation.documents import make_pieces
-
-    monkeypatch.setattr(
-        preprocess, "make_pieces", lambda files, format, size: make_pieces(files, format, 37)
-    )
+    assert process.returncode == 0
+    assert process.stderr.count("\n") == 1
+    assert json.loads(process.stdout)["unreadable"] == 4
+    cut_pieces(monkeypatch, 37)
     assert (
         preprocess_data.main(
             [*arguments, "--workers", "1", "--output", str(tmp_path / "one" / "train")]
@@ -309,7 +308,7 @@ def test_preprocessing_does_not_depend_on_workers(
     )
     for name in ("train.bin", "train.idx", "train.json", "valid.bin", "valid.idx", "valid.json"):
         one, two = ((tmp_path / folder / name).read_bytes() for folder in ("one", "two"))
-        if name.endswith("json"):  # how work was cut is part of what says where it came from
+        if name.endswith("json"):  # made_from depends on how work was cut
             one, two = (
                 json.dumps(json.loads(content) | {"made_from": ""}).encode()
                 for content in (one, two)

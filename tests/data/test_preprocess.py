@@ -1,4 +1,4 @@
-"""Preprocessing writes Megatron's bytes, whatever the tokenizer, the files, the number of workers, and however often it is killed."""
+"""Test that preprocessing writes the token files of Megatron from every kind of input."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import gzip
 import json
 import os
 import random
-import resource
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +15,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_kd.data.preparation import fast_encoding as encode_module
-from megatron_kd.data.preparation import preprocess
-from megatron_kd.data.preparation.documents import make_pieces
-from megatron_kd.data.preparation.fast_encoding import Encoder
+from megatron_kd.data.preparation.jobs.text_job import TextRequest, plan_text
 from megatron_kd.data.token_file_checks import check_token_file
 from megatron_kd.data.tokenizer import load_tokenizer
+from tests.data.preprocessing import command, cut_pieces, environment, run_tool, write_lines
 from tests.helpers.text import (
-    ROOT,
     awkward_text,
-    load_tool,
     make_tokenizers,
     plain_encoder,
     same_tokens,
@@ -36,7 +29,6 @@ from tests.helpers.text import (
 )
 from tests.losses.cases import fresh_seed
 
-tool = load_tool("preprocess_data")
 KINDS = ("sentencepiece", "unigram", "huggingface", "tiktoken")
 
 
@@ -48,81 +40,13 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
     rng = random.Random(fresh_seed())
-    found = [awkward_text(rng, rng.randint(0, 60)) for _ in range(300)] + source_texts(100_000)
-    rng.shuffle(found)
-    return [*found, "", " ", "\n"]
-
-
-def write_lines(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
-
-
-def call(source: Path | str, tokenizer: Path, output: Path, *more: str) -> dict[str, Any]:
-    """The tool's summary; it must end well."""
-    command = [
-        sys.executable,
-        str(ROOT / "tools/preprocess_data.py"),
-        "--input",
-        str(source),
-        "--tokenizer",
-        str(tokenizer),
-    ]
-    done = subprocess.run(
-        [*command, "--output", str(output), *more],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=environment(),
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
-def here(source: Path | str, tokenizer: Path, output: Path, *more: str) -> int:
-    """The tool's exit code, in this process."""
-    arguments = [
-        "--input",
-        str(source),
-        "--tokenizer",
-        str(tokenizer),
-        "--output",
-        str(output),
-        "--workers",
-        "1",
-        *more,
-    ]
-    return int(tool.main(arguments))
+    texts = [awkward_text(rng, rng.randint(0, 60)) for _ in range(300)] + source_texts(100_000)
+    rng.shuffle(texts)
+    return [*texts, "", " ", "\n"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_encoding_by_words_is_encoding_whole_documents(
-    kind: str, tokenizers: dict[str, Path], texts: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    vocabulary, _ = load_tokenizer(tokenizers[kind])
-    plain, _ = plain_encoder(kind, tokenizers[kind])
-    assert vocabulary.splits_at_spaces == (kind != "unigram")
-    rng = random.Random(fresh_seed())
-    some = [*texts, "a\u2581 b \u2581\u2581 c", *(awkward_text(rng, 200) for _ in range(50))]
-    expected = [vocabulary._array(plain(text)) for text in some]
-    assert Encoder(vocabulary).encode(some) == expected
-    # A document longer than a slice, and a memory too small for the words.
-    monkeypatch.setattr(encode_module, "_SLICE", 300)
-    monkeypatch.setattr(encode_module, "_WORDS_KEPT", 50)
-    assert Encoder(vocabulary).encode(some) == expected
-    # Unknown rules: cuts that are checked.
-    vocabulary.splits_at_spaces = vocabulary.caches_words = False
-    monkeypatch.setattr(encode_module, "_WINDOW", 100)
-    assert Encoder(vocabulary).encode(some) == expected
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_megatrons_bytes(
+def test_token_files_are_byte_identical_to_megatrons(
     kind: str, tokenizers: dict[str, Path], texts: list[str], tmp_path: Path, capsys: Any
 ) -> None:
     plain, end = plain_encoder(kind, tokenizers[kind])
@@ -131,16 +55,16 @@ def test_megatrons_bytes(
     source = write_lines(tmp_path / "text.jsonl", texts)
     for name, more, last in (("ended", [], end), ("bare", ["--no-append-eod"], None)):
         write_as_megatron(tmp_path / f"megatron_{name}", texts, plain, last, info.vocab_size)
-        assert here(source, tokenizers[kind], tmp_path / name, *more) == 0
+        assert run_tool(source, tokenizers[kind], tmp_path / name, *more) == 0
         summary = json.loads(capsys.readouterr().out)
         assert same_tokens(tmp_path / name, tmp_path / f"megatron_{name}")
         assert summary["empty"] == sum(not plain(text) for text in texts)
         assert summary["unreadable"] == 0
-    found = check_token_file(
+    file = check_token_file(
         tmp_path / "ended", vocab_size=info.vocab_size, tokenizer_digest=info.digest
     )
     assert (
-        found.num_tokens
+        file.num_tokens
         == summary["outputs"][str(tmp_path / "bare")]["tokens"] + len(texts) - summary["empty"]
     )
     assert not list(tmp_path.glob("*.pieces"))
@@ -160,7 +84,7 @@ def test_wide_vocabularies_are_four_bytes(tmp_path: Path, capsys: Any) -> None:
         )
     )
     texts = [f"word {number:x} and" for number in range(60_000, 60_100)]
-    assert here(write_lines(tmp_path / "a.jsonl", texts), path, tmp_path / "out") == 0
+    assert run_tool(write_lines(tmp_path / "a.jsonl", texts), path, tmp_path / "out") == 0
     import numpy as np
 
     ids = np.fromfile(tmp_path / "out.bin", "<i4")
@@ -190,74 +114,87 @@ def test_every_kind_of_file_gives_the_same_tokens(
     for number, text in enumerate(kept):
         (tmp_path / f"files/{number:04}.txt").write_bytes(text.encode())
     path = tokenizers["huggingface"]
-    for name, source in {
-        "jsonl": lines, "gz": tmp_path / "gz", "zst": tmp_path / "*.zst", "parquet": tmp_path / "a.parquet", "files": tmp_path / "files"
-    }.items():  # fmt: skip
-        assert here(source, path, tmp_path / "out" / name) == 0
+    sources = {
+        "jsonl": lines,
+        "gz": tmp_path / "gz",
+        "zst": tmp_path / "*.zst",
+        "parquet": tmp_path / "a.parquet",
+        "files": tmp_path / "files",
+    }
+    for name, source in sources.items():
+        assert run_tool(source, path, tmp_path / "out" / name) == 0
         assert same_tokens(tmp_path / "out/jsonl", tmp_path / "out" / name), name
 
 
 def test_how_files_are_cut_changes_nothing(
     tokenizers: dict[str, Path], texts: list[str], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """Lines by bytes and row groups by number, in one piece and in many: the same tokens, and the same documents held out."""
+    """Lines are cut by bytes, row groups by number, into one piece or many."""
     write_lines(tmp_path / "a.jsonl", texts)
     pyarrow.parquet.write_table(
         pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=20
     )
     for name in ("a.jsonl", "a.parquet"):
-        for cut, size in (("whole", 10**9), ("cut", 3000)):
-            monkeypatch.setattr(
-                preprocess,
-                "make_pieces",
-                lambda files, format, _, size=size: make_pieces(files, format, size),
+        for cut, size in (("one", 10**9), ("many", 3000)):
+            cut_pieces(monkeypatch, size)
+            request = TextRequest(
+                inputs=[str(tmp_path / name)],
+                output=tmp_path / "plan",
+                tokenizer=str(tokenizers["tiktoken"]),
             )
-            plan = preprocess.make_plan(
-                [str(tmp_path / name)], tmp_path / "plan", str(tokenizers["tiktoken"])
-            )
-            assert len(plan.pieces) == 1 if cut == "whole" else len(plan.pieces) > 5
+            plan = plan_text(request)
+            assert len(plan.pieces) == 1 if cut == "one" else len(plan.pieces) > 5
             output = tmp_path / name.replace(".", "_") / cut / "train"
             assert (
-                here(tmp_path / name, tokenizers["tiktoken"], output, "--holdout", "valid=0.3") == 0
+                run_tool(tmp_path / name, tokenizers["tiktoken"], output, "--holdout", "valid=0.3")
+                == 0
             )
         folder = tmp_path / name.replace(".", "_")
         assert all(
-            same_tokens(folder / "whole" / split, folder / "cut" / split)
+            same_tokens(folder / "one" / split, folder / "many" / split)
             for split in ("train", "valid")
         )
+
+
+BROKEN_LINES = {
+    7: b"{not json",
+    40: b'{"other": 1}',
+    120: b'{"text": "caf\xe9"}',
+    121: b'{"text": 5}',
+    150: b'{"text": "\\ud800"}',
+    199: b'{"text": "row',
+}
+
+
+def write_broken_files(folder: Path) -> list[bytes]:
+    """Write files with broken lines and return 200 intact lines."""
+    lines = [json.dumps({"text": f"row {number}"}).encode() for number in range(200)]
+    (folder / "rows.jsonl").write_bytes(
+        b"\n".join(BROKEN_LINES.get(number, line) for number, line in enumerate(lines))
+    )
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(lines[0] * 9)[:-9])
+    return lines
 
 
 def test_broken_input_is_counted_with_its_lines(
     tokenizers: dict[str, Path], tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    rows = [json.dumps({"text": f"row {number}"}).encode() for number in range(200)]
-    bad = {
-        7: b"{not json",
-        40: b'{"other": 1}',
-        120: b'{"text": "caf\xe9"}',
-        121: b'{"text": 5}',
-        150: b'{"text": "\\ud800"}',
-        199: rows[3][:-4],
-    }
-    good = [json.loads(row)["text"] for number, row in enumerate(rows) if number not in bad]
-    (tmp_path / "rows.jsonl").write_bytes(
-        b"\n".join(bad.get(number, row) for number, row in enumerate(rows))
-    )
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(rows[0] * 9)[:-9])
-    monkeypatch.setattr(
-        preprocess, "make_pieces", lambda files, format, size: make_pieces(files, format, 501)
-    )
+    intact = write_broken_files(tmp_path)
+    good = [
+        json.loads(row)["text"] for number, row in enumerate(intact) if number not in BROKEN_LINES
+    ]
+    cut_pieces(monkeypatch, 501)
     path = tokenizers["tiktoken"]
-    assert here(tmp_path / "rows.jsonl", path, tmp_path / "out") == 0
+    assert run_tool(tmp_path / "rows.jsonl", path, tmp_path / "out") == 0
     captured = capsys.readouterr()
     summary = json.loads(captured.out)
     assert summary["pieces"] > 5
-    assert summary["unreadable"] == len(bad)
+    assert summary["unreadable"] == len(BROKEN_LINES)
     lines = [
         int(text.split("rows.jsonl:")[1].split(":")[0]) for text in summary["unreadable_documents"]
     ]
-    assert lines == [number + 1 for number in bad]
+    assert lines == [number + 1 for number in BROKEN_LINES]
     reasons = (
         "not JSON",
         "no key 'text'",
@@ -275,6 +212,14 @@ def test_broken_input_is_counted_with_its_lines(
     plain, end = plain_encoder("tiktoken", path)
     write_as_megatron(tmp_path / "megatron", good, plain, end, 1000)
     assert same_tokens(tmp_path / "out", tmp_path / "megatron")
+
+
+def test_strict_stops_at_the_first_broken_line(
+    tokenizers: dict[str, Path], tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    lines = write_broken_files(tmp_path)
+    cut_pieces(monkeypatch, 501)
+    path = tokenizers["tiktoken"]
     for source, line in (
         ("rows.jsonl", "rows.jsonl:8 "),
         ("latin.txt", "latin.txt "),
@@ -282,235 +227,49 @@ def test_broken_input_is_counted_with_its_lines(
     ):
         if source == "cut.jsonl.gz":
             (tmp_path / source).write_bytes(
-                gzip.compress(rows[0] + b"\n" + os.urandom(1 << 17).hex().encode())[:-70_000]
+                gzip.compress(lines[0] + b"\n" + os.urandom(1 << 17).hex().encode())[:-70_000]
             )
-        assert here(tmp_path / source, path, tmp_path / "strict", "--strict") == 2
+        assert run_tool(tmp_path / source, path, tmp_path / "strict", "--strict") == 2
         assert f"{line}cannot be used" in capsys.readouterr().err
         assert not list(tmp_path.glob("strict.[bij]*"))
-    # A line far inside a file, found by a piece that begins after it.
-    (tmp_path / "late.jsonl").write_bytes(b"\n".join([*rows[:150], b"[]", *rows[150:]]))
-    assert here(tmp_path / "late.jsonl", path, tmp_path / "strict", "--strict") == 2
+    # A line far inside a file, in a piece that does not begin with the file.
+    (tmp_path / "late.jsonl").write_bytes(b"\n".join([*lines[:150], b"[]", *lines[150:]]))
+    assert run_tool(tmp_path / "late.jsonl", path, tmp_path / "strict", "--strict") == 2
     assert "late.jsonl:151 cannot be used (no JSON object)" in capsys.readouterr().err
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(
-    tokenizers: dict[str, Path], tmp_path: Path
-) -> None:
-    rng = random.Random(fresh_seed())
-    source = write_lines(tmp_path / "a.jsonl", [awkward_text(rng, 200) for _ in range(3000)])
-    path = tokenizers["unigram"]
-    whole = call(source, path, tmp_path / "whole", "--workers", "2", "--holdout", "valid=0.2")
-    for name in ("whole", "valid"):
-        for ending in (".bin", ".idx"):
-            os.rename(tmp_path / f"{name}{ending}", tmp_path / f"expected_{name}{ending}")
-    command = [
-        sys.executable,
-        str(ROOT / "tools/preprocess_data.py"),
-        "--input",
-        str(source),
-        "--tokenizer",
-        str(path),
-    ]
-    command += ["--workers", "2", "--output", str(tmp_path / "whole"), "--holdout", "valid=0.2"]
-    for _ in range(2):
-        process = subprocess.Popen(
-            command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(rng.uniform(1.0, 1.5 + whole["seconds"]))
-        process.send_signal(signal.SIGKILL)
-        killed = process.wait() == -signal.SIGKILL
-        assert (
-            not killed or not list(tmp_path.glob("whole.idx")) or list(tmp_path.glob("whole.bin"))
-        )
-    summary = call(source, path, tmp_path / "whole", "--workers", "2", "--holdout", "valid=0.2")
-    assert same_tokens(tmp_path / "whole", tmp_path / "expected_whole")
-    assert same_tokens(tmp_path / "valid", tmp_path / "expected_valid")
-    assert summary["outputs"] == whole["outputs"]
-    assert not list(tmp_path.glob("*.pieces"))
-    assert not list(tmp_path.glob(".*partial*"))
-    assert (
-        call(source, path, tmp_path / "whole", "--workers", "2", "--holdout", "valid=0.2")["kept"]
-        is True
-    )
-
-
-def test_finished_pieces_of_this_very_job_are_kept(
-    tokenizers: dict[str, Path], tmp_path: Path, capsys: Any
-) -> None:
-    source = tmp_path / "files"
-    source.mkdir()
-    for number in range(6):
-        (source / f"{number}.txt").write_text(f"document {number} " * 80_000)
-    path, output = tokenizers["huggingface"], tmp_path / "out"
-
-    def shard(text: str) -> dict[str, Any]:
-        assert here(source, path, output, "--shard", text) == 0
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found
-
-    assert shard("0/2")["pieces"] == 3
-    assert shard("0/2")["kept_pieces"] == 3
-    assert not list(tmp_path.glob("out.[bi]*"))
-    (source / "2.txt").write_text("changed " * 160_000)  # the same length
-    assert shard("0/2")["kept_pieces"] == 2, "a changed input must be read again"
-    (next((tmp_path / "out.pieces").glob("*4.0.ids"))).write_bytes(b"cut")
-    (tmp_path / "out.pieces/piece-000001.0.ids.partial-99").write_bytes(b"left by a killed run")
-    assert here(source, path, output) == 0
-    assert json.loads(capsys.readouterr().out)["kept_pieces"] == 2
-    plain, end = plain_encoder("huggingface", path)
-    write_as_megatron(
-        tmp_path / "megatron",
-        [file.read_text() for file in sorted(source.iterdir())],
-        plain,
-        end,
-        1000,
-    )
-    assert same_tokens(output, tmp_path / "megatron")
-    # Other settings, another tokenizer or other input never touch what is finished.
-    for more in (["--no-append-eod"], ["--exclude", "0.txt"], ["--end-of-document", "a"]):
-        assert here(source, path, output, *more) == 2
-        assert "--overwrite" in capsys.readouterr().err
-    assert same_tokens(output, tmp_path / "megatron")
-    assert here(source, path, output, "--exclude", "0.txt", "--overwrite") == 0
-    assert not same_tokens(output, tmp_path / "megatron")
-
-
-def test_a_full_disk_has_its_own_exit_code(tokenizers: dict[str, Path], tmp_path: Path) -> None:
-    source = write_lines(tmp_path / "a.jsonl", ["some words " * 400] * 600)
-    command = [
-        sys.executable,
-        str(ROOT / "tools/preprocess_data.py"),
-        "--input",
-        str(source),
-        "--tokenizer",
-        str(tokenizers["huggingface"]),
-    ]
-    command += ["--output", str(tmp_path / "out/train")]
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
-
-    done = subprocess.run(
-        [*command, "--workers", "2"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        preexec_fn=limited,
-    )
-    assert done.returncode == 5, done.stderr
-    assert done.stderr.startswith("preprocess_data: no space is left"), done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not list((tmp_path / "out").glob("*.[bi]*"))
-    assert not list(tmp_path.rglob("*partial*"))
-    call(source, tokenizers["huggingface"], tmp_path / "out/train")
-    assert check_token_file(tmp_path / "out/train", vocab_size=1000).num_documents == 600
-
-
 def test_memory_does_not_grow_with_the_input(tokenizers: dict[str, Path], tmp_path: Path) -> None:
-    """Peak memory of reading 6 and 24 times the same text, compressed into a single file: one piece, read in one go."""
+    """Measure the peak memory of reading the same text 6 and 24 times.
+
+    The text is compressed into a single file, which is one piece.
+    """
     text = "".join(json.dumps({"text": text}) + "\n" for text in source_texts(1_500_000)).encode()
     if not Path("/proc/self/status").exists():
-        pytest.skip("peak memory of a process of its own is read from /proc")
-    # Not getrusage: its peak includes this process's own, from before the other program took over.
+        pytest.skip("the peak memory of a process is read from /proc")
+    # The peak of getrusage includes that of this process, from before the exec.
     program = (
         "import runpy, sys; sys.argv = sys.argv[1:]\n"
-        "import megatron_kd.data.preparation.pieces as pieces; pieces._BATCH_CHARACTERS = 200_000  # its own level is reached sooner\n"
+        "import megatron_kd.data.preparation.jobs.text_job as text_job\n"
+        "text_job._BATCH_CHARACTERS = 200_000  # memory levels off sooner\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "finally: print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')), file=sys.stderr)"
+        "finally:\n"
+        "    lines = open('/proc/self/status').readlines()\n"
+        "    peak = next(line.split()[1] for line in lines if line.startswith('VmHWM'))\n"
+        "    print(peak, file=sys.stderr)"
     )
     peaks = []
     for times in (6, 24):
         (tmp_path / f"{times}.jsonl.gz").write_bytes(gzip.compress(text * times, 1))
-        command = [
-            sys.executable,
-            "-c",
-            program,
-            str(ROOT / "tools/preprocess_data.py"),
-            "--input",
-            str(tmp_path / f"{times}.jsonl.gz"),
-        ]
-        command += [
-            "--tokenizer",
-            str(tokenizers["tiktoken"]),
-            "--output",
-            str(tmp_path / f"out{times}"),
-            "--workers",
-            "1",
-        ]
-        done = subprocess.run(
-            command, env=environment(), capture_output=True, text=True, check=True
+        path = tmp_path / f"{times}.jsonl.gz"
+        arguments = command(
+            path, tokenizers["tiktoken"], tmp_path / f"out{times}", "--workers", "1"
         )
-        peaks.append(int(done.stderr.splitlines()[-1]))
+        process = subprocess.run(
+            [sys.executable, "-c", program, *arguments[1:]],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks.append(int(process.stderr.splitlines()[-1]))
     assert peaks[1] - peaks[0] < 12_000, peaks  # KiB; the text itself grows by 27,000
-
-
-def test_two_runs_on_one_output(tokenizers: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
-    source = write_lines(tmp_path / "a.jsonl", ["text"] * 10)
-    plan = preprocess.make_plan([str(source)], tmp_path / "out", str(tokenizers["tiktoken"]))
-    with preprocess.holding(plan):
-        assert here(source, tokenizers["tiktoken"], tmp_path / "out") == 2
-    assert "another process is making" in capsys.readouterr().err
-    preprocess.make_share(plan, 0, 1, 1, lambda note, kept: None)
-    source.write_text(source.read_text() + "\n")
-    with pytest.raises(preprocess.ConfigError, match="a.jsonl changed while it was being read"):
-        preprocess.finish(plan)
-
-
-SBATCH = """#!/bin/sh
-# A stand-in for Slurm: runs every array task of the script at once, one after the other, and prints a job id.
-for last in "$@"; do :; done
-tasks=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$last")
-for task in $(seq 0 "${tasks:-0}"); do
-    export SLURM_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_NODEID=0 SLURM_NODELIST=here
-    bash "$last" >>"$SBATCH_LOG" 2>&1 || exit 1
-done
-echo "Submitted batch job 7"
-"""
-
-
-def test_slurm_through_datatrove(
-    tokenizers: dict[str, Path], texts: list[str], tmp_path: Path
-) -> None:
-    """The scripts that datatrove writes are run by a stand-in for sbatch and srun: the same bytes as on one machine."""
-    pytest.importorskip("datatrove")
-    (tmp_path / "bin").mkdir()
-    srun = '#!/bin/sh\n[ "$1 $2 $3" = "-l -n 1" ] && shift 3\nexec "$@"\n'
-    for name, script in (
-        ("sbatch", SBATCH),
-        ("srun", srun),
-        ("scontrol", "#!/bin/sh\necho here\n"),
-    ):
-        (tmp_path / "bin" / name).write_text(script)
-        (tmp_path / "bin" / name).chmod(0o755)
-    (tmp_path / "text").mkdir()
-    for number in range(3):
-        write_lines(tmp_path / f"text/{number}.jsonl", texts[number::3] * 9)
-    path = tokenizers["huggingface"]
-    call(tmp_path / "text", path, tmp_path / "local", "--workers", "1")
-    command = [
-        sys.executable,
-        str(ROOT / "tools/preprocess_data.py"),
-        "--input",
-        str(tmp_path / "text"),
-        "--tokenizer",
-        str(path),
-    ]
-    command += [
-        "--output",
-        str(tmp_path / "slurm"),
-        "--executor",
-        "slurm",
-        "--slurm-partition",
-        "cpu",
-        "--tasks",
-        "2",
-    ]
-    env = environment() | {
-        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
-        "SBATCH_LOG": str(tmp_path / "log"),
-        "HOME": str(tmp_path),
-    }
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
-    log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""
-    assert done.returncode == 0, done.stderr + log
-    assert same_tokens(tmp_path / "local", tmp_path / "slurm"), done.stderr + log

@@ -1,4 +1,4 @@
-"""One vocabulary in three formats has one digest; what cannot be used is refused; data is inspected and merged."""
+"""Test the digests of tokenizers, and the tools that inspect and merge token files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def test_the_digest_is_of_ids_and_bytes_not_of_the_file(
     infos = {kind: load_tokenizer(path)[1] for kind, path in tokenizers.items()}
     assert infos["huggingface"] == infos["tiktoken"], "the same vocabulary in two formats"
     assert len({info.digest for info in infos.values()}) == len(infos) - 1
-    # A folder as transformers writes it; a word that moves, or another end of document, is another vocabulary.
+    # A folder as transformers writes it has the same vocabulary. Another end of document, or a
+    # token with another id, changes it.
     content = json.loads(tokenizers["huggingface"].read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "tokenizer_config.json").write_text(
@@ -66,8 +67,11 @@ def test_sentencepiece_and_its_hugging_face_form_have_one_digest(
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizers["sentencepiece"].read_bytes())
     special = {0, 1, 2}
-    added = [{"id": i, "content": proto.pieces[i].piece, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False} for i in sorted(special)]  # fmt: skip
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [
+        {"id": i, "content": proto.pieces[i].piece, "special": True, **flags}
+        for i in sorted(special)
+    ]
     model = {
         "type": "BPE",
         "vocab": {piece.piece: i for i, piece in enumerate(proto.pieces)},
@@ -81,8 +85,13 @@ def test_sentencepiece_and_its_hugging_face_form_have_one_digest(
             {"type": "ByteFallback"},
         ],
     }
-    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None, "pre_tokenizer": None,
-               "post_processor": None, "decoder": decoder, "model": model}  # fmt: skip
+    unset = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor")
+    content = dict.fromkeys(unset) | {
+        "version": "1.0",
+        "added_tokens": added,
+        "decoder": decoder,
+        "model": model,
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     assert (
         load_tokenizer(tmp_path / "tokenizer.json")[1]
@@ -91,7 +100,7 @@ def test_sentencepiece_and_its_hugging_face_form_have_one_digest(
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface", "tiktoken"])
-def test_text_comes_back(kind: str, tokenizers: dict[str, Path]) -> None:
+def test_decoding_inverts_encoding(kind: str, tokenizers: dict[str, Path]) -> None:
     vocabulary, info = load_tokenizer(tokenizers[kind])
     rng = random.Random(fresh_seed())
     for _ in range(100):
@@ -103,13 +112,15 @@ def test_text_comes_back(kind: str, tokenizers: dict[str, Path]) -> None:
 
 def test_unusable_tokenizers_are_refused(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     cases = {
-        "empty.json": (b"{}", "is no tokenizer"), "cut.json": (tokenizers["huggingface"].read_bytes()[:500], "is no tokenizer"),
-        "bad.json": (b'{"model": {"type": "Nothing"}}', "is no tokenizer"), "twice.tiktoken": (b"IQ== 0\nIg== 0\n", "is no tokenizer"),
-        "holes.tiktoken": (b"IQ== -1\n", "is no tokenizer"),
-    }  # fmt: skip
-    for name, (content, message) in cases.items():
+        "empty.json": b"{}",
+        "cut.json": tokenizers["huggingface"].read_bytes()[:500],
+        "bad.json": b'{"model": {"type": "Nothing"}}',
+        "twice.tiktoken": b"IQ== 0\nIg== 0\n",
+        "holes.tiktoken": b"IQ== -1\n",
+    }
+    for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ConfigError, match=message) as caught:
+        with pytest.raises(ConfigError, match="is no tokenizer") as caught:
             load_tokenizer(tmp_path / name)
         assert "\n" not in str(caught.value), name
     with pytest.raises(ConfigError, match="holds no tokenizer"):
@@ -161,17 +172,17 @@ def test_inspection_counts_shows_and_checks(
         )
         == 0
     )
-    (found,) = json.loads(capsys.readouterr().out)["files"]
+    (summary,) = json.loads(capsys.readouterr().out)["files"]
     lengths = [len(encode(text)) + 1 for text in texts if text]
-    assert found["tokens"] == sum(lengths) == found["bytes"] // 2
-    assert found["documents"] == found["ended_documents"] == 23
-    assert found["empty_documents"] == 1
-    assert found["length_max"] == max(lengths)
-    assert found["length_p50"] == sorted(lengths)[11]
-    assert sum(count for _, _, count in found["histogram"]) == 23
-    assert found["largest_id"] == end
-    assert [shown["document"] for shown in found["shown"]] == [0, 12, 23]
-    assert found["shown"][0]["text"] == "first document" + END
+    assert summary["tokens"] == sum(lengths) == summary["bytes"] // 2
+    assert summary["documents"] == summary["ended_documents"] == 23
+    assert summary["empty_documents"] == 1
+    assert summary["length_max"] == max(lengths)
+    assert summary["length_p50"] == sorted(lengths)[11]
+    assert sum(count for _, _, count in summary["histogram"]) == 23
+    assert summary["largest_id"] == end
+    assert [shown["document"] for shown in summary["shown"]] == [0, 12, 23]
+    assert summary["shown"][0]["text"] == "first document" + END
     assert (tmp_path / "a.png").stat().st_size > 5000
     assert inspect_data.main([str(tmp_path / "a"), *tokenizer, "--show", "1"]) == 0
     assert "documents by length" in (text := capsys.readouterr().out)

@@ -14,7 +14,7 @@ import torch
 
 from megatron_kd.checkpoint.conversion.from_huggingface import open_huggingface
 from megatron_kd.config import ConfigError, ModelSection, load_config
-from megatron_kd.data.preparation.conversations import BadConversation, ChatTemplate
+from megatron_kd.data.preparation.jobs.conversations import ChatTemplate, ConversationError
 from megatron_kd.data.tokenizer import load_tokenizer
 from megatron_kd.models.huggingface.transformers_model import load_causal_lm, load_text_tokenizer
 from tests.helpers.text import make_tokenizers
@@ -128,7 +128,7 @@ def test_tokenizers(sentinel: Path, tmp_path: Path) -> None:
 )
 def test_chat_templates(text: str, tmp_path: Path) -> None:
     template = ChatTemplate(text, load_tokenizer(make_tokenizers(tmp_path)["huggingface"])[0])
-    with pytest.raises(BadConversation, match="the template refuses it"):
+    with pytest.raises(ConversationError, match="the template refuses it"):
         template.render([{"role": "user", "content": "x"}], prompt=False)
 
 

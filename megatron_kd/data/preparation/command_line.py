@@ -1,4 +1,4 @@
-"""What the preprocessing tools share at the command line: a bar, exit codes, and the last word."""
+"""Share what the preprocessing tools need at the command line: progress, exit codes, the report."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.preparation.pieces import PieceNote
+from megatron_kd.data.preparation.jobs.base import PieceSummary
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def parse_holdout(text: str) -> tuple[str, float]:
-    """NAME=FRACTION, for argparse."""
+    """Parse NAME=FRACTION for argparse."""
     name, _, fraction = text.partition("=")
     try:
         value = float(fraction)
@@ -34,44 +34,68 @@ def parse_holdout(text: str) -> tuple[str, float]:
     return name, value
 
 
-class Progress:
-    """A bar in bytes of input with MB/s, tokens/s and the time left; nothing where stderr is not a terminal."""
+def parse_shard(text: str) -> tuple[int, int]:
+    """Parse I/N for argparse."""
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        index, count = 0, 0
+    if not 0 <= index < count:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 0 <= I < N, such as 0/4")
+    return index, count
+
+
+def parse_option(text: str) -> tuple[str, str]:
+    """Parse NAME=VALUE for argparse."""
+    name, separator, value = text.partition("=")
+    if not name or not separator or "\n" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as account=project")
+    return name, value
+
+
+class PieceProgress:
+    """Show a bar in bytes of input with MB/s, tokens/s and the remaining time.
+
+    Nothing is shown if stderr is not a terminal.
+    """
 
     def __init__(self, total: int) -> None:
-        self.tokens = self.kept = self.made_bytes = 0
-        self._started = time.monotonic()
+        self._tokens = self._kept = self._bytes = 0
+        self._start = time.monotonic()
         self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
 
-    def __call__(self, note: PieceNote, kept: bool) -> None:
-        self.kept += kept
+    def report(self, summary: PieceSummary, kept: bool) -> None:
+        """Count a piece; `kept` if an earlier run had made it."""
+        self._kept += kept
         if kept and not self._bar.disable:
-            self._bar.initial += (
-                note.size
-            )  # what an earlier run made says nothing about this one's speed
+            # The pieces of an earlier run do not count for the speed of this one.
+            self._bar.initial += summary.size
         elif not kept:
-            self.tokens += sum(note.tokens)
-            self.made_bytes += sum(note.text_bytes)
-        self._bar.set_postfix_str(
-            f"{self.tokens / max(1e-9, time.monotonic() - self._started):,.0f} tokens/s",
-            refresh=False,
-        )
-        self._bar.update(note.size)
+            self._tokens += sum(summary.tokens)
+            self._bytes += sum(summary.text_bytes)
+        rate = self._tokens / self._seconds()
+        self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+        self._bar.update(summary.size)
 
-    def summary(self) -> dict[str, Any]:
+    def close(self) -> dict[str, Any]:
+        """Close the bar and return totals and rates."""
         self._bar.close()
-        seconds = max(1e-9, time.monotonic() - self._started)
+        seconds = self._seconds()
         return {
-            "kept_pieces": self.kept,
+            "kept_pieces": self._kept,
             "seconds": round(seconds, 2),
-            "megabytes_per_second": round(self.made_bytes / 1e6 / seconds, 2),
-            "tokens_per_second": round(self.tokens / seconds),
+            "megabytes_per_second": round(self._bytes / 1e6 / seconds, 2),
+            "tokens_per_second": round(self._tokens / seconds),
         }
+
+    def _seconds(self) -> float:
+        return max(1e-9, time.monotonic() - self._start)
 
 
 def check_outputs(
     parser: argparse.ArgumentParser, output: Path, holdout: Sequence[tuple[str, float]]
 ) -> None:
-    """End the program where --output and --holdout do not fit together."""
+    """End the program if --output and --holdout do not fit together."""
     names = [output.name, *(name for name, _ in holdout)]
     if not output.name or len(set(names)) < len(names):
         parser.error("--output needs a name, and the names of --output and --holdout must differ")
@@ -80,31 +104,36 @@ def check_outputs(
 
 
 def run_and_report(tool: str, unit: str, run: Callable[[], dict[str, Any]]) -> int:
-    """Print the summary that `run` returns, or one sentence; the exit code."""
+    """Run a tool, print its summary or an error message, and return the exit code.
 
-    def complain(message: object, code: int) -> int:
-        print(f"{tool}: {message}", file=sys.stderr)
-        return code
-
+    Args:
+        tool: name of the tool.
+        unit: what the tool counts, in the plural.
+        run: returns the summary.
+    """
     try:
         summary = run()
     except (ConfigError, UnicodeDecodeError) as error:
-        return complain(error, 2)
+        return _fail(tool, error, 2)
     except OSError as error:
         if error.errno in _NO_SPACE:
-            return complain(
-                f"no space is left for the output ({error.strerror}): free some and run the same command again",
-                5,
+            message = (
+                f"no space is left for the output ({error.strerror}): "
+                "free some and run the same command again"
             )
-        return complain(error, 1)
+            return _fail(tool, message, 5)
+        return _fail(tool, error, 1)
     except KeyboardInterrupt:
-        return complain(
-            "interrupted: run the same command again to go on from the finished pieces", 130
-        )
+        message = "interrupted: run the same command again to go on from the finished pieces"
+        return _fail(tool, message, 130)
     print(json.dumps(summary, indent=2))
-    left_out = summary.get("unreadable", 0) + summary.get("too_long", 0)
-    if left_out:
-        complain(
-            f"{left_out} {unit} were left out, such as {summary['unreadable_documents'][0]}", 0
-        )
+    num_skipped = summary.get("unreadable", 0) + summary.get("too_long", 0)
+    if num_skipped:
+        example = summary["unreadable_documents"][0]
+        _fail(tool, f"{num_skipped} {unit} were left out, such as {example}", 0)
     return 0
+
+
+def _fail(tool: str, message: object, code: int) -> int:
+    print(f"{tool}: {message}", file=sys.stderr)
+    return code

@@ -1,4 +1,4 @@
-"""Files of ids and lengths, put together as one token file that is complete or absent under its names."""
+"""Join files of ids and lengths into one token file that is complete or absent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from megatron_kd.data.token_files import index_header
 from megatron_kd.storage.atomic_files import sync_path, write_atomically
 
-_COPIED = 1 << 20
+_BLOCK_BYTES = 1 << 20
 
 
 def publish(
@@ -25,10 +25,19 @@ def publish(
     description: dict[str, Any],
     roles: Sequence[Path] = (),
 ) -> None:
-    """Put files of ids, of document lengths and of roles, if any, together as `prefix`.bin, .idx, .json and .roles.
+    """Join files as `prefix`.bin, .idx, .json and .roles.
 
-    The old index goes first and the new one comes last, so that an interruption never pairs an index with foreign tokens. The
-    description comes before the tokens: it tells the same job, run again, that what lies there is its own.
+    The old index is removed first and the new one written last, so that an interruption never pairs
+    an index with tokens of another file. The description is written before the tokens: it tells the
+    same job, run again, that they are its own.
+
+    Args:
+        prefix: path without .bin/.idx.
+        dtype: integer type of the ids.
+        ids: files of ids.
+        lengths: files of document lengths, int32; 0 stands for an empty document.
+        description: content of the .json.
+        roles: files of roles, uint8, if the tokens have any.
     """
     prefix.parent.mkdir(parents=True, exist_ok=True)
     temporary = {
@@ -39,11 +48,11 @@ def publish(
         for kind, paths in (("bin", ids), ("roles", roles)):
             if paths:
                 _join(paths, temporary[kind])
-        with open(temporary["idx"], "wb") as target:
+        with open(temporary["idx"], "wb") as stream:
             for block in _index_blocks(dtype, lengths):
-                target.write(block)
-            target.flush()
-            os.fsync(target.fileno())
+                stream.write(block)
+            stream.flush()
+            os.fsync(stream.fileno())
         for ending in ("idx", "roles"):
             Path(f"{prefix}.{ending}").unlink(missing_ok=True)
         write_atomically(f"{prefix}.json", (json.dumps(description, indent=2) + "\n").encode())
@@ -60,33 +69,37 @@ def _join(paths: Sequence[Path], output: Path) -> None:
     with open(output, "wb") as target:
         for path in paths:
             with open(path, "rb") as source:
-                shutil.copyfileobj(source, target, _COPIED)
+                shutil.copyfileobj(source, target, _BLOCK_BYTES)
         target.flush()
         os.fsync(target.fileno())
 
 
 def _index_blocks(dtype: np.dtype, paths: Sequence[Path]) -> Iterator[bytes]:
-    """An .idx file in blocks: header, lengths and offsets of sequences, and per document the sequences up to its end."""
+    """Yield an .idx file in blocks.
 
-    def blocks() -> Iterator[np.ndarray]:
-        for path in paths:
-            with open(path, "rb") as stream:
-                while data := stream.read(_COPIED):
-                    yield np.frombuffer(data, "<i4")
-
-    num_documents = sum(map(len, blocks()))
-    num_sequences = sum(int((block > 0).sum()) for block in blocks())
+    It has a header, the lengths and offsets of sequences, and per document the number of sequences
+    up to its end. An empty document has a mark and no sequence.
+    """
+    num_documents = sum(map(len, _length_blocks(paths)))
+    num_sequences = sum(int((block > 0).sum()) for block in _length_blocks(paths))
     yield index_header(dtype, num_sequences, num_documents + 1)
-    for block in blocks():
+    for block in _length_blocks(paths):
         yield block[block > 0].tobytes()
-    start = 0
-    for block in blocks():
-        ends = start + np.cumsum(block[block > 0], dtype=np.int64)
+    tokens = 0
+    for block in _length_blocks(paths):
+        ends = tokens + np.cumsum(block[block > 0], dtype=np.int64)
         yield ((ends - block[block > 0]) * dtype.itemsize).astype("<i8").tobytes()
-        start = int(ends[-1]) if len(ends) else start
+        tokens = int(ends[-1]) if len(ends) else tokens
     yield np.zeros(1, "<i8").tobytes()
-    start = 0
-    for block in blocks():
-        marks = start + np.cumsum(block > 0, dtype=np.int64)
+    sequences = 0
+    for block in _length_blocks(paths):
+        marks = sequences + np.cumsum(block > 0, dtype=np.int64)
         yield marks.astype("<i8").tobytes()
-        start = int(marks[-1]) if len(marks) else start
+        sequences = int(marks[-1]) if len(marks) else sequences
+
+
+def _length_blocks(paths: Sequence[Path]) -> Iterator[np.ndarray]:
+    for path in paths:
+        with open(path, "rb") as stream:
+            while data := stream.read(_BLOCK_BYTES):
+                yield np.frombuffer(data, "<i4")

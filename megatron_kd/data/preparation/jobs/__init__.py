@@ -1,0 +1,1 @@
+"""Run resumable jobs that turn documents into token files."""
