@@ -129,10 +129,10 @@ def targets_of_teacher(config: RunConfig, samples: int) -> dict[str, list[Sparse
     """By name of the selection, the targets [S, K] of the first samples of data.train."""
     from megatron_kd.parallel.groups import start_groups, stop_groups
     from megatron_kd.parallel.platform import start_platform
-    from megatron_kd.teacher.build import online_teacher
-    from megatron_kd.teacher.extract import ShardPlan, microbatches
-    from megatron_kd.teacher.online import SelectTargets
-    from megatron_kd.train.build import token_dataset
+    from megatron_kd.teacher.extract import ShardPlan, make_microbatches
+    from megatron_kd.teacher.runtime.online import build_online_teacher
+    from megatron_kd.teacher.runtime.targets import SelectTargets
+    from megatron_kd.train.datasets import TokenFiles, token_dataset
     from megatron_kd.train.startup.input_checks import check_inputs
 
     inputs = check_inputs(config, world_size=1)
@@ -142,12 +142,14 @@ def targets_of_teacher(config: RunConfig, samples: int) -> dict[str, list[Sparse
         timeout_seconds=config.train.timeout_seconds,
     )
     try:
-        teacher = online_teacher(config, inputs, groups)
-        parts = token_dataset(config, inputs, "data.train", config.data.train, 1).prefixes
+        teacher = build_online_teacher(config, inputs.teacher, groups)
+        parts = token_dataset(
+            config, inputs, TokenFiles("data.train", config.data.train), 1
+        ).prefixes
         plan = ShardPlan(parts, samples, samples)
         batches = [
             batch
-            for _, batch in microbatches(
+            for _, batch in make_microbatches(
                 plan.samples(0),
                 1,
                 groups.platform.device,

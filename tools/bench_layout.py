@@ -275,7 +275,8 @@ def _of_pair(
     cached: bool,
 ) -> list[dict[str, Any]]:
     """Everything at one pair of layouts, round after round. Collective over the world, which it joins."""
-    from megatron_kd.teacher.build import placement_of
+    from megatron_kd.parallel.groups import can_reverse_stages
+    from megatron_kd.teacher.online import Source
     from megatron_kd.train.build import build_run
     from megatron_kd.train.step import train_step
 
@@ -296,7 +297,9 @@ def _of_pair(
         if "teacher" in kinds and overlap == overlaps[0]:
             jobs.append(Timed("teacher", teacher, "none", _bare(run)))
         if "online" in kinds:
-            placement = placement_of(run.config, run.inputs, run.groups.world_size)
+            placement = Source(run.config).placement(
+                run.inputs.teacher, run.groups.world_size, can_reverse=can_reverse_stages()
+            )
             jobs.append(
                 Timed(
                     "online",
@@ -321,16 +324,7 @@ def _of_pair(
 
 def _bare(run: Any) -> Callable[[], object]:
     """The teacher's layers and logits on this rank's share of a step."""
-    from megatron_kd.teacher.ahead import AheadTeacher
-    from megatron_kd.teacher.separate_layout import OwnLayoutTeacher
-
-    teacher, microbatches = run.teacher, run.train_data.microbatches(0)
-    if isinstance(teacher, AheadTeacher):
-        teacher = teacher.inner
-    own = isinstance(teacher, OwnLayoutTeacher)
-    alone, share = (
-        (teacher.teacher, teacher.share(microbatches)) if own else (teacher, microbatches)
-    )
+    alone, share = run.teacher.local_work(run.train_data.microbatches(0))
     return lambda: step_bench.bare_forward(alone, share)
 
 

@@ -73,20 +73,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Remembered:
-    """Targets as `attach` gives them, each read once."""
-
-    def __init__(self, attach: Any) -> None:
-        self._attach, self._known = attach, {}
-
-    def __call__(self, tokens: Any, keys: Any) -> Any:
-        """See Attach."""
-        name = keys.numpy().tobytes()
-        if name not in self._known:
-            self._known[name] = self._attach(tokens, keys)
-        return self._known[name]
-
-
 def measure(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     """Time both. Collective over the world."""
     from dataclasses import replace
@@ -95,29 +81,29 @@ def measure(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     import torch.distributed as dist
 
     from megatron_kd.parallel.groups import stop_groups
-    from megatron_kd.teacher.build import attach_of
-    from megatron_kd.train.build import batch_source, build_run
+    from megatron_kd.teacher.teacher import Teacher
+    from megatron_kd.train.build import build_run
     from megatron_kd.train.step import train_step
+
+    class RememberedTeacher(Teacher):
+        """Return targets of training steps that were read beforehand."""
+
+        def __init__(self, targets: list[Any]) -> None:
+            self._targets = targets
+
+        def targets(self, microbatches: Any, *, step: int | None = None) -> Any:
+            assert step is not None
+            return self._targets[step]
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    cached = build_run(config)
-    samples = config.train.steps * config.batch.global_batch_size
-    known = Remembered(attach_of(cached.teacher, held_out=False))
-    data = config.data
-    source = batch_source(
-        config,
-        cached.inputs,
-        cached.groups,
-        "data.train",
-        data.train,
-        samples,
-        weights=data.train_weights,
-        attach=known,
-    )
-    for step in range(config.train.steps):
-        source.microbatches(step * config.batch.global_batch_size)
-    runs = {"cached": cached, "memory": replace(build_run(config), train_data=source)}
+    cached, memory = build_run(config), build_run(config)
+    size = config.batch.global_batch_size
+    targets = [
+        memory.teacher.targets(memory.train_data.microbatches(step * size), step=step)
+        for step in range(config.train.steps)
+    ]
+    runs = {"cached": cached, "memory": replace(memory, teacher=RememberedTeacher(targets))}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for counted in [False] + [True] * arguments.rounds:
         for name, run in runs.items():

@@ -120,11 +120,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         device = runs["plain"].groups.platform.device
 
         teacher, microbatches = runs["online"].teacher, runs["online"].train_data.microbatches(0)
-        alone, share = (
-            (teacher.teacher, teacher.share(microbatches))
-            if online.teacher.has_separate_layout
-            else (teacher, microbatches)
-        )
+        alone, share = teacher.local_work(microbatches)
         tasks: dict[str, Callable[[], object]] = {
             "plain": lambda: train_step(runs["plain"]),
             "online": lambda: train_step(runs["online"]),

@@ -29,7 +29,6 @@ from megatron_kd.parallel.world import world_from_environment
 
 if TYPE_CHECKING:
     from megatron_kd.parallel.platform import Platform
-    from megatron_kd.telemetry.progress_bar import Progress
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -132,18 +131,24 @@ def _extract(config: RunConfig, arguments: argparse.Namespace) -> int:
 
 def _run(config: RunConfig, arguments: argparse.Namespace, platform: Platform) -> int:
     from megatron_kd.parallel.groups import start_groups
-    from megatron_kd.teacher.build import build_extraction
-    from megatron_kd.teacher.extract import ShardPlan, agree_on_finished, extract, sole_writer
+    from megatron_kd.teacher.extract import (
+        Extraction,
+        ShardPlan,
+        agree_on_finished,
+        build_extraction,
+        extract_shard,
+        sole_writer,
+    )
     from megatron_kd.telemetry.progress_bar import Progress
-    from megatron_kd.train.build import token_dataset
+    from megatron_kd.train.datasets import TokenFiles, token_dataset
     from megatron_kd.train.startup.input_checks import check_inputs
 
     inputs = check_inputs(config, world_size=world_from_environment()[1])
     groups = start_groups(platform, config.parallel, timeout_seconds=config.train.timeout_seconds)
     teacher, identity = build_extraction(
-        config, inputs, groups, value_encoding=arguments.value_encoding
+        config, inputs.teacher, groups, value_encoding=arguments.value_encoding
     )
-    parts = token_dataset(config, inputs, "data.train", config.data.train, 1).prefixes
+    parts = token_dataset(config, inputs, TokenFiles("data.train", config.data.train), 1).prefixes
     plan = ShardPlan(parts, arguments.shard_samples, arguments.first_samples)
     worker = arguments.worker * groups.data_size + groups.data_rank
     workers = arguments.workers * groups.data_size
@@ -158,42 +163,22 @@ def _run(config: RunConfig, arguments: argparse.Namespace, platform: Platform) -
             f"{plan.num_samples} samples in {plan.num_shards} shards, {len(finished)} finished; "
             f"this writer, {worker} of {workers}, has {len(shards)}"
         )
-        report = _Report(progress)
-        extract(
-            teacher,
+        extraction = Extraction(
             plan,
-            shards,
             arguments.output,
             identity,
             writes=writes,
             worker=worker,
             micro_batch_size=config.batch.micro_batch_size,
-            num_microbatches=max(
-                1, config.parallel.pipeline * 2 if config.parallel.pipeline > 1 else 1
-            ),
+            num_microbatches=2 * config.parallel.pipeline if config.parallel.pipeline > 1 else 1,
             device=groups.platform.device,
-            done=report.add,
-            finished=report.finish,
         )
+        begin, tokens = time.perf_counter(), 0
+        for count, shard in enumerate(shards, start=1):
+            tokens += extract_shard(teacher, extraction, shard)
+            progress.update(count, tokens_per_second=tokens / (time.perf_counter() - begin))
         progress.close()
     return 0
-
-
-class _Report:
-    """Report shards and tokens per second of this writer."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._begin, self._tokens, self._shards = time.perf_counter(), 0, 0
-
-    def add(self, tokens: int) -> None:
-        self._tokens += tokens
-
-    def finish(self, shard: int) -> None:
-        self._shards += 1
-        self._progress.update(
-            self._shards, tokens_per_second=self._tokens / (time.perf_counter() - self._begin)
-        )
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def _found(config: RunConfig, inputs: Inputs, ranks: int) -> str:
     planned = PlannedRun(
         config,
         inputs.vocab_size,
-        inputs.teacher_model,
+        inputs.teacher.model,
         device="cpu" if config.train.device == "cpu" else "cuda",
     )
     rank = peak_rank(run_memory(planned, ranks))

@@ -20,10 +20,11 @@ import json
 import sys
 from typing import Any
 
-from megatron_kd.config import ConfigError, ModelSection, RunConfig
+from megatron_kd.config import ConfigError, RunConfig
 from megatron_kd.planning.config_words import load_run_file, load_with_defaults
 from megatron_kd.planning.describe import describe_presets, describe_run
 from megatron_kd.planning.planned_run import PlannedRun
+from megatron_kd.teacher.source import teacher_source
 
 MEMORY_COLUMNS = (
     *("weights", "gradients", "optimizer", "activations", "teacher", "hidden_states", "total"),
@@ -73,7 +74,7 @@ def _config(arguments: argparse.Namespace, overrides: list[str]) -> RunConfig:
 def _planned_run(config: RunConfig) -> PlannedRun:
     vocab_size = config.model.vocab_size or _tokenizer_size(config)
     device = "cpu" if config.train.device == "cpu" else "cuda"
-    return PlannedRun(config, vocab_size, _teacher(config), device)
+    return PlannedRun(config, vocab_size, teacher_source(config).read_model(), device)
 
 
 def _tokenizer_size(config: RunConfig) -> int:
@@ -81,16 +82,6 @@ def _tokenizer_size(config: RunConfig) -> int:
 
     assert config.data.tokenizer is not None
     return load_tokenizer(config.data.tokenizer)[1].vocab_size
-
-
-def _teacher(config: RunConfig) -> ModelSection | None:
-    """Return the shape of the teacher's checkpoint, or None without one."""
-    if not config.teacher.enabled or config.teacher.checkpoint is None:
-        return None
-    from megatron_kd.checkpoint.store import find_checkpoint, read_info
-
-    checkpoint = find_checkpoint(config.teacher.checkpoint, what="teacher.checkpoint")
-    return read_info(checkpoint, what="teacher.checkpoint").model_section()
 
 
 def _preset_table(presets: list[dict[str, Any]]) -> str:

@@ -203,15 +203,14 @@ def _recompute(arguments: argparse.Namespace) -> int:
 def _compare_samples(
     arguments: argparse.Namespace, config: RunConfig, inputs: Inputs, groups: Groups
 ) -> Recheck | None:
-    from megatron_kd.teacher.build import build_extraction
-    from megatron_kd.teacher.extract import ShardPlan
+    from megatron_kd.teacher.extract import ShardPlan, build_extraction
     from megatron_kd.teacher.recheck import recheck
-    from megatron_kd.train.build import token_dataset
+    from megatron_kd.train.datasets import TokenFiles, token_dataset
 
     encoding = CacheReader(arguments.cache).identity.value_encoding
-    teacher, identity = build_extraction(config, inputs, groups, value_encoding=encoding)
+    teacher, identity = build_extraction(config, inputs.teacher, groups, value_encoding=encoding)
     reader = CacheReader(arguments.cache, expect=identity)
-    dataset = token_dataset(config, inputs, "data.train", config.data.train, 1)
+    dataset = token_dataset(config, inputs, TokenFiles("data.train", config.data.train), 1)
     return recheck(
         teacher,
         reader,

@@ -56,6 +56,7 @@ from megatron_kd.planning.planned_run import PlannedRun
 from megatron_kd.planning.report import PlanReport, as_numbers, as_text
 from megatron_kd.planning.step_time import ComputeRates
 from megatron_kd.storage.atomic_files import write_atomically
+from megatron_kd.teacher.source import teacher_source
 
 TOOLS = Path(__file__).parent
 
@@ -291,12 +292,7 @@ def _teacher(arguments: argparse.Namespace, config: RunConfig) -> ModelSection |
         except ValueError as error:
             message = error.errors()[0]["msg"] if hasattr(error, "errors") else error
             raise ConfigError(f"--teacher-preset: {message}") from None
-    if not config.teacher.enabled or config.teacher.checkpoint is None:
-        return None
-    from megatron_kd.checkpoint.store import find_checkpoint, read_info
-
-    checkpoint = find_checkpoint(config.teacher.checkpoint, what="teacher.checkpoint")
-    return read_info(checkpoint, what="teacher.checkpoint").model_section()
+    return teacher_source(config).read_model()
 
 
 def _tokenizer_size(config: RunConfig) -> int:

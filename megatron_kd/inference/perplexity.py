@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_kd.data.batches import BatchSource, Microbatch
+from megatron_kd.data.batches import BatchLayout, BatchSource, Microbatch
 from megatron_kd.data.dataset import DatasetRequest, build_dataset
 from megatron_kd.data.token_files import tokens_per_byte
 from megatron_kd.inference.frozen_model import FrozenModel
@@ -208,10 +208,12 @@ def _batches(
     )
     return BatchSource(
         build_dataset(request),
-        global_batch_size=global_batch,
-        micro_batch_size=global_batch // model.groups.data_size,
-        data_parallel_rank=model.groups.data_rank,
-        data_parallel_size=model.groups.data_size,
+        BatchLayout(
+            global_batch_size=global_batch,
+            micro_batch_size=global_batch // model.groups.data_size,
+            data_parallel_rank=model.groups.data_rank,
+            data_parallel_size=model.groups.data_size,
+        ),
         vocab_size=model.vocab_size,
         device=model.groups.platform.device,
         pad_last=True,

@@ -1,1 +1,1 @@
-"""Where distillation targets come from."""
+"""Produce distillation targets: one module per teacher source, its live objects in runtime/."""

@@ -1,200 +1,160 @@
-"""A frozen teacher that transformers runs: any causal language model in a local folder, in the student's job.
-
-The ranks that share one student replica split its microbatches among them and hand the final hidden states round; the teacher's
-head is cut over the student's tensor group, and targets are made from both as from any other teacher's. Weights are whole on each
-rank, or spread over all ranks by DeepSpeed's ZeRO-3.
-"""
+"""Distil from a Hugging Face model folder that transformers runs forward in every step."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-from collections.abc import Iterator, Sequence
+import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from megatron_kd.config import ConfigError, ModelSection
+from megatron_kd.data.tokenizer import load_tokenizer
+from megatron_kd.models.huggingface.families import model_from_config
+from megatron_kd.storage.json_files import read_json
+from megatron_kd.storage.sampled_digests import sampled_folder_digest
+from megatron_kd.teacher.source import CHECKPOINT_KEY, TeacherInputs, TeacherSource
 
-from megatron_kd.config import ConfigError
-from megatron_kd.data.batches import Microbatch
-from megatron_kd.models.huggingface.transformers_model import load_causal_lm
-from megatron_kd.models.transformer_config import DTYPES
-from megatron_kd.parallel.collectives import all_gather, group_rank, group_size, raise_together
-from megatron_kd.parallel.groups import Groups
-from megatron_kd.targets import Selection, Target
-from megatron_kd.targets.keys import token_keys
-from megatron_kd.teacher.online import KeepHidden, MakeTarget, SelectTargets
-
-_WHAT = "teacher.checkpoint"
-# Largest difference of logits that counts as rounding, relative to the largest logit.
-_ROUNDING = {"fp32": 1e-4, "bf16": 4e-2}
+if TYPE_CHECKING:
+    from megatron_kd.parallel.groups import Groups
+    from megatron_kd.teacher.teacher import Teacher
 
 
-class HuggingFaceTeacher:
-    """TeacherSource on AutoModelForCausalLM. Construction and `targets` are collective over the world.
+class Source(TeacherSource):
+    """Source of a teacher in a local Hugging Face folder."""
 
-    rows: vocabulary rows of each tensor-parallel rank, as the student pads them. selection: None keeps the hidden states. ConfigError on
-    every rank where the model's logits are not its final hidden states times its head (soft caps, scaled logits, biases).
+    def read_model(self) -> ModelSection | None:
+        """Return the shape of a model of a known family, None for another."""
+        folder = self.config.teacher.checkpoint
+        assert folder is not None
+        try:
+            content = read_json(folder / "config.json", what=CHECKPOINT_KEY)
+            return model_from_config(content, what=CHECKPOINT_KEY)
+        except ConfigError:
+            return None
+
+    def check_inputs(
+        self, vocab_size: int, tokenizer_digest: str | None, world_size: int
+    ) -> TeacherInputs:
+        """Check the folder and prove that its ids are those of this run.
+
+        With a digest, the teacher's own tokenizer must have the same vocabulary, and rows of its
+        embedding past vocab_size are padding. Without one there is nothing to compare, and the
+        sizes must be equal.
+
+        Raises:
+            ConfigError: the folder holds no usable model, or its ids may differ.
+        """
+        if self.config.data.document_attention == "within":
+            raise ConfigError(
+                'teacher.source = "huggingface" reads a sample as one text: set '
+                'data.document_attention = "across", or convert the teacher '
+                "(tools/convert_checkpoint.py)"
+            )
+        folder = self._check_folder()
+        _check_vocabulary_size(folder, vocab_size, tokenizer_digest)
+        if importlib.util.find_spec("transformers") is None:
+            raise ConfigError(
+                'teacher.source = "huggingface" needs transformers: '
+                "pip install 'megatron-kd[huggingface]'"
+            )
+        use_zero3(self.config.teacher.shard_parameters, 1)
+        if tokenizer_digest is not None:
+            path = self.config.teacher.tokenizer or _tokenizer_in(folder)
+            _check_tokenizer(path, tokenizer_digest)
+        return TeacherInputs(vocab_size, tokenizer_digest, folder, model=self.read_model())
+
+    def _check_folder(self) -> Path:
+        folder = self.config.teacher.checkpoint
+        assert folder is not None
+        if not folder.is_dir():
+            raise ConfigError(
+                f"{CHECKPOINT_KEY}: {folder} is not a folder (a Hugging Face teacher is read from "
+                "a local folder; nothing is downloaded)"
+            )
+        read_json(folder / "config.json", what=CHECKPOINT_KEY)
+        if not any(folder.glob("*.safetensors")):
+            raise ConfigError(
+                f"{CHECKPOINT_KEY}: {folder} holds no .safetensors file (pickled weights are never "
+                "opened)"
+            )
+        return folder
+
+    def run_fingerprint(self, inputs: TeacherInputs) -> dict[str, Any]:
+        """Return a digest of sampled blocks of the folder's files."""
+        assert inputs.folder is not None
+        return {"teacher.checkpoint": sampled_folder_digest(inputs.folder)}
+
+    def weights_digest(self, inputs: TeacherInputs) -> str | None:
+        """Return the digest of the model's files; the folder may hold anything beside them."""
+        from megatron_kd.teacher.runtime.online import digest_on_rank_zero
+
+        assert inputs.folder is not None
+        return digest_on_rank_zero(inputs.folder, ("config.json", "*.safetensors"))
+
+    def build(self, inputs: TeacherInputs, groups: Groups) -> Teacher:
+        """See TeacherSource."""
+        from megatron_kd.teacher.runtime.huggingface import build_huggingface_teacher
+
+        zero3 = use_zero3(self.config.teacher.shard_parameters, groups.world_size)
+        return build_huggingface_teacher(self.config, inputs, groups, zero3=zero3)
+
+    def build_for_extraction(self, inputs: TeacherInputs, groups: Groups) -> Teacher:
+        """See TeacherSource."""
+        return self.build(inputs, groups)
+
+
+def _check_vocabulary_size(folder: Path, vocab_size: int, tokenizer_digest: str | None) -> None:
+    size = read_json(folder / "config.json", what=CHECKPOINT_KEY).get("vocab_size")
+    if not isinstance(size, int):
+        raise ConfigError(f"{CHECKPOINT_KEY}: {folder / 'config.json'} does not say vocab_size")
+    if tokenizer_digest is None and size != vocab_size:
+        raise ConfigError(
+            f"{CHECKPOINT_KEY}: {folder} has a vocabulary of {size} ids, this run has "
+            f"{vocab_size}: set data.tokenizer, which proves which ids are the same, or use the "
+            "same vocabulary"
+        )
+    if size < vocab_size:
+        raise ConfigError(
+            f"{CHECKPOINT_KEY}: {folder} has a vocabulary of {size} ids, this run has "
+            f"{vocab_size}: use the same tokenizer"
+        )
+
+
+def _check_tokenizer(path: Path, digest: str) -> None:
+    """Raise ConfigError if the teacher's tokenizer has another vocabulary than the run's."""
+    try:
+        teacher_digest = load_tokenizer(path)[1].digest
+    except ConfigError as error:
+        raise ConfigError(
+            "teacher.tokenizer: the teacher's ids cannot be compared with those of data.tokenizer "
+            f"({error}): name its tokenizer"
+        ) from error
+    if teacher_digest != digest:
+        raise ConfigError(
+            f"{CHECKPOINT_KEY}: the teacher's tokenizer {path} has another vocabulary than "
+            f"data.tokenizer (digests {teacher_digest} and {digest}): their ids do not mean the "
+            "same, whatever the sizes"
+        )
+
+
+def _tokenizer_in(folder: Path) -> Path:
+    """Return the SentencePiece model of a folder, or the folder itself."""
+    model = folder / "tokenizer.model"
+    return model if model.is_file() and not (folder / "tokenizer.json").is_file() else folder
+
+
+def use_zero3(shard_parameters: str, world_size: int) -> bool:
+    """Return True if the teacher's weights are spread over all ranks.
+
+    Raises:
+        ConfigError: teacher.shard_parameters asks for it and deepspeed is not installed.
     """
-
-    def __init__(
-        self,
-        folder: Path,
-        groups: Groups,
-        selection: Selection | None,
-        *,
-        precision: str,
-        vocab_size: int,
-        rows: int,
-        sequence_parallel: bool = False,
-        chunk_tokens: int | None = None,
-        zero3: bool = False,
-        offload: bool = False,
-    ) -> None:
-        self.groups, self.vocab_size, self.precision = groups, vocab_size, precision
-        self.sequence_parallel = sequence_parallel
-        shared = groups.tensor_size * groups.pipeline_size
-        self._replica = groups.collection.mp if shared > 1 else None
-        dtype, device = DTYPES[precision], groups.platform.device
-        model, problem = None, None
-        if zero3:
-            model = _spread(folder, dtype, groups, offload)
-        else:
-            try:
-                model = load_causal_lm(folder, dtype, what=_WHAT).to(device)
-            except ConfigError as error:
-                problem = str(error)
-            raise_together(problem, ConfigError)
-        assert model is not None
-        self.model: Any = model.requires_grad_(False).eval()
-        self.head = self._take_head(rows)
-        self.make_target: MakeTarget = (
-            KeepHidden()
-            if selection is None
-            else SelectTargets(selection, groups, vocab_size, sequence_parallel, chunk_tokens)
+    installed = importlib.util.find_spec("deepspeed") is not None
+    if shard_parameters == "zero3" and not installed:
+        raise ConfigError(
+            'teacher.shard_parameters = "zero3" needs deepspeed, which is not installed: '
+            "DS_BUILD_OPS=0 pip install --no-build-isolation 'megatron-kd[deepspeed]', or set it "
+            'to "none"'
         )
-
-    @torch.no_grad()
-    def targets(self, microbatches: Sequence[Microbatch]) -> list[Target | None]:
-        """See TeacherSource. One all-gather of hidden states over the replica's ranks for as many microbatches as it has ranks."""
-        ranks, place = group_size(self._replica), group_rank(self._replica)
-        found: list[Target | None] = []
-        for start in range(0, len(microbatches), ranks):
-            group = microbatches[start : start + ranks]
-            # Every rank runs as often as every other, as ZeRO-3 wants it; what is over repeats the last.
-            mine = self._hidden(group[min(place, len(group) - 1)].tokens)
-            everyone = all_gather(mine, self._replica)
-            for hidden, microbatch in zip(everyone, group, strict=False):
-                found.append(
-                    self._target(hidden, microbatch) if self.groups.is_last_stage else None
-                )
-        return found
-
-    def _hidden(self, tokens: Tensor) -> Tensor:
-        """Final hidden states [S, B, H] of tokens [B, S]: the head hands on what it is given."""
-        hidden: Tensor = self.model(input_ids=tokens, use_cache=False).logits
-        return hidden.transpose(0, 1).to(DTYPES[self.precision]).contiguous()
-
-    def _target(self, hidden: Tensor, microbatch: Microbatch) -> Target:
-        length = hidden.shape[0]
-        if self.sequence_parallel:
-            hidden = hidden.chunk(self.groups.tensor_size)[self.groups.tensor_rank].contiguous()
-        return self.make_target(hidden, self.head, token_keys(microbatch.sample_keys, length))
-
-    @torch.no_grad()
-    def _take_head(self, rows: int) -> Tensor:
-        """[rows, H], this tensor rank's rows of the head (zero past the vocabulary); the model's own head then hands hidden states on."""
-        head = self.model.get_output_embeddings()
-        weight: Tensor | None = getattr(head, "weight", None)
-        problem = None
-        if weight is None or getattr(head, "bias", None) is not None:
-            problem = f"{_WHAT}: the teacher's head is not one matrix without bias, which targets are made from: convert or choose another"
-        raise_together(problem, ConfigError)
-        assert weight is not None
-        start = rows * self.groups.tensor_rank
-        with _whole(weight):
-            mine = torch.zeros(
-                rows,
-                weight.shape[1],
-                dtype=DTYPES[self.precision],
-                device=self.groups.platform.device,
-            )
-            held = max(0, min(rows, self.vocab_size - start))
-            mine[:held] = weight[start : start + held].to(mine)
-        tokens = torch.randint(
-            self.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0)
-        ).to(mine.device)
-        wanted = self.model(input_ids=tokens, use_cache=False).logits[0].float()
-        self.model.set_output_embeddings(_HandOn())
-        logits = self._hidden(tokens)[:, 0].float() @ mine[:held].float().T
-        wanted = wanted[:, start : start + held]
-        difference, scale = (
-            float((logits - wanted).abs().max()) if held else 0.0,
-            float(wanted.abs().max()) if held else 0.0,
-        )
-        if not difference <= _ROUNDING[self.precision] * max(1.0, scale):
-            problem = (
-                f"{_WHAT}: the teacher's logits are not its final hidden states times its head (a soft cap, scaled logits or the like; "
-                f"they differ by {difference:.3g}): such a model cannot be a teacher here"
-            )
-        raise_together(problem, ConfigError)
-        return mine
-
-
-class _HandOn(torch.nn.Module):
-    """Stands in the place of the head."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden
-
-
-@contextlib.contextmanager
-def _whole(weight: Tensor) -> Iterator[None]:
-    """Inside, the parameter is whole on every rank, also where ZeRO-3 has spread it."""
-    if not hasattr(weight, "ds_id"):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([weight]):
-        yield
-
-
-def _spread(folder: Path, dtype: torch.dtype, groups: Groups, offload: bool) -> torch.nn.Module:
-    """The model with its weights spread over all ranks from the moment they are read."""
-    if not groups.platform.is_cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": {
-            "stage": 3,
-            # Norms stay whole: gathering them costs more messages than they are worth.
-            "stage3_param_persistence_threshold": 20_000,
-            **(
-                {"offload_param": {"device": "cpu", "pin_memory": groups.platform.is_cuda}}
-                if offload
-                else {}
-            ),
-        },
-    }
-    # On a CPU its faster messages between processes of one machine would first be compiled, for minutes, on every machine.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend=groups.platform.backend, dist_init_required=False, verbose=False
+    return shard_parameters == "zero3" or (
+        shard_parameters == "auto" and installed and world_size > 1
     )
-    # transformers spreads weights while it reads them for as long as this object lives.
-    spreading = HfDeepSpeedConfig(settings)
-    model = load_causal_lm(folder, dtype, what=_WHAT)
-    del spreading
-    engine, *_ = deepspeed.initialize(model=model, config=settings)
-    module: torch.nn.Module = engine.module
-    # The engine owns the hooks that gather and release weights.
-    module._spread_by = [engine]  # type: ignore[assignment]
-    return module

@@ -1,4 +1,4 @@
-"""Whether a cache says what the teacher says: random samples once more through the live teacher."""
+"""Compare a cache with its teacher, by running random samples through the live teacher again."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from torch import Tensor
 from megatron_kd.cache import CacheReader
 from megatron_kd.targets.keys import sample_key
 from megatron_kd.targets.sparse import SparseTarget
-from megatron_kd.teacher.extract import ShardPlan, microbatches
-from megatron_kd.teacher.source import TeacherSource
+from megatron_kd.teacher.extract import ShardPlan, make_microbatches
+from megatron_kd.teacher.teacher import Teacher
 
-# Mean total variation of a sample's tokens. Quantised values are within 0.006 (KL 7e-5), bf16 logits of another machine or layout
-# within about as much again; another teacher, or another checkpoint of this one, is tenths away.
+# Mean total variation of a sample's tokens. Quantised values are within 0.006 (KL 7e-5), bf16
+# logits of another machine or layout within about as much again; another teacher, or another
+# checkpoint of this one, is tenths away.
 TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
 class Recheck:
-    """distances: of each compared sample, the mean over its tokens of the total variation between what is stored and what the teacher says,
-    in [0, 1], by the sample's number in the data. missing: samples that were chosen and are not in the cache.
+    """Hold the result of a comparison.
+
+    Attributes:
+        distances: by the sample's number in the data, the mean over its tokens of the total
+            variation between the stored and the live target, in [0, 1].
+        missing: numbers of chosen samples that are not in the cache.
     """
 
     distances: dict[int, float]
@@ -29,7 +34,7 @@ class Recheck:
 
     @property
     def wrong(self) -> dict[int, float]:
-        """Those past TOLERANCE."""
+        """Return the distances past TOLERANCE."""
         return {
             sample: distance
             for sample, distance in self.distances.items()
@@ -38,7 +43,7 @@ class Recheck:
 
 
 def recheck(
-    teacher: TeacherSource,
+    teacher: Teacher,
     reader: CacheReader,
     plan: ShardPlan,
     *,
@@ -46,39 +51,58 @@ def recheck(
     seed: int,
     device: torch.device,
 ) -> Recheck | None:
-    """Compare `samples` random ones of the plan's. Collective over the teacher's model-parallel ranks; None off its last stage."""
+    """Compare random samples of a plan.
+
+    Args:
+        teacher: gives the live targets.
+        reader: the cache.
+        plan: the data of the cache.
+        samples: how many to compare.
+        seed: of their choice.
+        device: where the teacher runs.
+
+    Returns:
+        The comparison; None on ranks off the teacher's last stage.
+
+    Collectives: over the teacher's model-parallel ranks.
+    """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(plan.num_samples, generator=generator)[:samples].sort().values.tolist()
-    rows = {number: plan.sample(number) for number in chosen}
-    missing = [number for number, tokens in rows.items() if reader.missing([sample_key(tokens)])]
+    tokens = {number: plan.sample(number) for number in chosen}
+    missing = [number for number in chosen if reader.missing([sample_key(tokens[number])])]
+    stored = [number for number in chosen if number not in missing]
     within = reader.identity.document_attention == "within"
-    held = {number: tokens for number, tokens in rows.items() if number not in missing}
-    answers = {
-        number: teacher.targets([batch])[0]
-        for number, tokens in held.items()
-        for _, batch in microbatches([tokens], 1, device, within)
+    live_targets = {
+        number: teacher.targets([microbatch])[0]
+        for number in stored
+        for _, microbatch in make_microbatches([tokens[number]], 1, device, within)
     }
     distances = {}
-    for number, answer in answers.items():
-        if answer is None:
+    for number, target in live_targets.items():
+        if target is None:
             return None
-        assert isinstance(answer, SparseTarget)
-        distances[number] = float(
-            total_variation(reader.get(held[number]), answer.map(lambda t: t[:, 0].cpu())).mean()
-        )
+        assert isinstance(target, SparseTarget)
+        live = target.map(lambda tensor: tensor[:, 0].cpu())
+        distances[number] = float(total_variation(reader.get(tokens[number]), live).mean())
     return Recheck(distances, missing)
 
 
 def total_variation(first: SparseTarget, second: SparseTarget) -> Tensor:
-    """Between kept distributions [S, K] and [S, L], each rescaled to 1: [S], half the sum of absolute differences."""
+    """Return [S], half the sum of absolute differences between kept distributions.
+
+    Args:
+        first: [S, K], rescaled to 1.
+        second: [S, L], rescaled to 1.
+    """
     ids = torch.cat((first.indices, second.indices), 1).long()
-    shares = torch.cat(
+    probabilities = torch.cat(
         (first.logprobs.double().softmax(1), -second.logprobs.double().softmax(1)), 1
     )
     order = ids.argsort(dim=1, stable=True)
-    ids, shares = ids.gather(1, order), shares.gather(1, order)
-    # An id stands once or twice in a row, side by side: two of one id count by their difference.
-    twin = torch.zeros_like(ids, dtype=torch.bool)
-    twin[:, 1:] = ids[:, 1:] == ids[:, :-1]
-    pairs = (shares + torch.where(twin.roll(-1, 1), shares.roll(-1, 1), 0.0)).abs()
-    return 0.5 * torch.where(twin, 0.0, pairs).sum(1)
+    ids, probabilities = ids.gather(1, order), probabilities.gather(1, order)
+    # An id occurs once or twice per token, side by side: a pair counts by its difference.
+    is_second = torch.zeros_like(ids, dtype=torch.bool)
+    is_second[:, 1:] = ids[:, 1:] == ids[:, :-1]
+    following = torch.where(is_second.roll(-1, 1), probabilities.roll(-1, 1), 0.0)
+    differences = (probabilities + following).abs()
+    return 0.5 * torch.where(is_second, 0.0, differences).sum(1)

@@ -1,16 +1,15 @@
-"""A teacher that is still training: sparse targets from the forward passes it trains with, written beside the training.
+"""Store the targets of a teacher that is still training, from its own forward passes.
 
-A step's targets are those of the weights before its update, which checkpoint step-n holds for step n. They are taken from the
-hidden states on their way into the loss and change nothing of the training: no random number is drawn, nothing is written to.
+A step's targets are those of the weights before its update, which checkpoint step-n holds for step
+n. They are selected from the hidden states on their way into the loss. The training does not
+change: no random number is drawn, and nothing is written to.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,84 +23,127 @@ from megatron_kd.data.batches import Microbatch
 from megatron_kd.parallel.collectives import on_any_rank, raise_together
 from megatron_kd.parallel.groups import Groups
 from megatron_kd.targets.keys import token_keys
-from megatron_kd.targets.sparse import SparseTarget
-from megatron_kd.teacher.build import selection_of
-from megatron_kd.teacher.online import SelectTargets
+from megatron_kd.teacher.runtime.targets import SelectTargets, configured_selection
 from megatron_kd.train.startup.input_checks import Inputs
-from megatron_kd.train.startup.weights_fingerprint import describe_run, record_run
-
-# (hidden [S, B, H], weight [V/tp, H], microbatch): shown what goes into the loss of one microbatch, on the last stage.
-Observe = Callable[[Tensor, Tensor, Microbatch], None]
+from megatron_kd.train.startup.weights_fingerprint import RunDescription, describe_run, record_run
 
 
 class CaptureError(RuntimeError):
-    """Targets could not be written. The checkpoints and what the cache shows stay in step with each other."""
+    """Report that targets could not be written. Checkpoints and cache still agree."""
 
 
-def nothing(hidden: Tensor, weight: Tensor, microbatch: Microbatch) -> None:
-    """Look away."""
+class Capture:
+    """Base class of what a run does with its forward passes besides training.
 
+    Every method is called on every rank alike, but `add` on the last stage only.
+    """
 
-class Capture(Protocol):
-    """What a run does with the forward passes it trains with. Every method is called on every rank alike."""
+    def begin_step(self, step: int) -> None:
+        """Begin the training step with this number. No collective."""
+        raise NotImplementedError
 
-    def observer(self, step: int) -> Observe:
-        """What the microbatches of `step` are shown to. No collective, but what it returns may be one over the tensor group."""
+    def add(self, hidden: Tensor, weight: Tensor, microbatch: Microbatch) -> None:
+        """Take what goes into the loss of one microbatch.
+
+        Args:
+            hidden: [S, B, H], this rank's slice of S under sequence parallelism.
+            weight: [V/tp, H], the output weight.
+            microbatch: its data.
+
+        Collectives: may be collective over the tensor-parallel group.
+        """
+        raise NotImplementedError
 
     def end_step(self) -> None:
-        """All microbatches of the step were shown. CaptureError on every rank where any cannot write; one small all-reduce."""
+        """End the step, after all its microbatches.
+
+        Raises:
+            CaptureError: on every rank, if any rank cannot write.
+
+        Collectives: one small all-reduce, in steps that are captured.
+        """
+        raise NotImplementedError
 
     def stage(self) -> None:
-        """A checkpoint is about to be written. Collective over the world; CaptureError as in `end_step`."""
+        """Prepare for a checkpoint that is about to be written.
+
+        Collective over the world; raises CaptureError as `end_step`.
+        """
+        raise NotImplementedError
 
     def publish(self) -> None:
-        """The checkpoint is committed. Collective over the world; CaptureError as in `end_step`."""
+        """Show the samples up to the checkpoint that has been committed.
+
+        Collective over the world; raises CaptureError as `end_step`.
+        """
+        raise NotImplementedError
 
     def close(self) -> None:
-        """The run ends here, whether well or not. No collective."""
+        """End the run, also after a failure. No collective."""
+        raise NotImplementedError
 
 
-class NoCapture:
-    """Nothing is captured."""
+class NoCapture(Capture):
+    """Store nothing."""
 
-    def observer(self, step: int) -> Observe:
+    def begin_step(self, step: int) -> None:
         """See Capture."""
-        return nothing
+
+    def add(self, hidden: Tensor, weight: Tensor, microbatch: Microbatch) -> None:
+        """See Capture."""
 
     def end_step(self) -> None:
         """See Capture."""
 
-    stage = publish = close = end_step
+    def stage(self) -> None:
+        """See Capture."""
+
+    def publish(self) -> None:
+        """See Capture."""
+
+    def close(self) -> None:
+        """See Capture."""
 
 
-class LiveCapture:
-    """Selects targets on the ranks of the last stage and hands them to `writer`, which one rank of each replica has.
+class LiveCapture(Capture):
+    """Select targets on the ranks of the last stage and write them from one rank of each replica.
 
-    Its own product with the output weight, in chunks: a forward pass of the head more for each captured microbatch.
+    The product with the output weight is its own, in chunks: each captured microbatch costs one
+    more forward pass of the head.
+
+    Args:
+        groups: of the run.
+        steps: which steps are captured.
+        select: makes the targets.
+        writer: of this replica; None on ranks that do not write.
     """
 
     def __init__(
         self, groups: Groups, steps: range, select: SelectTargets, writer: BackgroundWriter | None
     ) -> None:
         self._groups, self._steps, self._select, self._writer = groups, steps, select, writer
-        self._captured = False
+        self._step = -1
 
-    def observer(self, step: int) -> Observe:
+    def begin_step(self, step: int) -> None:
         """See Capture."""
-        self._captured = step in self._steps
-        return partial(self._take, step) if self._captured else nothing
+        self._step = step
 
     @torch.no_grad()
-    def _take(self, step: int, hidden: Tensor, weight: Tensor, microbatch: Microbatch) -> None:
+    def add(self, hidden: Tensor, weight: Tensor, microbatch: Microbatch) -> None:
+        """See Capture."""
+        if self._step not in self._steps:
+            return
         keys = token_keys(microbatch.sample_keys, microbatch.tokens.shape[1])
-        target: SparseTarget = self._select(hidden.detach(), weight.detach(), keys)
+        target = self._select(hidden.detach(), weight.detach(), keys)
         if self._writer is not None:
-            self._writer.put(step, microbatch.named, target)
+            self._writer.put(self._step, microbatch.marked_tokens, target)
 
     def end_step(self) -> None:
         """See Capture."""
+        if self._step not in self._steps:
+            return
         failed = self._writer is not None and self._writer.failed
-        if self._captured and on_any_rank(failed, self._groups.platform.device):
+        if on_any_rank(failed, self._groups.platform.device):
             self._raise_together()
 
     def stage(self) -> None:
@@ -123,65 +165,104 @@ class LiveCapture:
 
     def _raise_together(self) -> None:
         problem = None if self._writer is None else self._writer.problem
-        told = None if problem is None else (
-            f"targets cannot be written to capture.directory: {problem}: those up to the last checkpoint are kept; make room and "
-            "start again"
-        )  # fmt: skip
-        raise_together(told, CaptureError)
+        message = None
+        if problem is not None:
+            message = (
+                f"targets cannot be written to capture.directory: {problem}: those up to the last "
+                "checkpoint are kept; make room and start again"
+            )
+        raise_together(message, CaptureError)
 
 
 def build_capture(config: RunConfig, inputs: Inputs, groups: Groups, *, step: int) -> Capture:
-    """What [capture] asks for, for a run that goes on at `step`. Collective over the world.
+    """Build what [capture] asks for.
 
-    ConfigError on every rank where the directory holds something else, is in use or not writable, or has no room.
+    Args:
+        config: the run.
+        inputs: its checked inputs.
+        groups: of the run.
+        step: at which the run starts or goes on.
+
+    Raises:
+        ConfigError: on every rank, if the directory holds something else, is in use or not
+            writable, or has no room.
+
+    Collectives: over the world.
     """
     section, directory = config.capture, config.capture.directory
     if directory is None:
         return NoCapture()
     run = describe_run(config, inputs, directory)
-    selection = selection_of(config)
-    identity = CacheIdentity(
+    identity = _identity(config, inputs, run)
+    steps = section.steps(config.train.steps)
+    samples = config.batch.global_batch_size // groups.data_size
+    shard_steps = max(1, section.shard_samples // samples)
+    remaining = len(steps) - len(range(steps.start, min(step, steps.stop), steps.step))
+    shard_bytes = _shard_bytes(config, remaining, shard_steps, samples)
+
+    def begin() -> StagedWriter:
+        record_run(directory, run)
+        write_identity(directory, identity)
+        writer = StagedWriter(directory, identity, worker=groups.data_rank, shard_steps=shard_steps)
+        # The first replica's lock guards what a killed job has left until it is reconciled.
+        if groups.data_rank == 0:
+            reconcile(directory, step)
+        _check_room(directory, shard_bytes * groups.data_size)
+        return writer
+
+    writer = _begin_in_order(begin, groups)
+    background = None
+    if writer is not None:
+        background = BackgroundWriter(writer, max_bytes=section.queue_mib << 20)
+    return LiveCapture(groups, steps, _selector(config, inputs, groups), background)
+
+
+def _identity(config: RunConfig, inputs: Inputs, run: RunDescription) -> CacheIdentity:
+    return CacheIdentity(
         teacher=run.digest,
         tokenizer=inputs.digest,
         vocab_size=inputs.vocab_size,
         sequence_length=config.batch.sequence_length,
-        selection=selection,
-        value_encoding=section.value_encoding,
+        selection=configured_selection(config),
+        value_encoding=config.capture.value_encoding,
         document_attention=config.data.document_attention,
     )
-    steps = section.steps(config.train.steps)
-    to_come = len(steps) - len(range(steps.start, min(step, steps.stop), steps.step))
-    samples = config.batch.global_batch_size // groups.data_size
-    shard_steps = max(1, section.shard_samples // samples)
-    shard_tokens = min(shard_steps, to_come) * samples * config.batch.sequence_length
 
-    def begin() -> StagedWriter:
-        record_run(directory, run)
-        return _begin(
-            directory,
-            identity,
-            groups,
-            shard_steps,
-            step,
-            shard_tokens * config.target_bytes_per_token,
-        )
 
-    writer = _each_writer(begin, groups)
-    select = SelectTargets(
-        selection,
+def _selector(config: RunConfig, inputs: Inputs, groups: Groups) -> SelectTargets:
+    return SelectTargets(
+        configured_selection(config),
         groups,
         inputs.vocab_size,
         config.parallel.sequence_parallel,
         config.distill.chunk_tokens,
     )
-    background = (
-        None if writer is None else BackgroundWriter(writer, max_bytes=section.queue_mib << 20)
-    )
-    return LiveCapture(groups, steps, select, background)
 
 
-def _each_writer(begin: Callable[[], StagedWriter], groups: Groups) -> StagedWriter | None:
-    """`begin()` on the ranks that write, the first replica's before the others'; None elsewhere. Collective over the world."""
+def _shard_bytes(config: RunConfig, remaining_steps: int, shard_steps: int, samples: int) -> int:
+    """Return the size in memory of one replica's shard.
+
+    Args:
+        config: the run.
+        remaining_steps: steps that are still to be captured.
+        shard_steps: captured steps of a full shard.
+        samples: of one replica in a step.
+    """
+    tokens = min(shard_steps, remaining_steps) * samples * config.batch.sequence_length
+    return tokens * config.target_bytes_per_token
+
+
+def _begin_in_order(begin: Callable[[], StagedWriter], groups: Groups) -> StagedWriter | None:
+    """Call `begin` on the ranks that write, the first replica's before the others'.
+
+    Returns:
+        The writer; None on ranks that do not write.
+
+    Raises:
+        ConfigError: on every rank, if any cannot begin.
+
+    Collectives: two over the world.
+    """
     writer, problem = None, None
     for first in (True, False):
         if groups.reports_loss and (groups.data_rank == 0) == first:
@@ -190,25 +271,11 @@ def _each_writer(begin: Callable[[], StagedWriter], groups: Groups) -> StagedWri
             except (CacheError, ConfigError) as error:
                 problem = f"capture.directory: {error}"
             except OSError as error:
-                problem = f"capture.directory cannot be written ({error}): choose another directory, or free space"
+                problem = (
+                    f"capture.directory cannot be written ({error}): choose another directory, or "
+                    "free space"
+                )
         raise_together(problem, ConfigError)
-    return writer
-
-
-def _begin(
-    directory: Path,
-    identity: CacheIdentity,
-    groups: Groups,
-    shard_steps: int,
-    step: int,
-    shard_bytes: int,
-) -> StagedWriter:
-    """The writer of this replica; the first one's lock guards the settling of what a killed job has left."""
-    write_identity(directory, identity)
-    writer = StagedWriter(directory, identity, worker=groups.data_rank, shard_steps=shard_steps)
-    if groups.data_rank == 0:
-        reconcile(directory, step)
-    _check_room(directory, shard_bytes * groups.data_size)
     return writer
 
 
@@ -216,6 +283,7 @@ def _check_room(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise ConfigError(
-            f"{directory} has {free >> 20} MiB free, but a shard of each data-parallel rank may need {-(-needed >> 20)} MiB together: "
-            "free space, or set a smaller capture.shard_samples"
+            f"{directory} has {free >> 20} MiB free, but a shard of each data-parallel rank may "
+            f"need {-(-needed >> 20)} MiB together: free space, or set a smaller "
+            "capture.shard_samples"
         )

@@ -296,7 +296,7 @@ def _stopwatch(run: Run) -> Stopwatch:
     config, length = run.config, run.config.batch.sequence_length
     flops = flops_per_token(config.model, run.inputs.vocab_size, length)
     flops += projection_flops_per_token(config.model, run.inputs.projections)
-    teacher = run.inputs.teacher_model
+    teacher = run.inputs.teacher.model
     if teacher is not None:
         flops += flops_per_token(teacher, run.inputs.vocab_size, length, forward_only=True)
     peak = config.telemetry.peak_tflops

@@ -22,10 +22,11 @@ from megatron_kd.targets import (
 )
 from megatron_kd.targets.keys import token_keys
 from megatron_kd.teacher.extract import (
+    Extraction,
     ShardPlan,
-    extract,
+    extract_shard,
     finished_shards,
-    microbatches,
+    make_microbatches,
     sole_writer,
 )
 from megatron_kd.teacher.recheck import TOLERANCE, recheck, total_variation
@@ -75,10 +76,18 @@ def store(
     directory: Path, teacher: Teacher, plan: ShardPlan, shards: Sequence[int]
 ) -> CacheIdentity:
     identity = CacheIdentity("ab", None, V, S, teacher.selection)
-    extract(
-        teacher, plan, shards, directory, identity, writes=True, worker=0, micro_batch_size=3, num_microbatches=2,
+    extraction = Extraction(
+        plan,
+        directory,
+        identity,
+        writes=True,
+        worker=0,
+        micro_batch_size=3,
+        num_microbatches=2,
         device=torch.device("cpu"),
-    )  # fmt: skip
+    )
+    for shard in shards:
+        extract_shard(teacher, extraction, shard)  # type: ignore[arg-type]
     return identity
 
 
@@ -162,7 +171,7 @@ def test_recheck_finds_what_the_teacher_does_not_say(selection: Selection, tmp_p
 
 
 def _batch(tokens: Tensor) -> Microbatch:
-    ((_, batch),) = microbatches([tokens], 1, torch.device("cpu"), False)
+    ((_, batch),) = make_microbatches([tokens], 1, torch.device("cpu"), False)
     return batch
 
 

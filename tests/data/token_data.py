@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_kd.data.batches import BatchSource
+from megatron_kd.data.batches import BatchLayout, BatchSource
 from megatron_kd.data.dataset import DatasetRequest, TokenDataset, build_dataset
 from megatron_kd.data.preparation.token_file_writer import TokenFileWriter
 
@@ -69,12 +69,8 @@ def batch_source(
     dataset: TokenDataset, rank: int = 0, size: int = 1, **changes: object
 ) -> BatchSource:
     """Make a source of global batches of 12 samples, changed by keyword arguments."""
-    settings: dict[str, object] = dict(
-        global_batch_size=12, micro_batch_size=2, vocab_size=VOCAB, device="cpu"
-    )
-    return BatchSource(
-        dataset,
-        data_parallel_rank=rank,
-        data_parallel_size=size,
-        **(settings | changes),  # type: ignore[arg-type]
-    )
+    sizes: dict[str, object] = {"global_batch_size": 12, "micro_batch_size": 2}
+    sizes |= {name: changes.pop(name) for name in sizes if name in changes}
+    layout = BatchLayout(data_parallel_rank=rank, data_parallel_size=size, **sizes)  # type: ignore[arg-type]
+    settings: dict[str, object] = {"vocab_size": VOCAB, "device": "cpu"} | changes
+    return BatchSource(dataset, layout, **settings)  # type: ignore[arg-type]

@@ -46,7 +46,7 @@ def ask_unevenly(rendezvous: str, config: RunConfig, counts: list[list[int]]) ->
     from megatron_kd.train.build import build_run
 
     run = build_run(config, rendezvous=rendezvous)
-    run.teacher.even = False
+    run.teacher.equal_counts = False
     found = [first_targets(run, each[run.groups.data_rank]) for each in counts]
     stop_groups()
     return found
@@ -55,7 +55,7 @@ def ask_unevenly(rendezvous: str, config: RunConfig, counts: list[list[int]]) ->
 def first_targets(run: Any, count: int | None = None) -> Asked:
     """The targets of the first step (of its first `count` microbatches), and what was sent for them."""
     from megatron_kd.targets import SparseTarget
-    from megatron_kd.teacher import separate_layout as own_layout
+    from megatron_kd.teacher.runtime import separate_layout as own_layout
 
     asked, exchange = Asked(), own_layout.exchange
 
@@ -88,7 +88,7 @@ def run_ahead(
 ) -> list[tuple[bool, bool, list[float]]]:
     """Each run in turn in one world: whether its teacher runs ahead, whether with its stages reversed, and every step's numbers."""
     from megatron_kd.parallel.groups import seed_step, stop_groups
-    from megatron_kd.teacher.ahead import AheadTeacher
+    from megatron_kd.teacher.runtime.drain import DrainTeacher
     from megatron_kd.train.build import build_run
     from megatron_kd.train.evaluate import evaluate
     from megatron_kd.train.step import train_step
@@ -96,9 +96,9 @@ def run_ahead(
     found = []
     for number, config in enumerate(configs):
         run = build_run(config, rendezvous=f"{rendezvous}-{number}")
-        ahead = isinstance(run.teacher, AheadTeacher)
-        inner = run.teacher.inner if ahead else run.teacher
-        reversed_stages = getattr(inner, "own", run.groups).reversed_stages
+        ahead = isinstance(run.teacher, DrainTeacher)
+        inner = run.teacher.model if ahead else run.teacher
+        reversed_stages = getattr(inner, "groups", run.groups).reversed_stages
         numbers = []
         while run.progress.step < steps:
             seed_step(config.train.seed, run.progress.step, run.groups)

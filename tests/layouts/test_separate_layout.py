@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_kd.config import ConfigError, RunConfig, dump_toml
-from megatron_kd.teacher.split import Split
+from megatron_kd.teacher.runtime.split import Split
 from megatron_kd.train.startup.input_checks import check_inputs
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny, write_tokens
@@ -250,9 +250,9 @@ def test_each_sample_belongs_to_one_of_each() -> None:
         assert samples == list(range(split.total)), say(seed, split)
         for part in split.ranges():
             for sample in (part.start, part.stop - 1):
-                assert sample in split.owned(part.owner), say(seed, split, part)
-                assert sample in split.worked(part.worker), say(seed, split, part)
-        shares = [len(split.worked(worker)) for worker in range(workers)]
+                assert sample in split.of_student(part.student), say(seed, split, part)
+                assert sample in split.of_teacher(part.teacher), say(seed, split, part)
+        shares = [len(split.of_teacher(worker)) for worker in range(workers)]
         assert max(shares) - min(shares) <= 1, say(seed, split)
 
 

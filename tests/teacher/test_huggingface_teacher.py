@@ -131,21 +131,15 @@ def targets_on_rank(rendezvous: str, folder: Path, zero3: bool, offload: bool) -
     from megatron_kd.parallel.groups import start_groups, stop_groups
     from megatron_kd.targets import TopSelection
     from megatron_kd.targets.keys import sample_keys
-    from megatron_kd.teacher.huggingface import HuggingFaceTeacher
+    from megatron_kd.teacher.runtime.huggingface import HuggingFaceSettings, HuggingFaceTeacher
+    from megatron_kd.teacher.runtime.targets import SelectTargets
 
     groups = start_groups(
         platform, ParallelSection(tensor=2), timeout_seconds=120, rendezvous=rendezvous
     )
-    teacher = HuggingFaceTeacher(
-        folder,
-        groups,
-        TopSelection(8),
-        precision="fp32",
-        vocab_size=VOCAB,
-        rows=52,
-        zero3=zero3,
-        offload=offload,
-    )
+    settings = HuggingFaceSettings("fp32", VOCAB, rows=52, zero3=zero3, offload=offload)
+    make_target = SelectTargets(TopSelection(8), groups, VOCAB, False, None)
+    teacher = HuggingFaceTeacher(folder, groups, make_target, settings)
     tokens = torch.randint(VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
     batch = Microbatch(
         tokens,
@@ -211,7 +205,7 @@ def test_bad_folders_are_named_before_any_collective(tmp_path: Path, name: str) 
         teacher={"source": "huggingface", "checkpoint": str(folder)},
         distill=DISTILL,
     )
-    assert check_inputs(config, world_size=1).huggingface == folder
+    assert check_inputs(config, world_size=1).teacher.folder == folder
     spoil(folder)
     with pytest.raises(ConfigError, match=sentence):
         check_inputs(config, world_size=1)

@@ -94,7 +94,7 @@ def test_its_precision_is_its_own(folder: Path) -> None:
 def with_and_without(rendezvous: str, config: RunConfig) -> bool:
     """Whether weights that come and go give the same targets; where they are in between is checked here."""
     from megatron_kd.parallel.groups import stop_groups
-    from megatron_kd.teacher.offload import Offloaded
+    from megatron_kd.teacher.runtime.offload import OffloadedWeights
     from megatron_kd.train.build import build_run
 
     run = build_run(config, rendezvous=rendezvous)
@@ -102,10 +102,10 @@ def with_and_without(rendezvous: str, config: RunConfig) -> bool:
     wanted = run.teacher.targets(microbatches)
     weights = list(run.teacher.models[0].parameters())
     before = [weight.data_ptr() for weight in weights]
-    away = Offloaded(run.teacher.models, torch.device("cpu"))
+    away = OffloadedWeights(run.teacher.models, torch.device("cpu"))
     home = [weight.data_ptr() for weight in weights]
     assert not {*before} & {*home}
-    run.teacher.resident = lambda: away
+    run.teacher.resident = away
     for _ in range(2):
         for mine, theirs in zip(run.teacher.targets(microbatches), wanted, strict=True):
             assert all(

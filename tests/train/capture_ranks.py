@@ -64,11 +64,11 @@ def killed(run_file: Path, where: str, step: int) -> None:
     name = {"stepped": "end_step", "staged": "stage", "saved": "publish"}[where]
     before, after = where == "saved", where != "saved"
     real, seen = getattr(LiveCapture, name), {"step": -1}
-    observer = LiveCapture.observer
+    begin_step = LiveCapture.begin_step
 
-    def noted(self: Any, number: int) -> Any:
+    def noted(self: Any, number: int) -> None:
         seen["step"] = number
-        return observer(self, number)
+        begin_step(self, number)
 
     def fatal(self: Any) -> None:
         while (
@@ -81,7 +81,7 @@ def killed(run_file: Path, where: str, step: int) -> None:
         if after and seen["step"] == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    LiveCapture.observer = noted  # type: ignore[method-assign]
+    LiveCapture.begin_step = noted  # type: ignore[method-assign]
     setattr(LiveCapture, name, fatal)
     main(run_file)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ def hidden_states(
     from megatron_kd.parallel.groups import start_groups, stop_groups
     from megatron_kd.parallel.platform import start_platform
     from megatron_kd.targets.keys import mark_starts
+    from megatron_kd.train.forward import StudentInput
     from megatron_kd.train.step import forward_step
 
     found = []
@@ -46,11 +48,11 @@ def hidden_states(
             batch = Microbatch.of(
                 named, row, torch.ones(row.shape), torch.tensor([0]), within_documents=within
             )
-            batches.append((batch, None))
+            batches.append(StudentInput(batch))
         student.sequence_length, student.micro_batch_size = len(sequences[0][0]), 1
         with torch.no_grad():
             student.run_schedule(
-                lambda data, chunk: forward_step(data, chunk, objective=keep),
+                partial(forward_step, objective=keep),
                 batches,
                 forward_only=True,
             )  # type: ignore[arg-type]

@@ -31,9 +31,9 @@ def run_masked(
 ) -> Ran:
     """`run_all`, then `engine_steps`, on data where every third id takes no part in the loss."""
     from megatron_kd.parallel.groups import stop_groups
-    from megatron_kd.train import hidden_state_loss as hidden_states
+    from megatron_kd.train import layer_exchange
 
-    whole, exchange, ran = BatchSource.microbatches, hidden_states.exchange, Ran()
+    whole, exchange, ran = BatchSource.microbatches, layer_exchange.exchange, Ran()
 
     def counted(sends: dict[int, torch.Tensor], *rest: Any, **named: Any) -> Any:
         here = torch.distributed.get_rank(named["group"])
@@ -43,7 +43,7 @@ def run_masked(
         return exchange(sends, *rest, **named)
 
     BatchSource.microbatches = lambda self, *where: [_mask(each) for each in whole(self, *where)]  # type: ignore[method-assign]
-    hidden_states.exchange = counted
+    layer_exchange.exchange = counted
     for number, job in enumerate(jobs):
         ran.sent.append(None)
         ran.trained += run_all(f"{rendezvous}-{number}", [job])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.batches import BatchSource, Microbatch
+from megatron_kd.data.batches import BatchLayout, BatchSource, Microbatch
 from megatron_kd.data.dataset import DatasetRequest, build_dataset
 from megatron_kd.data.preparation.token_file_writer import TokenFileWriter
 from megatron_kd.data.token_file_checks import check_token_file
@@ -51,15 +51,7 @@ def build(prefix: str, tmp_path: Path, **changes: Any) -> Any:
 
 
 def batches_of(dataset: Any, size: int = 2) -> list[Microbatch]:
-    source = BatchSource(
-        dataset,
-        global_batch_size=size,
-        micro_batch_size=size,
-        data_parallel_rank=0,
-        data_parallel_size=1,
-        vocab_size=VOCAB,
-        device="cpu",
-    )
+    source = BatchSource(dataset, BatchLayout(size, size), vocab_size=VOCAB, device="cpu")
     return [
         batch
         for consumed in range(0, len(dataset) // size * size, size)
@@ -111,7 +103,7 @@ def test_names_tell_where_documents_begin(tmp_path: Path) -> None:
         batch = Microbatch.of(
             given, given, torch.ones(given.shape), torch.tensor([0]), within_documents=within
         )
-        assert torch.equal(batch.named, given)
+        assert torch.equal(batch.marked_tokens, given)
         assert torch.equal(batch.tokens, tokens.view(1, -1))
     assert sample_key(mark_starts(tokens, starts)) != sample_key(tokens)
     assert torch.equal(mark_starts(tokens, starts & False), tokens)

@@ -1,4 +1,7 @@
-"""What can be known to be wrong before ranks talk to each other, or torch is imported: each rank finds it by itself."""
+"""Check a run's inputs before ranks communicate and before torch is imported.
+
+Each rank checks by itself, and finds the same.
+"""
 
 from __future__ import annotations
 
@@ -12,65 +15,90 @@ from megatron_kd.checkpoint.manifest import file_problem
 from megatron_kd.checkpoint.store import (
     CheckpointInfo,
     check_same_model,
-    check_same_vocabulary,
     complete_steps,
     find_checkpoint,
     has_digests,
     read_info,
     step_folder,
 )
-from megatron_kd.config import ConfigError, ModelSection, RunConfig
+from megatron_kd.config import ConfigError, RunConfig
 from megatron_kd.config.hidden_state_pairs import Projection, projections_of
 from megatron_kd.data.token_file_checks import check_token_file
 from megatron_kd.data.token_files import packed_length, read_index
 from megatron_kd.data.tokenizer import TokenizerInfo, load_tokenizer
 from megatron_kd.storage.directory_lock import lock_conflict
-from megatron_kd.teacher.huggingface_folder import check_huggingface_teacher, known_shape
+from megatron_kd.teacher.source import TeacherInputs, teacher_source
+
+_INITIAL = "checkpoint.initialize_from"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the checks before the first collective have found.
+    """Hold what the checks before the first collective have read.
 
-    skipped_checkpoints: (step, what is wrong) of damaged checkpoints newer than `resume`, found out by all ranks together.
-    settings: what decides the weights (train/startup/run_fingerprint.py). changed_settings: in words, what of it is another than in `resume`.
+    Attributes:
+        vocab_size: true number of ids.
+        tokenizer: of data.tokenizer; None without one.
+        teacher: the teacher's checked inputs.
+        resume: folder and description of the checkpoint that the run continues.
+        initial: folder of the checkpoint that a new run starts from.
+        projections: trained between layers of different widths (distill.hidden_states).
+        skipped_checkpoints: (step, problem) of those newer than `resume`, which all ranks have
+            found together.
+        settings: what decides the weights (train/startup/run_fingerprint.py).
+        changed_settings: sentences about settings that differ from those of `resume`.
     """
 
     vocab_size: int
     tokenizer: TokenizerInfo | None
-    teacher: tuple[Path, CheckpointInfo] | None
+    teacher: TeacherInputs
     resume: tuple[Path, CheckpointInfo] | None
     initial: Path | None
-    huggingface: Path | None = None
     projections: tuple[Projection, ...] = ()
     skipped_checkpoints: tuple[tuple[int, str], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     changed_settings: tuple[str, ...] = ()
 
     @property
-    def teacher_model(self) -> ModelSection | None:
-        """Shape of the teacher; None without one, and for one that is not of a family known here."""
-        if self.huggingface is not None:
-            return known_shape(self.huggingface)
-        return self.teacher[1].model_section() if self.teacher is not None else None
-
-    @property
     def digest(self) -> str | None:
-        """Digest of the tokenizer's vocabulary."""
+        """Return the digest of the tokenizer's vocabulary; None without a tokenizer."""
         return self.tokenizer.digest if self.tokenizer else None
 
 
 def checkpoints_folder(config: RunConfig) -> Path:
-    """Where this run's checkpoints are."""
+    """Return the folder of this run's checkpoints."""
     return config.run.directory / "checkpoints"
 
 
 def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
-    """Check sizes, tokenizer, data and checkpoints. ConfigError with one sentence, the same on every rank; no collective."""
+    """Check sizes, tokenizer, data, teacher and checkpoints. No collective.
+
+    Raises:
+        ConfigError: with one sentence, the same on every rank.
+    """
     config.data_parallel_size(world_size)
-    held = lock_conflict(config.run.directory, report=_say)
-    if held is not None:
-        raise ConfigError(held)
+    conflict = lock_conflict(config.run.directory, report=_print)
+    if conflict is not None:
+        raise ConfigError(conflict)
+    tokenizer, vocab_size = _check_vocabulary(config)
+    digest = tokenizer.digest if tokenizer else None
+    for prefix in (*config.data.train, *config.data.valid.values()):
+        _check_data(config, prefix, vocab_size, digest)
+    teacher = teacher_source(config).check_inputs(vocab_size, digest, world_size)
+    projections: tuple[Projection, ...] = ()
+    if teacher.model is not None:
+        projections = projections_of(config.distill.hidden_states, config.model, teacher.model)
+    resume = _checkpoint_to_resume(config, vocab_size, digest, projections)
+    initial = None if resume is not None else _initial_checkpoint(config, vocab_size, digest)
+    return Inputs(vocab_size, tokenizer, teacher, resume, initial, projections)
+
+
+def _print(message: str) -> None:
+    print(f"megatron_kd: {message}", file=sys.stderr, flush=True)
+
+
+def _check_vocabulary(config: RunConfig) -> tuple[TokenizerInfo | None, int]:
+    """Return the tokenizer, if there is one, and the vocabulary size."""
     tokenizer = None
     if config.data.tokenizer:
         tokenizer = load_tokenizer(
@@ -79,116 +107,77 @@ def check_inputs(config: RunConfig, *, world_size: int) -> Inputs:
     vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            f"model.vocab_size ({vocab_size}) is smaller than the vocabulary of data.tokenizer ({tokenizer.vocab_size} ids)"
+            f"model.vocab_size ({vocab_size}) is smaller than the vocabulary of data.tokenizer "
+            f"({tokenizer.vocab_size} ids)"
         )
-    if (
-        (config.teacher.enabled or config.capture.directory is not None)
-        and config.distill.num_draws is None
-        and not config.distill.dense
-        and config.distill.top_k > vocab_size
-    ):
+    distill = config.distill
+    needs_targets = config.teacher.enabled or config.capture.directory is not None
+    uses_top_k = needs_targets and distill.num_draws is None and not distill.dense
+    if uses_top_k and distill.top_k > vocab_size:
         raise ConfigError(
-            f"distill.top_k ({config.distill.top_k}) must be at most the vocabulary size ({vocab_size})"
+            f"distill.top_k ({distill.top_k}) must be at most the vocabulary size ({vocab_size})"
         )
-    digest = tokenizer.digest if tokenizer else None
-    for prefix in (*config.data.train, *config.data.valid.values()):
-        check_token_file(prefix, vocab_size=vocab_size, tokenizer_digest=digest)
-        if read_index(prefix).num_tokens < config.batch.sequence_length + 1:
-            raise ConfigError(
-                f"{prefix} holds {read_index(prefix).num_tokens} tokens, fewer than one sequence of batch.sequence_length + 1 = "
-                f"{config.batch.sequence_length + 1}: use more data or a shorter sequence"
-            )
-        _check_packed(config, prefix)
-    teacher = huggingface = None
-    if config.teacher.source == "huggingface":
-        huggingface = check_huggingface_teacher(config, vocab_size=vocab_size, digest=digest)
-    elif config.teacher.enabled and config.teacher.checkpoint is not None:
-        teacher = _check_teacher(config, config.teacher.checkpoint, vocab_size, digest, world_size)
-    projections = (
-        projections_of(config.distill.hidden_states, config.model, teacher[1].model_section())
-        if teacher is not None
-        else ()
-    )
-    resume = _checkpoint_to_resume(config, vocab_size, digest, projections)
-    initial = None
-    if resume is None and config.checkpoint.initialize_from is not None:
-        initial = find_checkpoint(
-            config.checkpoint.initialize_from, what="checkpoint.initialize_from"
+    return tokenizer, vocab_size
+
+
+def _check_data(config: RunConfig, prefix: str, vocab_size: int, digest: str | None) -> None:
+    """Raise ConfigError if a token file does not suit this run."""
+    check_token_file(prefix, vocab_size=vocab_size, tokenizer_digest=digest)
+    tokens, needed = read_index(prefix).num_tokens, config.batch.sequence_length + 1
+    if tokens < needed:
+        raise ConfigError(
+            f"{prefix} holds {tokens} tokens, fewer than one sequence of "
+            f"batch.sequence_length + 1 = {needed}: use more data or a shorter sequence"
         )
-        info = read_info(initial, what="checkpoint.initialize_from")
-        check_same_model(
-            info,
-            config.model,
-            vocab_size=vocab_size,
-            tokenizer=digest,
-            folder=initial,
-            what="checkpoint.initialize_from",
-        )
-    return Inputs(vocab_size, tokenizer, teacher, resume, initial, huggingface, projections)
-
-
-def _say(sentence: str) -> None:
-    print(f"megatron_kd: {sentence}", file=sys.stderr, flush=True)
-
-
-def _check_teacher(
-    config: RunConfig, path: Path, vocab_size: int, digest: str | None, world_size: int
-) -> tuple[Path, CheckpointInfo]:
-    """The teacher's checkpoint; ConfigError where it does not fit this run."""
-    folder = find_checkpoint(path, what="teacher.checkpoint")
-    info = read_info(folder, what="teacher.checkpoint")
-    model = info.model_section()
-    check_same_vocabulary(
-        info, vocab_size=vocab_size, tokenizer=digest, folder=folder, what="teacher.checkpoint"
-    )
-    _check_teacher_layout(config, model, folder, world_size)
-    window = model.window_problem(config.batch.sequence_length)
-    if window is not None:
-        raise ConfigError(f"teacher.checkpoint: {folder}: batch.sequence_length {window}")
-    for pair in config.distill.hidden_states:
-        if pair.teacher_layer > model.num_layers:
-            raise ConfigError(
-                f"distill.hidden_states names teacher_layer {pair.teacher_layer}, but the teacher {folder} has {model.num_layers} layers"
-            )
-    return folder, info
-
-
-def _check_teacher_layout(
-    config: RunConfig, model: ModelSection, folder: Path, world_size: int
-) -> None:
-    """ConfigError where the teacher cannot be cut as the run file says: by its own sizes, or by the student's."""
-    if config.teacher.reads_cache and not config.teacher.falls_back:
-        return
-    problem = config.teacher_problem(model, world_size)
-    if problem is not None:
-        raise ConfigError(f"teacher.checkpoint: {folder} has {problem}")
+    _check_packed(config, prefix)
 
 
 def _check_packed(config: RunConfig, prefix: str) -> None:
-    """ConfigError where packed conversations would be cut apart, or would see each other."""
+    """Raise ConfigError if packed conversations would be cut apart, or would see each other."""
     length = packed_length(prefix)
     if length is not None and length != config.batch.sequence_length:
         raise ConfigError(
-            f"{prefix} holds conversations packed into samples of {length} tokens: set batch.sequence_length to that, or make it again "
-            f"with --sequence-length {config.batch.sequence_length}"
+            f"{prefix} holds conversations packed into samples of {length} tokens: set "
+            "batch.sequence_length to that, or make it again with --sequence-length "
+            f"{config.batch.sequence_length}"
         )
     if length is not None and config.data.document_attention != "within":
         raise ConfigError(
-            f'{prefix} holds several conversations in each sample: set data.document_attention = "within"'
+            f"{prefix} holds several conversations in each sample: set "
+            'data.document_attention = "within"'
         )
+
+
+def _initial_checkpoint(config: RunConfig, vocab_size: int, digest: str | None) -> Path | None:
+    """Return the checkpoint that a new run starts from, if it names one."""
+    if config.checkpoint.initialize_from is None:
+        return None
+    folder = find_checkpoint(config.checkpoint.initialize_from, what=_INITIAL)
+    check_same_model(
+        read_info(folder, what=_INITIAL),
+        config.model,
+        vocab_size=vocab_size,
+        tokenizer=digest,
+        folder=folder,
+        what=_INITIAL,
+    )
+    return folder
 
 
 def _checkpoint_to_resume(
     config: RunConfig, vocab_size: int, digest: str | None, projections: tuple[Projection, ...]
 ) -> tuple[Path, CheckpointInfo] | None:
-    """The newest checkpoint that can be told what it is; whether its files are sound is found out together (train/startup/resume.py)."""
+    """Return the newest checkpoint that can be identified.
+
+    Whether its files are valid is found out by all ranks together (train/startup/resume.py).
+    """
     steps = complete_steps(checkpoints_folder(config))
     if not steps:
         return None
     if not config.checkpoint.resume:
         raise ConfigError(
-            f"run.directory {config.run.directory} already holds a checkpoint of step {steps[-1]}: "
-            "choose another directory, or set checkpoint.resume = true to continue it"
+            f"run.directory {config.run.directory} already holds a checkpoint of step "
+            f"{steps[-1]}: choose another directory, or set checkpoint.resume = true to continue it"
         )
     problems = []
     for step in reversed(steps):
@@ -219,7 +208,19 @@ def check_resume(
     digest: str | None,
     projections: tuple[Projection, ...],
 ) -> None:
-    """ConfigError where the run cannot go on from this checkpoint."""
+    """Check that the run can continue a checkpoint.
+
+    Args:
+        config: the run.
+        folder: of the checkpoint.
+        info: its description.
+        vocab_size: true number of ids of the run.
+        digest: of the run's vocabulary; None without a tokenizer.
+        projections: that the run trains.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     check_same_model(
         info,
         config.model,
@@ -230,20 +231,23 @@ def check_resume(
     )
     if info.distributed_optimizer != config.optimizer.distributed:
         raise ConfigError(
-            f"run.directory: {folder} was saved with optimizer.distributed = {str(info.distributed_optimizer).lower()}: "
-            "continue with the same"
+            f"run.directory: {folder} was saved with optimizer.distributed = "
+            f"{str(info.distributed_optimizer).lower()}: continue with the same"
         )
-    if info.hidden_projections != [list(each) for each in projections]:
+    if info.hidden_projections != [list(projection) for projection in projections]:
         raise ConfigError(
-            f"run.directory: {folder} trains projections of {_layers(info.hidden_projections)}, this run of {_layers(projections)}: "
-            "continue with the same pairs in distill.hidden_states and the same teacher, or start a new run with checkpoint.initialize_from"
+            f"run.directory: {folder} trains projections of "
+            f"{_describe_projections(info.hidden_projections)}, this run of "
+            f"{_describe_projections(projections)}: continue with the same pairs in "
+            "distill.hidden_states and the same teacher, or start a new run with "
+            "checkpoint.initialize_from"
         )
 
 
-def _layers(projections: Iterable[Iterable[int]]) -> str:
-    """Pairs of layers in words."""
-    named = [
+def _describe_projections(projections: Iterable[Iterable[int]]) -> str:
+    """Return pairs of layers in words."""
+    pairs = [
         f"layer {student} to the teacher's {teacher} (width {width})"
         for student, teacher, width in projections
     ]
-    return ", ".join(named) or "no layer"
+    return ", ".join(pairs) or "no layer"

@@ -14,12 +14,9 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from megatron_kd.cache import CacheError, CacheReader
-from megatron_kd.cache.reader import CacheFiles, read_identity
-from megatron_kd.checkpoint.store import checkpoint_digest
-from megatron_kd.config import ConfigError, RunConfig, Section
+from megatron_kd.config import RunConfig, Section
 from megatron_kd.data.token_digests import token_digest
-from megatron_kd.storage.sampled_digests import sampled_folder_digest
+from megatron_kd.teacher.source import teacher_source
 from megatron_kd.train.startup.input_checks import Inputs
 
 # Parallel layout and memory strategy change rounding only, never what is computed.
@@ -39,18 +36,8 @@ def checkpoint_settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     Raises:
         ConfigError: The teacher's cache cannot be read.
     """
-    settings = _student_settings(config, inputs)
-    teacher = config.teacher
-    if teacher.reads_cache:
-        try:
-            identity = read_identity(CacheFiles(str(teacher.cache)))
-        except CacheError as error:
-            raise ConfigError(f"teacher.cache: {error}") from error
-        settings["teacher.cache"] = json.loads(identity.to_json())
-    elif teacher.enabled and teacher.checkpoint is not None:
-        folder = inputs.teacher[0] if inputs.teacher is not None else teacher.checkpoint
-        settings["teacher.checkpoint"] = sampled_folder_digest(folder)
-    return settings
+    teacher = teacher_source(config).run_fingerprint(inputs.teacher)
+    return _student_settings(config, inputs) | teacher
 
 
 def capture_settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
@@ -63,13 +50,8 @@ def capture_settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     Returns:
         Key of the run file -> JSON value. Content stands in place of paths.
     """
-    settings = _student_settings(config, inputs)
-    if config.teacher.enabled and inputs.teacher is not None:
-        settings["teacher.checkpoint"] = checkpoint_digest(inputs.teacher[0])
-    if config.teacher.reads_cache:
-        identity = CacheReader(str(config.teacher.cache)).identity
-        settings["teacher.cache"] = json.loads(identity.to_json())
-    return settings
+    teacher = teacher_source(config).weights_fingerprint(inputs.teacher)
+    return _student_settings(config, inputs) | teacher
 
 
 def differences(

@@ -1,0 +1,1 @@
+"""Run teachers: the objects that sources build once torch and megatron-core are loaded."""
