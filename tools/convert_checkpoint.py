@@ -300,9 +300,9 @@ def _check(ours: Path, theirs: Path) -> int:
     from megatron_kd.config import ParallelSection
     from megatron_kd.inference.logit_parity import (
         LIMIT,
+        checkpoint_logits,
         compare,
         huggingface_logits,
-        our_logits,
         random_tokens,
     )
     from megatron_kd.parallel.groups import start_groups, stop_groups
@@ -312,7 +312,7 @@ def _check(ours: Path, theirs: Path) -> int:
     wanted = huggingface_logits(theirs, tokens)
     layout = ParallelSection()
     try:
-        found = our_logits(
+        found = checkpoint_logits(
             ours, info, start_groups(platform, layout, timeout_seconds=600), layout, tokens
         )
     finally:

@@ -222,10 +222,11 @@ def _score(
             )
             numbers = missing[groups.data_rank :: groups.data_size]
             progress = ShardProgress(len(shards), len(missing), len(numbers), groups)
-            options = {"sequence_length": length, "batch_size": arguments.batch_size}
-            scoring.score_shards(
-                pair, arguments.data, index, shards, numbers, folder, **options, done=progress
+            job = scoring.ScoringJob(
+                arguments.data, index, shards, folder, length, arguments.batch_size
             )
+            for num_shards, num_tokens in scoring.score_shards(pair, job, numbers):
+                progress.update(num_shards, num_tokens)
             progress.close()
         dist.barrier()
         return from_rank_zero(
@@ -261,7 +262,7 @@ def _missing_shards(
         shard_tokens=arguments.shard_tokens,
         precision=precision,
     )
-    scoring.agree_on_scores(folder, identity)
+    scoring.record_scoring(folder, identity)
     return [n for n in range(num_shards) if not scoring.shard_path(folder, n).exists()]
 
 
@@ -280,7 +281,7 @@ class ShardProgress:
         )
         self._start = time.perf_counter()
 
-    def __call__(self, shards: int, tokens: int) -> None:
+    def update(self, shards: int, tokens: int) -> None:
         """Count finished shards and tokens."""
         self._progress.update(
             shards, tokens_per_second=tokens / (time.perf_counter() - self._start)

@@ -1,1 +1,1 @@
-"""Use of a finished model: logits, continuations, scores. Nothing here trains."""
+"""Use a finished model: logits, continuations and scores. No module here trains."""

@@ -1,4 +1,4 @@
-"""Continuations of prompts from a frozen model, with a key/value cache, in any tensor- and pipeline-parallel layout."""
+"""Continue prompts with a frozen model and a key/value cache, in any tensor and pipeline layout."""
 
 from __future__ import annotations
 
@@ -17,21 +17,28 @@ from megatron_kd.inference.frozen_model import FrozenModel, KeyValueCache
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer."""
+    """Describe the methods of a tokenizer that generation needs."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special ones."""
+        """Return the ids of a text, without special ones."""
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids."""
+        """Return the text of ids."""
         ...
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the likeliest id; else ids are drawn from the smallest set whose probability reaches top_p. seed: with
-    the place of the prompt and of the token it decides each draw, so batches and layouts do not change the text.
+    """Choose how the next token is selected.
+
+    Attributes:
+        max_new_tokens: Longest continuation, tokens.
+        temperature: Divides the logits. 0 takes the most probable id.
+        top_p: Sample from the smallest set of most probable ids whose probability reaches it.
+        seed: Seed of the samples. A sample depends on the seed and on the positions of the prompt
+            and of the token, so batches and layouts do not change the text.
+        stop: Texts before which a continuation ends.
     """
 
     max_new_tokens: int
@@ -45,7 +52,8 @@ class Sampling:
             raise ConfigError(f"max_new_tokens ({self.max_new_tokens}) must be at least 1")
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(
-                f"temperature ({self.temperature}) must be >= 0 and finite (0: the likeliest id)"
+                f"temperature ({self.temperature}) must be >= 0 and finite (0: the most probable "
+                "id)"
             )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p ({self.top_p}) must be in (0, 1]")
@@ -55,7 +63,14 @@ class Sampling:
 
 @dataclass
 class Continuation:
-    """tokens: new ids, the end-of-document id not among them. finish: "end" (of the document), "stop" (string), "length"."""
+    """Hold a prompt and its continuation.
+
+    Attributes:
+        prompt: Ids of the prompt.
+        tokens: New ids, without the end-of-document id.
+        text: Text of the new ids; empty without a tokenizer.
+        finish: "end" (of the document), "stop" (string) or "length"; empty while it continues.
+    """
 
     prompt: list[int]
     tokens: list[int] = field(default_factory=list)
@@ -72,15 +87,30 @@ def generate(
     end_of_document: int | None,
     batch_size: int,
 ) -> list[Continuation]:
-    """Continue each prompt; an empty one starts a document. Collective over the world, which must be one replica of the model."""
-    # A document starts where another ended.
-    found = [
-        Continuation(
-            tokenizer.encode(prompt) or ([] if end_of_document is None else [end_of_document])
+    """Continue each prompt. Collective over the world, which must be one replica of the model.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        prompts: Texts. An empty one starts a document.
+        sampling: How tokens are selected.
+        end_of_document: Id that ends a document; None if the tokenizer has none.
+        batch_size: Prompts that are continued together.
+
+    Raises:
+        ConfigError: Prompt and continuation exceed the model's window, or an empty prompt has no id
+            to start from.
+    """
+    if end_of_document is None and not all(prompts):
+        raise ConfigError(
+            "an empty prompt begins after an end of document, and this tokenizer has none: give a "
+            "prompt"
         )
-        for prompt in prompts
-    ]
-    return _continue_all(model, tokenizer, found, sampling, end_of_document, batch_size)
+    # A document starts after the end of another one.
+    start = [] if end_of_document is None else [end_of_document]
+    continuations = [Continuation(tokenizer.encode(prompt) or start) for prompt in prompts]
+    generator = _Generator(model, tokenizer, sampling, end_of_document)
+    return generator.run(continuations, batch_size)
 
 
 def generate_ids(
@@ -91,101 +121,103 @@ def generate_ids(
     end_of_document: int | None,
     batch_size: int,
 ) -> list[Continuation]:
-    """`generate` for a model without a tokenizer: prompts are ids, and every `text` stays empty. Give a prompt as often as samples of it
-    are wanted: each place has draws of its own. ConfigError for an empty prompt, an id outside the vocabulary, and stop strings.
+    """Continue prompts of ids, for a model without a tokenizer.
+
+    Every `text` stays empty. To get several samples of a prompt, repeat it: its position decides
+    the samples. Collective over the world, which must be one replica of the model.
+
+    Args:
+        model: The model.
+        prompts: Ids of each prompt, at least one.
+        sampling: How tokens are selected.
+        end_of_document: Id that ends a document; None for none.
+        batch_size: Prompts that are continued together.
+
+    Raises:
+        ConfigError: A prompt is empty or has an id outside the vocabulary, or there are stop
+            strings.
     """
     if sampling.stop:
         raise ConfigError("stop strings need a tokenizer, which ids do not have: leave them out")
-    for place, prompt in enumerate(prompts):
+    for position, prompt in enumerate(prompts):
         if not prompt or min(prompt) < 0 or max(prompt) >= model.vocab_size:
             raise ConfigError(
-                f"prompt {place} must have at least one id, all in [0, {model.vocab_size}), the model's vocabulary"
+                f"prompt {position} must have at least one id, all in [0, {model.vocab_size}), the "
+                "model's vocabulary"
             )
-    return _continue_all(
-        model,
-        None,
-        [Continuation(list(prompt)) for prompt in prompts],
-        sampling,
-        end_of_document,
-        batch_size,
-    )
+    continuations = [Continuation(list(prompt)) for prompt in prompts]
+    return _Generator(model, None, sampling, end_of_document).run(continuations, batch_size)
 
 
-def _continue_all(
-    model: FrozenModel,
-    tokenizer: Tokenizer | None,
-    found: list[Continuation],
-    sampling: Sampling,
-    end_of_document: int | None,
-    batch_size: int,
-) -> list[Continuation]:
-    window = model.model.window_problem(
-        max((len(each.prompt) for each in found), default=0) + sampling.max_new_tokens
-    )
-    if window is not None:
-        raise ConfigError(f"prompt and continuation together {window}")
-    for start in range(0, len(found), batch_size):
-        _continue(
-            model, tokenizer, found[start : start + batch_size], start, sampling, end_of_document
+@dataclass(frozen=True)
+class _Generator:
+    """Continue batches of prompts."""
+
+    model: FrozenModel
+    tokenizer: Tokenizer | None
+    sampling: Sampling
+    end_of_document: int | None
+
+    def run(self, continuations: list[Continuation], batch_size: int) -> list[Continuation]:
+        longest = max((len(continuation.prompt) for continuation in continuations), default=0)
+        problem = self.model.model.window_problem(longest + self.sampling.max_new_tokens)
+        if problem is not None:
+            raise ConfigError(f"prompt and continuation together {problem}")
+        for start in range(0, len(continuations), batch_size):
+            self._continue_batch(continuations[start : start + batch_size], start)
+        return continuations
+
+    def _continue_batch(self, batch: list[Continuation], first: int) -> None:
+        """Run the common length of the prompts at once, then one token at a time.
+
+        Prompts that are longer take their own next id instead of the selected one. first: position
+        of the first prompt of the batch.
+        """
+        model, device = self.model, self.model.groups.platform.device
+        lengths = [len(continuation.prompt) for continuation in batch]
+        cache = KeyValueCache(len(batch), max(lengths) + self.sampling.max_new_tokens)
+        position = min(lengths)
+        tokens = torch.tensor(
+            [continuation.prompt[:position] for continuation in batch], device=device
         )
-    return found
+        hidden = model.hidden(tokens, 0, cache)
+        while True:
+            selected = None
+            if hidden is not None:
+                selected = _select(model.logits(hidden)[0], first, position, self.sampling)
+            ids = _broadcast(model, selected, len(batch))
+            for index, continuation in enumerate(batch):
+                if position < lengths[index]:
+                    ids[index] = continuation.prompt[position]
+                elif not continuation.finish:
+                    self._append(continuation, ids[index])
+            if all(continuation.finish for continuation in batch):
+                return
+            # Finished sequences stay in the batch. Their further tokens are never read.
+            hidden = model.hidden(torch.tensor(ids, device=device)[:, None], position, cache)
+            position += 1
 
-
-def _continue(
-    model: FrozenModel,
-    tokenizer: Tokenizer | None,
-    batch: list[Continuation],
-    first: int,
-    sampling: Sampling,
-    end_of_document: int | None,
-) -> None:
-    """One batch: the common length of the prompts at once, then id by id; where a prompt goes on, its own id is taken."""
-    lengths = [len(each.prompt) for each in batch]
-    device = model.groups.platform.device
-    cache = KeyValueCache(len(batch), max(lengths) + sampling.max_new_tokens)
-    position = min(lengths)
-    tokens = torch.tensor([each.prompt[:position] for each in batch], device=device)
-    hidden = model.hidden(tokens, 0, cache)
-    while True:
-        chosen = _share(
-            model,
-            None if hidden is None else _choose(model.logits(hidden)[0], first, position, sampling),
-            len(batch),
-        )
-        for row, each in enumerate(batch):
-            if position < lengths[row]:
-                chosen[row] = each.prompt[position]
-            elif not each.finish:
-                _take(each, chosen[row], tokenizer, sampling, end_of_document)
-        if all(each.finish for each in batch):
+    def _append(self, continuation: Continuation, token: int) -> None:
+        """Append a token, and finish the continuation if that ends it."""
+        if token == self.end_of_document:
+            continuation.finish = "end"
             return
-        # What follows a finished text is never read.
-        hidden = model.hidden(torch.tensor(chosen, device=device)[:, None], position, cache)
-        position += 1
+        continuation.tokens.append(token)
+        if self.tokenizer is not None:
+            continuation.text = self.tokenizer.decode(continuation.tokens)
+        text, stop_strings = continuation.text, self.sampling.stop
+        stop_positions = [text.find(stop) for stop in stop_strings if stop in text]
+        if stop_positions:
+            continuation.text, continuation.finish = text[: min(stop_positions)], "stop"
+        elif len(continuation.tokens) == self.sampling.max_new_tokens:
+            continuation.finish = "length"
 
 
-def _take(
-    each: Continuation,
-    token: int,
-    tokenizer: Tokenizer | None,
-    sampling: Sampling,
-    end_of_document: int | None,
-) -> None:
-    if token == end_of_document:
-        each.finish = "end"
-        return
-    each.tokens.append(token)
-    if tokenizer is not None:
-        each.text = tokenizer.decode(each.tokens)
-    cuts = [each.text.find(stop) for stop in sampling.stop if stop in each.text]
-    if cuts:
-        each.text, each.finish = each.text[: min(cuts)], "stop"
-    elif len(each.tokens) == sampling.max_new_tokens:
-        each.finish = "length"
+def _select(logits: Tensor, first: int, position: int, sampling: Sampling) -> Tensor:
+    """Return the next ids, int64 [B], from logits [B, V].
 
-
-def _choose(logits: Tensor, first: int, position: int, sampling: Sampling) -> Tensor:
-    """int64 [B], the next ids from logits [B, V]; the same on every tensor-parallel rank, whose logits are the same."""
+    They are the same on every tensor-parallel rank, whose logits are the same.
+    """
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probabilities, ids = (
@@ -195,28 +227,31 @@ def _choose(logits: Tensor, first: int, position: int, sampling: Sampling) -> Te
     )
     before = probabilities.cumsum(-1) - probabilities
     kept = probabilities.masked_fill(before >= sampling.top_p, 0.0)
-    draws = torch.tensor(
-        [_uniform(sampling.seed, first + row, position) for row in range(len(logits))],
+    uniform = torch.tensor(
+        [_uniform(sampling.seed, first + index, position) for index in range(len(logits))],
         dtype=torch.float64,
     )
-    reached = kept.cumsum(-1) > (draws.to(kept.device) * kept.sum(-1))[:, None]
-    return ids.gather(1, reached.int().argmax(-1, keepdim=True))[:, 0]
+    is_reached = kept.cumsum(-1) > (uniform.to(kept.device) * kept.sum(-1))[:, None]
+    return ids.gather(1, is_reached.int().argmax(-1, keepdim=True))[:, 0]
 
 
 def _uniform(seed: int, prompt: int, position: int) -> float:
-    """In [0, 1), a function of the three numbers."""
+    """Return a number in [0, 1) that is a function of the three numbers."""
     digest = hashlib.blake2b(f"{seed}/{prompt}/{position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
-def _share(model: FrozenModel, chosen: Tensor | None, count: int) -> list[int]:
-    """The last stage's choice on every rank. One broadcast along the pipeline."""
-    if chosen is None:
-        chosen = torch.empty(count, dtype=torch.int64, device=model.groups.platform.device)
+def _broadcast(model: FrozenModel, selected: Tensor | None, count: int) -> list[int]:
+    """Return the ids that the last stage selected, on every rank.
+
+    Collectives:
+        One broadcast along the pipeline group.
+    """
+    if selected is None:
+        selected = torch.empty(count, dtype=torch.int64, device=model.groups.platform.device)
     if model.groups.pipeline_size > 1:
         group = model.groups.collection.pp
-        dist.broadcast(
-            chosen, src=dist.get_global_rank(group, model.groups.pipeline_size - 1), group=group
-        )
-    ids: list[int] = chosen.tolist()
+        last_rank = dist.get_global_rank(group, model.groups.pipeline_size - 1)
+        dist.broadcast(selected, src=last_rank, group=group)
+    ids: list[int] = selected.tolist()
     return ids

@@ -1,9 +1,10 @@
-"""lm-evaluation-harness on an exported model and local task files."""
+"""Run lm-evaluation-harness on an exported model and local task files."""
 
 from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,141 +13,170 @@ import torch
 from megatron_kd.config import ConfigError
 from megatron_kd.models.huggingface.transformers_model import load_causal_lm, load_text_tokenizer
 
-_NEEDED = ("task", "data_file", "output_type", "doc_to_text")
+_REQUIRED_KEYS = ("task", "data_file", "output_type", "doc_to_text")
+_REMOTE_KEYS = (
+    "dataset_path",
+    "dataset_name",
+    "dataset_kwargs",
+    "custom_dataset",
+    "include",
+    "unsafe_code",
+)
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Set how tasks are run.
+
+    Attributes:
+        limit: Number of items of each task; None for all.
+        batch_size: Requests of one forward pass.
+        device: "cpu", "cuda" or "cuda:N".
+        max_length: Tokens of the longest input; older ones are cut off. None: as config.json says.
+    """
+
+    limit: int | None
+    batch_size: int
+    device: str
+    max_length: int | None = None
 
 
 def read_task(path: Path, data_folder: Path) -> dict[str, Any]:
-    """A task file as lm-evaluation-harness's task configuration, on the local JSON lines of `data_file` in `data_folder`.
+    """Read a task file as a task configuration of lm-evaluation-harness.
 
-    The file is plain YAML: tags that would call Python are an error, and so is a data set from elsewhere. ConfigError.
+    Its data are the local JSON lines of `data_file` in `data_folder`. The file is plain YAML: tags
+    that would call Python are an error, and so is a remote data set.
+
+    Raises:
+        ConfigError: The file or its data cannot be read, or a key is missing or not allowed.
     """
     try:
         import yaml
     except ImportError as error:
-        raise _missing(error) from None
+        raise _not_installed(error) from None
     try:
         task = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(
             f"--task {path} cannot be read ({' '.join(str(error).split())[:200]})"
         ) from error
-    missing = [name for name in _NEEDED if not isinstance(task, dict) or name not in task]
+    missing = [name for name in _REQUIRED_KEYS if not isinstance(task, dict) or name not in task]
     if missing:
         raise ConfigError(
-            f"--task {path} lacks {missing[0]}: see examples/evaluation for a whole one"
+            f"--task {path} lacks {missing[0]}: see examples/evaluation for a complete one"
         )
-    foreign = [
-        name
-        for name in (
-            "dataset_path",
-            "dataset_name",
-            "dataset_kwargs",
-            "custom_dataset",
-            "include",
-            "unsafe_code",
-        )
-        if name in task
-    ]
-    if foreign:
-        raise ConfigError(f"--task {path} sets {foreign[0]}: data comes from data_file alone")
+    remote = [name for name in _REMOTE_KEYS if name in task]
+    if remote:
+        raise ConfigError(f"--task {path} sets {remote[0]}: data comes from data_file alone")
     data = data_folder / str(task.pop("data_file"))
     if not data.is_file():
         raise ConfigError(
             f"--task {path}: its data {data} does not exist: name its folder with --data-folder"
         )
-    local = {
+    return {
+        **task,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(data.resolve())}},
         "test_split": "test",
     }
-    return {**task, **local}
 
 
 def run_tasks(
-    folder: Path,
-    tasks: list[dict[str, Any]],
-    *,
-    limit: int | None,
-    batch_size: int,
-    device: str,
-    max_length: int | None = None,
+    folder: Path, tasks: list[dict[str, Any]], options: TaskOptions
 ) -> dict[str, dict[str, float]]:
-    """Task -> metric -> value (and the standard error of accuracies), with the number of items as `items`. Nothing is downloaded.
+    """Run tasks on an exported model. Nothing is downloaded.
 
-    max_length: tokens of the longest input, older ones are cut off; None: what config.json says.
+    Args:
+        folder: Hugging Face folder of the model and its tokenizer.
+        tasks: Task configurations of `read_task`.
+        options: How they are run.
+
+    Returns:
+        Task -> metric -> value. Accuracies have a standard error (name + "_stderr"); `items` is the
+        number of items.
     """
-    # Read when the libraries are imported.
+    # The libraries read them when they are imported.
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     try:
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise _missing(error) from error
-    model = load_causal_lm(
-        folder, torch.float32 if device == "cpu" else torch.bfloat16, what="model"
-    ).to(device)
-    tokenizer = load_text_tokenizer(folder, what="model")
-    start = _start_id(model, tokenizer, folder)
-    wrapped = HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=batch_size,
-        device=device,
-        max_length=max_length,
-        prefix_token_id=start,
-    )
-    manager = TaskManager(include_defaults=False)
+        raise _not_installed(error) from error
+    model = _load_model(folder, options)
     try:
-        found = lm_eval.simple_evaluate(
-            wrapped,
+        evaluation = lm_eval.simple_evaluate(
+            model,
             tasks=list(tasks),
-            limit=limit,
-            task_manager=manager,
+            limit=options.limit,
+            task_manager=TaskManager(include_defaults=False),
             bootstrap_iters=0,
             log_samples=False,
         )
     except AssertionError as error:
-        # The harness cuts contexts, not answers.
+        # The harness shortens contexts, but not answers.
         raise ConfigError(
-            f"an answer is longer than the model's {wrapped.max_length} positions: set --max-length"
+            f"an answer is longer than the model's {model.max_length} positions: set --max-length"
         ) from error
-    results = {}
-    for name, metrics in found["results"].items():
-        numbers = {
-            key.partition(",")[0]: value
-            for key, value in metrics.items()
-            if isinstance(value, float) and value == value
-        }
-        items = found["n-samples"][name]["effective"]
-        errors = {
-            f"{key}_stderr": _standard_error(value, items)
-            for key, value in numbers.items()
-            if key.startswith("acc") and items > 1
-        }
-        results[name] = {**numbers, **errors, "items": items}
-    return results
+    return {
+        name: _with_errors(metrics, evaluation["n-samples"][name]["effective"])
+        for name, metrics in evaluation["results"].items()
+    }
+
+
+def _load_model(folder: Path, options: TaskOptions) -> Any:
+    """Load a model and its tokenizer for the harness."""
+    from lm_eval.models.huggingface import HFLM
+
+    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+    model = load_causal_lm(folder, dtype, what="model").to(options.device)
+    tokenizer = load_text_tokenizer(folder, what="model")
+    return HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=options.batch_size,
+        device=options.device,
+        max_length=options.max_length,
+        prefix_token_id=_start_id(model, tokenizer, folder),
+    )
+
+
+def _with_errors(metrics: dict[str, Any], items: int) -> dict[str, float]:
+    """Return the finite numbers of a task by name, standard errors of accuracies, and `items`."""
+    numbers = {
+        key.partition(",")[0]: value
+        for key, value in metrics.items()
+        if isinstance(value, float) and value == value
+    }
+    errors = {
+        f"{key}_stderr": _standard_error(value, items)
+        for key, value in numbers.items()
+        if key.startswith("acc") and items > 1
+    }
+    return {**numbers, **errors, "items": items}
 
 
 def _start_id(model: Any, tokenizer: Any, folder: Path) -> int:
-    """The id that stands before a text without context: the first known of bos and eos, of the tokenizer, then of config.json."""
-    for owner in (tokenizer, model.config):
+    """Return the id that stands before a text without context.
+
+    It is the first known of bos and eos of the tokenizer, then of config.json.
+    """
+    for source in (tokenizer, model.config):
         for name in ("bos_token_id", "eos_token_id"):
-            found = getattr(owner, name, None)
-            if found is not None:
-                return int(found[0] if isinstance(found, list) else found)
+            token_id = getattr(source, name, None)
+            if token_id is not None:
+                return int(token_id[0] if isinstance(token_id, list) else token_id)
     raise ConfigError(
-        f"model: neither the tokenizer nor config.json of {folder} names a bos or eos id, after which texts are scored: set eos_token_id "
-        "in config.json"
+        f"model: neither the tokenizer nor config.json of {folder} names a bos or eos id, after "
+        "which texts are scored: set eos_token_id in config.json"
     )
 
 
 def _standard_error(share: float, items: int) -> float:
-    """Of the mean of `items` answers that are right or wrong."""
+    """Return the standard error of the share of correct answers among `items`."""
     return math.sqrt(share * (1.0 - share) / (items - 1))
 
 
-def _missing(error: ImportError) -> ConfigError:
+def _not_installed(error: ImportError) -> ConfigError:
     return ConfigError(
         f"tasks need lm-evaluation-harness ({error}): pip install 'megatron-kd[evaluate]'"
     )

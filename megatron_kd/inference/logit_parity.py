@@ -1,4 +1,4 @@
-"""Whether a checkpoint of ours and a Hugging Face folder are the same model: logits on random tokens, in fp32."""
+"""Compare a checkpoint with a Hugging Face folder by their logits on random tokens, in fp32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ LIMIT = 1e-4
 
 @dataclass(frozen=True)
 class Comparison:
-    """difference: largest |logit - logit|; scale: largest |logit|; tokens: how many positions were compared."""
+    """Hold the result of a comparison of logits.
+
+    Attributes:
+        difference: Largest absolute difference of two logits.
+        scale: Largest absolute logit.
+        tokens: Number of positions that were compared.
+    """
 
     difference: float
     scale: float
@@ -27,24 +33,42 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Within LIMIT, absolutely where logits are below 1, else relative to the largest."""
+        """Return True within LIMIT, relative to the largest logit if that is above 1."""
         return self.difference <= LIMIT * max(1.0, self.scale)
 
 
 def random_tokens(
     info: CheckpointInfo, *, seed: int, sequences: int = 2, length: int = 64
 ) -> Tensor:
-    """int64 [sequences, length], no longer than the model's sliding window."""
+    """Return random ids, int64 [sequences, length].
+
+    Args:
+        info: Description of the checkpoint.
+        seed: Seed of the ids.
+        sequences: Number of sequences.
+        length: Tokens of a sequence, limited by the model's sliding window.
+    """
     length = min(length, info.model_section().sliding_window or length)
     return torch.randint(
         info.vocab_size, (sequences, length), generator=torch.Generator().manual_seed(seed)
     )
 
 
-def our_logits(
+def checkpoint_logits(
     folder: Path, info: CheckpointInfo, groups: Groups, parallel: ParallelSection, tokens: Tensor
 ) -> Tensor | None:
-    """fp32 [B, S, V] of the checkpoint, computed in fp32, on the CPU; None off the last stage. Collective over the world."""
+    """Return the logits of a checkpoint, computed in fp32. Collective over the world.
+
+    Args:
+        folder: Folder of the checkpoint.
+        info: Its description.
+        groups: Process groups.
+        parallel: Layout of the model.
+        tokens: Ids, int64 [B, S].
+
+    Returns:
+        fp32 [B, S, V] on the CPU; None except on the last pipeline stage.
+    """
     model = FrozenModel(
         folder, info, groups, parallel, precision="fp32", sequence_length=tokens.shape[1]
     )
@@ -54,15 +78,21 @@ def our_logits(
 
 @torch.no_grad()
 def huggingface_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """fp32 [B, S, V'] of a local folder through transformers, computed in fp32. ConfigError where transformers cannot load it."""
+    """Return the logits that transformers computes in fp32, fp32 [B, S, V'].
+
+    Raises:
+        ConfigError: transformers cannot load the folder.
+    """
     model = load_causal_lm(folder, torch.float32, what="check")
     logits: Tensor = model(input_ids=tokens).logits
     return logits.float()
 
 
-def compare(ours: Tensor, theirs: Tensor) -> Comparison:
-    """Logits [B, S, V] beside [B, S, V'], V' >= V."""
-    theirs = theirs[..., : ours.shape[-1]]
+def compare(checkpoint: Tensor, huggingface: Tensor) -> Comparison:
+    """Compare logits [B, S, V] with logits [B, S, V'], V' >= V."""
+    huggingface = huggingface[..., : checkpoint.shape[-1]]
     return Comparison(
-        float((ours - theirs).abs().max()), float(theirs.abs().max()), ours.shape[0] * ours.shape[1]
+        difference=float((checkpoint - huggingface).abs().max()),
+        scale=float(huggingface.abs().max()),
+        tokens=checkpoint.shape[0] * checkpoint.shape[1],
     )

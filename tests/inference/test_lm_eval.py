@@ -1,4 +1,7 @@
-"""The folders of tasks and models that lm-evaluation-harness is given, checked before it runs; the run itself: test_use_student.py."""
+"""Check task files and models before lm-evaluation-harness runs them.
+
+The run itself is tested in test_exported_student.py.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,11 @@ import pytest
 from megatron_kd.config import ConfigError
 from megatron_kd.inference.lm_eval import _start_id, read_task
 
-ROOT = Path(__file__).parents[2]
+EXAMPLES = Path(__file__).parents[2] / "examples/evaluation"
 
 
-def test_task_files(tmp_path: Path) -> None:
-    """The examples are whole; a file that would bring data or code from elsewhere is refused."""
-    for path in sorted((ROOT / "examples/evaluation").glob("*.yaml")):
+def test_example_tasks_are_complete(tmp_path: Path) -> None:
+    for path in sorted(EXAMPLES.glob("*.yaml")):
         with pytest.raises(ConfigError, match="does not exist: name its folder"):
             read_task(path, tmp_path)
         name = next(
@@ -25,33 +27,43 @@ def test_task_files(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}\n")
         task = read_task(path, tmp_path)
         assert task["dataset_kwargs"]["data_files"]["test"] == str(tmp_path / name)
-    piqa = (ROOT / "examples/evaluation/piqa.yaml").read_text()
-    for text, sentence in (
+
+
+def test_remote_data_and_code_are_refused(tmp_path: Path) -> None:
+    piqa = (EXAMPLES / "piqa.yaml").read_text()
+    for text, message in (
         (piqa + "dataset_path: ybisk/piqa\n", "sets dataset_path"),
         (piqa + "process_docs: !function utils.run\n", "cannot be read"),
         (piqa.replace("task: piqa", ""), "lacks task"),
     ):
         (tmp_path / "bad.yaml").write_text(text)
-        with pytest.raises(ConfigError, match=sentence):
+        with pytest.raises(ConfigError, match=message):
             read_task(tmp_path / "bad.yaml", tmp_path)
 
 
-def test_texts_are_scored_after_a_known_id(tmp_path: Path) -> None:
-    """The tokenizer's own ids come first; many a tokenizer.json names none, and config.json does."""
+class Ids:
+    def __init__(self, bos: int | None, eos: int | list[int] | None) -> None:
+        self.bos_token_id, self.eos_token_id = bos, eos
 
-    class Ids:
-        def __init__(self, bos: int | None, eos: int | list[int] | None) -> None:
-            self.bos_token_id, self.eos_token_id = bos, eos
 
-    class Model:
-        def __init__(self, config: Ids) -> None:
-            self.config = config
+class Model:
+    def __init__(self, config: Ids) -> None:
+        self.config = config
 
-    for tokenizer, config, wanted in (
+
+@pytest.mark.parametrize(
+    ("tokenizer", "config", "start_id"),
+    [
         (Ids(0, 1), Ids(2, 3), 0),
         (Ids(None, 1), Ids(2, 3), 1),
         (Ids(None, None), Ids(None, [4, 5]), 4),
-    ):
-        assert _start_id(Model(config), tokenizer, tmp_path) == wanted
+    ],
+)
+def test_start_id(tokenizer: Ids, config: Ids, start_id: int, tmp_path: Path) -> None:
+    """Take the tokenizer's ids first. Many a tokenizer.json names none, and config.json does."""
+    assert _start_id(Model(config), tokenizer, tmp_path) == start_id
+
+
+def test_a_model_without_a_start_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names a bos or eos id"):
         _start_id(Model(Ids(None, None)), Ids(None, None), tmp_path)

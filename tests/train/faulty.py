@@ -1,4 +1,7 @@
-"""The program, whose last rank fails in its third exchange of targets: `python -m tests.train.faulty MODE --config run.toml`."""
+"""Run the program with a last rank that fails: `python -m tests.train.faulty MODE --config run.toml`.
+
+It fails in its third exchange of targets.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +28,20 @@ def main() -> int:
 
     use_cpu()
     from megatron_kd.pretrain import main as program
-    from megatron_kd.teacher import separate_layout as own_layout
+    from megatron_kd.teacher import separate_layout
 
-    # Asleep it never comes to the exchange; whatever else happens, happens inside.
+    # A sleeping rank never enters the exchange. All other failures happen inside it.
     name = "_pack" if mode == "sleep" else "exchange"
-    real, calls, when = getattr(own_layout, name), [], 3 if mode == "sleep" else 6
+    original, calls, last_call = getattr(separate_layout, name), [], 3 if mode == "sleep" else 6
+    is_last_rank = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
 
-    def faulty(*given: Any, **named: Any) -> Any:
+    def faulty(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        if len(calls) == when and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        if len(calls) == last_call and is_last_rank:
             fail(mode)
-        return real(*given, **named)
+        return original(*args, **kwargs)
 
-    setattr(own_layout, name, faulty)
+    setattr(separate_layout, name, faulty)
     return program(arguments)
 
 

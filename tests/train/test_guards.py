@@ -1,4 +1,4 @@
-"""What a run looks at besides its loss: jumps, slow ranks, and operations that differ from run to run."""
+"""Detect loss spikes, slow data loading and slow ranks, and refuse what is not deterministic."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_kd.config import RunConfig
+from megatron_kd.config import ConfigError, RunConfig
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import full_weights, tiny, write_tokens
 from tests.train.test_program import command, finish, rows, start, write_run
@@ -19,75 +19,71 @@ from tests.train.test_program import command, finish, rows, start, write_run
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(200)]
 
 
-def guard(limit: float | None = 0.5, *, stops: bool = False) -> Any:
+def guards() -> Any:
+    """Import the module of the guards, prepared for a CPU."""
     from megatron_kd.parallel.platform import use_cpu
 
     use_cpu()
-    from megatron_kd.train.guards import SpikeGuard
+    from megatron_kd.train import guards
 
-    return SpikeGuard(limit, stops=stops)
+    return guards
+
+
+def spike_guard(limit: float | None = 0.5, *, stops: bool = False) -> Any:
+    return guards().SpikeGuard(limit, stops=stops)
 
 
 def test_a_spike_is_above_the_median_of_the_steps_before() -> None:
-    spikes = guard()
+    guard = spike_guard()
     losses = [3.0 + 0.01 * (step % 7) for step in range(30)]
-    assert [spikes.check(step, loss) for step, loss in enumerate(losses)] == [None] * 30
-    assert spikes.check(30, 3.4) is None
-    found = spikes.check(31, 3.6)
-    assert found is not None
+    assert [guard.check(step, loss) for step, loss in enumerate(losses)] == [None] * 30
+    assert guard.check(30, 3.4) is None
+    warning = guard.check(31, 3.6)
+    assert warning is not None
     assert (
-        "step 31: total_loss 3.6000 is 0.57 nats above the median of the 31 steps before" in found
+        "step 31: total_loss 3.6000 is 0.57 nats above the median of the 31 steps before" in warning
     )
-    # Spikes do not become the usual: the second of a row is one too.
-    assert spikes.check(32, 3.6) is not None
-    assert spikes.check(33, 3.02) is None
+    # Spikes do not raise the median: the next equal loss is a spike too.
+    assert guard.check(32, 3.6) is not None
+    assert guard.check(33, 3.02) is None
 
 
-def test_it_is_silent_at_first_and_about_what_is_not_finite() -> None:
-    spikes = guard()
-    assert spikes.check(0, 3.0) is None
-    assert spikes.check(1, 30.0) is None
+def test_the_first_steps_and_nan_are_ignored() -> None:
+    guard = spike_guard()
+    assert guard.check(0, 3.0) is None
+    assert guard.check(1, 30.0) is None
     for step in range(2, 40):
-        spikes.check(step, 3.0)
-    assert spikes.check(40, math.nan) is None
-    assert spikes.check(41, None) is None
-    assert guard(None).check(0, 1e9) is None
+        guard.check(step, 3.0)
+    assert guard.check(40, math.nan) is None
+    assert guard.check(41, None) is None
+    assert spike_guard(None).check(0, 1e9) is None
 
 
 def test_the_policy_may_stop_the_run() -> None:
-    from megatron_kd.train.guards import LossSpikeError
-
-    spikes = guard(stops=True)
+    guard = spike_guard(stops=True)
     for step in range(20):
-        spikes.check(step, 3.0)
-    with pytest.raises(LossSpikeError, match="step 20: total_loss 9.0000 is 6.00 nats above"):
-        spikes.check(20, 9.0)
+        guard.check(step, 3.0)
+    with pytest.raises(
+        guards().LossSpikeError, match="step 20: total_loss 9.0000 is 6.00 nats above"
+    ):
+        guard.check(20, 9.0)
 
 
-def test_late_samples_are_told_once() -> None:
-    from megatron_kd.parallel.platform import use_cpu
-
-    use_cpu()
-    from megatron_kd.train.guards import DataWaitGuard
-
-    samples = DataWaitGuard()
-    late, well = (
-        {"data_seconds": 0.6, "slowest_rank_seconds": 1.0},
-        {"data_seconds": 0.4, "slowest_rank_seconds": 1.0},
-    )
-    told = [samples.check(step, late) for step in range(30)]
-    assert [step for step, said in enumerate(told) if said] == [9]
-    assert "0.60 of 1.00 s" in str(told[9])
-    assert samples.check(30, well) is None
-    assert [bool(samples.check(step, late)) for step in range(31, 42)] == [False] * 9 + [
-        True,
-        False,
-    ]
+def test_slow_data_loading_is_reported_once() -> None:
+    guard = guards().DataWaitGuard()
+    slow = {"data_seconds": 0.6, "slowest_rank_seconds": 1.0}
+    fast = {"data_seconds": 0.4, "slowest_rank_seconds": 1.0}
+    warnings = [guard.check(step, slow) for step in range(30)]
+    assert [step for step, warning in enumerate(warnings) if warning] == [9]
+    assert "0.60 of 1.00 s" in str(warnings[9])
+    assert guard.check(30, fast) is None
+    again = [bool(guard.check(step, slow)) for step in range(31, 42)]
+    assert again == [False] * 9 + [True, False]
 
 
 @pytest.mark.fault(8)
-def test_a_run_that_jumps(tmp_path: Path) -> None:
-    """A learning rate that blows the loss up after the warm-up: exit code 93, nothing saved after the jump."""
+def test_a_run_whose_loss_jumps(tmp_path: Path) -> None:
+    """Stop with exit code 93 when a learning rate blows up the loss, and save nothing after it."""
     tokens = write_tokens(tmp_path)
     run = write_run(
         tmp_path,
@@ -97,15 +93,15 @@ def test_a_run_that_jumps(tmp_path: Path) -> None:
         train={"steps": 100, "loss_spike": 0.5, "on_loss_spike": "stop"},
     )
     code, output = finish(start(command(run)))
-    last = rows(tmp_path / "run")[-1]["step"]
+    last_step = rows(tmp_path / "run")[-1]["step"]
     assert code == 93, output
-    assert f"stopped: step {last}: total_loss" in output, output
-    assert last > 20, output
+    assert f"stopped: step {last_step}: total_loss" in output, output
+    assert last_step > 20, output
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
 def slow_ranks(rendezvous: str, config: RunConfig) -> dict[str, float]:
-    """The spread that is measured when rank 1 takes 0.2 s longer over its forward passes, and rank 0 waits 0.1 s for data."""
+    """Measure a step whose rank 1 takes 0.2 s longer, and whose rank 0 waits 0.1 s for data."""
     from megatron_kd.parallel.groups import stop_groups
     from megatron_kd.train import step
     from megatron_kd.train.build import build_run
@@ -114,34 +110,37 @@ def slow_ranks(rendezvous: str, config: RunConfig) -> dict[str, float]:
     step.train_step(run)
     rank, schedule, read = run.groups.rank, run.student.run_schedule, run.train_data.microbatches
 
-    def slowly(*given: Any, **named: Any) -> Any:
+    def slow_schedule(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.2 * (rank == 1))
-        return schedule(*given, **named)
+        return schedule(*args, **kwargs)
 
-    def late(consumed: int) -> Any:
+    def slow_read(consumed: int) -> Any:
         time.sleep(0.1 * (rank == 0))
         return read(consumed)
 
-    run.student.run_schedule, run.train_data.microbatches = slowly, late
+    run.student.run_schedule, run.train_data.microbatches = slow_schedule, slow_read
     step.train_step(run)
-    found: dict[str, float] = run.times.spread()
+    spread: dict[str, float] = run.times.spread()
     stop_groups()
-    return found
+    return spread
 
 
 @pytest.mark.fault(7)
 def test_a_slow_rank_stands_out(tmp_path: Path, measured: Callable[[str], None]) -> None:
-    for found in run_ranks(slow_ranks, 2, tiny(tmp_path / "run", write_tokens(tmp_path))):
-        assert found["slowest_rank"] == 1
-        assert found["slowest_rank_seconds"] >= 0.2
+    for spread in run_ranks(slow_ranks, 2, tiny(tmp_path / "run", write_tokens(tmp_path))):
+        assert spread["slowest_rank"] == 1
+        assert spread["slowest_rank_seconds"] >= 0.2
         measured(
-            f"slow by 0.2 s: rank {found['slowest_rank']} named, {found['slowest_rank_seconds']:.2f} s"
+            f"slow by 0.2 s: rank {spread['slowest_rank']} named, "
+            f"{spread['slowest_rank_seconds']:.2f} s"
         )
-        assert 0.1 <= found["data_seconds"] < 0.2 <= 2 * found["rank_seconds"]
+        assert 0.1 <= spread["data_seconds"] < 0.2 <= 2 * spread["rank_seconds"]
 
 
-def deterministic(rendezvous: str, config: RunConfig) -> tuple[bool, bool, dict[str, torch.Tensor]]:
-    """Whether torch and megatron-core were told, and the weights after three steps."""
+def deterministic_run(
+    rendezvous: str, config: RunConfig
+) -> tuple[bool, bool, dict[str, torch.Tensor]]:
+    """Return the modes of torch and megatron-core, and the weights after three steps."""
     from megatron_kd.parallel.groups import stop_groups
     from megatron_kd.train.build import build_run
     from megatron_kd.train.step import train_step
@@ -149,10 +148,10 @@ def deterministic(rendezvous: str, config: RunConfig) -> tuple[bool, bool, dict[
     run = build_run(config, rendezvous=rendezvous)
     for _ in range(3):
         train_step(run)
-    told = torch.are_deterministic_algorithms_enabled(), run.student.config.deterministic_mode
+    modes = torch.are_deterministic_algorithms_enabled(), run.student.config.deterministic_mode
     weights = full_weights(run.student.models)
     stop_groups()
-    return *told, weights
+    return *modes, weights
 
 
 @pytest.mark.slow
@@ -160,21 +159,25 @@ def test_deterministic_runs(tmp_path: Path) -> None:
     tokens = write_tokens(tmp_path)
     runs = [
         run_ranks(
-            deterministic, 1, tiny(tmp_path / "run", tokens, train={"deterministic": wanted})
+            deterministic_run,
+            1,
+            tiny(tmp_path / "run", tokens, train={"deterministic": deterministic}),
         )[0]
-        for wanted in (True, True, False)
+        for deterministic in (True, True, False)
     ]
     assert [run[:2] for run in runs] == [(True, True), (True, True), (False, False)]
     assert all(torch.equal(runs[0][2][name], runs[1][2][name]) for name in runs[0][2])
 
 
-def test_what_is_not_deterministic_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_kd.config import ConfigError
+def test_algorithms_that_are_not_deterministic_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from megatron_kd.parallel.platform import start_platform
 
-    for chosen in ("NVLS", "Ring,NVLSTree"):
-        monkeypatch.setenv("NCCL_ALGO", chosen)
-        with pytest.raises(ConfigError, match=f"NCCL_ALGO = '{chosen}' may sum in another order"):
+    for algorithms in ("NVLS", "Ring,NVLSTree"):
+        monkeypatch.setenv("NCCL_ALGO", algorithms)
+        message = f"NCCL_ALGO = '{algorithms}' may sum in another order"
+        with pytest.raises(ConfigError, match=message):
             start_platform("cpu", deterministic=True)
     assert not torch.are_deterministic_algorithms_enabled()
     assert not start_platform("cpu").deterministic

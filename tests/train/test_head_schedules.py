@@ -1,4 +1,4 @@
-"""distill.head_schedule moves no number of a run, with a head of its own or tied to the embedding."""
+"""Train with each memory strategy of the head: no number of a run changes."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ import pytest
 from tests.helpers.tiny import write_tokens
 from tests.train.test_program import command, finish, rows, start, write_run
 
+STRATEGIES = ("save", "chunk", "direct", "recompute")
+
 
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
-def test_schedules_train_alike(tied: bool, tmp_path: Path) -> None:
+def test_strategies_train_alike(tied: bool, tmp_path: Path) -> None:
     tokens = write_tokens(tmp_path, tokens=3000)
-    found = {}
-    for schedule in ("save", "chunk", "direct", "recompute"):
+    numbers = {}
+    for strategy in STRATEGIES:
         config = write_run(
             tmp_path,
-            schedule,
+            strategy,
             tokens,
             model={"tied_embeddings": tied},
-            distill={"head_schedule": schedule},
+            distill={"head_schedule": strategy},
             train={"steps": 6},
         )
         code, output = finish(start(command(config)))
         assert code == 0, output
-        found[schedule] = [
-            (row["total_loss"], row["grad_norm"]) for row in rows(tmp_path / schedule)
+        numbers[strategy] = [
+            (record["total_loss"], record["grad_norm"]) for record in rows(tmp_path / strategy)
         ]
-    for schedule, losses in found.items():
-        for ours, theirs in zip(losses, found["save"], strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-5), schedule
+    for strategy in STRATEGIES:
+        for step_numbers, reference in zip(numbers[strategy], numbers["save"], strict=True):
+            assert step_numbers == pytest.approx(reference, rel=1e-5), strategy
