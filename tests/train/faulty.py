@@ -28,10 +28,10 @@ def main() -> int:
 
     use_cpu()
     from megatron_kd.pretrain import main as program
-    from megatron_kd.teacher import separate_layout
+    from megatron_kd.teacher.runtime import separate_layout
 
     # A sleeping rank never enters the exchange. All other failures happen inside it.
-    name = "_pack" if mode == "sleep" else "exchange"
+    name = "pack_targets" if mode == "sleep" else "exchange"
     original, calls, last_call = getattr(separate_layout, name), [], 3 if mode == "sleep" else 6
     is_last_rank = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
 
