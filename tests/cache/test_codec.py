@@ -1,4 +1,7 @@
-"""A target as bytes and back: exact where that is promised, within the stated error elsewhere, for any shape of target."""
+"""Test that a target survives encoding for any shape.
+
+It is exact where that is promised, and within the stated error elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,15 @@ from tests.losses.cases import fresh_seed, say
 
 ERROR = (
     2 * 0.053
-)  # half the widest step, and the same again for the scaling; the step is wider by a second-order term
+    # half the widest step, and the same again for the scaling; the step is wider by a second-order
+    # term
+)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 31), max_size=300), st.integers(0, 2**32))
 def test_numbers_come_back(powers: list[int], seed: int) -> None:
-    """And the bits are where FORMAT.md says."""
+    """Check that numbers survive, and that the bits are where FORMAT.md says."""
     generator = np.random.default_rng(seed)
     numbers = np.array(
         [generator.integers(1 << power, 2 << power) for power in powers], dtype=np.int64
@@ -56,13 +61,16 @@ def used(target: SparseTarget) -> list[dict[int, float]]:
 
 
 @settings(max_examples=40, deadline=None)
-@example(
-    tokens=2, vocab_size=70000, top_k=48, top_p=1.0, temperature=1.0, seed=33
-)  # two logits of one log-probability
+# The example has two logits of one log-probability.
+@example(tokens=2, vocab_size=70000, top_k=48, top_p=1.0, temperature=1.0, seed=33)
 @given(
-    st.integers(1, 40), st.sampled_from([1, 7, 2000, 70000]), st.integers(1, 70), st.floats(0.05, 1.0), st.sampled_from([1.0, 2.0]),
+    st.integers(1, 40),
+    st.sampled_from([1, 7, 2000, 70000]),
+    st.integers(1, 70),
+    st.floats(0.05, 1.0),
+    st.sampled_from([1.0, 2.0]),
     st.integers(0, 2**31),
-)  # fmt: skip
+)
 def test_top_targets(
     tokens: int, vocab_size: int, top_k: int, top_p: float, temperature: float, seed: int
 ) -> None:
@@ -71,26 +79,29 @@ def test_top_targets(
         logits, TopSelection(min(top_k, vocab_size), top_p=top_p, temperature=temperature)
     )
     exact = decode(encode(target, value_encoding="fp32"))
-    for ours, theirs in zip(exact.tensors(), target.tensors(), strict=True):
-        assert torch.equal(ours, theirs)
-        assert ours.dtype == theirs.dtype
+    for actual, expected in zip(exact.tensors(), target.tensors(), strict=True):
+        assert torch.equal(actual, expected)
+        assert actual.dtype == expected.dtype
     assert (exact.temperature, exact.sampled) == (temperature, False)
 
-    found = decode(encode(target))
-    check_target(found, target.indices.shape[:1], vocab_size=vocab_size)
-    assert found.temperature == temperature
-    assert found.indices.shape == target.indices.shape
-    assert torch.equal(found.log_tail, target.log_tail)
-    assert (found.entropy - target.entropy).abs().max() <= 0.5 / 2048 + 1e-6
-    for ours, theirs in zip(used(found), used(target), strict=True):
-        assert ours.keys() == theirs.keys()
-        assert max(abs(ours[i] - theirs[i]) for i in ours) < ERROR
-    mass, kept = (t.logprobs.double().exp().sum(1) for t in (found, target))
+    decoded = decode(encode(target))
+    check_target(decoded, target.indices.shape[:1], vocab_size=vocab_size)
+    assert decoded.temperature == temperature
+    assert decoded.indices.shape == target.indices.shape
+    assert torch.equal(decoded.log_tail, target.log_tail)
+    assert (decoded.entropy - target.entropy).abs().max() <= 0.5 / 2048 + 1e-6
+    for actual, expected in zip(used(decoded), used(target), strict=True):
+        assert actual.keys() == expected.keys()
+        assert max(abs(actual[i] - expected[i]) for i in actual) < ERROR
+    mass, kept = (t.logprobs.double().exp().sum(1) for t in (decoded, target))
     assert torch.allclose(mass, kept, atol=2e-6)
 
 
 def test_the_loss_of_quantization() -> None:
-    """Mean KL between the kept distributions, exact against read back: 7e-5 where probabilities are large, less where they are not."""
+    """Check the mean KL from the exact kept distribution to the decoded one.
+
+    It is 7e-5 where probabilities are large, and less where they are not.
+    """
     seed = fresh_seed()
     for top_k, top_p, spread in ((50, 0.95, 2.5), (256, 1.0, 1.0), (8, 1.0, 4.0), (1000, 1.0, 0.0)):
         check_loss(
@@ -103,10 +114,10 @@ def test_the_loss_of_quantization() -> None:
 
 
 def check_loss(seed: int, target: SparseTarget) -> None:
-    found = decode(encode(target))
+    decoded = decode(encode(target))
     order = torch.where(target.indices >= 0, target.indices, 2**31 - 1).argsort(dim=1, stable=True)
     exact = target.logprobs.gather(1, order).double().log_softmax(1)
-    read = found.logprobs.double().log_softmax(1)
+    read = decoded.logprobs.double().log_softmax(1)
     divergence = torch.where(exact > -torch.inf, exact.exp() * (exact - read), 0.0).sum(1)
     assert 0 <= divergence.mean() < 1e-4, say(
         seed, target.indices.shape[1], divergence.mean(), divergence.max()
@@ -124,18 +135,18 @@ def check_loss(seed: int, target: SparseTarget) -> None:
     st.sampled_from([1.0, 2.0]),
     st.integers(0, 2**31),
 )
-def test_draws_are_exact(
+def test_samples_are_exact(
     tokens: int, draws: int, vocab_size: int, temperature: float, seed: int
 ) -> None:
     logits = teacher(seed, tokens=tokens, vocab_size=vocab_size, spread=3.0)
     target = select_targets(logits, SampleSelection(draws, seed, temperature))
     for encoding in ("quantized", "fp32"):
-        found = decode(encode(target, value_encoding=encoding, num_draws=draws))
-        assert found.sampled
-        assert found.temperature == temperature
-        assert found.log_tail is None
-        assert torch.equal(found.indices, target.indices)
-        assert torch.equal(found.logprobs, target.logprobs)
+        decoded = decode(encode(target, value_encoding=encoding, num_draws=draws))
+        assert decoded.sampled
+        assert decoded.temperature == temperature
+        assert decoded.log_tail is None
+        assert torch.equal(decoded.indices, target.indices)
+        assert torch.equal(decoded.logprobs, target.logprobs)
 
 
 @settings(max_examples=30, deadline=None)
@@ -145,12 +156,12 @@ def test_draws_are_exact(
     st.sampled_from(["draws", "quantized", "fp32"]),
     st.integers(0, 2**31),
 )
-def test_many_records_at_once_are_each_of_them(
+def test_many_records_at_once_equal_single_ones(
     count: int, tokens: int, kind: str, seed: int
 ) -> None:
-    """Records that differ in slots, entries, steps and draws."""
+    """Check records that differ in slots, entries, steps and samples."""
     generator = np.random.default_rng(seed)
-    made, data = [], []
+    targets, data = [], []
     for number in range(count):
         logits = teacher(
             seed + number, tokens=tokens, vocab_size=3000, spread=float(generator.uniform(0.1, 4))
@@ -161,50 +172,52 @@ def test_many_records_at_once_are_each_of_them(
             if kind == "draws"
             else TopSelection(size, top_p=float(generator.uniform(0.3, 1)))
         )
-        made.append(select_targets(logits, selection))
+        targets.append(select_targets(logits, selection))
         data.append(
             encode(
-                made[-1], value_encoding="fp32" if kind == "fp32" else "quantized", num_draws=size
+                targets[-1],
+                value_encoding="fp32" if kind == "fp32" else "quantized",
+                num_draws=size,
             )
         )
-    found = decode_many(data)
-    slots = max(target.indices.shape[1] for target in made)
-    assert found.indices.shape == (count, tokens, slots)
-    for number, one in enumerate(data):
-        alone = decode(one)
-        mine = found.map(lambda tensor, number=number: tensor[number])
-        width = alone.indices.shape[1]
-        assert (mine.indices[:, width:] == -1).all()
-        assert (mine.logprobs[:, width:] == -torch.inf).all()
-        assert torch.equal(mine.indices[:, :width], alone.indices)
-        assert torch.equal(mine.logprobs[:, :width], alone.logprobs)
+    batch = decode_many(data)
+    slots = max(target.indices.shape[1] for target in targets)
+    assert batch.indices.shape == (count, tokens, slots)
+    for number, record in enumerate(data):
+        single = decode(record)
+        decoded = batch.map(lambda tensor, number=number: tensor[number])
+        width = single.indices.shape[1]
+        assert (decoded.indices[:, width:] == -1).all()
+        assert (decoded.logprobs[:, width:] == -torch.inf).all()
+        assert torch.equal(decoded.indices[:, :width], single.indices)
+        assert torch.equal(decoded.logprobs[:, :width], single.logprobs)
         for name in ("log_tail", "entropy"):
-            ours, theirs = getattr(mine, name), getattr(alone, name)
-            assert (ours is None and theirs is None) or torch.equal(ours, theirs)
-    other = encode(
+            actual, expected = getattr(decoded, name), getattr(single, name)
+            assert (actual is None and expected is None) or torch.equal(actual, expected)
+    longer = encode(
         select_targets(teacher(seed, tokens=tokens + 1, vocab_size=50, spread=1.0), TopSelection(3))
     )
     with pytest.raises(BadRecordError, match="records of different kinds"):
-        decode_many([*data, other])
+        decode_many([*data, longer])
 
 
-def test_what_cannot_be_stored_is_refused() -> None:
+def test_invalid_targets_are_refused() -> None:
     def target(ids: list[list[int]], values: list[list[float]], **more: object) -> SparseTarget:
         return SparseTarget(
             torch.tensor(ids, dtype=torch.int32), torch.tensor(values).log(), **more
         )
 
-    for bad, says in (
+    for invalid, message in (
         (target([[-1, -1]], [[0.5, 0.5]]), "has no kept entry"),
         (target([[1, 2]], [[0.5, float("nan")]]), "not a number"),
         (target([[3, 3]], [[0.5, 0.5]]), "named twice"),
         (target([[1, 2]], [[0.5, 0.25]], sampled=True), None),
         (target([[1, 2]], [[0.7, 0.3]], sampled=True), "not counts of 2 draws"),
     ):
-        if says is None:
+        if message is None:
             continue
-        with pytest.raises(ValueError, match=says):
-            encode(bad)
+        with pytest.raises(ValueError, match=message):
+            encode(invalid)
     with pytest.raises(
         ValueError, match="value_encoding must be one of quantized, fp32, not 'int4'"
     ):
@@ -217,38 +230,41 @@ def test_a_target_without_tail_or_entropy() -> None:
         torch.tensor([[0.5, 0.25], [0.125, 0.0]]).log(),
     )
     for encoding in ("quantized", "fp32"):
-        found = decode(encode(target, value_encoding=encoding))
-        assert found.log_tail is None
-        assert found.entropy is None
-        for ours, theirs in zip(used(found), used(target), strict=True):
-            assert ours.keys() == theirs.keys()
-            assert max(abs(ours[i] - theirs[i]) for i in ours) < ERROR
-        assert torch.allclose(found.logprobs.exp().sum(1), torch.tensor([0.75, 0.125]), atol=1e-6)
+        decoded = decode(encode(target, value_encoding=encoding))
+        assert decoded.log_tail is None
+        assert decoded.entropy is None
+        for actual, expected in zip(used(decoded), used(target), strict=True):
+            assert actual.keys() == expected.keys()
+            assert max(abs(actual[i] - expected[i]) for i in actual) < ERROR
+        assert torch.allclose(decoded.logprobs.exp().sum(1), torch.tensor([0.75, 0.125]), atol=1e-6)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_other_bytes_are_bad_records_or_targets(data: st.DataObject) -> None:
-    """Without the checksum that guards it, a changed record gives BadRecordError or some target, never another error."""
+    """Check that a changed record gives BadRecordError or some target, never another error.
+
+    The checksum that guards it is not used here.
+    """
     target = select_targets(
         teacher(data.draw(st.integers(0, 9)), tokens=5, vocab_size=500, spread=2.0),
         TopSelection(9, top_p=0.9),
     )
-    good = bytearray(
+    payload = bytearray(
         encode(target, value_encoding=data.draw(st.sampled_from(["quantized", "fp32"])))
     )
     kind = data.draw(st.sampled_from(["flip", "cut", "grow", "noise"]))
     if kind == "flip":
-        good[data.draw(st.integers(0, len(good) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        payload[data.draw(st.integers(0, len(payload) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     elif kind == "cut":
-        del good[data.draw(st.integers(0, len(good) - 1)) :]
+        del payload[data.draw(st.integers(0, len(payload) - 1)) :]
     elif kind == "grow":
-        good += data.draw(st.binary(min_size=1, max_size=9))
+        payload += data.draw(st.binary(min_size=1, max_size=9))
     else:
-        good = bytearray(data.draw(st.binary(max_size=2 * HEADER.size)))
+        payload = bytearray(data.draw(st.binary(max_size=2 * HEADER.size)))
     try:
-        found = decode(bytes(good))
+        decoded = decode(bytes(payload))
     except BadRecordError:
         return
     assert kind in ("flip", "noise")
-    assert found.indices.dim() == 2
+    assert decoded.indices.dim() == 2

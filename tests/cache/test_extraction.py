@@ -1,4 +1,7 @@
-"""Which shards of a cache a job finds finished, and whether what is stored is what the teacher says."""
+"""Test which shards of a cache a job takes as finished.
+
+Also test the comparison of stored targets with the teacher.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ S, V = 16, 300
 
 
 class Part:
-    """Samples as a data set of tokens gives them."""
+    """Provide samples as a data set of tokens does."""
 
     def __init__(self, tokens: Tensor) -> None:
         self.samples = [{"marked_tokens": row} for row in tokens]
@@ -49,7 +52,7 @@ class Part:
 
 
 class Teacher:
-    """A table of logits by token id; collective over nothing."""
+    """Return a table of logits by token id, without collectives."""
 
     def __init__(self, seed: int, selection: Selection) -> None:
         self.table = 2 * torch.randn(V, V, generator=torch.Generator().manual_seed(seed))
@@ -141,33 +144,39 @@ def test_one_job_at_a_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("selection", SELECTIONS, ids=["top", "draws"])
-def test_recheck_finds_what_the_teacher_does_not_say(selection: Selection, tmp_path: Path) -> None:
+def test_recheck_finds_targets_of_another_teacher(selection: Selection, tmp_path: Path) -> None:
     seed = fresh_seed()
     teacher, plan = Teacher(seed, selection), plan_of(seed)
     identity = store(tmp_path, teacher, plan, range(3))
 
-    def check(asked: Teacher) -> tuple[int, int, int]:
-        found = recheck(
-            asked, CacheReader(tmp_path), plan, samples=50, seed=seed, device=torch.device("cpu")
+    def check(live_teacher: Teacher) -> tuple[int, int, int]:
+        result = recheck(
+            live_teacher,
+            CacheReader(tmp_path),
+            plan,
+            samples=50,
+            seed=seed,
+            device=torch.device("cpu"),
         )
-        assert found is not None
-        return len(found.distances), len(found.wrong), len(found.missing)
+        assert result is not None
+        return len(result.distances), len(result.wrong), len(result.missing)
 
     assert check(teacher) == (24, 0, 26), say(seed)
     assert check(Teacher(seed + 1, selection)) == (24, 24, 26), say(seed)
-    # One sample with another one's target, all checksums right.
-    (other,) = Teacher(seed, selection).targets([_batch(plan.sample(10))])
+    # One sample has another one's target, with correct checksums.
+    (other_target,) = Teacher(seed, selection).targets([_batch(plan.sample(10))])
     with CacheWriter(tmp_path, identity, shard=1) as writer:
         for number in range(8, 16):
             (target,) = teacher.targets([_batch(plan.sample(number))])
             writer.add(
-                plan.sample(number), (other if number == 9 else target).map(lambda t: t[:, 0])
+                plan.sample(number),
+                (other_target if number == 9 else target).map(lambda t: t[:, 0]),
             )
-    found = recheck(
+    result = recheck(
         teacher, CacheReader(tmp_path), plan, samples=50, seed=seed, device=torch.device("cpu")
     )
-    assert found is not None, say(seed)
-    assert list(found.wrong) == [9], say(seed)
+    assert result is not None, say(seed)
+    assert list(result.wrong) == [9], say(seed)
 
 
 def _batch(tokens: Tensor) -> Microbatch:

@@ -1,4 +1,4 @@
-"""stats, verify, repair and merge, by the library and by the tool."""
+"""Test stats, verify, repair and merge, by the library and by the tool."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_kd.cache import CacheIdentity, CacheReader, CacheWriter, WrongCach
 from megatron_kd.cache.identity import write_identity
 from megatron_kd.cache.staged import StagedWriter
 from megatron_kd.cache.verify import merge, statistics, verify
-from tests.cache.test_store import IDENTITY, S, Sample, V, holds, samples
+from tests.cache.cache_samples import IDENTITY, S, Sample, V, holds, samples
 from tests.losses.cases import fresh_seed
 
 ROOT = Path(__file__).parents[2]
@@ -40,26 +40,26 @@ def tool(*arguments: object) -> tuple[int, str]:
 
 
 def test_statistics(tmp_path: Path) -> None:
-    made = samples(fresh_seed(), 30)
-    write(tmp_path / "cache", made, 2)
-    found = statistics(CacheReader(tmp_path / "cache"))
-    kept = [(target.indices >= 0).sum(1) for _, target in made]
-    assert (found.samples, found.tokens) == (30, 30 * S)
-    assert sum(found.kept) == found.tokens
+    stored = samples(fresh_seed(), 30)
+    write(tmp_path / "cache", stored, 2)
+    sums = statistics(CacheReader(tmp_path / "cache"))
+    kept = [(target.indices >= 0).sum(1) for _, target in stored]
+    assert (sums.samples, sums.tokens) == (30, 30 * S)
+    assert sum(sums.kept) == sums.tokens
     assert (
-        found.entries
+        sums.entries
         == sum(int(k.sum()) for k in kept)
-        == sum(n * count for n, count in enumerate(found.kept))
+        == sum(n * count for n, count in enumerate(sums.kept))
     )
-    assert found.mass == pytest.approx(sum(float(t.logprobs.double().exp().sum()) for _, t in made))
-    assert found.entropy == pytest.approx(
-        sum(float(t.entropy.double().sum()) for _, t in made if t.entropy is not None)
+    assert sums.mass == pytest.approx(
+        sum(float(t.logprobs.double().exp().sum()) for _, t in stored)
+    )
+    assert sums.entropy == pytest.approx(
+        sum(float(t.entropy.double().sum()) for _, t in stored if t.entropy is not None)
     )
     code, output = tool("stats", tmp_path / "cache", "--json", "--picture", tmp_path / "kept.png")
     assert code == 0, output
-    assert json.loads(output)["bytes_per_token"] == pytest.approx(found.bytes / found.tokens), (
-        output
-    )
+    assert json.loads(output)["bytes_per_token"] == pytest.approx(sums.bytes / sums.tokens), output
     assert (tmp_path / "kept.png").stat().st_size > 1000
     code, output = tool("stats", tmp_path / "cache", "--samples", "3")
     assert code == 0

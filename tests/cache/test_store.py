@@ -1,4 +1,7 @@
-"""Records found by what they are, in files that are complete or not there; damage and mismatch are named, never read."""
+"""Test that records are found by their key, in files that are complete or absent.
+
+Damage and mismatch are reported and never read as targets.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,11 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_kd.cache import (
     CacheError,
@@ -26,39 +24,14 @@ from megatron_kd.cache import (
     MissingTarget,
     WrongCache,
 )
-from megatron_kd.targets import SparseTarget, TopSelection, select_targets
 from megatron_kd.targets.keys import sample_key, sample_keys
+from tests.cache.cache_samples import IDENTITY, SELECTION, S, Sample, V, holds, same, samples
 from tests.losses.cases import fresh_seed, say
-
-S, V = 16, 500
-SELECTION = TopSelection(6, top_p=0.9)
-IDENTITY = CacheIdentity("ab" * 32, "cd" * 32, V, S, SELECTION, "fp32")
-Sample = tuple[Tensor, SparseTarget]
-
-
-def samples(seed: int, count: int) -> list[Sample]:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, V, (count, S), generator=generator)
-    return [
-        (row, select_targets(3 * torch.randn(S, V, generator=generator), SELECTION))
-        for row in tokens
-    ]
-
-
-def same(a: SparseTarget, b: SparseTarget) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
-
-
-def holds(directory: Path, expected: list[Sample]) -> bool:
-    reader = CacheReader(directory, expect=IDENTITY)
-    return len(reader) == len(expected) and all(
-        same(reader.get(tokens), target) for tokens, target in expected
-    )
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[tuple[Path, list[Sample]]]:
-    """150 samples in three shards, the middle one of more than one record batch."""
+    """Provide 150 samples in three shards, the middle one of more than one record batch."""
     made = samples(fresh_seed(), 150)
     for shard, part in enumerate((made[:20], made[20:130], made[130:])):
         with CacheWriter(tmp_path / "cache", IDENTITY, shard=shard) as writer:
@@ -143,13 +116,13 @@ def test_two_writers_of_one_name(tmp_path: Path) -> None:
 def test_an_error_drops_the_open_shard_only(tmp_path: Path) -> None:
     made = samples(fresh_seed(), 12)
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
-    with pytest.raises(Stop), CacheWriter(tmp_path, IDENTITY, shard_samples=5) as writer:  # noqa: PT012
+    with pytest.raises(StopError), CacheWriter(tmp_path, IDENTITY, shard_samples=5) as writer:  # noqa: PT012
         for tokens, target in made:
             writer.add(tokens, target)
-        raise Stop
+        raise StopError
     assert holds(tmp_path, made[:10])
     assert not list(tmp_path.glob(".*partial*"))
 
@@ -170,7 +143,7 @@ def test_samples_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def read_all(directory: Path, expected: list[Sample]) -> str | None:
-    """None if all is right; the error if there is one; a wrong number is a failure."""
+    """Return None if all is right, or the error; a wrong number fails the test."""
     try:
         reader = CacheReader(directory, expect=IDENTITY)
         for tokens, target in expected:
@@ -184,7 +157,10 @@ def read_all(directory: Path, expected: list[Sample]) -> str | None:
 def test_every_flipped_byte_is_named_or_harmless(
     cache: tuple[Path, list[Sample]], measured: Callable[[str], None]
 ) -> None:
-    """Harmless: in Arrow's alignment padding and in unused parts of its own headers."""
+    """Flip bytes one by one.
+
+    Harmless ones are in Arrow's alignment padding and in unused parts of its headers.
+    """
     directory, made = cache
     seed = fresh_seed()
     generator = random.Random(seed)
@@ -209,7 +185,7 @@ def test_every_flipped_byte_is_named_or_harmless(
 
 @pytest.mark.fault(5)
 def test_column_names_of_other_bytes(cache: tuple[Path, list[Sample]]) -> None:
-    """What is no text any more is named like everything else."""
+    """Check that a name that is no longer text is reported like other damage."""
     directory, made = cache
     path = directory / "shard-00000000.arrow"
     good = path.read_bytes()
@@ -276,7 +252,11 @@ def test_shards_swapped_renamed_deleted_duplicated(cache: tuple[Path, list[Sampl
 
 @pytest.mark.fault(5)
 def test_shards_of_one_size_swapped(tmp_path: Path) -> None:
-    """The file beside a shard says of which training step it is: with another's records in it, an old target would pass for the latest."""
+    """Swap two shards of one size.
+
+    The file beside a shard has its training step: with the records of another shard, an old target
+    would pass for the latest.
+    """
     (sample,) = samples(fresh_seed(), 1)
     names = []
     for step in (100, 200):
@@ -319,67 +299,6 @@ def test_the_latest_training_step_is_read(tmp_path: Path) -> None:
     reader = CacheReader(tmp_path)
     assert same(reader.get(tokens), late)
     assert sorted(shard.info.step for shard in reader.shards) == [100, 200]
-
-
-KILLED = """
-import sys, torch
-from pathlib import Path
-from megatron_kd.cache import CacheWriter
-from tests.cache.test_store import IDENTITY, samples
-with CacheWriter(sys.argv[1], IDENTITY, shard_samples=3) as writer:
-    print("ready", flush=True)
-    for tokens, target in samples(int(sys.argv[2]), 100000):
-        writer.add(tokens, target)
-"""
-
-
-@pytest.mark.fault(3)
-def test_a_killed_writer_leaves_finished_shards_only(tmp_path: Path) -> None:
-    seed = fresh_seed()
-    for attempt in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, tmp_path, str(seed + attempt)], stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        time.sleep(0.3 + random.random())
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        reader = CacheReader(tmp_path, expect=IDENTITY)
-        assert len(reader) == 3 * len(reader.shards)
-        for key in reader.keys():
-            reader.record(key)
-    with CacheWriter(tmp_path, IDENTITY) as writer:  # the lock went with its owner
-        writer.add(*samples(seed + 9, 1)[0])
-    assert not list(tmp_path.glob(".*partial*"))
-
-
-@pytest.mark.fault(6)
-def test_a_full_disk_keeps_what_is_finished(tmp_path: Path) -> None:
-    """Through the system's own limit on file sizes, in a process of its own."""
-    program = """
-import resource, signal, sys
-from megatron_kd.cache import CacheWriter
-from tests.cache.test_store import IDENTITY, samples
-made = samples(1, 400)
-with CacheWriter(sys.argv[1], IDENTITY, shard_samples=40) as writer:
-    for tokens, target in made[:50]:
-        writer.add(tokens, target)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-try:
-    with CacheWriter(sys.argv[1], IDENTITY, worker=1, shard_samples=400) as writer:
-        for tokens, target in made:
-            writer.add(tokens, target)
-except OSError as error:
-    print("stopped", error.errno)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=False
-    )
-    assert done.stdout.startswith("stopped"), done.stderr
-    assert len(CacheReader(tmp_path)) == 50
-    assert not list(tmp_path.glob(".*partial*"))
 
 
 def test_a_remote_cache_reads_alike(cache: tuple[Path, list[Sample]]) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of saving do in other processes, which import this module."""
+"""Run the program under faults. Other processes import this module."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ lock = DirectoryLock(Path(sys.argv[1])); print("held", flush=True); input()
 
 
 def main(run_file: Path, *overrides: str) -> int:
-    """The program."""
+    """Run the program."""
     from megatron_kd.pretrain import main as pretrain
 
     return pretrain(["--config", str(run_file), *overrides])
 
 
-def sound_steps(run: Path) -> list[int]:
-    """Steps of a run that can be seen. AssertionError where one of them is not what was written."""
+def intact_steps(run: Path) -> list[int]:
+    """Return the visible steps of a run after asserting that each is what was written."""
     steps = complete_steps(run / "checkpoints")
     for step in steps:
         assert verify(step_folder(run / "checkpoints", step)) == [], (run, step)
     return steps
 
 
-def state_of(run: Path, step: int) -> dict[str, str]:
-    """Digests of the files with the state."""
+def state_digests(run: Path, step: int) -> dict[str, str]:
+    """Return the digests of the files with the state."""
     files = read_manifest(step_folder(run / "checkpoints", step))
     return {
         name: record.sha256
@@ -68,22 +68,25 @@ def _die() -> None:
 
 
 def killed_after(run_file: Path, step: int) -> None:
-    """The program with SIGKILL once the checkpoint of `step` is complete."""
+    """Run the program and kill it once the checkpoint of `step` is complete."""
     from megatron_kd.checkpoint.saver import Saver
 
-    real = Saver._finish
+    finish = Saver._finish
 
-    def fatal(self: Saver, save: Any) -> None:
-        real(self, save)
+    def finish_and_die(self: Saver, save: Any) -> None:
+        finish(self, save)
         if save.info.step == step:
             _die()
 
-    Saver._finish = fatal  # type: ignore[method-assign]
+    Saver._finish = finish_and_die  # type: ignore[method-assign]
     main(run_file)
 
 
 def killed_at_call(run_file: Path, number: int) -> int:
-    """The program with SIGKILL before the `number`-th time that it makes something durable or gives a file its name."""
+    """Run the program and kill it before a call that makes something durable or renames a file.
+
+    `number` counts these calls from 1.
+    """
     count = iter(range(1, 10**9))
     lock = threading.Lock()
 
@@ -101,66 +104,71 @@ def killed_at_call(run_file: Path, number: int) -> int:
 
 
 def killed_in_time(run_file: Path, seconds: float) -> int:
-    """The program with SIGKILL `seconds` after its first step."""
+    """Run the program and kill it `seconds` after its first step."""
     from megatron_kd.train import loop
 
-    real = loop.train_step
+    step_once = loop.train_step
 
-    def noted(run: Any) -> Any:
+    def step_with_timer(run: Any) -> Any:
         if not any(thread.name == "fate" for thread in threading.enumerate()):
             timer = threading.Timer(seconds, _die)
             timer.name, timer.daemon = "fate", True
             timer.start()
-        return real(run)
+        return step_once(run)
 
-    loop.train_step = noted
+    loop.train_step = step_with_timer
     return main(run_file)
 
 
-def slow_disk(run_file: Path, seconds: float, then: Callable[[int], None], *overrides: str) -> int:
-    """The program whose state takes `seconds` longer to write; `then(step)` is called before each step."""
+def slow_disk(
+    run_file: Path, seconds: float, before_step: Callable[[int], None], *overrides: str
+) -> int:
+    """Run the program with a state that takes `seconds` longer to write.
+
+    `before_step(step)` is called before each step.
+    """
     from megatron_kd.checkpoint.distributed_writer import StateWriter
     from megatron_kd.train import loop
 
     write, step_once = StateWriter.write, loop.train_step
 
-    def slow(self: StateWriter, say: Callable[[str], None]) -> Any:
-        say("writing to a slow disk")
+    def slow(self: StateWriter, report_phase: Callable[[str], None]) -> Any:
+        report_phase("writing to a slow disk")
         time.sleep(seconds)
-        return write(self, say)
+        return write(self, report_phase)
 
-    def told(run: Any) -> Any:
-        then(run.progress.step)
+    def observed_step(run: Any) -> Any:
+        before_step(run.progress.step)
         return step_once(run)
 
-    StateWriter.write, loop.train_step = slow, told  # type: ignore[method-assign]
+    StateWriter.write, loop.train_step = slow, observed_step  # type: ignore[method-assign]
     return main(run_file, *overrides)
 
 
-def nothing(step: int) -> None:
-    """Go on."""
+def no_op(step: int) -> None:
+    """Ignore the step."""
 
 
 def terminate_at_5(step: int) -> None:
-    """SIGTERM during step 5."""
+    """Send SIGTERM during step 5."""
     if step == 4:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def full_disk(run_file: Path, limit: int, *overrides: str) -> int:
-    """The program where no file may be longer than `limit` bytes."""
+    """Run the program where no file may be longer than `limit` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     return main(run_file, *overrides)
 
 
-def small_room(run_file: Path, checkpoint: Path, times: float) -> int:
-    """The program where `times` the size of `checkpoint` is left, as far as anybody can ask."""
+def small_free_space(run_file: Path, checkpoint: Path, times: float) -> int:
+    """Run the program where `times` the size of `checkpoint` seems to be free."""
     free = int(times * sum(path.stat().st_size for path in checkpoint.iterdir()))
     shutil.disk_usage = lambda path: SimpleNamespace(total=free, used=0, free=free)  # type: ignore[assignment, misc]
     return main(run_file)
 
 
-# The program where room is seen that is gone when it is needed, as on a disk that others write to.
+# Runs the program where free space is reported that is gone when it is needed, as on a shared disk.
 DECEIVED = """
 import runpy, shutil
 shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 0, 10**12)
@@ -171,35 +179,51 @@ runpy.run_module("megatron_kd.pretrain", run_name="__main__")
 def small_disk(
     run_file: Path, kibibytes: int, deceived: bool, directory: Path, *overrides: str
 ) -> tuple[int, list[int]] | None:
-    """The program with a file system of `kibibytes` at its run directory: exit code, complete steps. None where none can be mounted."""
+    """Run the program with a file system of `kibibytes` at its run directory.
+
+    Returns:
+        Exit code and complete steps; None where no file system can be mounted.
+    """
     directory.mkdir(exist_ok=True)
     program = ["-c", DECEIVED] if deceived else ["-m", "megatron_kd.pretrain"]
     words = [sys.executable, *program, "--config", str(run_file), *overrides]
-    look = [sys.executable, str(ROOT / "tools/verify_checkpoint.py"), "--json", str(directory)]
-    script = f"mount -t tmpfs -o size={kibibytes}k none {directory} || exit 77\n{shlex.join(words)}; echo $?; {shlex.join(look)}"
+    verification = [
+        sys.executable,
+        str(ROOT / "tools/verify_checkpoint.py"),
+        "--json",
+        str(directory),
+    ]
+    script = (
+        f"mount -t tmpfs -o size={kibibytes}k none {directory} || exit 77\n"
+        f"{shlex.join(words)}; echo $?; {shlex.join(verification)}"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    process = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script], stdout=subprocess.PIPE, text=True, env=environment
     )
-    if done.returncode == 77 or not done.stdout:
+    if process.returncode == 77 or not process.stdout:
         return None
-    code, _, rest = done.stdout.partition("\n")
-    states = json.loads(rest) if rest.strip() else []
-    assert all(each["state"] == "good" for each in states), states
+    code, _, report = process.stdout.partition("\n")
+    states = json.loads(report) if report.strip() else []
+    assert all(result["state"] == "good" for result in states), states
     return int(code), sorted(
-        int(Path(each["folder"]).name.removeprefix("step-")) for each in states
+        int(Path(result["folder"]).name.removeprefix("step-")) for result in states
     )
 
 
 def flip(path: Path) -> None:
-    """Another byte in the middle of a file, which stays as long as it was."""
+    """Change a byte in the middle of a file; its length stays the same."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
-def held_by_another(run_file: Path, directory: Path) -> tuple[int, int, int]:
-    """The program while another process holds its directory, and after that was killed: (his number, exit code, exit code)."""
+def locked_by_another(run_file: Path, directory: Path) -> tuple[int, int, int]:
+    """Run the program while another process has locked its directory, and after its death.
+
+    Returns:
+        Process id of the other one, and both exit codes.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     other = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(directory)],
@@ -218,43 +242,46 @@ def held_by_another(run_file: Path, directory: Path) -> tuple[int, int, int]:
 
 
 class Payload:
-    """Leaves a file named `ran` where it is unpickled."""
+    """Create a file named `ran` when unpickled."""
 
-    def __init__(self, where: Path) -> None:
-        self.where = where
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.where / "ran",))
+        return (Path.touch, (self.folder / "ran",))
 
 
-def poison(folder: Path, name: str, where: Path) -> None:
-    """A pickle that runs something in place of a file of the checkpoint (or of its optimizer entries), its digests made right."""
+def poison(folder: Path, name: str, target: Path) -> None:
+    """Replace a file of the checkpoint by a pickle that runs code, with matching digests.
+
+    With "tensors", its optimizer entries are replaced.
+    """
     files = read_manifest(folder)
     if name == "path":
         content = (folder / ".metadata").read_bytes()
         (data,) = (name for name in files if name.endswith(".distcp"))
-        other = f"../{'x' * (len(data) - 3)}"
+        outside_path = f"../{'x' * (len(data) - 3)}"
         assert data.encode() in content
-        (folder / ".metadata").write_bytes(content.replace(data.encode(), other.encode()))
+        (folder / ".metadata").write_bytes(content.replace(data.encode(), outside_path.encode()))
         name = ".metadata"
     elif name == "common.pt":
-        torch.save({"optimizer": Payload(where)}, folder / name)
+        torch.save({"optimizer": Payload(target)}, folder / name)
     elif name == "tensors":
         entries = read_metadata(folder, what="test").storage_data.values()
         with open(folder / "__0_0.distcp", "r+b") as stream:
-            for place in entries:
-                stream.seek(place.offset)
-                stream.write(pickle.dumps(Payload(where))[: place.length])
+            for entry in entries:
+                stream.seek(entry.offset)
+                stream.write(pickle.dumps(Payload(target))[: entry.length])
         name = "__0_0.distcp"
     else:
-        (folder / name).write_bytes(pickle.dumps(Payload(where)))
+        (folder / name).write_bytes(pickle.dumps(Payload(target)))
     data = (folder / name).read_bytes()
-    for each in (name, MANIFEST, COMMIT):
-        (folder / each).unlink()
+    for file_name in (name, MANIFEST, COMMIT):
+        (folder / file_name).unlink()
     seal(folder, {**files, name: write_file(folder, name, data)})
     assert verify(folder) == []
 
 
 def events(run: Path) -> list[dict[str, Any]]:
-    """Rows of checkpoints.jsonl."""
+    """Return the records of checkpoints.jsonl."""
     return [json.loads(line) for line in (run / "checkpoints.jsonl").read_text().splitlines()]

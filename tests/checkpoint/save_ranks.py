@@ -1,4 +1,4 @@
-"""What two ranks do with one Saver after the other. A module of its own, because spawned ranks import it."""
+"""Save on two ranks with several Savers. Spawned ranks import this module."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 from megatron_kd.config import RunConfig
 
 
-def told(action: Callable[[], Any]) -> str:
-    """What a CheckpointError said, "" where there was none."""
+def error_message(action: Callable[[], Any]) -> str:
+    """Return the message of a CheckpointError, or an empty string."""
     from megatron_kd.checkpoint.store import CheckpointError
 
     try:
@@ -26,7 +26,7 @@ def told(action: Callable[[], Any]) -> str:
 
 @contextmanager
 def changed_write(change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """StateWriter.write as `change` makes it."""
+    """Replace StateWriter.write by `change` of it."""
     from megatron_kd.checkpoint.distributed_writer import StateWriter
 
     real = StateWriter.write
@@ -38,14 +38,18 @@ def changed_write(change: Callable[[Callable[..., Any]], Callable[..., Any]]) ->
 
 
 class Bench:
-    """One run whose state is saved by several Savers; `found`: what this rank was told, and what could be seen meanwhile."""
+    """Save the state of one run with several Savers.
+
+    Attributes:
+        results: messages that this rank received, and the visible steps meanwhile.
+    """
 
     def __init__(self, rendezvous: str, config: RunConfig, folder: Path) -> None:
         import torch.distributed as dist
 
         from megatron_kd.train.build import build_run
 
-        self.run, self.folder, self.found = (
+        self.run, self.folder, self.results = (
             build_run(config, rendezvous=rendezvous),
             folder,
             dict[str, Any](),
@@ -71,8 +75,8 @@ class Bench:
             watchdog=groups.watchdog,
         )
 
-    def save(self, to: Any) -> None:
-        object.__setattr__(self.run, "saver", to)
+    def save(self, saver: Any) -> None:
+        object.__setattr__(self.run, "saver", saver)
         self.run.save()
 
     def steps(self, saver: Any) -> list[int]:
@@ -80,38 +84,44 @@ class Bench:
 
         return complete_steps(saver.checkpoints)
 
-    def held_up(self, later: Any) -> None:
-        """On the last rank alone, while three steps are taken; then the next save waits for the one before."""
-        gate, found = threading.Event(), self.found
+    def save_while_a_rank_waits(self, later: Any) -> None:
+        """Delay the last rank's writing while three steps run.
 
-        def held(real: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda writer, say: (gate.wait(60) if self.rank else None, real(writer, say))[1]
+        The next save then waits for the one before.
+        """
+        gate, results = threading.Event(), self.results
 
-        with changed_write(held):
+        def wait_at_gate(real: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda writer, report_phase: (
+                gate.wait(60) if self.rank else None,
+                real(writer, report_phase),
+            )[1]
+
+        with changed_write(wait_at_gate):
             self.save(later)
-            found["seen"] = []
+            results["seen"] = []
             for _ in range(3):
                 self.train(1)
                 later.poll()
-                found["seen"].append(self.steps(later))
+                results["seen"].append(self.steps(later))
             gate.set()
             later.finish()
-        found["then"] = self.steps(later)
+        results["then"] = self.steps(later)
         self.save(later)
-        found["before the next"] = self.steps(later)
+        results["before the next"] = self.steps(later)
         self.train(1)
         self.save(later)
-        found["at the next"] = self.steps(later)
+        results["at the next"] = self.steps(later)
         later.finish()
-        found["at the end"] = self.steps(later)
+        results["at the end"] = self.steps(later)
 
     def failures(self, waiting: Any, later: Any) -> None:
-        """Of the last rank, and of the lease."""
-        found = self.found
+        """Let the last rank's writing fail, and lose the lock."""
+        results = self.results
 
         def failing(real: Callable[..., Any]) -> Callable[..., Any]:
-            def write(writer: Any, say: Any) -> Any:
-                results = real(writer, say)
+            def write(writer: Any, report_phase: Any) -> Any:
+                results = real(writer, report_phase)
                 if self.rank:
                     raise OSError(
                         errno.ENOSPC, os.strerror(errno.ENOSPC), str(writer.folder / "part")
@@ -121,38 +131,38 @@ class Bench:
             return write
 
         with changed_write(failing):
-            found["full"] = told(lambda: self.save(waiting))
-            found["full later"] = told(lambda: (self.save(later), later.finish()))
+            results["full"] = error_message(lambda: self.save(waiting))
+            results["full later"] = error_message(lambda: (self.save(later), later.finish()))
         never = threading.Event()
         with changed_write(
             lambda real: (
-                lambda writer, say: (
-                    say("writing part"),
+                lambda writer, report_phase: (
+                    report_phase("writing part"),
                     never.wait(20) if self.rank else None,
-                    real(writer, say),
+                    real(writer, report_phase),
                 )[2]
             )
         ):
-            found["slow"] = told(
+            results["slow"] = error_message(
                 lambda: self.save(self.saver("waiting", asynchronous=False, timeout_seconds=0.5))
             )
         never.set()
         later.check = lambda: (_ for _ in ()).throw(_lost())
-        found["lost"] = told(lambda: self.save(later))
+        results["lost"] = error_message(lambda: self.save(later))
 
 
 def in_two_ranks(rendezvous: str, config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Saves of one run into several folders; see `Bench`."""
+    """Save one run into several folders; see `Bench`."""
     from megatron_kd.parallel.groups import stop_groups
 
     bench = Bench(rendezvous, config, folder)
     with bench.run.groups.watchdog:
         bench.save(waiting := bench.saver("waiting", asynchronous=False))
         waiting.finish()
-        bench.held_up(later := bench.saver("later", asynchronous=True))
+        bench.save_while_a_rank_waits(later := bench.saver("later", asynchronous=True))
         bench.failures(waiting, later)
     stop_groups()
-    return bench.found
+    return bench.results
 
 
 def _lost() -> Exception:

@@ -1,4 +1,7 @@
-"""Digests of a checkpoint's files: any byte that is not the one written is seen, and nothing outside the folder is touched."""
+"""Test the digests of a checkpoint's files.
+
+Any changed byte is detected, and nothing outside the folder is touched.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +41,10 @@ from tests.losses.cases import fresh_seed
 
 
 def make(folder: Path, files: int = 4, seed: int = 0) -> Path:
-    """A sealed folder of random files."""
+    """Return a sealed folder of random files."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
-    written = {
+    records = {
         f"__{i}_0.distcp": write_file(folder, f"__{i}_0.distcp", rng.bytes(3000 + 100 * i))
         for i in range(files)
     }
@@ -55,12 +58,12 @@ def make(folder: Path, files: int = 4, seed: int = 0) -> Path:
             "model": {},
         }
     )
-    state = (
-        state[:-1]
-        + ', "vocab_size": 9, "tokenizer": null, "precision": "fp32", "distributed_optimizer": null, "version": "0"}'
+    state = state[:-1] + (
+        ', "vocab_size": 9, "tokenizer": null, "precision": "fp32", "distributed_optimizer": '
+        'null, "version": "0"}'
     )
-    written["state.json"] = write_file(folder, "state.json", state.encode())
-    seal(folder, written)
+    records["state.json"] = write_file(folder, "state.json", state.encode())
+    seal(folder, records)
     return folder
 
 
@@ -70,22 +73,22 @@ def test_any_byte_of_any_file(tmp_path: Path) -> None:
     folder = make(tmp_path / "step", seed=seed)
     assert verify(folder) == []
     for path in sorted(folder.iterdir()):
-        whole = path.read_bytes()
-        for at in (0, len(whole) - 1, int(rng.integers(len(whole)))):
-            changed = bytearray(whole)
-            changed[at] ^= int(rng.integers(1, 256))
+        original = path.read_bytes()
+        for position in (0, len(original) - 1, int(rng.integers(len(original)))):
+            changed = bytearray(original)
+            changed[position] ^= int(rng.integers(1, 256))
             path.write_bytes(changed)
             problems = verify(folder)
-            # White space between the words of the mark may be any.
+            # White space in commit.json is free.
             harmless = (
-                path.name == COMMIT and not problems and json.loads(changed) == json.loads(whole)
+                path.name == COMMIT and not problems and json.loads(changed) == json.loads(original)
             )
-            assert problems or harmless, (seed, path.name, at)
+            assert problems or harmless, (seed, path.name, position)
             if path.name not in (MANIFEST, COMMIT):
                 assert len(problems) == 1, (seed, problems)
                 assert str(path) in problems[0], (seed, problems)
                 assert "expected" in problems[0], (seed, problems)
-        path.write_bytes(whole)
+        path.write_bytes(original)
     assert verify(folder) == []
 
 
@@ -147,7 +150,7 @@ def test_damage_is_named(tmp_path: Path, name: str) -> None:
 )
 @pytest.mark.fault(13)
 def test_names_stay_inside(tmp_path: Path, name: str) -> None:
-    """Crafted manifests whose own digest is right."""
+    """Check crafted manifests with a correct digest."""
     folder = make(tmp_path / "step")
     (tmp_path / "out").write_bytes(b"secret")
     content = json.loads((folder / MANIFEST).read_text())
@@ -185,22 +188,25 @@ def test_ranks_share_the_reading(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(16)
-def test_view_that_lags_behind(tmp_path: Path) -> None:
-    """A file that is there and still empty, as network file systems show it, is waited for; then it is damage."""
+def test_a_stale_view_of_a_folder(tmp_path: Path) -> None:
+    """Wait for a file that is still empty, as network file systems may show it.
+
+    After the patience it counts as damage.
+    """
     folder = make(tmp_path / "step")
     path = folder / "__1_0.distcp"
-    whole = path.read_bytes()
+    original = path.read_bytes()
     path.write_bytes(b"")
-    late = threading.Timer(0.3, path.write_bytes, (whole,))
-    late.start()
+    timer = threading.Timer(0.3, path.write_bytes, (original,))
+    timer.start()
     assert verify(folder, patience=20.0) == []
-    late.join()
+    timer.join()
     path.write_bytes(b"")
-    late = threading.Timer(0.3, path.write_bytes, (whole,))
-    late.start()
+    timer = threading.Timer(0.3, path.write_bytes, (original,))
+    timer.start()
     wait_for_sizes(folder, read_manifest(folder), patience=20.0)
-    assert path.stat().st_size == len(whole)
-    late.join()
+    assert path.stat().st_size == len(original)
+    timer.join()
     path.write_bytes(b"")
     begin = time.monotonic()
     with pytest.raises(OSError, match="it has 0 bytes here, 3100 were written"):
@@ -220,9 +226,9 @@ def test_stream_digests_what_is_written(tmp_path: Path) -> None:
     assert stream.record() == write_file(tmp_path, "b", data)
 
 
-def test_the_last_good_one_is_never_removed(tmp_path: Path) -> None:
-    def steps(*wanted: int) -> None:
-        for step in wanted:
+def test_the_last_verified_one_is_never_removed(tmp_path: Path) -> None:
+    def steps(*numbers: int) -> None:
+        for step in numbers:
             step_folder(tmp_path, step).mkdir(exist_ok=True)
 
     steps(1, 2, 3, 4)
@@ -246,8 +252,8 @@ def test_the_last_good_one_is_never_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(17, "S7")
-def test_damaged_newest_keeps_the_last_good(tmp_path: Path) -> None:
-    """keep_last = 1: what was written and does not read back takes nobody's place."""
+def test_damaged_newest_keeps_the_last_verified(tmp_path: Path) -> None:
+    """Check with keep_last = 1 that a checkpoint that does not read back replaces no other."""
     verifier = Verifier(tmp_path, keep_last=1, log=CheckpointLog(tmp_path / "log"))
 
     def add(step: int, *, damaged: bool = False) -> list[int]:
@@ -267,8 +273,10 @@ def test_damaged_newest_keeps_the_last_good(tmp_path: Path) -> None:
     assert verifier.verified == {2}
     assert set(verifier.damaged) == {3, 4}
     assert add(5) == [5]
-    rows = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert [(row["event"], row["step"]) for row in rows if row["event"] == "damaged"] == [
+    records = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [
+        (record["event"], record["step"]) for record in records if record["event"] == "damaged"
+    ] == [
         ("damaged", 3),
         ("damaged", 4),
     ]
@@ -281,23 +289,26 @@ def _wait(verifier: Verifier) -> None:
         time.sleep(0.01)
 
 
-def test_a_start_removes_what_a_kill_has_left(tmp_path: Path) -> None:
-    """Killed between the last checkpoint and its rotation: what was read at the start is not read again, and the rest goes."""
+def test_a_start_finishes_a_killed_rotation(tmp_path: Path) -> None:
+    """Check a kill between the last checkpoint and its rotation.
+
+    A checkpoint that was verified at the start is not read again, and older ones are removed.
+    """
     for step in (1, 2, 3):
         make(step_folder(tmp_path, step), seed=step)
     verifier = Verifier(tmp_path, keep_last=1, log=CheckpointLog(tmp_path / "log"))
     verifier.add(3, verified=True)
     _wait(verifier)
     verifier.close()
-    rows = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert complete_steps(tmp_path) == [3]
-    assert [(row["event"], row["step"]) for row in rows] == [
+    assert [(record["event"], record["step"]) for record in records] == [
         ("removed", 1),
         ("removed", 2),
     ]
 
 
-def test_tool_says_which_steps_are_good(tmp_path: Path) -> None:
+def test_tool_reports_the_state_of_steps(tmp_path: Path) -> None:
     run = tmp_path / "run/checkpoints"
     for step in (1, 2, 3):
         make(run / f"step-0000000{step}", seed=step)
@@ -308,9 +319,9 @@ def test_tool_says_which_steps_are_good(tmp_path: Path) -> None:
         json.dumps({**old, "format": 1})
     )
     tool = "verify_checkpoint.py"
-    # One byte of state.json, and nothing would be compared, if only state.json were asked.
-    fooled = make(tmp_path / "fooled/checkpoints/step-00000001") / "state.json"
-    fooled.write_text(fooled.read_text().replace('"format": 2', '"format": 1'))
+    # With one byte of state.json changed, nothing would be compared if only state.json decided.
+    changed_state = make(tmp_path / "fooled/checkpoints/step-00000001") / "state.json"
+    changed_state.write_text(changed_state.read_text().replace('"format": 2', '"format": 1'))
     done = run_tools(
         {
             "run": [tool, tmp_path / "run"],
@@ -332,7 +343,9 @@ def test_tool_says_which_steps_are_good(tmp_path: Path) -> None:
     ]
     assert done["fooled"].out.startswith("damaged")
     assert "state.json has SHA-256" in done["fooled"].out
-    states = [(Path(each["folder"]).name, each["state"]) for each in json.loads(done["json"].out)]
+    states = [
+        (Path(result["folder"]).name, result["state"]) for result in json.loads(done["json"].out)
+    ]
     assert states == [
         ("step-00000003", "good"),
         ("step-00000002", "damaged"),

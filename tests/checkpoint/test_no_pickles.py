@@ -1,4 +1,4 @@
-"""Nothing in the package or its tools reads a pickle that could run something: what is called for it is looked up in the source."""
+"""Check in the source that no file of the package reads a pickle that could run code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-# The one unpickler, which knows only what a table of contents needs.
+# The only unpickler, which knows only what a table of contents needs.
 ALLOWED = {("megatron_kd/checkpoint/tensors.py", "pickle.Unpickler")}
 
 
@@ -35,23 +35,23 @@ def _name(node: ast.expr) -> str:
 
 
 def unsafe(path: str, tree: ast.Module) -> list[str]:
-    """Places where a pickle, or an array of objects, could be read."""
-    found = []
+    """Return the lines where a pickle, or an array of objects, could be read."""
+    problems = []
     for node in ast.walk(tree):
-        where = f"{path}:{getattr(node, 'lineno', 0)}"
+        location = f"{path}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Import):
-            found += [
-                f"{where} {each.name} by another name"
-                for each in node.names
-                if each.asname and each.name in (*PICKLES, "torch")
+            problems += [
+                f"{location} {item.name} by another name"
+                for item in node.names
+                if item.asname and item.name in (*PICKLES, "torch")
             ]
         elif isinstance(node, ast.ImportFrom):
             hidden = (
                 node.module in PICKLES
                 or (node.module or "").startswith("torch")
-                and any(each.name == "load" for each in node.names)
+                and any(item.name == "load" for item in node.names)
             )
-            found += [f"{where} from {node.module}"] if hidden else []
+            problems += [f"{location} from {node.module}"] if hidden else []
         elif isinstance(node, ast.Attribute):
             name = _name(node)
             if (
@@ -59,32 +59,32 @@ def unsafe(path: str, tree: ast.Module) -> list[str]:
                 and node.attr in ("load", "loads", "Unpickler")
                 and (path, name) not in ALLOWED
             ):
-                found.append(f"{where} {name}")
+                problems.append(f"{location} {name}")
             if node.attr in ("add_safe_globals", "safe_globals", "set_default_mmap_options"):
-                found.append(f"{where} {name}")
+                problems.append(f"{location} {name}")
         elif isinstance(node, ast.Call):
             values = {
-                each.arg: each.value.value
-                for each in node.keywords
-                if isinstance(each.value, ast.Constant)
+                item.arg: item.value.value
+                for item in node.keywords
+                if isinstance(item.value, ast.Constant)
             }
             if (
                 _name(node.func) in ("torch.load", "torch.jit.load")
                 and values.get("weights_only") is not True
             ):
-                found.append(f"{where} {_name(node.func)} without weights_only=True")
+                problems.append(f"{location} {_name(node.func)} without weights_only=True")
             if (
                 values.get("weights_only", True) is not True
                 or values.get("allow_pickle", False) is not False
             ):
-                found.append(f"{where} {_name(node.func)}")
+                problems.append(f"{location} {_name(node.func)}")
             if any(
-                each.arg in ("weights_only", "allow_pickle")
-                and not isinstance(each.value, ast.Constant)
-                for each in node.keywords
+                item.arg in ("weights_only", "allow_pickle")
+                and not isinstance(item.value, ast.Constant)
+                for item in node.keywords
             ):
-                found.append(f"{where} {_name(node.func)}: not a constant")
-    return found
+                problems.append(f"{location} {_name(node.func)}: not a constant")
+    return problems
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -116,7 +116,10 @@ def test_the_search_finds(line: str) -> None:
 
 
 class AsPython3112(pickle.Pickler):
-    """Enumerations as Python 3.11.0 to 3.11.3 write them; `member`: what is asked for in place of their own name."""
+    """Pickle enumerations as Python 3.11.0 to 3.11.3 do.
+
+    `member` replaces their name.
+    """
 
     member: str | None = None
 
@@ -127,7 +130,7 @@ class AsPython3112(pickle.Pickler):
 
 
 def test_metadata_of_another_python(tmp_path: Path) -> None:
-    """Members of enumerations are found by `getattr` there, and nothing else is."""
+    """Check that `getattr` finds members of enumerations, and nothing else."""
     metadata = Metadata({}, None, {})
     metadata.storage_meta = [WriteItemType.TENSOR]
     with open(tmp_path / ".metadata", "wb") as stream:

@@ -1,4 +1,8 @@
-"""Saving on two ranks: complete when every rank is, what is saved is the step's, and what befalls one rank is told to all."""
+"""Test saving on two ranks.
+
+A checkpoint is complete when every rank is, holds the state of its step, and a failure of one rank
+reaches all.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import pytest
 
 from megatron_kd.checkpoint.manifest import read_manifest
 from megatron_kd.checkpoint.store import step_folder
-from tests.checkpoint.fault_runs import events, sound_steps, state_of
+from tests.checkpoint.fault_runs import events, intact_steps, state_digests
 from tests.checkpoint.save_ranks import in_two_ranks
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import tiny, write_tokens
@@ -28,7 +32,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
 
 def test_every_rank_writes_with_digests(saved: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, _ = saved
-    assert sound_steps(folder / "waiting") == [2]
+    assert intact_steps(folder / "waiting") == [2]
     files = read_manifest(step_folder(folder / "waiting/checkpoints", 2))
     assert {
         "__0_0.distcp",
@@ -43,40 +47,40 @@ def test_every_rank_writes_with_digests(saved: tuple[Path, list[dict[str, Any]]]
 @pytest.mark.fault(2, "S5")
 @pytest.mark.fault("S4")
 def test_complete_when_every_rank_is(saved: tuple[Path, list[dict[str, Any]]]) -> None:
-    _, found = saved
-    for each in found:
-        assert each["seen"] == [[], [], []]
-        assert each["then"] == [2]
-        assert each["before the next"] == [2]
-        assert each["at the next"] == [2, 5]
-        assert each["at the end"] == [2, 5, 6]
+    _, results = saved
+    for result in results:
+        assert result["seen"] == [[], [], []]
+        assert result["then"] == [2]
+        assert result["before the next"] == [2]
+        assert result["at the next"] == [2, 5]
+        assert result["at the end"] == [2, 5, 6]
 
 
 @pytest.mark.fault("S1", "S2")
-def test_what_is_saved_is_the_state_of_its_step(saved: tuple[Path, list[dict[str, Any]]]) -> None:
-    """Three steps were taken while it was written."""
+def test_saved_state_is_that_of_its_step(saved: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Check a save during which three steps ran."""
     folder, _ = saved
-    assert sound_steps(folder / "later") == [2, 5, 6]
-    assert state_of(folder / "later", 2) == state_of(folder / "waiting", 2)
-    rows = [row for row in events(folder / "later") if row["event"] == "saved"]
-    assert [row["step"] for row in rows] == [2, 5, 6]
-    assert rows[0]["stalled_seconds"] < rows[0]["seconds"]
+    assert intact_steps(folder / "later") == [2, 5, 6]
+    assert state_digests(folder / "later", 2) == state_digests(folder / "waiting", 2)
+    records = [record for record in events(folder / "later") if record["event"] == "saved"]
+    assert [record["step"] for record in records] == [2, 5, 6]
+    assert records[0]["stalled_seconds"] < records[0]["seconds"]
 
 
 @pytest.mark.fault(6, "S3")
-def test_all_are_told_of_one_ranks_failure(saved: tuple[Path, list[dict[str, Any]]]) -> None:
-    folder, found = saved
-    for rank, each in enumerate(found):
+def test_a_failure_of_one_rank_reaches_all(saved: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, results = saved
+    for rank, result in enumerate(results):
         prefix = "" if rank else "rank 1: "
         for name, newest in (("full", 2), ("full later", 6)):
             words = (
                 f"{prefix}the checkpoint of step 6 could not be written: ",
                 f"the checkpoint of step {newest} is untouched",
             )
-            assert each[name].startswith(words[0]), each[name]
-            assert "part: No space left on device" in each[name], each[name]
-            assert words[1] in each[name], each[name]
-        assert each["slow"].startswith(f"{prefix}the checkpoint of step 6"), each["slow"]
-        assert "writing part has taken 0." in each["slow"], each["slow"]
-        assert "taken over by somebody" in each["lost"]
-    assert sound_steps(folder / "waiting") == [2]
+            assert result[name].startswith(words[0]), result[name]
+            assert "part: No space left on device" in result[name], result[name]
+            assert words[1] in result[name], result[name]
+        assert result["slow"].startswith(f"{prefix}the checkpoint of step 6"), result["slow"]
+        assert "writing part has taken 0." in result["slow"], result["slow"]
+        assert "taken over by somebody" in result["lost"]
+    assert intact_steps(folder / "waiting") == [2]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.fault_runs import sound_steps, state_of
+from tests.checkpoint.fault_runs import intact_steps, state_digests
 from tests.helpers.program import finish_ranks, start_ranks
 from tests.helpers.tiny import write_tokens
 from tests.losses.cases import fresh_seed
@@ -62,7 +62,7 @@ def wait(ranks: Ranks, seconds: float) -> bool:
 
 def strike(run: Path, directory: Path, draw: random.Random, longest: float) -> str:
     """Start the run and disturb it: what was done, "" if it finished before. What can be seen afterwards is whole."""
-    before = sound_steps(directory)
+    before = intact_steps(directory)
     later = ["--checkpoint.asynchronous", draw.choice(["true", "false"])]
     ranks = start_ranks(2, ["--config", str(run), *later])
     blow = ""
@@ -76,7 +76,7 @@ def strike(run: Path, directory: Path, draw: random.Random, longest: float) -> s
             rank.kill()  # a stopped one does not end by itself
         codes = [code for code, _ in finish_ranks(ranks)]
     assert blow or codes == [0, 0], codes
-    after = sound_steps(directory)
+    after = intact_steps(directory)
     assert (after[-1] if after else 0) >= (before[-1] if before else 0), (blow, before, after)
     return blow
 
@@ -129,7 +129,10 @@ def test_soak(
             for row in rows(tmp_path / name)
         ]
         assert found == wanted, (seed, name)
-        assert state_of(tmp_path / name, STEPS) == state_of(tmp_path / "whole", STEPS), (seed, name)
+        assert state_digests(tmp_path / name, STEPS) == state_digests(tmp_path / "whole", STEPS), (
+            seed,
+            name,
+        )
         survived += 1
     said = ", ".join(f"{count} {blow.replace('_', ' ')}" for blow, count in sorted(blows.items()))
     measured(

@@ -1,4 +1,7 @@
-"""Draws from the teacher: unbiased, and a function of the seed and the token's key alone. Other layouts: tests/parallel."""
+"""Test that samples of the teacher are unbiased and depend on the seed and the token's key alone.
+
+Other layouts: tests/layouts.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ DRAWS = 4000
 
 
 def shares(target: SparseTarget, vocab_size: int) -> torch.Tensor:
-    """[N, V]: what a target says of each id."""
+    """Return what a target says of each id, [N, V]."""
     empty = torch.zeros((target.indices.shape[0], vocab_size + 1), dtype=torch.float64)
     return empty.scatter_add_(
         1, target.indices.long() % (vocab_size + 1), target.logprobs.double().exp()
@@ -24,22 +27,27 @@ def shares(target: SparseTarget, vocab_size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_shares_converge_to_the_softmax(temperature: float) -> None:
-    """Each id's count is binomial: in units of its standard deviation the errors have mean 0 and variance 1."""
+    """Compare with the binomial distribution of each id's count.
+
+    In units of its standard deviation the errors have mean 0 and variance 1.
+    """
     seed = fresh_seed()
     problem = make_problem(seed, vocab_size=90, rows=96)
     target = select_targets(
         problem.teacher, SampleSelection(DRAWS, seed, temperature), vocab_size=90
     )
     p = (problem.teacher / temperature).softmax(1)
-    found = shares(target, 90)
-    assert torch.allclose(found.sum(1), torch.ones(40, dtype=torch.float64), atol=1e-6), say(seed)
-    errors = ((found - p) / (p * (1 - p) / DRAWS).sqrt())[p > 5 / DRAWS]
+    sampled_shares = shares(target, 90)
+    assert torch.allclose(sampled_shares.sum(1), torch.ones(40, dtype=torch.float64), atol=1e-6), (
+        say(seed)
+    )
+    errors = ((sampled_shares - p) / (p * (1 - p) / DRAWS).sqrt())[p > 5 / DRAWS]
     assert abs(errors.mean()) < 5 / len(errors) ** 0.5, say(seed, errors.mean(), errors.std())
     assert 0.85 < errors.std() < 1.15, say(seed, errors.mean(), errors.std())
-    assert not found[p * DRAWS < 1e-4].any(), say(seed)
+    assert not sampled_shares[p * DRAWS < 1e-4].any(), say(seed)
 
 
-def test_what_a_sampled_target_holds() -> None:
+def test_content_of_a_sampled_target() -> None:
     seed = fresh_seed()
     problem = make_problem(seed)
     target = select_targets(problem.teacher.float(), SampleSelection(16, seed, temperature=2.0))
@@ -54,24 +62,27 @@ def test_what_a_sampled_target_holds() -> None:
     assert torch.equal(used, target.logprobs > -torch.inf)
     assert torch.allclose(counts.sum(1), torch.full((40,), 16.0))
     assert (counts - counts.round()).abs().max() < 1e-4
-    for row in target.indices:
-        assert len(set(row[row >= 0].tolist())) == int((row >= 0).sum())
+    for ids in target.indices:
+        assert len(set(ids[ids >= 0].tolist())) == int((ids >= 0).sum())
     log_p = problem.teacher.log_softmax(1)
     assert target.entropy is not None, say(seed)
     assert relative_error(target.entropy, -(log_p.exp() * log_p).sum(1)) < 1e-5, say(seed)
 
 
-def test_draws_depend_on_seed_and_key_alone() -> None:
-    """Another batch, order, chunk or device share of the tokens draws the same for a token; another seed or key does not."""
+def test_samples_depend_on_seed_and_key_alone() -> None:
+    """Check that batch, order and chunk do not change a token's samples.
+
+    Another seed or key does.
+    """
     seed = fresh_seed()
     problem = make_problem(seed)
     hidden, weight = problem.hidden, problem.weight
     keys = torch.randint(-(2**62), 2**62, (40,))
     selection = SampleSelection(32, seed)
-    whole = linear_targets(hidden, weight, selection, vocab_size=90, token_keys=keys)
+    full = linear_targets(hidden, weight, selection, vocab_size=90, token_keys=keys)
     order = torch.randperm(40)[:23]
     for chunk_tokens in (None, 7):
-        some = linear_targets(
+        part = linear_targets(
             hidden[order],
             weight,
             selection,
@@ -79,15 +90,23 @@ def test_draws_depend_on_seed_and_key_alone() -> None:
             token_keys=keys[order],
             chunk_tokens=chunk_tokens,
         )
-        assert torch.equal(some.indices, whole.indices[order]), say(seed)
-        assert torch.equal(some.logprobs, whole.logprobs[order]), say(seed)
-    for other, other_keys in ((SampleSelection(32, seed + 1), keys), (selection, keys + 1)):
-        again = linear_targets(hidden, weight, other, vocab_size=90, token_keys=other_keys)
-        assert not torch.equal(again.indices, whole.indices), say(seed)
+        assert torch.equal(part.indices, full.indices[order]), say(seed)
+        assert torch.equal(part.logprobs, full.logprobs[order]), say(seed)
+    for changed_selection, changed_keys in (
+        (SampleSelection(32, seed + 1), keys),
+        (selection, keys + 1),
+    ):
+        changed = linear_targets(
+            hidden, weight, changed_selection, vocab_size=90, token_keys=changed_keys
+        )
+        assert not torch.equal(changed.indices, full.indices), say(seed)
 
 
 def test_uniform_numbers() -> None:
-    """Mean, variance and no correlation between neighbours, over keys and over draws; never 0 or 1."""
+    """Check mean, variance and no correlation of neighbours, over keys and over samples.
+
+    The numbers are never 0 or 1.
+    """
     seed = fresh_seed()
     numbers = uniform(seed, torch.arange(1000), 200)
     assert numbers.dtype == torch.float64
@@ -100,7 +119,7 @@ def test_uniform_numbers() -> None:
     assert len(numbers.flatten().unique()) == 200_000
 
 
-def test_a_sure_teacher_and_huge_logits() -> None:
+def test_a_certain_teacher_and_huge_logits() -> None:
     logits = torch.full((4, 300), -1e4)
     logits[torch.arange(4), torch.tensor([0, 31, 32, 299])] = 1e4
     target = select_targets(logits, SampleSelection(8, 3))
@@ -109,7 +128,7 @@ def test_a_sure_teacher_and_huge_logits() -> None:
     assert (target.indices[:, 1:] == -1).all()
 
 
-def test_the_loss_takes_draws_at_their_temperature_only() -> None:
+def test_the_loss_takes_samples_at_their_temperature_only() -> None:
     seed = fresh_seed()
     problem = make_problem(seed)
     target = select_targets(problem.teacher.float(), SampleSelection(24, seed, temperature=2.0))
@@ -135,43 +154,53 @@ def test_the_loss_takes_draws_at_their_temperature_only() -> None:
         linear_kd_cross_entropy(hidden, weight, problem.labels, target, alpha=1.0, vocab_size=90)
 
 
-def test_drawing_from_another_power_and_weighing_back() -> None:
-    """With many draws the weighed counts tend to the softmax too; unweighed they would tend to its power."""
+def test_sampling_from_a_power_with_weights() -> None:
+    """Check that with many samples the weighted counts tend to the softmax too.
+
+    Without weights they would tend to its power.
+    """
     seed = fresh_seed()
     problem = make_problem(seed)
     p = (problem.teacher / 1.5).softmax(1)
     likely = p > 30 / DRAWS
     target = select_targets(problem.teacher, SampleSelection(DRAWS, seed, 1.5, power=0.7))
-    found = shares(target, 90)
-    assert torch.allclose(found.sum(1), torch.ones(40, dtype=torch.float64), atol=1e-6), say(seed)
-    assert ((found - p) / p)[likely].abs().mean() < 0.12, say(seed)
+    sampled_shares = shares(target, 90)
+    assert torch.allclose(sampled_shares.sum(1), torch.ones(40, dtype=torch.float64), atol=1e-6), (
+        say(seed)
+    )
+    assert ((sampled_shares - p) / p)[likely].abs().mean() < 0.12, say(seed)
     flat = (p**0.7) / (p**0.7).sum(1, keepdim=True)
-    assert ((found - p) / p)[likely].square().mean() < 0.5 * ((flat - p) / p)[
+    assert ((sampled_shares - p) / p)[likely].square().mean() < 0.5 * ((flat - p) / p)[
         likely
     ].square().mean(), say(seed)
 
 
-def test_the_teacher_s_own_probabilities_on_drawn_ids() -> None:
-    """The ids are those of the counts; their values the teacher's at the temperature, rescaled to 1."""
+def test_the_teacher_probabilities_of_sampled_ids() -> None:
+    """Check that the ids are those of the counts.
+
+    Their values are the teacher's at the temperature, rescaled to 1.
+    """
     seed = fresh_seed()
     problem = make_problem(seed)
     logits = problem.teacher.float()
-    counts, own = (
+    counts, probabilities = (
         select_targets(logits, SampleSelection(12, seed, 2.0, values))
         for values in ("counts", "probabilities")
     )
-    assert torch.equal(counts.indices, own.indices)
-    assert own.sampled
-    assert own.temperature == 2.0
-    used = own.indices >= 0
-    p = (problem.teacher / 2.0).softmax(1).gather(1, own.indices.clamp(min=0).long()) * used
+    assert torch.equal(counts.indices, probabilities.indices)
+    assert probabilities.sampled
+    assert probabilities.temperature == 2.0
+    used = probabilities.indices >= 0
+    p = (problem.teacher / 2.0).softmax(1).gather(
+        1, probabilities.indices.clamp(min=0).long()
+    ) * used
     expected = p / p.sum(1, keepdim=True)
-    assert relative_error(own.logprobs.exp() * used, expected) < 1e-5, say(seed)
-    assert (~torch.isfinite(own.logprobs[~used])).all()
+    assert relative_error(probabilities.logprobs.exp() * used, expected) < 1e-5, say(seed)
+    assert (~torch.isfinite(probabilities.logprobs[~used])).all()
 
 
 def test_selections_by_their_text() -> None:
-    """What names a cache: defaults that came later are not in it."""
+    """Check that the text, which names a cache, lacks later parameters at their defaults."""
     assert repr(SampleSelection(4, 1)) == "SampleSelection(num_draws=4, seed=1, temperature=1.0)"
     assert repr(SampleSelection(4, 1, 2.0, "probabilities", 0.8)).endswith(
         "temperature=2.0, values='probabilities', power=0.8)"
@@ -179,12 +208,15 @@ def test_selections_by_their_text() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_rest_given_to_the_label(temperature: float) -> None:
-    """Kept or not, the label gets what is outside the kept ids at temperature 1, wherever the tail was measured."""
+def test_the_tail_assigned_to_the_label(temperature: float) -> None:
+    """Check that the label, kept or not, gets the mass outside the kept ids at temperature 1.
+
+    The temperature at which the tail was measured does not matter.
+    """
     seed = fresh_seed()
     problem = make_problem(seed)
     target = hand_target(problem.teacher, top_k=6, temperature=temperature)
-    given = assign_tail_to_label(target, problem.labels)
+    assigned = assign_tail_to_label(target, problem.labels)
     p = problem.teacher.softmax(1)
     used = target.indices >= 0
     kept = torch.zeros_like(p).scatter_add_(
@@ -192,13 +224,13 @@ def test_the_rest_given_to_the_label(temperature: float) -> None:
         target.indices.clamp(min=0).long(),
         p.gather(1, target.indices.clamp(min=0).long()) * used,
     )
-    rest = 1 - kept.sum(1)
+    tail = 1 - kept.sum(1)
     counted = problem.labels >= 0
     expected = kept[counted]
-    expected[torch.arange(int(counted.sum())), problem.labels[counted]] += rest[counted]
-    assert relative_error(shares(given, 90)[counted], expected) < 1e-6, say(seed)
-    assert relative_error(shares(given, 90)[~counted], kept[~counted]) < 1e-6, say(seed)
-    check_target(given, problem.labels.shape, vocab_size=90)
+    expected[torch.arange(int(counted.sum())), problem.labels[counted]] += tail[counted]
+    assert relative_error(shares(assigned, 90)[counted], expected) < 1e-6, say(seed)
+    assert relative_error(shares(assigned, 90)[~counted], kept[~counted]) < 1e-6, say(seed)
+    check_target(assigned, problem.labels.shape, vocab_size=90)
     with pytest.raises(ValueError, match="draws do not say"):
         assign_tail_to_label(select_targets(problem.teacher, SampleSelection(4, 1)), problem.labels)
 

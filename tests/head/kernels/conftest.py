@@ -33,3 +33,12 @@ def _kernels() -> Iterator[None]:
     with patch.dict("os.environ", INTERPRETED):
         yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use small blocks, so that a row has several."""
+    from megatron_kd.head import triton_rows
+
+    for name, size in (("TILES", 4), ("MERGE", 4), ("IDS", 4), ("BLOCK", 64)):
+        monkeypatch.setattr(triton_rows, name, size)

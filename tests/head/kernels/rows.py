@@ -5,6 +5,8 @@ C rows, n logits, K ids.
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,8 @@ from megatron_kd.head.logit_rows import MASKED, GradientTerms, PlainRows
 from megatron_kd.head.sizes import buffer_width
 from megatron_kd.head.triton_rows import TritonRows
 
+WIDTHS = (1, 31, 32, 33)
+TEMPERATURES = (1.0, 2.0, 0.7)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -167,3 +171,22 @@ def triton_gradient(
         label_value=coefficients.label_value.to(DEVICE),
     )
     return rows.gradient(terms).cpu()
+
+
+def cases(seed: int) -> Iterator[tuple[Case, float, tuple[object, ...]]]:
+    """Yield every width with few ids or none, with sixteen, and with all of them.
+
+    Each comes with the next temperature in turn and a description.
+    """
+    generator = random.Random(seed)
+    turn = generator.randint(0, 2)
+    for valid in (*WIDTHS, generator.randint(200, 300)):
+        for count in sorted({generator.choice((0, 1, 7)), 16, valid if valid < 40 else 7}):
+            if count <= valid:
+                turn += 1
+                temperature = TEMPERATURES[turn % 3]
+                yield (
+                    make_case(seed + turn, rows=3, valid=valid, count=count),
+                    temperature,
+                    (valid, count, temperature),
+                )

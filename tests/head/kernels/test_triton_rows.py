@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import astuple
 from itertools import product
 
@@ -21,9 +21,10 @@ from megatron_kd.head.logit_rows import MASKED, PlainRows, chunk_rows
 from megatron_kd.head.triton_rows import TritonRows
 from tests.head.kernels.rows import (
     DEVICE,
+    TEMPERATURES,
     Case,
     Coefficients,
-    gradient_in_fp64,
+    cases,
     make_case,
     make_coefficients,
     split_in_fp64,
@@ -32,38 +33,12 @@ from tests.head.kernels.rows import (
 from tests.losses.cases import fresh_seed, say
 
 # numpy warns where a GPU is silent: exp() of values that are replaced afterwards, deliberate NaN.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+    pytest.mark.usefixtures("small_blocks"),
+]
 
-WIDTHS = (1, 31, 32, 33)
-TEMPERATURES = (1.0, 2.0, 0.7)
 EXACT = [0, 5]  # columns of a split that are read, not summed; the support follows from 6 on
-
-
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in (("TILES", 4), ("MERGE", 4), ("IDS", 4), ("BLOCK", 64)):
-        monkeypatch.setattr(triton_rows, name, size)
-
-
-def cases(seed: int) -> Iterator[tuple[Case, float, tuple[object, ...]]]:
-    """Yield every width with few ids or none, with sixteen, and with all of them.
-
-    Each comes with the next temperature in turn and a description.
-    """
-    generator = random.Random(seed)
-    turn = generator.randint(0, 2)
-    for valid in (*WIDTHS, generator.randint(200, 300)):
-        for count in sorted({generator.choice((0, 1, 7)), 16, valid if valid < 40 else 7}):
-            if count <= valid:
-                turn += 1
-                temperature = TEMPERATURES[turn % 3]
-                yield (
-                    make_case(seed + turn, rows=3, valid=valid, count=count),
-                    temperature,
-                    (valid, count, temperature),
-                )
 
 
 def split_error(packed: Tensor, expected: Tensor, case: Case) -> float:
@@ -301,60 +276,6 @@ def test_tiles_as_in_torch() -> None:
     assert rows.tile == plain.tile
     assert torch.equal(rows.tiles(tiles), plain.tiles(tiles))
     assert torch.equal(rows.tile_mass(shift, 2.0), plain.tile_mass(shift, 2.0))
-
-
-@pytest.mark.parametrize("masked", [True, False], ids=["after split", "multiplied again"])
-def test_gradient(masked: bool) -> None:
-    """Compare relative to the sizes of the terms that each entry is a sum of.
-
-    In bf16 the error is within one unit in the last place.
-    """
-    seed = fresh_seed()
-    coin = random.Random(seed)
-    for case, temperature, description in cases(seed):
-        coefficients = make_coefficients(seed, case, constant=coin.random() < 0.5)
-        expected = gradient_in_fp64(case, coefficients, temperature)
-        sizes = gradient_in_fp64(case, absolute(coefficients), temperature).abs()
-        for dtype, limit in ((None, 1e-5), (torch.bfloat16, 2**-7 + 1e-5)):
-            rows = case.triton(dtype, extra=32 * coin.randint(0, 3))
-            if masked:
-                rows.buffer.scatter_(1, case.ids()[0], MASKED)
-            gradient = triton_gradient(rows, case, coefficients, temperature)
-            assert gradient.dtype == (dtype or torch.float32)
-            assert gradient.shape == expected.shape
-            assert torch.equal(rows.buffer.view(gradient.dtype)[:, : case.valid].cpu(), gradient)
-            scale = sizes if dtype is None else expected.abs() + 1e-3 * sizes
-            error = ((gradient.double() - expected).abs() / scale.clamp(min=1e-30)).amax().item()
-            assert error < limit, say(seed, description, dtype, masked, error)
-
-
-def absolute(coefficients: object) -> object:
-    """Return the coefficients with every term made positive.
-
-    The constant is subtracted, so it becomes negative.
-    """
-    values = {name: value for name, value in vars(coefficients).items() if name != "shift"}
-    positive = {name: None if value is None else value.abs() for name, value in values.items()}
-    if positive["constant"] is not None:
-        positive["constant"] = -positive["constant"]
-    return type(coefficients)(shift=coefficients.shift, **positive)  # type: ignore[attr-defined]
-
-
-def test_gradient_of_huge_logits() -> None:
-    """Check logits that are multiplied again, so that the support is far above the rest's shift.
-
-    Values that overflow there are replaced.
-    """
-    seed = fresh_seed()
-    case = make_case(seed, valid=150, count=7)
-    case.label[1:] = 150
-    case.logits.copy_(torch.where(case.support(), 1e4, -1e4) + case.logits)
-    coefficients = make_coefficients(seed, case, constant=True)
-    for dtype, limit in ((None, 1e-5), (torch.bfloat16, 2**-7)):
-        gradient = triton_gradient(case.triton(dtype), case, coefficients, 2.0).double()
-        plain = Case(case.logits.where(~case.support(), -1e4), case.columns, case.label)
-        expected = gradient_in_fp64(plain, coefficients, 2.0)
-        assert (gradient - expected).norm() < limit * expected.norm(), say(seed, dtype)
 
 
 @pytest.mark.parametrize("make", [Case.plain, Case.triton], ids=["plain", "triton"])
