@@ -235,7 +235,7 @@ def _is_uniform(upstream: Tensor) -> bool:
 
 
 def _require_ones(upstream: Tensor) -> None:
-    """Raise RuntimeError unless every upstream gradient is 1; on a GPU the check is asynchronous."""
+    """Raise RuntimeError unless every upstream gradient is 1; asynchronous on a GPU."""
     if upstream.is_cpu and bool((upstream != 1).any()):
         raise RuntimeError(
             'schedule="direct" has already added its gradients to main_grad for the plain sum of '

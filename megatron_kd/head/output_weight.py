@@ -118,7 +118,7 @@ def linear_logits(
         yield chunk, head.logits(chunk_states, buffer)
 
 
-def given_logits(logits: Tensor, shard: VocabShard, chunks: TokenChunks) -> LogitChunks:
+def split_logits(logits: Tensor, shard: VocabShard, chunks: TokenChunks) -> LogitChunks:
     """Yield each chunk of existing logits [N, V/tp], copied in fp32 (fp64) to the same buffer."""
     buffer = logits.new_empty(
         (chunks.largest, buffer_width(shard.valid)), dtype=compute_dtype(logits.dtype)

@@ -111,7 +111,7 @@ class DenseLoss(ChunkLoss[LossMix]):
 
     recomputable = False
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (two flags beside the arguments of SparseLoss)
         self,
         inputs: LossInputs,
         teacher_logits: LogitChunks,
@@ -189,8 +189,8 @@ class DenseLoss(ChunkLoss[LossMix]):
         label = local_columns(mix.labels, self._shard.start, rows.valid).unsqueeze(1)
         label_logit = torch.where(label < rows.valid, rows.buffer.gather(1, label), -torch.inf)
         columns = [
-            *_masses(rows, temperature, both=True),
-            *_masses(teacher_rows, teacher_temperature, both=self._token_metrics),
+            *_masses(rows, temperature, untempered=True),
+            *_masses(teacher_rows, teacher_temperature, untempered=self._token_metrics),
             label_logit.squeeze(1),
         ]
         with_top = self._token_metrics or self._divergence.declaration.needs_top_id
@@ -277,13 +277,16 @@ class DenseLoss(ChunkLoss[LossMix]):
             logits.masked_fill_(mix.weight[block].unsqueeze(1) == 0, 0.0)
 
 
-def _masses(rows: ChunkRows, temperature: float, *, both: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _masses(
+    rows: ChunkRows, temperature: float, *, untempered: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the largest logit m, and the masses at temperature 1 and at `temperature`, all [C].
 
-    A mass is the sum of exp((logit - m) / temperature). Unless `both`, the one at 1 is undefined.
+    A mass is the sum of exp((logit - m) / temperature). Unless `untempered`, the one at 1 is
+    undefined.
     """
     largest, mass_t = rows.mass(temperature)
-    return largest, rows.mass(1.0)[1] if both and temperature != 1.0 else mass_t, mass_t
+    return largest, rows.mass(1.0)[1] if untempered and temperature != 1.0 else mass_t, mass_t
 
 
 def _merge(packed: Tensor, temperature: float) -> _Softmax:
@@ -308,7 +311,7 @@ def _merge_top(packed: Tensor, student: _Model, teacher: _Model) -> tuple[Tensor
 
 
 def _entropies_and_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return this shard's part of the teacher's entropy, the student's, and KL: [B, n] -> [B, 3]."""
+    """Return this shard's part [B, 3] of the teacher's entropy, the student's, and KL of [B, n]."""
     q = log_q.exp()
     return torch.stack(
         [-(q * log_q).sum(1), -(log_p.exp() * log_p).sum(1), (q * (log_q - log_p)).sum(1)], 1

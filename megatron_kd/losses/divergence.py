@@ -37,7 +37,9 @@ class Divergence:
         unknown = ", ".join(parameters.keys() - PARAMETERS)
         if unknown:
             raise TypeError(f"no divergence has a parameter {unknown}: {', '.join(PARAMETERS)}")
-        values = {key: parameters.get(key, one.default) for key, one in PARAMETERS.items()}
+        values = {
+            key: parameters.get(key, declared.default) for key, declared in PARAMETERS.items()
+        }
         for key, value in values.items():
             PARAMETERS[key].check(value)
         object.__setattr__(self, "name", name)
@@ -62,7 +64,10 @@ class Divergence:
             log_p: [..., M], the student's log-probabilities.
             vocab_size: V.
         """
-        keywords = {one.name: self.parameters[one.name] for one in self.declaration.parameters}
+        keywords = {
+            parameter.name: self.parameters[parameter.name]
+            for parameter in self.declaration.parameters
+        }
         term: Callable[..., Tensor] = self._module.term
         terms = term(log_q, log_p, **keywords)
         return terms / vocab_size if self.declaration.averaged else terms
@@ -94,7 +99,7 @@ class Divergence:
             closed_form = self._module.compare_sparse
             return closed_form(comparison)
         teacher, student = comparison.teacher, comparison.student
-        exists = torch.cat([teacher.indices >= 0, (teacher.others > 0).unsqueeze(1)], 1)
+        exists = torch.cat([teacher.indices >= 0, (teacher.num_others > 0).unsqueeze(1)], 1)
         log_p = torch.cat([student.log_support, student.log_rest.unsqueeze(1)], 1)
         log_q = torch.cat([teacher.log_q, teacher.log_tail.unsqueeze(1)], 1)
         if self.declaration.needs_top_id:
@@ -115,8 +120,8 @@ def _top_entry(log_q: Tensor, indices: Tensor) -> Tensor:
 
     The last entry, all other ids together, is never chosen.
     """
-    kept = log_q[:, :-1]
-    largest = kept == kept.amax(1, keepdim=True)
+    log_kept = log_q[:, :-1]
+    largest = log_kept == log_kept.amax(1, keepdim=True)
     smallest_id = torch.where(largest, indices, torch.iinfo(indices.dtype).max).amin(
         1, keepdim=True
     )

@@ -1,6 +1,7 @@
-"""How far a hidden state of the student is from the teacher's, token by token.
+"""Measure the distance of the student's hidden states from the teacher's, token by token.
 
-Shapes: S tokens, B sequences, H width. Both are the residual stream after a layer, of the same width (projected where not).
+Shapes: S tokens, B sequences, H width. Both are the residual stream after a layer, of the same
+width (projected if the models differ).
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ HiddenDistance = Callable[[Tensor, Tensor], Tensor]
 
 
 def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """sum_i (student_i - teacher_i)^2 / H: [S, B, H] twice -> [S, B] fp32."""
+    """Return sum_i (student_i - teacher_i)^2 / H, fp32 [S, B], of two [S, B, H]."""
     return (student.float() - teacher.float()).square().mean(-1)
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - student . teacher / (|student| |teacher|), in [0, 2]: [S, B, H] twice -> [S, B] fp32."""
+    """Return 1 - student . teacher / (|student| |teacher|), fp32 [S, B] in [0, 2]."""
     return 1.0 - cosine_similarity(student.float(), teacher.float(), dim=-1)
 
 

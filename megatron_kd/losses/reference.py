@@ -1,4 +1,4 @@
-"""Compute the loss in plain torch over the whole vocabulary, as the reference of faster versions."""
+"""Compute the loss in plain torch over the whole vocabulary, the reference of faster versions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def reference_kd_cross_entropy(  # noqa: PLR0913 (public signature)
 ) -> KDLoss:
     """Return next-token cross-entropy mixed with KL(teacher || student) on a sparse target.
 
-    With p the student's softmax over all ids (p^t at temperature t), q the teacher's kept entries, o = 1 - sum(q):
+    With p the student's softmax over all ids (p^t at temperature t), q the teacher's kept entries,
+    o = 1 - sum(q):
         drop         kd = sum_k q_k (log q_k - log p^t_k), q unnormalised (sums to less than 1)
         renormalize  the same with q / sum(q)
         bucket       + o (log o - log r), r the student's mass outside the kept ids
@@ -71,7 +72,7 @@ def _divergence(logits: Tensor, target: SparseTarget, spec: LossSpec) -> Tensor:
     log_p = torch.log_softmax(logits / spec.temperature, dim=-1)
     used = log_q > -math.inf
     ids = torch.where(used, target.indices.long(), 0)
-    kept = (
+    is_kept = (
         torch.zeros(logits.shape, dtype=torch.int32, device=logits.device).scatter_add_(
             -1, ids, used.to(torch.int32)
         )
@@ -79,17 +80,17 @@ def _divergence(logits: Tensor, target: SparseTarget, spec: LossSpec) -> Tensor:
     )
     q, o = log_q.exp(), log_tail.exp()
     kd = (q * torch.where(used, log_q - log_p.gather(-1, ids), 0.0)).sum(-1)
-    others = (~kept).sum(-1)
-    outside = (log_tail > -math.inf) & (others > 0)
+    num_others = (~is_kept).sum(-1)
+    outside = (log_tail > -math.inf) & (num_others > 0)
     if spec.tail == "bucket":
         # A row that is -inf everywhere (all ids kept) has a NaN gradient even where it is not
         # used, so nothing is masked in such rows.
-        log_r = log_p.masked_fill(kept & outside.unsqueeze(-1), -math.inf).logsumexp(-1)
+        log_r = log_p.masked_fill(is_kept & outside.unsqueeze(-1), -math.inf).logsumexp(-1)
         kd = kd + torch.where(outside, o * (torch.where(outside, log_tail, 0.0) - log_r), 0.0)
     if spec.tail == "uniform":
-        share = torch.where(outside, o / others.clamp(min=1), 0.0)
+        share = torch.where(outside, o / num_others.clamp(min=1), 0.0)
         log_share = torch.where(
-            outside, log_tail - others.clamp(min=1).to(log_tail.dtype).log(), 0.0
+            outside, log_tail - num_others.clamp(min=1).to(log_tail.dtype).log(), 0.0
         )
-        kd = kd + share * (others * log_share - log_p.masked_fill(kept, 0.0).sum(-1))
+        kd = kd + share * (num_others * log_share - log_p.masked_fill(is_kept, 0.0).sum(-1))
     return kd

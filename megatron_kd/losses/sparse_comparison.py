@@ -28,13 +28,13 @@ class TeacherEntries:
         indices: [C, K] global ids, -1 for an unused slot.
         log_q: [C, K] log-probabilities of the kept ids, -inf in unused slots.
         log_tail: [C] log of the mass outside the kept ids, -inf if it is 0 or not used.
-        others: int [C], number of ids outside the kept ones.
+        num_others: int [C], number of ids outside the kept ones.
     """
 
     indices: Tensor
     log_q: Tensor
     log_tail: Tensor
-    others: Tensor
+    num_others: Tensor
 
 
 @dataclass(frozen=True)
@@ -108,18 +108,18 @@ def no_entries(labels: Tensor, *, vocab_size: int, dtype: torch.dtype) -> Teache
     """Return an empty teacher's side for labels [C] without a target."""
     indices = labels.new_empty((labels.shape[0], 0))
     log_tail = torch.full(labels.shape, -torch.inf, dtype=dtype, device=labels.device)
-    others = torch.full_like(labels, vocab_size, dtype=torch.int64)
-    return TeacherEntries(indices, indices.to(dtype), log_tail, others)
+    num_others = torch.full_like(labels, vocab_size, dtype=torch.int64)
+    return TeacherEntries(indices, indices.to(dtype), log_tail, num_others)
 
 
 def student_entries(
-    statistics: RowStatistics, others: Tensor, temperature: float | Tensor
+    statistics: RowStatistics, num_others: Tensor, temperature: float | Tensor
 ) -> StudentEntries:
     """Return the student's side from the statistics of its rows, split at the kept ids.
 
     Args:
         statistics: at `temperature`.
-        others: int [C], number of ids outside the kept ones.
+        num_others: int [C], number of ids outside the kept ones.
         temperature: the student's, a number or [C].
     """
     scaled = statistics.support / over_entries(temperature)
@@ -128,6 +128,6 @@ def student_entries(
     log_rest_sum = None
     if statistics.rest_sum is not None:
         log_rest_sum = (
-            statistics.rest_sum - others * statistics.shift
-        ) / temperature - others * statistics.logsumexp_t
+            statistics.rest_sum - num_others * statistics.shift
+        ) / temperature - num_others * statistics.logsumexp_t
     return StudentEntries(log_support, log_rest, log_rest_sum)

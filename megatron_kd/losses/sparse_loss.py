@@ -59,7 +59,7 @@ class SparseState:
         indices: [C, K] kept ids, -1 for an unused slot.
         slopes: derivatives of the divergence.
         tail_mass: [C], spread evenly over the other ids; None unless tail is "uniform".
-        others: int [C], number of other ids.
+        num_others: int [C], number of other ids.
     """
 
     mix: LossMix
@@ -67,7 +67,7 @@ class SparseState:
     indices: Tensor
     slopes: Slopes
     tail_mass: Tensor | None
-    others: Tensor
+    num_others: Tensor
 
 
 class SparseLoss(ChunkLoss[SparseState]):
@@ -130,7 +130,7 @@ class SparseLoss(ChunkLoss[SparseState]):
             token_statistics = _token_statistics(losses.ce, statistics, target, teacher)
             reported |= compute_token_metrics(token_statistics, has_teacher=target is not None)
         tail_mass = teacher.log_tail.exp() if uniform else None
-        state = SparseState(mix, statistics, teacher.indices, slopes, tail_mass, teacher.others)
+        state = SparseState(mix, statistics, teacher.indices, slopes, tail_mass, teacher.num_others)
         return TokenValues(losses.total, reported), state
 
     def _teacher_entries(
@@ -157,7 +157,7 @@ class SparseLoss(ChunkLoss[SparseState]):
         if target is None:
             zeros = torch.zeros_like(mix.weight)
             return zeros, Slopes(torch.zeros_like(teacher.log_q), zeros, zeros)
-        student = student_entries(statistics, teacher.others, mix.terms.temperature)
+        student = student_entries(statistics, teacher.num_others, mix.terms.temperature)
         comparison = SparseComparison(teacher, student, self._spec.tail, self._shard.vocab_size)
         return self._spec.divergence.compare_sparse(comparison)
 
@@ -184,7 +184,7 @@ class SparseLoss(ChunkLoss[SparseState]):
             p_t = (scaled - statistics.logsumexp_t.unsqueeze(1)).exp()
         share = None
         if state.tail_mass is not None:
-            share = s * state.tail_mass / state.others.clamp(min=1)
+            share = s * state.tail_mass / state.num_others.clamp(min=1)
         return rows.gradient(
             GradientTerms(
                 shift=statistics.rest_shift,
@@ -216,8 +216,8 @@ def _token_statistics(
     if target.log_tail is not None and target.temperature == 1.0:
         log_tail = target.log_tail.to(ce.dtype)
     kl = (log_q.exp() * torch.where(used, log_q - log_p, 0.0)).sum(1)
-    both = (log_tail > -torch.inf) & (log_rest > -torch.inf)
-    kl = kl + torch.where(both, log_tail.exp() * (log_tail - log_rest), 0.0)
+    has_rest = (log_tail > -torch.inf) & (log_rest > -torch.inf)
+    kl = kl + torch.where(has_rest, log_tail.exp() * (log_tail - log_rest), 0.0)
     top = log_q.argmax(1, keepdim=True)
     return TokenStatistics(
         ce,

@@ -50,14 +50,14 @@ def student_statistics(
     states, flat_target = hidden.reshape(-1, hidden.shape[-1]), target.flatten()
     results: Tensor | None = None
     for chunk, rows in linear_logits(states, weight, shard, chunks, options.tp_group):
-        kept = flat_target.map(chunk.take)
+        chunk_target = flat_target.map(chunk.take)
         statistics = row_statistics(
-            rows, kept.indices, vocab_start=shard.start, group=options.tp_group
+            rows, chunk_target.indices, vocab_start=shard.start, group=options.tp_group
         )
         if results is None:
             results = rows.buffer.new_zeros((2, labels.numel()))
-        chunk.put(results[0], standard_deviation(statistics.support, kept.indices >= 0))
-        chunk.put(results[1], _hellinger(statistics, kept))
+        chunk.put(results[0], standard_deviation(statistics.support, chunk_target.indices >= 0))
+        chunk.put(results[1], _hellinger(statistics, chunk_target))
     assert results is not None
     return StudentStatistics(*results.view(2, *labels.shape))
 
@@ -72,9 +72,9 @@ def _hellinger(statistics: RowStatistics, target: SparseTarget) -> Tensor:
         log_tail = target.log_tail.to(log_q.dtype)
     log_rest = statistics.rest_logsumexp - statistics.logsumexp
     # Not 1 - sum of sqrt(p q), which has no digits left if the models agree.
-    kept = (((0.5 * log_q).exp() - (0.5 * log_p).exp()) ** 2).sum(1)
-    rest = ((0.5 * log_tail).exp() - (0.5 * log_rest).exp()) ** 2
-    return (0.5 * (kept + rest)).sqrt()
+    on_support = (((0.5 * log_q).exp() - (0.5 * log_p).exp()) ** 2).sum(1)
+    on_rest = ((0.5 * log_tail).exp() - (0.5 * log_rest).exp()) ** 2
+    return (0.5 * (on_support + on_rest)).sqrt()
 
 
 def standard_deviation(logits: Tensor, used: Tensor) -> Tensor:

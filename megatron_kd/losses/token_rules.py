@@ -158,8 +158,8 @@ class WeightedTargets(TokenRule):
     def apply(self, terms: TokenTerms, context: TokenContext) -> TokenTerms:
         """Return the terms with scaled kd_weight and the teacher's temperature."""
         target = context.target
-        kept = torch.where(target.indices >= 0, target.logprobs, -torch.inf)
-        weight = (kept / self.temperature).logsumexp(-1).exp()
+        log_q = torch.where(target.indices >= 0, target.logprobs, -torch.inf)
+        weight = (log_q / self.temperature).logsumexp(-1).exp()
         return replace(
             terms,
             kd_weight=terms.kd_weight * weight,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_kd.head.logit_rows import ChunkRows
-from megatron_kd.head.output_weight import LogitChunks, given_logits, linear_logits
+from megatron_kd.head.output_weight import LogitChunks, linear_logits, split_logits
 from megatron_kd.head.sizes import chunk_size
 from megatron_kd.head.statistics import StatisticsQuery, row_logsumexp, row_statistics
 from megatron_kd.head.token_chunks import Chunk, TokenChunks
@@ -205,7 +205,7 @@ def select_targets(
     chunks = TokenChunks(
         logits.shape[0], 1, chunk_size(None, shard.share, logits.shape[0], on_cuda=logits.is_cuda)
     )
-    rows = given_logits(logits, shard, chunks)
+    rows = split_logits(logits, shard, chunks)
     targets = _chunk_targets(rows, chunks, token_keys, selection, shard, tp_group)
     return _join(targets, chunks, shape)
 

@@ -228,7 +228,7 @@ class Findings(NamedTuple):
     """What one rank holds in one layout, in the order of the cases."""
 
     losses: list[Outcome]  # gradients are this rank's shards
-    given_logits: list[
+    logits_losses: list[
         tuple[KDLoss, Tensor]
     ]  # with the gradient of this rank's logits; without sequence parallelism only
     targets: list[SparseTarget]
@@ -299,7 +299,7 @@ def _run_layout(layout: Layout, seed: int) -> Findings:
     first, again = (run_head(layout, losses[0], written_to) for _ in "12")
     return Findings(
         losses=[run_head(layout, case, written_to) for case in losses],
-        given_logits=[_run_given_logits(layout, case) for case in whole_logits],
+        logits_losses=[_run_logits_loss(layout, case) for case in whole_logits],
         targets=[
             target
             for case in selection_cases(layout.size, seed)
@@ -363,7 +363,7 @@ def _run_divergence(layout: Layout, case: DivergenceCase) -> Outcome:
     return Outcome(*(t.detach().flatten() for t in loss), hidden.grad, weight.grad)
 
 
-def _run_given_logits(layout: Layout, case: LossCase) -> tuple[KDLoss, Tensor]:
+def _run_logits_loss(layout: Layout, case: LossCase) -> tuple[KDLoss, Tensor]:
     whole = case.problem.hidden @ case.problem.weight.T
     mine = layout.rows(whole.T).T.contiguous().requires_grad_()
     loss = kd_cross_entropy(

@@ -145,7 +145,7 @@ def test_divergences_are_the_unsharded_ones(world: World) -> None:
             )
 
 
-def test_given_logits(world: World) -> None:
+def test_existing_logits(world: World) -> None:
     """Each rank's gradient is its columns of the whole; the whole is put through the product for the comparison."""
     cases = {
         size: [case for case in loss_cases(size, world.seed) if case.dtype == torch.float64]
@@ -161,7 +161,7 @@ def test_given_logits(world: World) -> None:
     for layout in world.layouts():
         for index, case in enumerate(cases[layout.size] if not layout.sequence_parallel else []):
             losses, gradients = zip(
-                *(rank.given_logits[index] for rank in layout.ranks), strict=True
+                *(rank.logits_losses[index] for rank in layout.ranks), strict=True
             )
             what = (layout.size, "given logits", case.what)
             assert all(same(list(parts)) for parts in zip(*losses, strict=True)), say(

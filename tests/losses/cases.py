@@ -290,7 +290,7 @@ def head_outcome(
     )
 
 
-def given_logits_outcome(
+def logits_outcome(
     problem: Problem,
     target: SparseTarget | None,
     upstream: Tensor,

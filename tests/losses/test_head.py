@@ -18,9 +18,9 @@ from tests.losses.cases import (
     errors,
     extreme_problem,
     fresh_seed,
-    given_logits_outcome,
     hand_target,
     head_outcome,
+    logits_outcome,
     make_problem,
     oracle_outcome,
     reference_outcome,
@@ -107,7 +107,7 @@ def test_every_tail_temperature_and_alpha(schedule: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
-def test_given_logits(dtype: torch.dtype) -> None:
+def test_existing_logits(dtype: torch.dtype) -> None:
     seed = fresh_seed()
     problem = make_problem(seed)
     exact = problem.rounded_to(dtype)
@@ -121,9 +121,7 @@ def test_given_logits(dtype: torch.dtype) -> None:
                 tail=tail,
                 z_loss=z_loss,
             )
-            found = given_logits_outcome(
-                exact, target, exact.upstream, exact.mask, dtype, **scalars
-            )
+            found = logits_outcome(exact, target, exact.upstream, exact.mask, dtype, **scalars)
             check(
                 found,
                 reference_outcome(exact, target, exact.upstream, exact.mask, **scalars),
@@ -134,7 +132,7 @@ def test_given_logits(dtype: torch.dtype) -> None:
             )
 
 
-def test_given_logits_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_logits_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """150 tokens in chunks of 64, the smallest that a shard's width can ask for; and targets chosen from them."""
     monkeypatch.setattr("megatron_kd.head.sizes.CHUNK_LOGITS_CPU", 1)
     seed = fresh_seed()
@@ -146,7 +144,7 @@ def test_given_logits_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None
         scalars = dict(alpha=0.5, temperature=temperature, tail=tail, z_loss=1e-2)
         expected = oracle_outcome(problem, target, problem.upstream, problem.mask, **scalars)
         for given in (chosen, target):
-            found = given_logits_outcome(
+            found = logits_outcome(
                 problem, given, problem.upstream, problem.mask, torch.float64, **scalars
             )
             check(found, expected, 1e-12, seed, scalars)
@@ -162,7 +160,7 @@ def test_against_the_dense_loss_directly() -> None:
             alpha=0.6, temperature=temperature, temperature_squared=True, tail=tail, z_loss=1e-2
         )
         expected = oracle_outcome(problem, target, problem.upstream, problem.mask, **scalars)
-        for run in (head_outcome, given_logits_outcome):
+        for run in (head_outcome, logits_outcome):
             check(
                 run(problem, target, problem.upstream, problem.mask, torch.float64, **scalars),
                 expected,
@@ -196,7 +194,7 @@ def test_logits_of_ten_thousand() -> None:
             )
             check(found, expected, 1e-5, seed, schedule, scalars)
         check(
-            given_logits_outcome(problem, target, problem.upstream, problem.mask, **scalars),
+            logits_outcome(problem, target, problem.upstream, problem.mask, **scalars),
             expected,
             1e-5,
             seed,
@@ -272,7 +270,7 @@ def test_bfloat16_near_the_teacher(schedule: str) -> None:
     assert relative_error(rounded.grad @ weight, expected.hidden) > 0.1
 
 
-def test_bfloat16_given_logits() -> None:
+def test_bfloat16_existing_logits() -> None:
     """The gradient of the bf16 logits themselves: 2^-9 for a sum, three roundings for any upstream gradient."""
     seed = fresh_seed()
     problem = make_problem(seed)

@@ -25,9 +25,9 @@ from tests.losses.cases import (
     TAILS,
     errors,
     fresh_seed,
-    given_logits_outcome,
     hand_target,
     head_outcome,
+    logits_outcome,
     make_problem,
     reference_outcome,
     relative_error,
@@ -97,7 +97,7 @@ def test_the_whole_vocabulary_gives_the_dense_divergence() -> None:
             tail=tail,
         )
         assert relative_error(found.kd, expected) < 1e-12, say(seed, tail, temperature)
-        given = given_logits_outcome(
+        given = logits_outcome(
             problem,
             target,
             problem.upstream,
@@ -222,7 +222,7 @@ def test_masked_rows_are_exactly_zero() -> None:
         assert not some.total[gone].any(), say(seed, tail, schedule)
         assert some.hidden[~gone].abs().sum(1).all(), say(seed, tail, schedule)
     for tail in TAILS:
-        given = given_logits_outcome(nothing, target, problem.upstream, None, tail=tail, **scalars)
+        given = logits_outcome(nothing, target, problem.upstream, None, tail=tail, **scalars)
         assert not any(t.any() for t in given), say(seed, tail)
 
 

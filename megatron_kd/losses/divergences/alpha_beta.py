@@ -10,8 +10,8 @@ def term(log_q: Tensor, log_p: Tensor, *, ab_alpha: float, ab_beta: float) -> Te
     """Return -1/(a b) [q^a p^b - a/(a+b) q^(a+b) - b/(a+b) p^(a+b)], exact in its limits at 0.
 
     With r(c) = (1 - exp(-c |d|)) / c, which tends to |d| for c -> 0, it is
-    q^(a+b) / a [r(b) - r(a + b)] for p <= q, else p^(a+b) / a [r(a + b) - exp(-a |d|) r(b)]. Nothing
-    is divided by b, and with q and p exchanged nothing by a.
+    q^(a+b) / a [r(b) - r(a + b)] for p <= q, else p^(a+b) / a [r(a + b) - exp(-a |d|) r(b)].
+    Nothing is divided by b, and with q and p exchanged nothing by a.
     """
     if ab_beta > ab_alpha:
         return term(log_p, log_q, ab_alpha=ab_beta, ab_beta=ab_alpha)

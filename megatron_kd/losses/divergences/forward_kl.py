@@ -1,4 +1,4 @@
-"""Define forward_kl, KL(teacher || student), and its closed form for every tail of a sparse target."""
+"""Define forward_kl, KL(teacher || student), with its closed form for sparse targets."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def compare_sparse(comparison: SparseComparison) -> tuple[Tensor, Slopes]:
     teacher, student, tail = comparison.teacher, comparison.student, comparison.tail
     q, tail_mass = teacher.log_q.exp(), teacher.log_tail.exp()
     divergence = (q * torch.where(q > 0, teacher.log_q - student.log_support, 0.0)).sum(1)
-    outside = (tail_mass > 0) & (teacher.others > 0)
+    outside = (tail_mass > 0) & (teacher.num_others > 0)
     if tail == "bucket":
         difference = teacher.log_tail - student.log_rest
         divergence = divergence + torch.where(outside, tail_mass * difference, 0.0)
     if tail == "uniform":
-        others = teacher.others.clamp(min=1).to(q.dtype)  # log() of integers is fp32
-        share = tail_mass / others
+        count = teacher.num_others.clamp(min=1).to(q.dtype)  # log() of integers is fp32
+        share = tail_mass / count
         assert student.log_rest_sum is not None
-        missing = teacher.others * (teacher.log_tail - others.log()) - student.log_rest_sum
+        missing = teacher.num_others * (teacher.log_tail - count.log()) - student.log_rest_sum
         divergence = divergence + torch.where(outside, share * missing, 0.0)
-    in_bucket = (teacher.others > 0) & (tail == "bucket")
+    in_bucket = (teacher.num_others > 0) & (tail == "bucket")
     kept_mass = q.sum(1) if tail == "drop" else torch.ones_like(tail_mass)
     rest_slope = -torch.where(in_bucket, tail_mass, 0.0)
     return divergence, Slopes(-q, rest_slope, -kept_mass)

@@ -17,9 +17,9 @@ from tests.losses.cases import (
     errors,
     extreme_problem,
     fresh_seed,
-    given_logits_outcome,
     hand_target,
     head_outcome,
+    logits_outcome,
     make_problem,
     reference_outcome,
     say,
@@ -140,7 +140,7 @@ def test_two_byte_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-def test_logits_of_ten_thousand_and_given_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_ten_thousand_and_existing_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     seed = fresh_seed()
     use_triton(monkeypatch)
     problem = extreme_problem(seed, top_k=8)
@@ -154,7 +154,7 @@ def test_logits_of_ten_thousand_and_given_logits(monkeypatch: pytest.MonkeyPatch
         ),
     )
     for (tail, temperature), run in product(
-        (("bucket", 2.0), ("uniform", 1.0)), (head_outcome, given_logits_outcome)
+        (("bucket", 2.0), ("uniform", 1.0)), (head_outcome, logits_outcome)
     ):
         target = hand_target(
             problem.teacher, top_k=8, temperature=temperature, dtype=torch.float32, ragged=False

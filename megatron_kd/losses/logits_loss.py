@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_kd.head.output_weight import compute_dtype, given_logits
+from megatron_kd.head.output_weight import compute_dtype, split_logits
 from megatron_kd.head.sizes import chunk_size
 from megatron_kd.head.token_chunks import TokenChunks
 from megatron_kd.losses.sparse_loss import SparseLoss
@@ -77,11 +77,11 @@ def kd_cross_entropy(  # noqa: PLR0913 (public signature)
     if not torch.is_grad_enabled():  # inside an autograd function a leaf still requires grad
         logits = logits.detach()
     loss = SparseLoss(inputs, target, spec, shard, tp_group)
-    total, ce, kd = _GivenLogits.apply(logits, loss, shard)
+    total, ce, kd = _LogitsLoss.apply(logits, loss, shard)
     return KDLoss(total.view(labels.shape), ce.view(labels.shape), kd.view(labels.shape))
 
 
-class _GivenLogits(torch.autograd.Function):
+class _LogitsLoss(torch.autograd.Function):
     """Map logits [..., V/tp] to total, ce and kd, each [N]; only total is differentiable."""
 
     @staticmethod
@@ -92,7 +92,7 @@ class _GivenLogits(torch.autograd.Function):
         total, ce, kd = rows.new_zeros((3, rows.shape[0]), dtype=compute_dtype(rows.dtype)).unbind()
         gradient = torch.zeros_like(rows) if logits.requires_grad else None
         size = chunk_size(None, shard.share, rows.shape[0], on_cuda=rows.is_cuda)
-        for chunk, chunk_rows in given_logits(rows, shard, TokenChunks(rows.shape[0], 1, size)):
+        for chunk, chunk_rows in split_logits(rows, shard, TokenChunks(rows.shape[0], 1, size)):
             token_values, state = loss.measure(chunk_rows, chunk)
             chunk.put(total, token_values.total)
             chunk.put(ce, token_values.reported["ce"])
