@@ -164,7 +164,7 @@ def test_readme_tools(tmp_path: Path) -> None:
 
 
 def test_plans() -> None:
-    """README's command, and the example's three students: what is printed is what is kept beside it."""
+    """Compare what plan.sh prints with plans.txt beside it."""
     (line,) = [
         line
         for block in blocks("bash")

@@ -104,7 +104,7 @@ def term(log_q: Tensor, log_p: Tensor, *, toy_factor: float) -> Tensor:
         (
             "megatron_kd/config/sections/teacher_section.py",
             '    "online": SourceTraits(',
-            '    "uniform": SourceTraits(),\n',
+            '    "uniform": SourceTraits("all ids are equally probable"),\n',
         ),
         (
             "megatron_kd/teacher/uniform.py",
@@ -230,7 +230,8 @@ def kd(divergence):
 kl = kd("forward_kl")
 assert torch.allclose(kd("scaled_kl"), 3 * kl, rtol=1e-5)
 assert torch.allclose(kd(Divergence("scaled_kl", toy_factor=5.0)), 5 * kl, rtol=1e-5)
-config = load_config(["--config", RUN_FILE, "--distill.divergence", "scaled_kl", "--distill.toy_factor", "2"])
+overrides = ["--distill.divergence", "scaled_kl", "--distill.toy_factor", "2"]
+config = load_config(["--config", RUN_FILE, *overrides])
 assert config.distill.divergence == "scaled_kl"
 """,
     "A metric": """
@@ -246,7 +247,8 @@ lines = train("--train.steps", "2", "--distill.adaptive.method", "doubled", teac
 assert lines[-1]["kd_loss"] >= 0
 """,
     "A schedule": """
-lines = train("--train.steps", "3", "--optimizer.schedule", "halved", "--optimizer.warmup_steps", "0")
+words = ["--train.steps", "3", "--optimizer.schedule", "halved", "--optimizer.warmup_steps", "0"]
+lines = train(*words)
 assert [line["learning_rate"] for line in lines] == [0.0005] * 3
 """,
     "A teacher source": """

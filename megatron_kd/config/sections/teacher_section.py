@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,25 +16,40 @@ class SourceTraits:
     """Declare what a teacher source does, for everything outside megatron_kd/teacher.
 
     Attributes:
+        description: help text that follows the name.
         runs_in_job: a teacher model runs forward in every step, beside the student.
         uses_megatron: that model is one of this program, which can have a layout of its own,
             run during the student's drain, and show the outputs of its layers.
         reads_cache: targets come from the folder teacher.cache.
     """
 
+    description: str
     runs_in_job: bool = False
     uses_megatron: bool = False
     reads_cache: bool = False
 
 
-# A new source is declared here and in `TeacherSection.source`; its code is the module of the same
-# name in megatron_kd/teacher.
+# A new source is declared here; its code is the module of the same name in megatron_kd/teacher.
 TEACHER_SOURCES = {
-    "none": SourceTraits(),
-    "online": SourceTraits(runs_in_job=True, uses_megatron=True),
-    "cached": SourceTraits(reads_cache=True),
-    "huggingface": SourceTraits(runs_in_job=True),
+    "none": SourceTraits("plain pretraining"),
+    "online": SourceTraits(
+        "a frozen teacher runs forward in every step", runs_in_job=True, uses_megatron=True
+    ),
+    "cached": SourceTraits(
+        "targets were stored by tools/cache_teacher.py, or by the teacher itself while it trained "
+        "([capture])",
+        reads_cache=True,
+    ),
+    "huggingface": SourceTraits(
+        "as online, a local model folder that transformers runs", runs_in_job=True
+    ),
 }
+
+# Pydantic and --help read the allowed values from a Literal, which a type checker cannot compute.
+if TYPE_CHECKING:
+    TeacherSourceName = str
+else:
+    TeacherSourceName = Literal[tuple(TEACHER_SOURCES)]
 
 
 class TeacherParallelSection(Section):
@@ -51,12 +66,12 @@ class TeacherParallelSection(Section):
 class TeacherSection(Section):
     """Choose where the distillation targets come from."""
 
-    source: Literal["none", "online", "cached", "huggingface"] = Field(
+    source: TeacherSourceName = Field(
         default="none",
-        description='"none": plain pretraining. "online": a frozen teacher runs forward in every '
-        'step. "cached": its targets were stored by tools/cache_teacher.py, or by itself while it '
-        'trained ([capture]). "huggingface": as online, a local model folder that transformers '
-        "runs.",
+        description="; ".join(
+            f"{name}: {traits.description}" for name, traits in TEACHER_SOURCES.items()
+        )
+        + ".",
     )
     checkpoint: Path | None = Field(
         default=None,
