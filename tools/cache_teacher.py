@@ -139,7 +139,7 @@ def _run(config: RunConfig, arguments: argparse.Namespace, platform: Platform) -
         extract_shard,
         sole_writer,
     )
-    from megatron_kd.telemetry.progress_bar import Progress
+    from megatron_kd.telemetry.progress_bar import ProgressBar
     from megatron_kd.train.datasets import TokenFiles, token_dataset
     from megatron_kd.train.startup.input_checks import check_inputs
 
@@ -158,7 +158,7 @@ def _run(config: RunConfig, arguments: argparse.Namespace, platform: Platform) -
         shards = [
             shard for shard in range(worker, plan.num_shards, workers) if shard not in finished
         ]
-        progress = Progress("auto", steps=len(shards), enabled=writes and groups.data_rank == 0)
+        progress = ProgressBar("auto", steps=len(shards), enabled=writes and groups.data_rank == 0)
         progress.message(
             f"{plan.num_samples} samples in {plan.num_shards} shards, {len(finished)} finished; "
             f"this writer, {worker} of {workers}, has {len(shards)}"

@@ -270,9 +270,9 @@ class ShardProgress:
     """Show shards and tokens per second of the first replica."""
 
     def __init__(self, shards: int, missing: int, steps: int, groups: Groups) -> None:
-        from megatron_kd.telemetry.progress_bar import Progress
+        from megatron_kd.telemetry.progress_bar import ProgressBar
 
-        self._progress = Progress(
+        self._progress = ProgressBar(
             "auto", steps=steps, enabled=groups.reports_loss and groups.data_rank == 0
         )
         self._progress.message(

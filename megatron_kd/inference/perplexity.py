@@ -19,7 +19,7 @@ from megatron_kd.losses import DenseTeacher, linear_divergence, linear_kd_cross_
 from megatron_kd.parallel.collectives import all_gather
 from megatron_kd.targets import TopSelection, linear_targets
 from megatron_kd.telemetry.calibration_error import (
-    FINE,
+    FINE_BINS,
     adaptive_calibration_error,
     calibration_sums,
     expected_calibration_error,
@@ -126,7 +126,9 @@ def measure(
     groups = model.groups
     global_batch = held_out.batch_size * groups.data_size
     source = held_out_batches(model, held_out)
-    sums = torch.zeros(_NUM_TOTALS + 3 * FINE, dtype=torch.float64, device=groups.platform.device)
+    sums = torch.zeros(
+        _NUM_TOTALS + 3 * FINE_BINS, dtype=torch.float64, device=groups.platform.device
+    )
     teacher_weight = _teacher_weight(model, teacher)
     for index in range(source.num_batches):
         for microbatch in source.microbatches(index * global_batch):
@@ -175,7 +177,7 @@ def held_out_batches(model: FrozenModel, held_out: HeldOutSet) -> BatchSource:
 
 def _means(sums: Tensor, *, has_teacher: bool) -> Perplexity:
     loss, correct, kl, agreement, teacher_loss, tokens = sums[:_NUM_TOTALS].tolist()
-    bins = sums[_NUM_TOTALS:].view(3, FINE).cpu()
+    bins = sums[_NUM_TOTALS:].view(3, FINE_BINS).cpu()
     return Perplexity(
         cross_entropy=loss / tokens,
         tokens=int(tokens),
@@ -192,7 +194,7 @@ def _means(sums: Tensor, *, has_teacher: bool) -> Perplexity:
 def _sums(
     model: FrozenModel, hidden: Tensor, teacher: DenseTeacher | None, microbatch: Microbatch
 ) -> Tensor:
-    """Return the sums of one microbatch, fp64 [_NUM_TOTALS + 3 FINE].
+    """Return the sums of one microbatch, fp64 [_NUM_TOTALS + 3 FINE_BINS].
 
     They are the same on every rank of the last stage's tensor group.
 

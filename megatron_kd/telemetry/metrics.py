@@ -1,74 +1,124 @@
-"""What a step measures, as (sum, count) pairs, and the one collective that turns them into numbers.
+"""Declare the metrics of a run, and reduce those that a step measures to numbers.
 
-Averages of averages are wrong as soon as two microbatches hold different numbers of unmasked tokens. So every
-microbatch reports a sum and a count, both are added over microbatches and ranks, and the division happens once.
+Metrics of single tokens are declared in losses/token_metrics.py and taken from there.
 
-A report is a `dict[str, Tensor]`: metric name -> 1-D fp64 or fp32 tensor [2] = (sum, count). The last pipeline stage reports what
-the head measures, and every tensor-parallel rank of it makes the same reports: exactly one of them may contribute. Hidden states are
-reported where their layer is. A part of a mean that is made elsewhere comes with count 0.
+A mean of means is wrong as soon as two microbatches hold different numbers of unmasked tokens. So
+every microbatch reports a sum and a count, both are added over microbatches and ranks, and the
+division happens once.
+
+The last pipeline stage reports what the head measures, and every tensor-parallel rank of it makes
+the same reports: exactly one of them may contribute. Hidden states are reported on the stage of
+their layer. A contribution to a mean that is made elsewhere comes with count 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-Report = Mapping[str, Tensor]
+from megatron_kd.losses.token_metrics import TOKEN_METRICS
+
+# Metric name -> fp32 or fp64 [2] = (sum, count).
+MetricSums = Mapping[str, Tensor]
+
+Reduction = Literal["mean", "sum", "value", "interval", "median", "max"]
+
+REDUCTIONS: dict[Reduction, str] = {
+    "mean": "mean over the counted tokens of the step",
+    "sum": "sum over the tokens of the step",
+    "value": "value after the step",
+    "interval": "rate since the last log line",
+    "median": "median over ranks",
+    "max": "largest over ranks",
+}
 
 
-class Metric(NamedTuple):
-    """One measured quantity: its name, how sums and counts become a number, and its meaning with unit."""
+@dataclass(frozen=True)
+class Metric:
+    """Declare one metric.
+
+    Attributes:
+        name: key in metrics.jsonl and tag in TensorBoard.
+        unit: unit of the value, or its range; empty for a plain number.
+        reduction: how one number is made of tokens, ranks or time.
+        description: meaning in one line.
+    """
 
     name: str
-    reduction: Literal["mean", "sum"]
+    unit: str
+    reduction: Reduction
     description: str
 
 
-# The order is the layout of the packed tensor, so it must be the same on every rank. total_loss is first: its count
-# is the number of unmasked tokens.
-METRICS: tuple[Metric, ...] = (
-    Metric("total_loss", "mean", "what the step minimises, nats per token"),
-    Metric("ce_loss", "mean", "next-token cross-entropy, nats per token"),
-    Metric("kd_loss", "mean", "distillation loss, nats per token"),
+_NATS = "nats per token"
+_SHARE = "in [0, 1]"
+
+# Every step reports these with a sum and a count. The order is the layout of the packed tensor, so
+# it is the same on every rank. The count of total_loss is the number of unmasked tokens.
+_REPORTED = (
+    Metric("total_loss", _NATS, "mean", "what the step minimises"),
+    Metric("ce_loss", _NATS, "mean", "next-token cross-entropy"),
+    Metric("kd_loss", _NATS, "mean", "distillation loss"),
     Metric(
         "routed_share",
+        _SHARE,
         "mean",
-        "tokens that distill.routing or distill.adaptive.keep leave to their labels, in [0, 1]",
+        "tokens that distill.routing or distill.adaptive.keep leave to their labels",
     ),
-    Metric("teacher_temperature", "mean", "temperature of the teacher under distill.adaptive"),
+    Metric("teacher_temperature", "", "mean", "temperature of the teacher under distill.adaptive"),
     Metric(
         "hidden_loss",
+        _NATS,
         "mean",
         "what distill.hidden_states adds to total_loss: the sum over its entries of weight * loss",
     ),
-    Metric("teacher_mass", "mean", "teacher probability of the kept entries, in [0, 1]"),
-    Metric("teacher_entropy", "mean", "entropy of the teacher over the full vocabulary, nats"),
-    Metric("student_entropy", "mean", "entropy of the student over the full vocabulary, nats"),
-    Metric(
-        "top1_agreement",
-        "mean",
-        "share of tokens where teacher and student rank the same id first, in [0, 1]",
-    ),
-    Metric(
-        "kl",
-        "mean",
-        "sum_k p_T(k) * (log p_T(k) - log p_S(k)) at temperature 1, kept entries + one tail bucket, nats",
-    ),
-    Metric(
-        "tokens",
-        "sum",
-        "unmasked tokens of the step; taken from the count of total_loss, never reported",
-    ),
+    *(Metric(metric.name, metric.unit, "mean", metric.description) for metric in TOKEN_METRICS),
 )
-_REPORTED = frozenset(metric.name for metric in METRICS if metric.name != "tokens")
+# Metrics that `reduce_reports` returns.
+STEP_METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        *_REPORTED,
+        Metric("loss_tokens", "tokens", "sum", "unmasked tokens: the count of total_loss"),
+    )
+}
+# Metrics that the training loop adds to a log line.
+_LOOP_METRICS = (
+    Metric("grad_norm", "", "value", "norm of the gradient before clipping"),
+    Metric("learning_rate", "", "value", "learning rate of the step"),
+    Metric("alpha", _SHARE, "value", "weight of kd_loss in total_loss"),
+    Metric("tokens", "tokens", "value", "tokens trained on so far, masked ones included"),
+    Metric("samples", "samples", "value", "samples trained on so far"),
+    Metric("nonfinite_steps", "steps", "value", "steps so far whose update was skipped"),
+    Metric("tokens_per_second", "tokens/s", "interval", "training speed over all ranks"),
+    Metric("tflops_per_device", "1e12 FLOP/s", "interval", "model FLOP/s of one device"),
+    Metric("mfu", _SHARE, "interval", "tflops_per_device over the peak of the device"),
+    Metric("rank_seconds", "s", "median", "time of the last step on a rank"),
+    Metric("slowest_rank_seconds", "s", "max", "time of the last step on the slowest rank"),
+    Metric("slowest_rank", "rank", "value", "rank whose last step took longest"),
+    Metric("data_seconds", "s", "max", "time of the last step spent waiting for data"),
+)
+# All metrics by name, in the order of the documentation.
+METRICS: dict[str, Metric] = STEP_METRICS | {metric.name: metric for metric in _LOOP_METRICS}
+
+
+def metrics_reference() -> str:
+    """Return a Markdown table of all metrics, for the documentation."""
+    lines = ["| Metric | Unit | Reduction | Description |", "|---|---|---|---|"]
+    for metric in METRICS.values():
+        cells = (metric.unit, REDUCTIONS[metric.reduction], metric.description)
+        escaped = " | ".join(cell.replace("|", "\\|") for cell in cells)
+        lines.append(f"| `{metric.name}` | {escaped} |")
+    return "\n".join(lines)
 
 
 def reduce_reports(
-    reports: Sequence[Report],
+    reports: Sequence[MetricSums],
     *,
     contribute: bool,
     group: ProcessGroup | None,
@@ -77,59 +127,65 @@ def reduce_reports(
     """Reduce the reports of one step over microbatches and ranks.
 
     Args:
-        reports: one report per microbatch of this rank (may be empty). Not modified. A metric may be missing from
-            some or all of them.
-        contribute: whether this rank's reports count. Other ranks add zeros, whatever they hold.
-        group: every rank that wants the numbers, normally all of them. None: a single process, no collective
-            (unlike torch.distributed, where None is the world).
+        reports: one report per microbatch of this rank (may be empty). Not modified. A metric may
+            be missing from some or all of them.
+        contribute: this rank's reports count. Other ranks add zeros, whatever they hold.
+        group: every rank that needs the numbers, normally all of them. None: a single process, no
+            collective (unlike torch.distributed, where None is the world).
         device: where the packed tensor lives: the device of the backend of `group`.
+
     Returns:
-        Every name of METRICS, in order, equal on every rank of `group`. A mean whose count is 0 is None.
-        "tokens" is the number of unmasked tokens of this step.
+        Every name of STEP_METRICS, in order, equal on every rank of `group`. A mean whose count is
+        0 is None.
+
     Raises:
-        ValueError: an unknown metric or a tensor that is not [2] fp32 or fp64, on any contributing rank. A flag
-            travels with the sums, so every rank of the group raises and none is left waiting.
-    Collectives: exactly one all_reduce (SUM) of fp64 [len(METRICS) + 1, 2] over `group`, and one host sync.
+        ValueError: if a contributing rank reports an unknown metric or a tensor that is not [2]
+            fp32 or fp64. A flag travels with the sums, so every rank of the group raises and none
+            waits.
+
+    Collectives:
+        One all_reduce (SUM) of fp64 [len(STEP_METRICS), 2] over `group`, and one host sync.
     """
-    problem = _problem(reports) if contribute else None
+    problem = _report_problem(reports) if contribute else None
     packed = _pack(reports if contribute and problem is None else (), device)
     packed[-1, 0] = float(problem is not None)
     if group is not None:
         torch.distributed.all_reduce(packed, op=torch.distributed.ReduceOp.SUM, group=group)
-    *rows, (num_problems, _) = packed.tolist()
+    *pairs, (num_problems, _) = packed.tolist()
     if num_problems:
         raise ValueError(
             problem
-            or f"{int(num_problems)} other rank(s) made a report that cannot be reduced; their message says why"
+            or f"{int(num_problems)} other rank(s) made a report that cannot be reduced; their "
+            "message says why"
         )
-    return {metric.name: _finish(metric, *row) for metric, row in zip(METRICS, rows, strict=True)}
+    values: dict[str, float | None] = {
+        metric.name: total / count if count > 0 else None
+        for metric, (total, count) in zip(_REPORTED, pairs, strict=True)
+    }
+    return values | {"loss_tokens": pairs[0][1]}
 
 
-def _problem(reports: Sequence[Report]) -> str | None:
+def _report_problem(reports: Sequence[MetricSums]) -> str | None:
+    names = {metric.name for metric in _REPORTED}
     for report in reports:
         for name, value in report.items():
-            if name not in _REPORTED:
-                return f"unknown metric {name!r} in a report; known: {', '.join(sorted(_REPORTED))}"
+            if name not in names:
+                return f"unknown metric {name!r} in a report; known: {', '.join(sorted(names))}"
             if value.shape != (2,) or value.dtype not in (torch.float32, torch.float64):
-                return f"metric {name!r} must be a tensor [2] = (sum, count), fp32 or fp64, not {list(value.shape)} {value.dtype}"
+                return (
+                    f"metric {name!r} must be a tensor [2] = (sum, count), fp32 or fp64, not "
+                    f"{list(value.shape)} {value.dtype}"
+                )
     return None
 
 
-def _pack(reports: Sequence[Report], device: torch.device | str) -> Tensor:
-    """fp64 [len(METRICS) + 1, 2]: (sum, count) of each metric over the microbatches; the last row is free for a flag."""
-    packed = torch.zeros(len(METRICS) + 1, 2, dtype=torch.float64, device=device)
-    for row, metric in enumerate(METRICS):
-        parts = [
+def _pack(reports: Sequence[MetricSums], device: torch.device | str) -> Tensor:
+    """Return fp64 [len(_REPORTED) + 1, 2]: sum and count of each metric, and zeros for a flag."""
+    packed = torch.zeros(len(_REPORTED) + 1, 2, dtype=torch.float64, device=device)
+    for number, metric in enumerate(_REPORTED):
+        sums = [
             report[metric.name].detach().to(packed) for report in reports if metric.name in report
         ]
-        if parts:
-            packed[row] = torch.stack(parts).sum(dim=0)
-        if metric.reduction == "sum":
-            packed[row, 0] = packed[0, 1]
+        if sums:
+            packed[number] = torch.stack(sums).sum(dim=0)
     return packed
-
-
-def _finish(metric: Metric, total: float, count: float) -> float | None:
-    if metric.reduction == "sum":
-        return total
-    return total / count if count > 0 else None

@@ -1,4 +1,4 @@
-"""Progress for whoever watches: a bar on a terminal, sparse lines in a log file."""
+"""Show the progress of a run: a bar on a terminal, sparse lines in a log file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from tqdm import tqdm
 Mode = Literal["auto", "bar", "lines", "off"]
 
 
-class Progress:
-    """Shows step, loss, rate and time left. Prints nothing with enabled=False or mode "off".
+class ProgressBar:
+    """Show step, loss, rate and remaining time.
+
+    It prints nothing with enabled=False or mode "off".
 
     Args:
-        mode: auto: a bar where `stream` is a terminal, else lines. lines: the first step, then one line at most
-            every `interval` seconds, and the last step.
+        mode: auto: a bar where `stream` is a terminal, else lines. lines: the first step, then one
+            line at most every `interval` seconds, and the last step.
         steps: optimizer updates in the whole run.
         start_step: updates already done when this process began (a resumed run).
         enabled: True on rank 0 only.
@@ -26,7 +28,7 @@ class Progress:
         clock: seconds, monotonic; replaceable for tests.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - keyword-only settings, all but two of them optional
         self,
         mode: Mode,
         *,
@@ -45,11 +47,11 @@ class Progress:
         self._interval = interval
         self._clock = clock
         self._step = start_step
-        self._anchor: tuple[int, float] | None = None
+        self._first_update: tuple[int, float] | None = None
         self._rate: float | None = None
         self._losses = ""
         self._printed_step: int | None = None
-        self._printed_at = 0.0
+        self._printed_time = 0.0
         self._bar = None
         if self._mode == "bar":
             self._bar = tqdm(
@@ -68,14 +70,22 @@ class Progress:
         kd: float | None = None,
         tokens_per_second: float | None = None,
     ) -> None:
-        """Show that `step` updates are done. loss and kd: nats per token; without a loss, or a rate, the last one stays."""
+        """Show that `step` updates are done.
+
+        Args:
+            step: number of updates, counted from the start of the run.
+            loss: cross-entropy, nats per token. None: keep the last one.
+            kd: distillation loss, nats per token. None: show only `loss`.
+            tokens_per_second: rate over all ranks. None: keep the last one.
+        """
         if self._mode == "off":
             return
         now = self._clock()
-        first = self._anchor is None
-        if first:
-            # The first step also pays for allocation and compilation: the time left is judged from the later ones.
-            self._anchor = (step, now)
+        is_first = self._first_update is None
+        if is_first:
+            # The first step also pays for allocation and compilation, so the remaining time is
+            # estimated from the later ones.
+            self._first_update = (step, now)
         if loss is not None:
             self._losses = f"  loss {loss:.3f}" + ("" if kd is None else f"  kd {kd:.3f}")
         if tokens_per_second is not None:
@@ -85,17 +95,17 @@ class Progress:
             self._bar.set_description_str(self._line(now), refresh=False)
             self._bar.update(step - self._bar.n)
             self._printed_step = step
-        elif first or step >= self._steps or now - self._printed_at >= self._interval:
+        elif is_first or step >= self._steps or now - self._printed_time >= self._interval:
             self._print_line(now)
 
     def message(self, text: str) -> None:
-        """Print a line of text without tearing the bar."""
+        """Print a line of text without breaking the bar."""
         if self._mode != "off":
             tqdm.write(text, file=self._stream)
             self._stream.flush()
 
     def close(self) -> None:
-        """Finish the bar, or print the last line where it is still due (a run that stopped early)."""
+        """Finish the bar, or print the last line if it is still due (a run that stopped early)."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -107,23 +117,25 @@ class Progress:
 
     def _print_line(self, now: float) -> None:
         print(self._line(now), file=self._stream, flush=True)
-        self._printed_step, self._printed_at = self._step, now
+        self._printed_step, self._printed_time = self._step, now
 
     def _line(self, now: float) -> str:
         rate = "" if self._rate is None else f"  {short_count(self._rate)} tokens/s"
-        return f"step {self._step}/{self._steps}{self._losses}{rate}  ETA {self._eta(now)}"
+        eta = self._remaining_time(now)
+        return f"step {self._step}/{self._steps}{self._losses}{rate}  ETA {eta}"
 
-    def _eta(self, now: float) -> str:
-        """Time left at the pace so far, evaluation and saving included."""
-        step, since = self._anchor or (self._step, now)
-        if self._step <= step:
+    def _remaining_time(self, now: float) -> str:
+        """Return the remaining time at the average pace, evaluation and saving included."""
+        first_step, start = self._first_update or (self._step, now)
+        if self._step <= first_step:
             return "--:--:--"
-        left = round((now - since) / (self._step - step) * max(self._steps - self._step, 0))
-        return f"{left // 3600:02d}:{left // 60 % 60:02d}:{left % 60:02d}"
+        pace = (now - start) / (self._step - first_step)
+        seconds = round(pace * max(self._steps - self._step, 0))
+        return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 def short_count(value: float) -> str:
-    """A count in three digits or so: 950, 12.3k, 1.23M."""
+    """Return a count in about three digits: 950, 12.3k, 1.23M."""
     if value < 1e3:
         return f"{value:.0f}"
     if value < 1e6:

@@ -1,7 +1,7 @@
-"""What a run leaves on disk: metrics.jsonl, TensorBoard scalars, status.json and config.toml.
+"""Write the files of a run: metrics.jsonl, TensorBoard scalars, status.json and config.toml.
 
-A killed run leaves rows that are newer than its last checkpoint. `begin` drops them, so that the resumed run's
-curves have each step once.
+A killed run leaves records that are newer than its last checkpoint. `begin` drops them, so that the
+resumed run's curves have each step once.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from typing import Any, BinaryIO, Literal, get_args
 
 from megatron_kd.storage.atomic_files import write_atomically
 
-# requeue: saved, start it again. stopped: saved or hopeless, do not start it again by itself.
+# requeue: saved, start it again. stopped: saved or hopeless, do not restart it automatically.
 State = Literal["running", "finished", "requeue", "stopped", "failed"]
 
 
 class RunWriter:
-    """Writes a run's files on rank 0. With enabled=False every method does nothing, so callers need no rank test.
+    """Write the files of a run on rank 0.
+
+    With enabled=False every method does nothing, so that callers need no test of the rank.
 
     Args:
-        directory: the run directory; made where it is missing.
+        directory: the run directory; created if it does not exist.
         tensorboard: also write TensorBoard event files below directory/tensorboard.
         enabled: True on rank 0 only.
     """
@@ -37,7 +39,7 @@ class RunWriter:
         self._directory = Path(directory)
         self._tensorboard = tensorboard
         self._enabled = enabled
-        self._rows: BinaryIO | None = None
+        self._metrics: BinaryIO | None = None
         self._unwritten = b""
         self._events: Any = None
         self._steps: int | None = None
@@ -56,18 +58,18 @@ class RunWriter:
         self.close()
 
     def begin(self, *, step: int, steps: int) -> None:
-        """Open the files for a run that has done `step` of `steps` updates, and set the status to running.
+        """Open the files for a run that has done `step` of `steps` updates; its status is running.
 
-        Rows after `step` are dropped from metrics.jsonl and hidden in TensorBoard. At step 0 nothing an earlier
-        attempt wrote is kept.
+        Records after `step` are dropped from metrics.jsonl and hidden in TensorBoard. At step 0 all
+        records of an earlier attempt are dropped.
         """
         if not self._enabled:
             return
         self.close()
         self._steps = steps
         path = self._directory / "metrics.jsonl"
-        _keep_rows_until(path, step)
-        self._rows = path.open("ab", buffering=0)
+        _keep_records_until(path, step)
+        self._metrics = path.open("ab", buffering=0)
         self._unwritten = b""
         if self._tensorboard:
             # Imported here: it takes a second, and ranks other than 0 never need it.
@@ -78,66 +80,89 @@ class RunWriter:
             )
         self.status("running", step=step)
 
-    def row(self, row: Mapping[str, Any]) -> None:
-        """Append one row; needs `begin`. Values that are not finite are written as null and left out of TensorBoard.
+    def write_metrics(self, record: Mapping[str, Any]) -> None:
+        """Append one record, after `begin`.
 
-        A row with a "split" is a validation row (TensorBoard: validation/<split>/<name>), any other a training row
-        (train/<name>).
+        Values that are not finite are written as null and left out of TensorBoard.
+
+        Args:
+            record: values by name, with an integer "step". A record with a "split" belongs to a
+                validation set (TensorBoard: validation/<split>/<name>), any other to training
+                (train/<name>).
+
+        Raises:
+            RuntimeError: before `begin`.
+            ValueError: if the record has no integer step.
         """
         if not self._enabled:
             return
-        if self._rows is None:
-            raise RuntimeError("RunWriter.row before RunWriter.begin")
-        clean = _without_nonfinite(dict(row))
-        if not isinstance(clean.get("step"), int):
-            raise ValueError(f"a row needs an integer 'step', got {clean.get('step')!r}")
-        self._write((json.dumps(clean, allow_nan=False) + "\n").encode())
+        if self._metrics is None:
+            raise RuntimeError("RunWriter.write_metrics before RunWriter.begin")
+        finite = _without_nonfinite(dict(record))
+        if not isinstance(finite.get("step"), int):
+            raise ValueError(
+                f"a record of metrics needs an integer 'step', got {finite.get('step')!r}"
+            )
+        self._append((json.dumps(finite, allow_nan=False) + "\n").encode())
         if self._events is not None:
-            prefix = f"validation/{clean['split']}" if "split" in clean else "train"
-            for name, value in clean.items():
-                if (
-                    name != "step"
-                    and isinstance(value, (int, float))
-                    and not isinstance(value, bool)
-                ):
-                    self._events.add_scalar(f"{prefix}/{name}", value, clean["step"])
-            self._events.flush()
+            self._write_events(finite)
 
-    def _write(self, line: bytes) -> None:
-        """Append whole lines. What a full disk does not take is kept and tried again with the next row: the run is told of the disk by its
-        checkpoints, which end it in good order.
+    def _write_events(self, record: Mapping[str, Any]) -> None:
+        prefix = f"validation/{record['split']}" if "split" in record else "train"
+        for name, value in record.items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if is_number and name != "step":
+                self._events.add_scalar(f"{prefix}/{name}", value, record["step"])
+        self._events.flush()
+
+    def _append(self, line: bytes) -> None:
+        """Append complete lines to metrics.jsonl.
+
+        Lines that a full disk does not take are kept and written with the next record. Checkpoints
+        report the full disk to the run, and end it with a graceful shutdown.
         """
-        assert self._rows is not None
-        told = bool(self._unwritten)
+        assert self._metrics is not None
+        already_reported = bool(self._unwritten)
         self._unwritten += line
-        size = os.fstat(self._rows.fileno()).st_size
+        size = os.fstat(self._metrics.fileno()).st_size
         try:
-            # One write: a reader, or a kill, sees at most the last line torn.
-            written = self._rows.write(self._unwritten)
+            # One write: a reader, or a kill, sees at most the last line incomplete.
+            written = self._metrics.write(self._unwritten)
             if written != len(self._unwritten):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._unwritten = b""
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._rows.fileno(), size)
-            if not told:
+                os.ftruncate(self._metrics.fileno(), size)
+            if not already_reported:
                 print(
-                    f"megatron_kd: warning: {self._directory / 'metrics.jsonl'}: {error.strerror}: its rows wait",
+                    f"megatron_kd: warning: {self._directory / 'metrics.jsonl'}: {error.strerror}: "
+                    "records are kept in memory until there is room",
                     file=sys.stderr,
                 )
 
     def status(self, state: State, *, step: int, message: str = "") -> None:
-        """Replace status.json: state, step, steps (null before `begin`), time (ISO 8601, UTC) and message."""
+        """Replace status.json.
+
+        Its keys are state, step, steps (null before `begin`), time (ISO 8601, UTC) and message.
+
+        Args:
+            state: state of the run.
+            step: number of updates.
+            message: reason, for people.
+
+        Raises:
+            ValueError: if the state is not known.
+        """
         if state not in get_args(State):
             raise ValueError(f"state must be one of {', '.join(get_args(State))}, not {state!r}")
         if not self._enabled:
             return
-        now = datetime.now(UTC).isoformat(timespec="seconds")
         content = {
             "state": state,
             "step": step,
             "steps": self._steps,
-            "time": now,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "message": message,
         }
         write_atomically(
@@ -150,19 +175,19 @@ class RunWriter:
             write_atomically(self._directory / "config.toml", text.encode())
 
     def close(self) -> None:
-        """Flush and close; the status is left as it is. May be called twice."""
-        if self._rows is not None:
+        """Flush and close the files; the status stays. May be called twice."""
+        if self._metrics is not None:
             if self._unwritten:
-                self._write(b"")
-            self._rows.close()
-            self._rows = None
+                self._append(b"")
+            self._metrics.close()
+            self._metrics = None
         if self._events is not None:
             self._events.close()
             self._events = None
 
 
 def _without_nonfinite(value: Any) -> Any:
-    """JSON has no NaN or infinity, and readers other than Python's refuse them: they become None."""
+    """Replace numbers that are not finite by None: JSON has no NaN or infinity."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -172,8 +197,8 @@ def _without_nonfinite(value: Any) -> Any:
     return value
 
 
-def _keep_rows_until(path: Path, step: int) -> None:
-    """Rewrite a metrics.jsonl without rows after `step` (all rows at step 0) and without a torn last line."""
+def _keep_records_until(path: Path, step: int) -> None:
+    """Drop records after `step` (all at step 0) and an incomplete last line from metrics.jsonl."""
     if not path.exists():
         return
     if step == 0:
@@ -185,13 +210,14 @@ def _keep_rows_until(path: Path, step: int) -> None:
         if not line.strip():
             continue
         try:
-            keep = json.loads(line)["step"] <= step
+            is_kept = json.loads(line)["step"] <= step
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break
             raise ValueError(
-                f"{path} line {number} is not a row with a step; repair the file or move it away, then resume"
+                f"{path} line {number} is not a record with a step; repair the file or move it "
+                "away, then resume"
             ) from None
-        if keep:
+        if is_kept:
             kept.append(line.decode() + "\n")
     write_atomically(path, "".join(kept).encode())

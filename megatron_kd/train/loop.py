@@ -17,7 +17,7 @@ from megatron_kd.planning.flops import (
     projection_flops_per_token,
 )
 from megatron_kd.storage.directory_lock import DirectoryLock
-from megatron_kd.telemetry.progress_bar import Progress
+from megatron_kd.telemetry.progress_bar import ProgressBar
 from megatron_kd.telemetry.run_files import RunWriter, State
 from megatron_kd.telemetry.throughput import Stopwatch, measure_peak_tflops
 from megatron_kd.train.build import Run
@@ -110,7 +110,7 @@ def _train(run: Run, shutdown: ShutdownRequest) -> Action:
         config.run.directory, tensorboard=config.telemetry.tensorboard, enabled=is_first
     ) as writer:
         _write_start(run, writer)
-        bar = Progress(
+        bar = ProgressBar(
             config.telemetry.progress,
             steps=config.train.steps,
             start_step=progress.step,
@@ -147,7 +147,9 @@ def _write_failure(writer: RunWriter, step: int, error: BaseException) -> None:
         writer.status("stopped" if is_stop else "failed", step=step, message=str(error)[:500])
 
 
-def _watched_loop(run: Run, writer: RunWriter, bar: Progress, shutdown: ShutdownRequest) -> Action:
+def _watched_loop(
+    run: Run, writer: RunWriter, bar: ProgressBar, shutdown: ShutdownRequest
+) -> Action:
     """Run the loop under the watchdog."""
     with run.groups.watchdog as watchdog:
         watchdog.on_lost = lambda message: writer.status(
@@ -168,7 +170,7 @@ def _flush_pending_checkpoint(run: Run) -> None:
         run.saver.log.warn("failed", run.progress.step, str(error))
 
 
-def _loop(run: Run, writer: RunWriter, bar: Progress, shutdown: ShutdownRequest) -> Action:
+def _loop(run: Run, writer: RunWriter, bar: ProgressBar, shutdown: ShutdownRequest) -> Action:
     config, progress, device = run.config, run.progress, run.groups.platform.device
     stopwatch = _stopwatch(run)
     spike_guard = SpikeGuard(config.train.loss_spike, stops=config.train.on_loss_spike == "stop")
@@ -194,13 +196,13 @@ def _loop(run: Run, writer: RunWriter, bar: Progress, shutdown: ShutdownRequest)
     return action if progress.step < config.train.steps else Action.CONTINUE
 
 
-def _show(bar: Progress, warning: str | None) -> None:
+def _show(bar: ProgressBar, warning: str | None) -> None:
     if warning is not None:
         bar.message(f"warning: {warning}")
 
 
 def _evaluate_and_save(
-    run: Run, writer: RunWriter, bar: Progress, saved_step: int, *, stops: bool
+    run: Run, writer: RunWriter, bar: ProgressBar, saved_step: int, *, stops: bool
 ) -> int:
     """Evaluate and save if they are due after this step, and return the last saved step."""
     config, step = run.config, run.progress.step
@@ -229,21 +231,20 @@ def _is_due(step: int, interval: int, last_step: int) -> bool:
 
 
 def _log(
-    run: Run, report: StepReport, stopwatch: Stopwatch, writer: RunWriter, bar: Progress
+    run: Run, report: StepReport, stopwatch: Stopwatch, writer: RunWriter, bar: ProgressBar
 ) -> dict[str, float | int]:
     """Write one record of metrics and update the progress bar; return the times of the ranks."""
     lap, metrics, progress = stopwatch.lap(), report.metrics, run.progress
     times = run.times.spread()
-    writer.row(
+    writer.write_metrics(
         {
             "step": progress.step,
-            **{name: value for name, value in metrics.items() if name != "tokens"},
+            **metrics,
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
             "alpha": report.alpha,
             "tokens": progress.consumed_tokens,
             "samples": progress.consumed_samples,
-            "loss_tokens": metrics["tokens"],
             "nonfinite_steps": progress.nonfinite_steps,
             "tokens_per_second": lap.tokens_per_second,
             "tflops_per_device": lap.tflops_per_device,
@@ -260,17 +261,14 @@ def _log(
     return times
 
 
-def _evaluate(run: Run, writer: RunWriter, bar: Progress) -> None:
+def _evaluate(run: Run, writer: RunWriter, bar: ProgressBar) -> None:
     for split, metrics in evaluate(run).items():
-        reported = {
-            name: value for name, value in metrics.items() if name not in ("tokens", "total_loss")
-        }
-        writer.row(
+        reported = {name: value for name, value in metrics.items() if name != "total_loss"}
+        writer.write_metrics(
             {
                 "step": run.progress.step,
                 "split": split,
                 "tokens": run.progress.consumed_tokens,
-                "loss_tokens": metrics["tokens"],
                 **reported,
             }
         )

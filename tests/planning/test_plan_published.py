@@ -180,8 +180,8 @@ def gpt(hidden: int, layers: int, heads: int) -> dict[str, Any]:
     return {**shape, "vocab_size": 51_200, "recompute": "full"}
 
 
-# arXiv 2104.04473, table 1: hidden, layers, heads, tensor-parallel size, A100s, TFLOP/s of each with
-# recomputation; 512 sequences of 2048.
+# arXiv 2104.04473, table 1: hidden, layers, heads, tensor-parallel size, A100s, TFLOP/s of each
+# with recomputation; 512 sequences of 2048.
 MEGATRON = {
     "1.7B": (2304, 24, 24, 1, 32, 137),
     "3.6B": (3072, 30, 32, 2, 64, 138),

@@ -292,10 +292,10 @@ def write_run(folder: Path, loss: float, *, steps: int = 40, teacher: Path | Non
     with RunWriter(folder, tensorboard=False, enabled=True) as writer:
         writer.begin(step=0, steps=40)
         for step in (20, 40):
-            writer.row(
+            writer.write_metrics(
                 {"step": step, "ce_loss": 9.0, "tokens": step * 1000, "tokens_per_second": 1.0}
             )
-            writer.row(
+            writer.write_metrics(
                 {
                     "step": step,
                     "split": "books",

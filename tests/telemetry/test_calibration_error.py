@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_kd.data.token_files import tokens_per_byte
 from megatron_kd.telemetry.calibration_error import (
     BINS,
-    FINE,
+    FINE_BINS,
     adaptive_calibration_error,
     calibration_sums,
     expected_calibration_error,
@@ -21,14 +21,18 @@ from tests.losses.cases import fresh_seed
 
 def plain_error(confidence: Tensor, hit: Tensor, bins: list[Tensor]) -> float:
     """Sum over bins (index tensors) of |mean hit - mean confidence|, weighted by size."""
-    full = [each for each in bins if len(each)]
+    filled = [tokens for tokens in bins if len(tokens)]
     return sum(
-        len(each) * abs(hit[each].double().mean() - confidence[each].mean()).item() for each in full
+        len(tokens) * abs(hit[tokens].double().mean() - confidence[tokens].mean()).item()
+        for tokens in filled
     ) / len(confidence)
 
 
 def test_errors_are_those_of_the_definition() -> None:
-    """Of a model that is too sure at some confidences and too unsure at others, so that wrong bins would cancel errors."""
+    """The model is overconfident at some confidences and underconfident at others.
+
+    With wrong bins the errors would cancel.
+    """
     generator = torch.Generator().manual_seed(fresh_seed())
     confidence = torch.rand(4000, generator=generator, dtype=torch.float64) ** 0.5
     true = (confidence + 0.25 * torch.sin(confidence * BINS * torch.pi)).clamp(0, 1)
@@ -51,7 +55,8 @@ def test_errors_are_those_of_the_definition() -> None:
     )
     order = confidence.argsort()
     even = [order[4000 * k // BINS : 4000 * (k + 1) // BINS] for k in range(BINS)]
-    # A fine bin that is cut shares its hits out evenly: two tokens at most at each of 14 cuts are on the wrong side.
+    # A divided fine bin distributes its hits evenly: at most two tokens at each of 14 cuts are on
+    # the wrong side.
     assert adaptive_calibration_error(sums) == pytest.approx(
         plain_error(confidence, hit, even), abs=2 * 2 * 14 / 4000
     )
@@ -59,12 +64,12 @@ def test_errors_are_those_of_the_definition() -> None:
 
 
 def test_known_errors() -> None:
-    """Always sure and always wrong: 1. Right as often as sure: 0."""
+    """Confident and always wrong: 1. Correct as often as confident: 0."""
     ones = torch.ones(64)
     wrong = calibration_sums(ones, torch.zeros(64, dtype=torch.bool), ones)
     assert expected_calibration_error(wrong) == 1.0
     assert adaptive_calibration_error(wrong) == pytest.approx(1.0)
-    assert wrong[0, FINE - 1] == 64
+    assert wrong[0, FINE_BINS - 1] == 64
     half = calibration_sums(ones / 2, torch.arange(64) % 2 == 0, ones)
     assert expected_calibration_error(half) == pytest.approx(0.0)
     assert adaptive_calibration_error(half) == pytest.approx(0.0)

@@ -26,7 +26,7 @@ def synthetic_run(
         writer.begin(step=0, steps=40)
         for step in range(1, 41):
             ce = 3.0 - gain + 6 * math.exp(-step / 5)
-            writer.row(
+            writer.write_metrics(
                 {
                     "step": step,
                     "ce_loss": ce,
@@ -36,7 +36,7 @@ def synthetic_run(
             )
             if step % 20 == 0:
                 for split in splits:
-                    writer.row(
+                    writer.write_metrics(
                         {
                             "step": step,
                             "split": split,

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from megatron_kd.config import dump_toml
+from megatron_kd.telemetry.metrics import METRICS
 from tests.helpers.tiny import tiny, write_tokens
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(400)]
@@ -148,6 +149,8 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     }
     assert wanted <= rows(tmp_path / "whole")[0].keys()
     assert {"step", "split", "ce_loss", "kd_loss"} <= rows(tmp_path / "whole")[-1].keys()
+    for row in rows(tmp_path / "whole"):
+        assert row.keys() <= {"step", "split", *METRICS}
     assert list((tmp_path / "whole/tensorboard").iterdir())
     assert (tmp_path / "whole/config.toml").exists()
 
