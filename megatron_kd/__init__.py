@@ -1,4 +1,4 @@
-"""Pretraining of language models with knowledge distillation on megatron-core.
+"""Pretrain language models with knowledge distillation on megatron-core.
 
 Importing this package touches no device, process group or environment variable.
 """

@@ -1,1 +1,1 @@
-"""Student and teacher from megatron-core specs."""
+"""Build the student and the teacher from megatron-core's layer specs."""

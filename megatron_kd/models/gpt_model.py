@@ -1,4 +1,4 @@
-"""A GPT as the chunks of this rank: built from specs, with an output layer that hands hidden states on to the loss."""
+"""Build a GPT as the chunks of this rank, with an output layer that returns hidden states."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from megatron_kd.parallel.vocab_shards import padded_vocab_size
 
 
 class HiddenStatesOutput(ColumnParallelLinear):
-    """Holds the output weight like any ColumnParallelLinear, but hands the hidden states on: the loss multiplies by the
-    weight itself, in chunks. Sharding, tied embeddings, checkpoints, the weight's gradient buffer and the hooks that gather
-    updated weights stay megatron-core's own.
+    """Hold the output weight of a ColumnParallelLinear, but return the hidden states.
+
+    The loss multiplies by the weight itself, in chunks. Sharding, tied embeddings, checkpoints, the
+    buffer of the weight's gradient and the hooks that gather updated weights are those of
+    megatron-core.
     """
 
     def forward(
@@ -25,8 +27,12 @@ class HiddenStatesOutput(ColumnParallelLinear):
         input_: Tensor,
         weight: Tensor | None = None,
         runtime_gather_output: bool | None = None,
-    ) -> tuple[Tensor, None]:  # noqa: D102
-        # GPTModel turns what it takes for logits from [S, B, V] to [B, S, V]: turned first, hidden states leave as they came.
+    ) -> tuple[Tensor, None]:
+        """Return the hidden states [S, B, H] as [B, S, H].
+
+        GPTModel transposes what it takes for logits [S, B, V], so hidden states come out as
+        [S, B, H].
+        """
         return input_.transpose(0, 1), None
 
 
@@ -39,15 +45,20 @@ def build_chunks(
     sequence_length: int,
     within_documents: bool = False,
 ) -> list[GPTModel]:
-    """This rank's chunks (one, or one per virtual stage), uninitialised, on the platform's device, in the config's type.
+    """Return this rank's chunks, one per virtual pipeline stage, uninitialised. No collective.
 
-    within_documents: layers take the mask of `Microbatch.attention_mask`.
+    Args:
+        model: shape of the model.
+        config: its TransformerConfig, which sets the type of the weights.
+        groups: process groups of the layout; the weights are on their platform's device.
+        vocab_size: true vocabulary size.
+        sequence_length: tokens per sequence.
+        within_documents: True if layers take the mask of `Microbatch.attention_mask`.
     """
-    virtual = config.virtual_pipeline_model_parallel_size
+    virtual_stages = config.virtual_pipeline_model_parallel_size
     chunks = []
-    for stage in range(virtual or 1):
-        first = groups.pipeline_rank == 0 and stage == 0
-        last = groups.is_last_stage and stage == (virtual or 1) - 1
+    for stage in range(virtual_stages or 1):
+        is_last = groups.is_last_stage and stage == (virtual_stages or 1) - 1
         chunk = GPTModel(
             config=config,
             transformer_layer_spec=block_spec(
@@ -55,15 +66,15 @@ def build_chunks(
             ),
             vocab_size=padded_vocab_size(vocab_size, model.vocab_size_multiple),
             max_sequence_length=sequence_length,
-            pre_process=first,
-            post_process=last,
+            pre_process=groups.pipeline_rank == 0 and stage == 0,
+            post_process=is_last,
             share_embeddings_and_output_weights=model.tied_embeddings,
             position_embedding_type="rope",
             rotary_base=model.rope_base,
             pg_collection=groups.collection,
-            vp_stage=stage if virtual else None,
+            vp_stage=stage if virtual_stages else None,
         )
-        if last:
+        if is_last:
             chunk.output_layer = _hidden_states_output(chunk, config, groups)
         scale_rotary(chunk, model)
         chunks.append(chunk.to(device=groups.platform.device, dtype=config.params_dtype))
@@ -73,23 +84,27 @@ def build_chunks(
 def _hidden_states_output(
     chunk: GPTModel, config: TransformerConfig, groups: Groups
 ) -> HiddenStatesOutput:
-    old = chunk.output_layer
-    new = HiddenStatesOutput(
+    """Return a replacement of the chunk's output layer that keeps its weight."""
+    logits_layer = chunk.output_layer
+    hidden_states_layer = HiddenStatesOutput(
         config.hidden_size,
-        old.output_size,
+        logits_layer.output_size,
         config=config,
         init_method=config.init_method,
         bias=False,
         skip_weight_param_allocation=True,
         tp_group=groups.collection.tp,
     )
-    if old.weight is not None:
-        new.weight = old.weight
-    return new
+    if logits_layer.weight is not None:
+        hidden_states_layer.weight = logits_layer.weight
+    return hidden_states_layer
 
 
 def output_weight(chunk: GPTModel) -> Tensor:
-    """[V/tp, H], the weight that the loss multiplies by; the embedding's own where the two are tied on one stage."""
+    """Return the weight [V/tp, H] that the loss multiplies by.
+
+    It is the embedding's weight if the two are tied and lie on one stage.
+    """
     tied = chunk.share_embeddings_and_output_weights
     weight: Tensor = (
         chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight

@@ -1,4 +1,4 @@
-"""Initial weights as a function of (seed, parameter name, layer): the same model whatever the layout."""
+"""Initialise weights as a function of seed, parameter name and layer, in any parallel layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_kd.config import ModelSection
 from megatron_kd.models.projections import PROJECTIONS
 
-# Projections back into the residual stream are scaled down with depth (GPT-2, section 2.3 of its paper).
+# Projections back into the residual stream are scaled down with depth (GPT-2 paper, section 2.3).
 _RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 _VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 
@@ -22,11 +22,19 @@ _VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 def initialize_weights(
     chunks: list[MegatronModule], model: ModelSection, *, vocab_size: int, seed: int
 ) -> None:
-    """Fill the parameters of all chunks of this rank, in place. No collective.
+    """Fill the parameters of this rank's chunks in place. No collective.
 
-    Matrices are normal with init_std (residual projections / sqrt(2 * num_layers)), norms one, biases zero; projections to a
-    teacher's width keep the size of what they project (1 / sqrt of the student's width). Every rank draws
-    each whole matrix from a generator of its own and keeps its shard; padding rows of the vocabulary are zero.
+    Matrices are normal with standard deviation init_std, divided by sqrt(2 * num_layers) for
+    projections back into the residual stream. Norms are one and biases zero. Projections to a
+    teacher's width have standard deviation 1 / sqrt(student's width), which preserves the size of
+    their input. Every rank draws the full matrix from a generator of the matrix and keeps its
+    shard. Padding rows of the vocabulary are zero.
+
+    Args:
+        chunks: model chunks of this rank, one per virtual pipeline stage.
+        model: shape of the model.
+        vocab_size: true vocabulary size.
+        seed: seed of the run.
     """
     for chunk in chunks:
         state = chunk.sharded_state_dict()
@@ -48,21 +56,18 @@ def _fill(shard: ShardedTensor, model: ModelSection, vocab_size: int, seed: int)
     generator = torch.Generator().manual_seed(
         int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
     )
-    whole = torch.empty(shape).normal_(
-        0.0, _standard_deviation(shard.key, model), generator=generator
-    )
+    std = _standard_deviation(shard.key, model)
+    matrix = torch.empty(shape).normal_(0.0, std, generator=generator)
     rows = min(max(shape[0] - offset[0], 0), shard.local_shape[-2])
     columns = slice(offset[1], offset[1] + shard.local_shape[-1])
     data = shard.data.view(shard.local_shape)
     data.zero_()
-    data[:rows] = whole[offset[0] : offset[0] + rows, columns].to(data.dtype)
+    data[:rows] = matrix[offset[0] : offset[0] + rows, columns].to(data.dtype)
 
 
 def _standard_deviation(key: str, model: ModelSection) -> float:
     if key.startswith(PROJECTIONS):
         return 1 / math.sqrt(model.hidden_size)
-    return (
-        model.init_std / math.sqrt(2 * model.num_layers)
-        if key.endswith(_RESIDUAL)
-        else model.init_std
-    )
+    if key.endswith(_RESIDUAL):
+        return model.init_std / math.sqrt(2 * model.num_layers)
+    return model.init_std

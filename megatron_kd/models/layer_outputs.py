@@ -1,4 +1,7 @@
-"""What chosen layers of a model put out, seen in passing: its forward pass and megatron-core's code stay as they are."""
+"""Record the outputs of chosen layers during a forward pass, with hooks.
+
+The forward pass and the code of megatron-core stay unchanged.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +14,47 @@ from torch import Tensor
 
 
 class LayerOutputs:
-    """The outputs of some layers of this rank's chunks: the residual stream [S, B, H] (under sequence parallelism its slice of S).
+    """Record the outputs of some layers of this rank's chunks.
 
-    layers: numbers counted from 1 over the whole model; those that are not on this rank are passed over. here: those that are.
+    An output is the residual stream [S, B, H]; under sequence parallelism it is this rank's slice
+    of S.
+
+    Args:
+        chunks: the model chunks of this rank.
+        layers: layer numbers, counted from 1 over the whole model. Layers of other ranks are
+            ignored.
+
+    Attributes:
+        local_layers: those of the layers that are on this rank.
     """
 
     def __init__(self, chunks: Sequence[GPTModel], layers: Collection[int]) -> None:
-        self._seen: dict[int, Tensor] | None = None
+        self._outputs: dict[int, Tensor] | None = None
         self._layers = set(layers)
-        for layer in (
-            layer
-            for chunk in chunks
-            for layer in chunk.decoder.layers
-            if layer.layer_number in self._layers
-        ):
-            layer.register_forward_hook(self._see)
-        self.here = set().union(*(self.on(chunk) for chunk in chunks))
+        self.local_layers: set[int] = set()
+        for chunk in chunks:
+            self.local_layers |= self.layers_in(chunk)
+            for layer in chunk.decoder.layers:
+                if layer.layer_number in self._layers:
+                    layer.register_forward_hook(self._store)
 
-    def on(self, chunk: GPTModel) -> set[int]:
-        """Those of the layers that a chunk holds."""
+    def layers_in(self, chunk: GPTModel) -> set[int]:
+        """Return those of the layers that a chunk holds."""
         return {layer.layer_number for layer in chunk.decoder.layers} & self._layers
 
     @contextmanager
-    def watching(self) -> Iterator[dict[int, Tensor]]:
-        """Around one chunk's forward pass: layer number -> its output, filled as the layers run.
+    def record(self) -> Iterator[dict[int, Tensor]]:
+        """Yield a dictionary that one chunk's forward pass fills: layer number -> output.
 
-        Under activation recomputation these are the tensors of the outer graph, and what runs again in the backward pass is
-        not seen: nobody is watching then.
+        Under activation recomputation these are the tensors of the outer graph. What runs again in
+        the backward pass is not recorded, because no recording is active then.
         """
-        seen = self._seen = {}
+        outputs = self._outputs = {}
         try:
-            yield seen
+            yield outputs
         finally:
-            self._seen = None
+            self._outputs = None
 
-    def _see(self, layer: Any, _arguments: Any, output: tuple[Tensor, Any]) -> None:
-        if self._seen is not None:
-            self._seen[layer.layer_number] = output[0]
+    def _store(self, layer: Any, _arguments: Any, output: tuple[Tensor, Any]) -> None:
+        if self._outputs is not None:
+            self._outputs[layer.layer_number] = output[0]

@@ -1,5 +1,7 @@
-"""Learned matrices between the widths of student and teacher layers. They train with the student and are no part of its model:
-whoever loads its weights (a teacher, a conversion, another run's start) never meets them.
+"""Add learned matrices between the widths of student and teacher layers.
+
+They train with the student but are not part of its model: a teacher, a conversion or another run
+that loads its weights does not load them.
 """
 
 from __future__ import annotations
@@ -12,36 +14,48 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_kd.config.hidden_state_pairs import Projection
 
-PROJECTIONS = "hidden_projections"  # of a chunk: a ModuleDict by Projection.name, and what the names of its weights start with
+# Attribute of a chunk, a ModuleDict by Projection.name; also the prefix of its weights' names.
+PROJECTIONS = "hidden_projections"
 
 
 def add_projections(
     chunks: Sequence[GPTModel], projections: Sequence[Projection], config: TransformerConfig
 ) -> None:
-    """Give each chunk the uninitialised projections [Ht, Hs] of its layers, in the weights' type: whole on every tensor-parallel rank.
+    """Add the uninitialised projections of each chunk's layers to the chunk.
 
-    Under sequence parallelism a rank sees its slice of the tokens only; the mark makes megatron-core sum the gradients.
+    A weight has shape [teacher width, student width], the type of the model's weights, and is
+    replicated over the tensor-parallel ranks.
+
+    Args:
+        chunks: the student's chunks on this rank; changed in place.
+        projections: all projections of the run.
+        config: the student's configuration.
     """
     for chunk in chunks:
         layers = {layer.layer_number for layer in chunk.decoder.layers}
-        own = [each for each in projections if each.student_layer in layers]
-        if not own:
-            continue
-        device = next(chunk.parameters()).device
-        modules = torch.nn.ModuleDict()
-        for each in own:
-            linear = torch.nn.Linear(
-                config.hidden_size,
-                each.teacher_width,
-                bias=False,
-                device=device,
-                dtype=config.params_dtype,
-            )
-            linear.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-            modules[each.name] = linear
-        setattr(chunk, PROJECTIONS, modules)
+        local = [projection for projection in projections if projection.student_layer in layers]
+        if local:
+            device = next(chunk.parameters()).device
+            modules = {one.name: _linear(one, config, device) for one in local}
+            setattr(chunk, PROJECTIONS, torch.nn.ModuleDict(modules))
+
+
+def _linear(
+    projection: Projection, config: TransformerConfig, device: torch.device
+) -> torch.nn.Module:
+    linear = torch.nn.Linear(
+        config.hidden_size,
+        projection.teacher_width,
+        bias=False,
+        device=device,
+        dtype=config.params_dtype,
+    )
+    # Under sequence parallelism a rank has a slice of the tokens only: this mark makes
+    # megatron-core sum the gradients over the tensor-parallel group.
+    linear.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return linear
 
 
 def projections_on(chunk: GPTModel) -> dict[str, torch.nn.Module]:
-    """The projections of a chunk by name."""
+    """Return the projections of a chunk by name."""
     return dict(getattr(chunk, PROJECTIONS, torch.nn.ModuleDict()).items())

@@ -1,4 +1,7 @@
-"""Layers of a Llama-style decoder as megatron-core specs: Transformer Engine where it is installed, else local modules."""
+"""Define the layers of a Llama-style decoder as megatron-core specs.
+
+They use Transformer Engine on GPUs where it is installed, else local modules.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,13 @@ from megatron_kd.parallel.platform import Platform
 def block_spec(
     config: TransformerConfig, platform: Platform, *, within_documents: bool = False
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The spec of every decoder layer (and of the final norm). within_documents: attention takes a mask of what each token sees."""
+    """Return the spec of every decoder layer and of the final norm.
+
+    Args:
+        config: the model's configuration.
+        platform: device and its libraries.
+        within_documents: True if attention takes a mask of what each token can see.
+    """
     if platform.is_cuda and importlib.util.find_spec("transformer_engine") is not None:
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         if within_documents:
@@ -45,9 +54,9 @@ def block_spec(
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the mark that makes megatron-core sum its gradient under sequence parallelism.
+    """Mark torch's RMSNorm so that megatron-core sums its gradient under sequence parallelism.
 
-    The local norm of megatron-core refuses sequence parallelism because it lacks that mark.
+    The local norm of megatron-core lacks this mark and refuses sequence parallelism.
     """
 
     def __init__(
@@ -58,9 +67,16 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class SDPACoreAttention(MegatronModule):
-    """Causal attention through torch's scaled_dot_product_attention: never holds [S, S] weights on any device.
+    """Compute causal attention with torch's scaled_dot_product_attention.
 
-    Shapes: S sequence, B micro-batch, h heads and g query groups of this tensor-parallel rank, d head width.
+    It never holds [S, S] attention weights, on any device.
+
+    Shapes:
+        S: sequence length.
+        B: micro-batch size.
+        h: query heads of this tensor-parallel rank.
+        g: query groups of this tensor-parallel rank.
+        d: width of a head.
     """
 
     def __init__(
@@ -84,10 +100,15 @@ class SDPACoreAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         **_unused: Any,
     ) -> Tensor:
-        """query [S, B, h, d], key and value [S, B, g, d] -> [S, B, h * d].
+        """Return the attention output [S, B, h * d].
 
-        attention_mask: bool [B, 1, S, S], true where a query sees a key (torch's meaning, not megatron-core's); None: causal. A single
-        query may follow more keys (it continues a cached sequence): it sees all of them.
+        Args:
+            query: [S, B, h, d]. A single query (S = 1) may continue a cached sequence of more
+                keys; it sees all of them.
+            key: [S, B, g, d].
+            value: [S, B, g, d].
+            attention_mask: bool [B, 1, S, S], true where a query sees a key (torch's convention,
+                the opposite of megatron-core's). None: causal.
         """
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         repeats = q.shape[1] // k.shape[1]
@@ -108,7 +129,8 @@ class SDPACoreAttention(MegatronModule):
         grouped, continued = q.shape[1] != k.shape[1], q.shape[2] != k.shape[2]
         if continued and (q.shape[2] != 1 or mask is not None):
             raise ValueError(
-                f"{q.shape[2]} queries cannot continue a cache of {k.shape[2]} keys: one at a time, without a mask"
+                f"{q.shape[2]} queries cannot continue a cache of {k.shape[2]} keys: one at a "
+                "time, without a mask"
             )
         causal = mask is None and not continued
         return scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""The model that trains: chunks under megatron-core's DDP, its gradients finalised by megatron-core."""
+"""Hold the model that trains: chunks under megatron-core's DDP, and its pipeline schedule."""
 
 from __future__ import annotations
 
@@ -25,11 +25,20 @@ from megatron_kd.parallel.groups import Groups
 
 
 class Student:
-    """This rank's part of the student.
+    """Hold this rank's part of the student.
 
-    chunks: DDP-wrapped, one per virtual stage. models: the GPTModels inside. config: their TransformerConfig. projections: what trains
-    along with it, see models/projections.py. on_drained: called in every training step when this rank's part of the pipeline is done,
-    before gradients are reduced.
+    Args:
+        run: the run.
+        groups: process groups of the student's layout.
+        vocab_size: true vocabulary size.
+        projections: matrices that train along with the student, see models/projections.py.
+
+    Attributes:
+        chunks: DDP-wrapped chunks, one per virtual pipeline stage.
+        models: the GPTModels inside.
+        config: their TransformerConfig.
+        on_drained: functions that are called in every training step when this rank's part of the
+            pipeline is done, before gradients are reduced.
     """
 
     def __init__(
@@ -41,10 +50,8 @@ class Student:
         projections: Sequence[Projection] = (),
     ) -> None:
         self.groups, self.vocab_size = groups, vocab_size
-        self.sequence_length, self.micro_batch_size = (
-            run.batch.sequence_length,
-            run.batch.micro_batch_size,
-        )
+        self.sequence_length = run.batch.sequence_length
+        self.micro_batch_size = run.batch.micro_batch_size
         self.config: TransformerConfig = transformer_config(
             run.model, run.parallel, groups.platform, precision=run.train.precision
         )
@@ -58,44 +65,47 @@ class Student:
         )
         add_projections(self.models, projections, self.config)
         initialize_weights(self.models, run.model, vocab_size=vocab_size, seed=run.train.seed)
-        ddp = DistributedDataParallelConfig(
+        self.chunks = self._wrap(run)
+        self.on_drained: list[Callable[[], None]] = []
+        self.config.finalize_model_grads_func = self._finalize
+        if run.parallel.overlap_grad_reduce:
+            self._overlap_gradient_reduction(run.parallel.overlap_param_gather)
+
+    def _wrap(self, run: RunConfig) -> list[DistributedDataParallel]:
+        settings = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=run.parallel.overlap_grad_reduce,
             overlap_param_gather=run.parallel.overlap_param_gather,
             use_distributed_optimizer=run.optimizer.distributed,
         )
-        self.chunks = [
+        return [
             DistributedDataParallel(
                 self.config,
-                ddp,
+                settings,
                 model,
                 disable_bucketing=index > 0,
-                pg_collection=groups.collection,
+                pg_collection=self.groups.collection,
             )
             for index, model in enumerate(self.models)
         ]
-        self.on_drained: list[Callable[[], None]] = []
-        self.config.finalize_model_grads_func = self._finalize
-        if run.parallel.overlap_grad_reduce:
-            self._overlap(run.parallel.overlap_param_gather)
 
-    def _overlap(self, gather_parameters: bool) -> None:
-        """Tell the schedule how to hold gradient reduction back until a chunk's last microbatch."""
-
-        def each(name: str) -> Any:
-            functions = [getattr(chunk, name) for chunk in self.chunks]
-            return functions if len(functions) > 1 else functions[0]
-
-        self.config.no_sync_func = each("no_sync")
+    def _overlap_gradient_reduction(self, gather_parameters: bool) -> None:
+        """Hold gradient reduction back until the last microbatch of a chunk."""
+        self.config.no_sync_func = self._chunk_methods("no_sync")
         if len(self.chunks) > 1:
-            self.config.grad_sync_func = each("start_grad_sync")
+            self.config.grad_sync_func = self._chunk_methods("start_grad_sync")
             if gather_parameters:
-                self.config.param_sync_func = each("start_param_sync")
+                self.config.param_sync_func = self._chunk_methods("start_param_sync")
 
-    def _finalize(self, *arguments: Any, **named: Any) -> None:
-        for each in self.on_drained:
-            each()
-        finalize_model_grads(*arguments, **named)
+    def _chunk_methods(self, name: str) -> Any:
+        """Return the method of the only chunk, or the list of those of all chunks."""
+        methods = [getattr(chunk, name) for chunk in self.chunks]
+        return methods if len(methods) > 1 else methods[0]
+
+    def _finalize(self, *arguments: Any, **options: Any) -> None:
+        for function in self.on_drained:
+            function()
+        finalize_model_grads(*arguments, **options)
 
     def zero_grad(self) -> None:
         """Clear the gradient buffers."""
@@ -103,10 +113,13 @@ class Student:
             chunk.zero_grad_buffer()
 
     def gather_weights(self) -> None:
-        """Make the last update's weights whole on every rank, for whoever reads them before the next step. Collective over the
-        data-parallel group where it sends anything.
+        """Complete the weights of the last update on every rank, for readers before the next step.
 
-        With overlap_param_gather an update leaves each rank its own shard, and the others come in the next step's forward pass.
+        With overlap_param_gather an update leaves each rank its own shard, and the forward pass of
+        the next step gathers the others.
+
+        Collectives:
+            All-gathers over the data-parallel group, with overlap_param_gather only.
         """
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
@@ -117,18 +130,28 @@ class Student:
         for chunk in self.chunks:
             chunk.train(training)
 
-    def run_schedule(
+    def run_pipeline(
         self, forward_step: Callable[..., Any], batches: list[Any], *, forward_only: bool = False
     ) -> list[dict[str, torch.Tensor]]:
-        """One pass over the microbatches in megatron-core's schedule; gradients end summed and divided by the global tokens.
+        """Run megatron-core's pipeline schedule over the microbatches.
 
-        `forward_step(iterator, chunk) -> (output, loss_function)`. Returns the last stage's reports, one per microbatch, and
-        an empty list on other stages. Collective over the model- and data-parallel groups.
+        Gradients end summed and divided by the global number of tokens.
+
+        Args:
+            forward_step: maps (iterator, chunk) to (output, loss function).
+            batches: the microbatches of one step, whatever `forward_step` takes.
+            forward_only: True to compute no gradients.
+
+        Returns:
+            The reports of the last stage, one per microbatch; an empty list on other stages.
+
+        Collectives:
+            Those of a step over the model-parallel and data-parallel groups.
         """
         iterators: list[Iterator[Any]] = [iter(batches) for _ in self.chunks]
-        schedule = get_forward_backward_func()
+        run_schedule = get_forward_backward_func()
         with torch.set_grad_enabled(not forward_only):
-            reports: list[dict[str, torch.Tensor]] = schedule(
+            reports: list[dict[str, torch.Tensor]] = run_schedule(
                 forward_step_func=forward_step,
                 data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
                 model=self.chunks if len(self.chunks) > 1 else self.chunks[0],

@@ -1,4 +1,4 @@
-"""From a run file's model section to megatron-core's TransformerConfig: one explicit mapping, field by field."""
+"""Map the sections of a run file to megatron-core's TransformerConfig, field by field."""
 
 from __future__ import annotations
 
@@ -11,35 +11,47 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_kd.config import ConfigError, ModelSection, ParallelSection
 from megatron_kd.parallel.platform import Platform
 
-# fp8 is how layers multiply; weights and activations stay bf16.
+# fp8 applies to the matrix products of layers; weights and activations stay bf16.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 
 
 def transformer_config(
     model: ModelSection, parallel: ParallelSection, platform: Platform, *, precision: str
 ) -> TransformerConfig:
-    """The TransformerConfig of a Llama-style decoder. ConfigError for [model.mcore] keys that are not its fields."""
-    settings = {**_shape(model), **_layout(parallel, platform, DTYPES[precision])}
+    """Return the TransformerConfig of a Llama-style decoder.
+
+    Args:
+        model: shape of the model.
+        parallel: its layout.
+        platform: device and its libraries.
+        precision: a key of DTYPES.
+
+    Raises:
+        ConfigError: a key of [model.mcore] is no field of TransformerConfig, or is set by the run
+            file's own keys.
+    """
+    settings = {**_shape_fields(model), **_layout_fields(parallel, platform, DTYPES[precision])}
     if model.recompute == "full":
         settings.update(
             recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
         )
     if precision == "fp8":
-        # A scale for each tensor as it comes: a frozen teacher then gives the same targets whatever it saw before.
+        # Scale each tensor by its present values: the targets of a frozen teacher then do not
+        # depend on earlier inputs.
         settings.update(fp8="e4m3", fp8_recipe="tensorwise")
-    settings.update(_extra(model, settings))
+    settings.update(_mcore_fields(model, settings))
     config = TransformerConfig(**settings)
     if config.virtual_pipeline_model_parallel_size is not None and (
         config.batch_p2p_comm or not config.overlap_p2p_comm
     ):
         raise ConfigError(
-            "parallel.virtual_pipeline > 1 with batch_p2p_comm gives wrong gradients without an error: "
-            "remove overlap_p2p_comm and batch_p2p_comm from [model.mcore]"
+            "parallel.virtual_pipeline > 1 with batch_p2p_comm gives wrong gradients without an "
+            "error: remove overlap_p2p_comm and batch_p2p_comm from [model.mcore]"
         )
     return config
 
 
-def _shape(model: ModelSection) -> dict[str, Any]:
+def _shape_fields(model: ModelSection) -> dict[str, Any]:
     return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -56,18 +68,21 @@ def _shape(model: ModelSection) -> dict[str, Any]:
         "qk_layernorm": model.qk_norm,
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
-        # Weights are filled by name (models/initialize.py), so that they do not depend on the layout. Asking for no
-        # initialization at all would also lose the marks of sharded weights, and with them their share of the gradient norm.
-        "init_method": _leave,
-        "output_layer_init_method": _leave,
-        "embedding_init_method": _leave,
+        # models/initialize.py fills weights by name, so that they do not depend on the layout.
+        # perform_initialization = False would also drop the marks of sharded weights, and with
+        # them their share of the gradient norm.
+        "init_method": _keep_uninitialized,
+        "output_layer_init_method": _keep_uninitialized,
+        "embedding_init_method": _keep_uninitialized,
         "persist_layer_norm": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
     }
 
 
-def _layout(parallel: ParallelSection, platform: Platform, dtype: torch.dtype) -> dict[str, Any]:
+def _layout_fields(
+    parallel: ParallelSection, platform: Platform, dtype: torch.dtype
+) -> dict[str, Any]:
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     return {
         "params_dtype": dtype,
@@ -77,25 +92,29 @@ def _layout(parallel: ParallelSection, platform: Platform, dtype: torch.dtype) -
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": virtual,
         "sequence_parallel": parallel.sequence_parallel,
-        # One division, by the global number of tokens: cutting a batch into other microbatches changes nothing.
+        # Gradients are divided once, by the global number of tokens. The result does not depend on
+        # how a batch is split into microbatches.
         "calculate_per_token_loss": True,
-        # Two stages that each hold two chunks exchange two messages per step with the same peer; batched together they
-        # are swapped and the gradients are silently wrong.
+        # Two stages with two chunks each exchange two messages per step with the same peer. In one
+        # batch these are swapped, and the gradients are wrong without an error.
         "overlap_p2p_comm": virtual is not None,
         "batch_p2p_comm": virtual is None,
-        # Freeing an activation once its send has been issued is safe in a CUDA stream's order. gloo still reads the memory:
-        # under the interleaved schedule, which does not wait for sends, the next stage would get whatever came there since.
+        # Freeing an activation once its send has been issued is safe in the order of a CUDA stream.
+        # gloo still reads the memory: under the interleaved pipeline schedule, which does not wait
+        # for sends, the next stage would receive whatever overwrote it.
         "deallocate_pipeline_outputs": platform.is_cuda or virtual is None,
         "bias_activation_fusion": platform.is_cuda,
         "deterministic_mode": platform.deterministic,
     }
 
 
-def _leave(weight: torch.Tensor) -> torch.Tensor:
+def _keep_uninitialized(weight: torch.Tensor) -> torch.Tensor:
+    """Return the weight unchanged."""
     return weight
 
 
-def _extra(model: ModelSection, settings: dict[str, Any]) -> dict[str, Any]:
+def _mcore_fields(model: ModelSection, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of [model.mcore]; `settings` are those that other keys set."""
     known = {field.name for field in fields(TransformerConfig)}
     for name in model.mcore:
         if name not in known:
@@ -104,6 +123,6 @@ def _extra(model: ModelSection, settings: dict[str, Any]) -> dict[str, Any]:
             )
         if name in settings and not name.endswith("p2p_comm"):
             raise ConfigError(
-                f"model.mcore.{name} is set by the run file's own keys: change it there"
+                f"model.mcore.{name} is set by other keys of the run file: change those"
             )
     return dict(model.mcore)

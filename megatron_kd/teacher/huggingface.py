@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_kd.config import ConfigError, ModelSection
 from megatron_kd.data.tokenizer import load_tokenizer
-from megatron_kd.models.huggingface.families import model_from_config
+from megatron_kd.models.huggingface.config_json import model_from_config
 from megatron_kd.storage.json_files import read_json
 from megatron_kd.storage.sampled_digests import sampled_folder_digest
 from megatron_kd.teacher.source import CHECKPOINT_KEY, TeacherInputs, TeacherSource

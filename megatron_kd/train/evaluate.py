@@ -44,4 +44,4 @@ def _evaluate_batch(
     targets = run.teacher.targets(microbatches)
     inputs = student_inputs(run, microbatches, targets)
     forward = partial(forward_step, objective=objective, hidden_states=run.hidden_states)
-    return run.student.run_schedule(forward, inputs, forward_only=True)
+    return run.student.run_pipeline(forward, inputs, forward_only=True)

@@ -116,9 +116,9 @@ class HiddenStatesLoss(HiddenStates):
 
     def forward(self, chunk: Any, item: StudentInput) -> Tensor:
         """See HiddenStates."""
-        with self.student_outputs.watching() as outputs:
+        with self.student_outputs.record() as outputs:
             output = run_chunk(chunk, item.microbatch)
-        if outputs.keys() != self.student_outputs.on(chunk.module):
+        if outputs.keys() != self.student_outputs.layers_in(chunk.module):
             raise RuntimeError(
                 "a layer of distill.hidden_states ran without being recorded: something replaces "
                 "the forward pass of layers"
@@ -275,7 +275,7 @@ def _check_placement(
         {pair.student_layer for pair in pairs if pair.stages[1] == stage},
     )
     problem = None
-    if (teacher_layers.layers_on_rank, student_outputs.here) != expected:
+    if (teacher_layers.layers_on_rank, student_outputs.local_layers) != expected:
         problem = (
             "distill.hidden_states needs pipeline stages of equally many layers: remove what "
             "places them otherwise from [model.mcore]"

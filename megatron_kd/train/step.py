@@ -69,7 +69,7 @@ def train_step(run: Run) -> StepReport:
         hidden_states=run.hidden_states,
         capture=run.capture,
     )
-    reports = run.student.run_schedule(forward, inputs)
+    reports = run.student.run_pipeline(forward, inputs)
     metrics = reduce_step(run, reports)
     watchdog.enter_phase("updating the weights")
     run.optimizer.set_learning_rate(learning_rate)

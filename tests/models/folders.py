@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_kd.config import ModelSection
-from megatron_kd.models.huggingface.families import (
-    config_from_model,
-    rows_of,
-    their_names,
-    their_shapes,
+from megatron_kd.models.huggingface.config_json import config_from_model
+from megatron_kd.models.huggingface.tensor_names import (
+    huggingface_names,
+    huggingface_shapes,
+    tensor_mappings,
 )
 
 
@@ -29,9 +29,11 @@ def write_folder(
     folder.mkdir()
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for row, layer in rows_of(model):
+    for mapping, layer in tensor_mappings(model):
         for name, shape in zip(
-            their_names(row, layer), their_shapes(row, model, model.vocab_size or 0), strict=True
+            huggingface_names(mapping, layer),
+            huggingface_shapes(mapping, model, model.vocab_size or 0),
+            strict=True,
         ):
             drawn = torch.randn(shape, generator=generator) * scale
             tensors[name] = (drawn + 1.0 if name.endswith("norm.weight") else drawn).to(dtype)

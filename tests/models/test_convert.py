@@ -22,7 +22,8 @@ from megatron_kd.checkpoint.store import read_info
 from megatron_kd.checkpoint.tensors import TensorReader
 from megatron_kd.config import ConfigError, ModelSection
 from megatron_kd.data.tokenizer_files import huggingface_files
-from megatron_kd.models.huggingface.families import config_from_model, model_from_config, rows_of
+from megatron_kd.models.huggingface.config_json import config_from_model, model_from_config
+from megatron_kd.models.huggingface.tensor_names import tensor_mappings
 from megatron_kd.models.huggingface.transformers_model import load_text_tokenizer
 from tests.helpers.ranks import run_ranks
 from tests.losses.cases import fresh_seed
@@ -133,7 +134,9 @@ def test_foreign_megatron_checkpoint(tmp_path: Path) -> None:
     (foreign / "state.json").unlink()
     folder = adopt_checkpoint(foreign, MODEL, tmp_path / "adopted", tokenizer=None)
     one, other = (CheckpointWeights(path, MODEL, 50, what="test") for path in (foreign, folder))
-    assert all(torch.equal(one.read(*place), other.read(*place)) for place in rows_of(MODEL))
+    assert all(
+        torch.equal(one.read(*place), other.read(*place)) for place in tensor_mappings(MODEL)
+    )
     assert other.reader.tensors["output_layer.weight"].shape == (64, 16)
     larger = MODEL.model_copy(update={"num_layers": 3})
     with pytest.raises(ConfigError, match=r"has shape \[2, 16\], but the model says \[3, 16\]"):

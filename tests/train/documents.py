@@ -51,7 +51,7 @@ def hidden_states(
             batches.append(StudentInput(batch))
         student.sequence_length, student.micro_batch_size = len(sequences[0][0]), 1
         with torch.no_grad():
-            student.run_schedule(
+            student.run_pipeline(
                 partial(forward_step, objective=keep),
                 batches,
                 forward_only=True,

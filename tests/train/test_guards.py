@@ -108,7 +108,7 @@ def slow_ranks(rendezvous: str, config: RunConfig) -> dict[str, float]:
 
     run = build_run(config, rendezvous=rendezvous)
     step.train_step(run)
-    rank, schedule, read = run.groups.rank, run.student.run_schedule, run.train_data.microbatches
+    rank, schedule, read = run.groups.rank, run.student.run_pipeline, run.train_data.microbatches
 
     def slow_schedule(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.2 * (rank == 1))
@@ -118,7 +118,7 @@ def slow_ranks(rendezvous: str, config: RunConfig) -> dict[str, float]:
         time.sleep(0.1 * (rank == 0))
         return read(consumed)
 
-    run.student.run_schedule, run.train_data.microbatches = slow_schedule, slow_read
+    run.student.run_pipeline, run.train_data.microbatches = slow_schedule, slow_read
     step.train_step(run)
     spread: dict[str, float] = run.times.spread()
     stop_groups()

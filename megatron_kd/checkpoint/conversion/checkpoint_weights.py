@@ -9,7 +9,11 @@ from torch import Tensor
 
 from megatron_kd.checkpoint.tensors import TensorReader
 from megatron_kd.config import ConfigError, ModelSection
-from megatron_kd.models.huggingface.families import Row, rows_of, their_shapes
+from megatron_kd.models.huggingface.tensor_names import (
+    TensorMapping,
+    huggingface_shapes,
+    tensor_mappings,
+)
 
 
 class CheckpointWeights:
@@ -31,13 +35,13 @@ class CheckpointWeights:
     def __init__(self, folder: Path, model: ModelSection, vocab_size: int, *, what: str) -> None:
         self.model, self.vocab_size, self._what = model, vocab_size, what
         self.reader = TensorReader(folder, what=what)
-        for row, layer in rows_of(model):
-            self._check(row, layer)
+        for mapping, layer in tensor_mappings(model):
+            self._check(mapping, layer)
 
-    def read(self, row: Row, layer: int | None) -> Tensor:
+    def read(self, mapping: TensorMapping, layer: int | None) -> Tensor:
         """Return one tensor in its stored type, without the padding of the vocabulary."""
-        name, stacked = self._name(row, layer)
-        shape = self.shape(row)
+        name, stacked = self._name(mapping, layer)
+        shape = self.shape(mapping)
         if layer is not None and stacked:
             return self.reader.read(name, (layer, *[0] * len(shape)), (1, *shape)).view(shape)
         return self.reader.read(name, [0] * len(shape), shape)
@@ -45,33 +49,33 @@ class CheckpointWeights:
     def dtypes(self) -> set[torch.dtype]:
         """Return the types of the model's tensors."""
         return {
-            self.reader.tensors[self._name(row, layer)[0]].dtype
-            for row, layer in rows_of(self.model)
+            self.reader.tensors[self._name(mapping, layer)[0]].dtype
+            for mapping, layer in tensor_mappings(self.model)
         }
 
-    def shape(self, row: Row) -> tuple[int, ...]:
+    def shape(self, mapping: TensorMapping) -> tuple[int, ...]:
         """Return the shape of a tensor of one layer, without the padding of the vocabulary."""
-        parts = their_shapes(row, self.model, self.vocab_size)
+        parts = huggingface_shapes(mapping, self.model, self.vocab_size)
         return (sum(part[0] for part in parts), *parts[0][1:])
 
-    def _name(self, row: Row, layer: int | None) -> tuple[str, bool]:
+    def _name(self, mapping: TensorMapping, layer: int | None) -> tuple[str, bool]:
         """Return the stored name of a tensor, and whether all layers are stacked under it."""
-        single = row.ours.replace("decoder.layers.", f"decoder.layers.{layer}.")
+        single = mapping.megatron_name.replace("decoder.layers.", f"decoder.layers.{layer}.")
         if layer is not None and single in self.reader.tensors:
             return single, False
-        return row.ours, True
+        return mapping.megatron_name, True
 
-    def _check(self, row: Row, layer: int | None) -> None:
-        name, stacked = self._name(row, layer)
+    def _check(self, mapping: TensorMapping, layer: int | None) -> None:
+        name, stacked = self._name(mapping, layer)
         tensor = self.reader.tensors.get(name)
         if tensor is None:
             raise ConfigError(
                 f"{self._what}: {self.reader.folder} lacks {name}: "
                 "the checkpoint is not of this model"
             )
-        shape = self.shape(row)
+        shape = self.shape(mapping)
         expected = (self.model.num_layers, *shape) if layer is not None and stacked else shape
-        if row.kind == "vocabulary":
+        if mapping.kind == "vocabulary":
             fits = tensor.shape[1:] == expected[1:] and tensor.shape[0] >= expected[0]
         else:
             fits = tensor.shape == expected

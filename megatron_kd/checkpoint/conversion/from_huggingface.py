@@ -18,15 +18,15 @@ from megatron_kd.checkpoint.conversion.output import PRECISIONS, commit_checkpoi
 from megatron_kd.checkpoint.conversion.qkv import merge_qkv
 from megatron_kd.checkpoint.tensors import TensorSlice
 from megatron_kd.config import ConfigError, ModelSection
-from megatron_kd.models.huggingface.families import (
-    IGNORED_SUFFIXES,
-    Row,
-    model_from_config,
-    rows_of,
-    their_names,
-    their_shapes,
-)
+from megatron_kd.models.huggingface.config_json import model_from_config
 from megatron_kd.models.huggingface.safetensors import SafetensorsFolder
+from megatron_kd.models.huggingface.tensor_names import (
+    IGNORED_SUFFIXES,
+    TensorMapping,
+    huggingface_names,
+    huggingface_shapes,
+    tensor_mappings,
+)
 from megatron_kd.parallel.vocab_shards import padded_vocab_size
 from megatron_kd.storage.json_files import read_json
 
@@ -100,8 +100,8 @@ def open_huggingface(
     if precision is None:
         types = {
             weights.tensors[name].dtype
-            for row, layer in rows_of(model)
-            for name in their_names(row, layer)
+            for mapping, layer in tensor_mappings(model)
+            for name in huggingface_names(mapping, layer)
         }
         precision = "bf16" if types == {torch.bfloat16} else "fp32"
     return HuggingFaceSource(weights, model, config, precision)
@@ -118,9 +118,11 @@ def _check_tensors(
         )
     expected = {
         name: shape
-        for row, layer in rows_of(model)
+        for mapping, layer in tensor_mappings(model)
         for name, shape in zip(
-            their_names(row, layer), their_shapes(row, model, vocab_size), strict=True
+            huggingface_names(mapping, layer),
+            huggingface_shapes(mapping, model, vocab_size),
+            strict=True,
         )
     }
     _check_names(weights, expected, tied=model.tied_embeddings, what=what)
@@ -193,8 +195,8 @@ def write_checkpoint(
     """
     slices = [
         tensor_slice
-        for row, layer in rows_of(source.model)
-        for tensor_slice in _tensor_slices(source, row, layer)
+        for mapping, layer in tensor_mappings(source.model)
+        for tensor_slice in _tensor_slices(source, mapping, layer)
     ]
     return commit_checkpoint(
         output, source.model, slices, precision=source.precision, tokenizer=tokenizer, files=files
@@ -224,24 +226,26 @@ class _Target:
         )
 
 
-def _tensor_slices(source: HuggingFaceSource, row: Row, layer: int | None) -> Iterator[TensorSlice]:
+def _tensor_slices(
+    source: HuggingFaceSource, mapping: TensorMapping, layer: int | None
+) -> Iterator[TensorSlice]:
     """Yield a checkpoint tensor in slices that each need one Hugging Face tensor (qkv: three)."""
-    model, names = source.model, their_names(row, layer)
+    model, names = source.model, huggingface_names(mapping, layer)
     read = source.weights.read
-    target = _Target(row.ours, layer, model.num_layers, PRECISIONS[source.precision])
+    target = _Target(mapping.megatron_name, layer, model.num_layers, PRECISIONS[source.precision])
     shapes = [source.weights.tensors[name].shape for name in names]
-    if row.kind == "vocabulary":
+    if mapping.kind == "vocabulary":
         padded = padded_vocab_size(source.vocab_size, model.vocab_size_multiple)
         shape: tuple[int, ...] = (padded, model.hidden_size)
         yield target.slice_rows(
             shape, 0, padded, lambda: pad_vocabulary(read(names[0]), source.vocab_size, padded)
         )
-    elif row.kind == "gate_up":
+    elif mapping.kind == "gate_up":
         width = model.ffn_hidden_size
         for number, name in enumerate(names):
             shape = (2 * width, model.hidden_size)
             yield target.slice_rows(shape, number * width, width, partial(read, name))
-    elif row.kind == "qkv":
+    elif mapping.kind == "qkv":
         shape = (sum(part[0] for part in shapes), *shapes[0][1:])
         yield target.slice_rows(
             shape, 0, shape[0], lambda: merge_qkv([read(name) for name in names], model)

@@ -13,7 +13,7 @@ from megatron_kd.checkpoint.conversion.checkpoint_weights import CheckpointWeigh
 from megatron_kd.checkpoint.conversion.output import PRECISIONS, commit_checkpoint, pad_vocabulary
 from megatron_kd.checkpoint.tensors import TensorSlice
 from megatron_kd.config import ModelSection
-from megatron_kd.models.huggingface.families import Row, rows_of
+from megatron_kd.models.huggingface.tensor_names import TensorMapping, tensor_mappings
 from megatron_kd.parallel.vocab_shards import padded_vocab_size
 
 
@@ -48,7 +48,8 @@ def adopt_checkpoint(
     weights = CheckpointWeights(folder, model, model.vocab_size, what=what)
     precision = "bf16" if weights.dtypes() == {torch.bfloat16} else "fp32"
     slices = [
-        _tensor_slice(weights, row, layer, PRECISIONS[precision]) for row, layer in rows_of(model)
+        _tensor_slice(weights, mapping, layer, PRECISIONS[precision])
+        for mapping, layer in tensor_mappings(model)
     ]
     return commit_checkpoint(
         output, model, slices, precision=precision, tokenizer=tokenizer, files=files
@@ -56,24 +57,26 @@ def adopt_checkpoint(
 
 
 def _tensor_slice(
-    weights: CheckpointWeights, row: Row, layer: int | None, dtype: torch.dtype
+    weights: CheckpointWeights, mapping: TensorMapping, layer: int | None, dtype: torch.dtype
 ) -> TensorSlice:
-    model, shape = weights.model, weights.shape(row)
-    if row.kind == "vocabulary":
+    model, shape = weights.model, weights.shape(mapping)
+    if mapping.kind == "vocabulary":
         padded = padded_vocab_size(weights.vocab_size, model.vocab_size_multiple)
-        load = partial(_read_padded, weights, row, padded)
-        return TensorSlice(row.ours, (padded, shape[1]), (0, 0), (padded, shape[1]), dtype, load)
+        load = partial(_read_padded, weights, mapping, padded)
+        return TensorSlice(
+            mapping.megatron_name, (padded, shape[1]), (0, 0), (padded, shape[1]), dtype, load
+        )
     if layer is None:
-        load = partial(weights.read, row, None)
-        return TensorSlice(row.ours, shape, (0,) * len(shape), shape, dtype, load)
+        load = partial(weights.read, mapping, None)
+        return TensorSlice(mapping.megatron_name, shape, (0,) * len(shape), shape, dtype, load)
     full_shape, offset = (model.num_layers, *shape), (layer, *[0] * len(shape))
-    load = partial(_read_layer, weights, row, layer)
-    return TensorSlice(row.ours, full_shape, offset, (1, *shape), dtype, load)
+    load = partial(_read_layer, weights, mapping, layer)
+    return TensorSlice(mapping.megatron_name, full_shape, offset, (1, *shape), dtype, load)
 
 
-def _read_padded(weights: CheckpointWeights, row: Row, padded_size: int) -> Tensor:
-    return pad_vocabulary(weights.read(row, None), weights.vocab_size, padded_size)
+def _read_padded(weights: CheckpointWeights, mapping: TensorMapping, padded_size: int) -> Tensor:
+    return pad_vocabulary(weights.read(mapping, None), weights.vocab_size, padded_size)
 
 
-def _read_layer(weights: CheckpointWeights, row: Row, layer: int) -> Tensor:
-    return weights.read(row, layer)[None]
+def _read_layer(weights: CheckpointWeights, mapping: TensorMapping, layer: int) -> Tensor:
+    return weights.read(mapping, layer)[None]

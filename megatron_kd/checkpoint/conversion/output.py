@@ -15,7 +15,7 @@ from megatron_kd import __version__
 from megatron_kd.checkpoint.store import CheckpointInfo, PendingCheckpoint
 from megatron_kd.checkpoint.tensors import TensorSlice, write_slices
 from megatron_kd.config import ConfigError, ModelSection
-from megatron_kd.models.huggingface.families import EXTRA_STATES
+from megatron_kd.models.huggingface.tensor_names import EXTRA_STATES
 from megatron_kd.storage.atomic_files import sync_path
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

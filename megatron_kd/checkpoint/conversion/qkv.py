@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_kd.config import ModelSection
-from megatron_kd.models.huggingface.families import head_dim
+from megatron_kd.models.huggingface.tensor_names import head_dim
 
 
 def merge_qkv(parts: list[Tensor], model: ModelSection) -> Tensor:

@@ -14,8 +14,9 @@ from megatron_kd.checkpoint.conversion.checkpoint_weights import CheckpointWeigh
 from megatron_kd.checkpoint.conversion.output import atomic_folder, check_is_new, write_files
 from megatron_kd.checkpoint.conversion.qkv import split_qkv
 from megatron_kd.checkpoint.store import CheckpointInfo, check_digests
-from megatron_kd.models.huggingface.families import config_from_model, rows_of, their_names
+from megatron_kd.models.huggingface.config_json import config_from_model
 from megatron_kd.models.huggingface.safetensors import write_safetensors
+from megatron_kd.models.huggingface.tensor_names import huggingface_names, tensor_mappings
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -73,7 +74,11 @@ def _huggingface_tensors(
     weights: CheckpointWeights, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     model = weights.model
-    for row, layer in rows_of(model):
-        tensor = weights.read(row, layer).to(dtype)
-        parts = split_qkv(tensor, model) if row.kind == "qkv" else tensor.chunk(len(row.theirs))
-        yield from zip(their_names(row, layer), parts, strict=True)
+    for mapping, layer in tensor_mappings(model):
+        tensor = weights.read(mapping, layer).to(dtype)
+        parts = (
+            split_qkv(tensor, model)
+            if mapping.kind == "qkv"
+            else tensor.chunk(len(mapping.huggingface_names))
+        )
+        yield from zip(huggingface_names(mapping, layer), parts, strict=True)

@@ -1,1 +1,1 @@
-"""Hugging Face folders: configurations of known families, safetensors files, transformers models."""
+"""Read and write Hugging Face model folders: config.json, tensor names and safetensors files."""

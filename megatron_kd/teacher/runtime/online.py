@@ -161,7 +161,7 @@ class OnlineLayers(TeacherLayers):
         slices = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self._sequence, self._hidden_size = sequence_length // slices, config.hidden_size
         self._outputs = outputs
-        self.layers_on_rank = outputs.here
+        self.layers_on_rank = outputs.local_layers
         self._kept: list[dict[int, Tensor]] = []
 
     def clear(self) -> None:
@@ -171,7 +171,7 @@ class OnlineLayers(TeacherLayers):
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Keep the outputs of one microbatch's forward pass, which runs inside."""
-        with self._outputs.watching() as outputs:
+        with self._outputs.record() as outputs:
             yield
         # Detached tensors: the pipeline schedule may empty those that it has sent on.
         self._kept.append({layer: output.detach() for layer, output in outputs.items()})
