@@ -275,9 +275,8 @@ def _of_pair(
     cached: bool,
 ) -> list[dict[str, Any]]:
     """Everything at one pair of layouts, round after round. Collective over the world, which it joins."""
-    from megatron_kd.teacher.online import Source
-
     from megatron_kd.parallel.groups import can_reverse_stages
+    from megatron_kd.teacher.online import Source
     from megatron_kd.train.build import build_run
     from megatron_kd.train.step import train_step
 

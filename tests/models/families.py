@@ -1,4 +1,4 @@
-"""Tiny random models of every family, made by transformers; and what ranks do with them."""
+"""Make tiny random models of every family with transformers, and convert them on ranks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ LAYOUTS: dict[str, dict[str, int]] = {"one": {}, "tp2": {"tensor": 2}, "pp2": {"
 def make_model(
     folder: Path, name: str, *, seed: int, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> Any:
-    """A random model of `name`, saved in `folder`. Norms and biases are random too: ones and zeros would hide a swap."""
+    """Save a random model of `name` in `folder` and return it.
+
+    Norms and biases are random too: ones and zeros would hide a swap.
+    """
     import transformers
 
     prefix, settings = FAMILIES[name]
@@ -73,43 +76,51 @@ def make_model(
 
 
 @dataclass
-class Found:
-    """difference: of logits by layout. back: whether the weights came back identical. again: difference of transformers' logits."""
+class Conversion:
+    """Hold what was measured for one family.
+
+    Attributes:
+        difference: largest difference of our logits from those of transformers, by layout.
+        scale: largest logit.
+        same_weights: True if the exported weights equal the original ones.
+        exported_difference: largest difference of transformers' logits after the export.
+    """
 
     difference: dict[str, float] = field(default_factory=dict)
     scale: float = 0.0
-    back: bool = False
-    again: float = float("nan")
+    same_weights: bool = False
+    exported_difference: float = float("nan")
 
 
-def convert_all(rendezvous: str, root: Path, seed: int) -> dict[str, Found]:
-    """On two ranks: each family to ours and back (rank 0), and its logits in three layouts."""
+def convert_all(rendezvous: str, root: Path, seed: int) -> dict[str, Conversion]:
+    """Convert each family on rank 0, and compare its logits in three layouts on two ranks."""
     from megatron_kd.parallel.platform import start_platform
 
     platform = start_platform("cpu")
     from megatron_kd.config import ParallelSection
     from megatron_kd.parallel.groups import start_groups, stop_groups
 
-    found: dict[str, Found] = {}
+    conversions: dict[str, Conversion] = {}
     tokens = torch.randint(VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(seed + 1))
     for layout, sizes in LAYOUTS.items():
         parallel = ParallelSection(**sizes)
         groups = start_groups(platform, parallel, timeout_seconds=120, rendezvous=rendezvous)
-        if not found:
-            found = {
-                name: _there_and_back(root / name, name, seed, tokens)
+        if not conversions:
+            conversions = {
+                name: _convert(root / name, name, seed, tokens)
                 if groups.rank == 0
-                else Found()
+                else Conversion()
                 for name in FAMILIES
             }
         dist.barrier()
-        for name, each in found.items():
-            each.difference[layout] = _difference(root / name, groups, parallel, tokens)
+        for name, conversion in conversions.items():
+            conversion.difference[layout] = _difference(root / name, groups, parallel, tokens)
     stop_groups()
-    return found
+    return conversions
 
 
-def _there_and_back(folder: Path, name: str, seed: int, tokens: torch.Tensor) -> Found:
+def _convert(folder: Path, name: str, seed: int, tokens: torch.Tensor) -> Conversion:
+    """Import a model, export it again, and compare both folders."""
     from megatron_kd.checkpoint.conversion.from_huggingface import (
         open_huggingface,
         write_checkpoint,
@@ -119,57 +130,63 @@ def _there_and_back(folder: Path, name: str, seed: int, tokens: torch.Tensor) ->
     from megatron_kd.inference.logit_parity import huggingface_logits
     from megatron_kd.models.huggingface.safetensors import SafetensorsFolder
 
-    make_model(folder / "theirs", name, seed=seed)
-    wanted = huggingface_logits(folder / "theirs", tokens)
-    torch.save(wanted, folder / "wanted.pt")
-    written = write_checkpoint(
-        folder / "ours", open_huggingface(folder / "theirs", vocab_size_multiple=8), tokenizer=None
+    make_model(folder / "huggingface", name, seed=seed)
+    expected = huggingface_logits(folder / "huggingface", tokens)
+    torch.save(expected, folder / "expected.pt")
+    source = open_huggingface(folder / "huggingface", vocab_size_multiple=8)
+    checkpoint = write_checkpoint(folder / "checkpoint", source, tokenizer=None)
+    info = read_info(checkpoint, what="test")
+    write_huggingface(folder / "exported", checkpoint, info, max_positions=256, shard_bytes=20_000)
+    original, exported = (
+        SafetensorsFolder(folder / name, what="test") for name in ("huggingface", "exported")
     )
-    write_huggingface(
-        folder / "back",
-        written,
-        read_info(written, what="test"),
-        max_positions=256,
-        shard_bytes=20_000,
+    same_weights = original.tensors.keys() == exported.tensors.keys() and all(
+        torch.equal(original.read(key), exported.read(key)) for key in original.tensors
     )
-    one, other = (SafetensorsFolder(folder / side, what="test") for side in ("theirs", "back"))
-    same = one.tensors.keys() == other.tensors.keys() and all(
-        torch.equal(one.read(key), other.read(key)) for key in one.tensors
+    exported_logits = huggingface_logits(folder / "exported", tokens)
+    return Conversion(
+        {},
+        float(expected.abs().max()),
+        same_weights,
+        float((exported_logits - expected).abs().max()),
     )
-    again = float((huggingface_logits(folder / "back", tokens) - wanted).abs().max())
-    return Found({}, float(wanted.abs().max()), same, again)
 
 
 def _difference(folder: Path, groups: Any, parallel: Any, tokens: torch.Tensor) -> float:
-    """Largest difference of our logits from transformers' on any rank that has them."""
+    """Return the largest difference of our logits from transformers' on any rank."""
     from megatron_kd.checkpoint.store import find_checkpoint, read_info
     from megatron_kd.inference.frozen_model import FrozenModel, KeyValueCache
     from megatron_kd.planning.parameters import rank_parameters
 
-    checkpoint = find_checkpoint(folder / "ours", what="test")
+    checkpoint = find_checkpoint(folder / "checkpoint", what="test")
     info = read_info(checkpoint, what="test")
     model = FrozenModel(
         checkpoint, info, groups, parallel, precision="fp32", sequence_length=TOKENS
     )
-    place = {
+    layout = {
         "tensor": parallel.tensor,
         "pipeline": parallel.pipeline,
         "stage": groups.pipeline_rank,
     }
     assert sum(weight.numel() for weight in model.chunk.parameters()) == rank_parameters(
-        info.model_section(), VOCAB, **place
+        info.model_section(), VOCAB, **layout
     ), folder
     hidden = model.hidden(tokens)
-    # The same once more with a key/value cache: most tokens at once, the last ones one by one.
+    # Again with a key/value cache: most tokens at once, the last ones one by one.
     cache = KeyValueCache(len(tokens), TOKENS)
     continued = [model.hidden(tokens[:, :CACHED], 0, cache)]
     continued += [
-        model.hidden(tokens[:, place : place + 1], place, cache) for place in range(CACHED, TOKENS)
+        model.hidden(tokens[:, position : position + 1], position, cache)
+        for position in range(CACHED, TOKENS)
     ]
-    worst = torch.tensor(0.0)
+    difference = torch.tensor(0.0)
     if hidden is not None:
-        wanted = torch.load(folder / "wanted.pt", weights_only=True)
-        one, other = (model.logits(each).transpose(0, 1) for each in (hidden, torch.cat(continued)))
-        worst = torch.max((one - wanted).abs().max(), (other - wanted[:, CACHED - 1 :]).abs().max())
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return float(worst)
+        expected = torch.load(folder / "expected.pt", weights_only=True)
+        logits, cached = (
+            model.logits(states).transpose(0, 1) for states in (hidden, torch.cat(continued))
+        )
+        difference = torch.max(
+            (logits - expected).abs().max(), (cached - expected[:, CACHED - 1 :]).abs().max()
+        )
+    dist.all_reduce(difference, op=dist.ReduceOp.MAX)
+    return float(difference)
