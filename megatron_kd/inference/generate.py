@@ -225,8 +225,8 @@ def _select(logits: Tensor, first: int, position: int, sampling: Sampling) -> Te
         .softmax(-1)
         .sort(dim=-1, descending=True, stable=True)
     )
-    before = probabilities.cumsum(-1) - probabilities
-    kept = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    preceding_mass = probabilities.cumsum(-1) - probabilities
+    kept = probabilities.masked_fill(preceding_mass >= sampling.top_p, 0.0)
     uniform = torch.tensor(
         [_uniform(sampling.seed, first + index, position) for index in range(len(logits))],
         dtype=torch.float64,

@@ -148,9 +148,9 @@ class Watchdog:
                 verdict = self._wait_for_verdict()
             if verdict is not None:
                 return verdict
-            before = self._read()
+            heartbeats = self._read()
             time.sleep(3 * self.interval_seconds)
-            verdict = self._judge(before, self._read())
+            verdict = self._judge(heartbeats, self._read())
             if verdict is not None and self._store is not None:
                 self._store.set("verdict", verdict)
         except RuntimeError:
@@ -169,12 +169,14 @@ class Watchdog:
             time.sleep(self.interval_seconds)
         return None
 
-    def _judge(self, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str | None:
+    def _judge(
+        self, old_beats: list[dict[str, Any]], new_beats: list[dict[str, Any]]
+    ) -> str | None:
         """Compare two readings of all heartbeats, in rank order, and blame the ranks at fault."""
         count, phase, _ = self._phase
-        newest = max(count, *(beat["count"] for beat in after))
+        newest = max(count, *(beat["count"] for beat in new_beats))
         failed, silent, behind = [], [], []
-        for rank, (old, new) in enumerate(zip(before, after, strict=True)):
+        for rank, (old, new) in enumerate(zip(old_beats, new_beats, strict=True)):
             name = f"rank {rank} (process {new['process']} on {new['host']})"
             position = f"step {new['step']}, {new['what']}"
             if new["failure"]:

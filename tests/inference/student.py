@@ -225,7 +225,7 @@ INVALID_CALLS: dict[str, tuple[Call, str]] = {
     ),
     "high threshold": (
         [*SCORE, "--output", "y", "--scores", "chosen.scores", "--threshold", "99"],
-        "no document is kept by Rule",
+        "no document is kept by SelectionRule",
     ),
     "data of another tokenizer": (
         [

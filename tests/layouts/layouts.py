@@ -1,4 +1,4 @@
-"""Runs that the layout tests compare. A module of its own, because spawned ranks import it."""
+"""Train the runs that the layout tests compare. Spawned ranks import this module."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from tests.helpers.tiny import full_weights
 
 @dataclass
 class Trained:
-    """What a run gave: metrics of each step, whole weights by name, and an evaluation where there is validation data."""
+    """Hold the results of a run.
+
+    Attributes:
+        rows: Metrics of each step.
+        weights: Full weights by name.
+        validation: Metrics of each validation set.
+    """
 
     rows: list[dict[str, Any]]
     weights: dict[str, torch.Tensor]
@@ -21,13 +27,13 @@ class Trained:
 
 
 def run_all(rendezvous: str, jobs: list[tuple[RunConfig, int, bool]]) -> list[Trained]:
-    """Each (config, stop after this step, save there) in turn in one world; a directory with a checkpoint is resumed."""
+    """Train each (config, last step, save then) in one world. Existing checkpoints are resumed."""
     from megatron_kd.parallel.groups import seed_step, stop_groups
     from megatron_kd.train.build import build_run
     from megatron_kd.train.evaluate import evaluate
     from megatron_kd.train.step import train_step
 
-    found = []
+    results = []
     for number, (config, stop, save) in enumerate(jobs):
         run = build_run(config, rendezvous=f"{rendezvous}-{number}")
         rows = []
@@ -44,26 +50,26 @@ def run_all(rendezvous: str, jobs: list[tuple[RunConfig, int, bool]]) -> list[Tr
             )
         if save:
             run.save()
-        found.append(Trained(rows, full_weights(run.student.models), evaluate(run)))
+        results.append(Trained(rows, full_weights(run.student.models), evaluate(run)))
         run.capture.close()
-        # All of them: every group keeps threads, and those of thirty layouts would fight for the cores.
+        # Each group keeps threads. Those of thirty layouts would compete for the cores.
         stop_groups()
-    return found
+    return results
 
 
 def worst_loss(one: Trained, other: Trained) -> float:
-    """Largest difference of the two runs' losses over the steps that both made, relative to the step's total loss."""
-    theirs = {row["step"]: row for row in other.rows}
+    """Return the largest difference of losses over common steps, relative to the total loss."""
+    others = {row["step"]: row for row in other.rows}
     names = [name for name in ("total_loss", "ce_loss", "kd_loss") if one.rows[0][name] is not None]
     return max(
-        abs(row[name] - theirs[row["step"]][name]) / theirs[row["step"]]["total_loss"]
+        abs(row[name] - others[row["step"]][name]) / others[row["step"]]["total_loss"]
         for row in one.rows
         for name in names
     )
 
 
 def worst_weight(one: Trained, other: Trained) -> float:
-    """Largest absolute difference of any weight; NaN (a hole in a shard) counts as infinite."""
+    """Return the largest difference of weights. NaN, as in a missing shard, is infinite."""
     assert one.weights.keys() == other.weights.keys()
     worst = max(float((one.weights[key] - other.weights[key]).abs().max()) for key in one.weights)
     return worst if worst == worst else float("inf")

@@ -1,4 +1,4 @@
-"""One run, every layout: the same losses at each step and the same weights at the end, from one common checkpoint."""
+"""Train one run in every layout: losses of each step and final weights are the same."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp": {"parallel": {"tensor": 2, "sequence_parallel": True}},
     "pp2": {"parallel": {"pipeline": 2}},
     "dp2": {},
-    # Four microbatches: with two, messages of the interleaved schedule cannot be swapped or overwritten.
+    # Four microbatches: with two, messages of the interleaved pipeline schedule cannot be swapped or
+    # overwritten.
     "pp2_vp2": {
         "parallel": {"pipeline": 2, "virtual_pipeline": 2},
         "batch": {"micro_batch_size": 1},
@@ -51,11 +52,11 @@ WIDE = {
         "optimizer": {"distributed": True},
     },
 }
-# With a teacher and without; the others with one only, and in the longer tests without.
-BOTH_WAYS = ("tp2_sp", "pp2_vp2")
-# In the longer tests alone, with a teacher too.
-RARE = ("tp2", "dp2_overlap", "tp2_other_microbatches")
-# Name: layout of the first half, layout of the second, and what both have in common.
+# Run with and without a teacher. The others run without one in slow tests only.
+WITH_AND_WITHOUT = ("tp2_sp", "pp2_vp2")
+# These run in slow tests only.
+SLOW_ONLY = ("tp2", "dp2_overlap", "tp2_other_microbatches")
+# Name -> layout of the first half, layout of the second half, settings of both.
 RESUMED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "again_tp2_sp": ("tp2_sp", "tp2_sp", {}),
     "distributed_bf16_tp2_to_dp2": (
@@ -64,19 +65,19 @@ RESUMED: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"optimizer": {"distributed": True}, "train": {"precision": "bf16"}},
     ),
 }
-LATER: dict[str, tuple[str, str, dict[str, Any]]] = {
+RESUMED_SLOW: dict[str, tuple[str, str, dict[str, Any]]] = {
     "again_dp2_distributed": ("dp2_distributed", "dp2_distributed", {}),
     "tp2_to_vp2": ("tp2", "pp2_vp2", {}),
     "vp2_to_dp2": ("pp2_vp2", "dp2", {}),
     "distributed_dp2_to_tp2": ("dp2_distributed", "tp2", {"optimizer": {"distributed": True}}),
 }
 WITHIN = {"data": {"document_attention": "within"}}
-# Tied head, norms on queries and keys, biases: what shards in other ways.
+# Tied embeddings, norms on queries and keys, and biases are sharded differently.
 VARIANT = {"model": {"tied_embeddings": True, "qk_norm": True, "qkv_bias": True}}
 
 
 class Bench:
-    """A folder with data, a trained teacher and one common student checkpoint, and the configs of runs that start from it."""
+    """Make run files that start from one common checkpoint, in a folder with data."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -96,27 +97,27 @@ class Bench:
         return tiny(self.folder / name, self.data, **content)
 
     def runs(self, layouts: dict[str, dict[str, Any]], *, teacher: bool) -> dict[str, RunConfig]:
-        """Each layout with or without a teacher."""
+        """Return the run of each layout, with or without a teacher."""
         return {
             f"{name}{'_kd' if teacher else ''}": self.config(
-                f"{name}{teacher}", teacher=teacher, **over
+                f"{name}{teacher}", teacher=teacher, **overrides
             )
-            for name, over in layouts.items()
+            for name, overrides in layouts.items()
         }
 
     def resumed(
         self, cases: dict[str, tuple[str, str, dict[str, Any]]]
     ) -> dict[str, tuple[RunConfig, int, bool]]:
-        """The same directory twice: half of the run in one layout, saved, and the rest in another process's shape."""
+        """Return two runs in one directory: the first half in one layout, the rest in another."""
         jobs = {}
-        for name, (first, then, extra) in cases.items():
+        for name, (first, second, extra) in cases.items():
             jobs[f"{name}_first"] = (
-                self.config(name, teacher=True, **merged(LAYOUTS[first], extra)),
+                self.config(name, teacher=True, **merge(LAYOUTS[first], extra)),
                 STEPS // 2,
                 True,
             )
-            jobs[f"{name}_then"] = (
-                self.config(name, teacher=True, **merged(LAYOUTS[then], extra)),
+            jobs[f"{name}_second"] = (
+                self.config(name, teacher=True, **merge(LAYOUTS[second], extra)),
                 STEPS,
                 False,
             )
@@ -130,7 +131,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture(scope="module")
 def single(bench: Bench) -> dict[str, Trained]:
-    """The runs on one process, and the checkpoints everything starts from."""
+    """Train on one process, and write the checkpoints that all runs start from."""
     wide_teacher = {"model": {"hidden_size": 48, "ffn_hidden_size": 96}}
     jobs = {
         "teacher": (
@@ -154,12 +155,13 @@ def single(bench: Bench) -> dict[str, Trained]:
 
 
 @pytest.fixture(scope="module")
-def pair(bench: Bench, single: dict[str, Trained]) -> dict[str, Trained]:
-    """What the plain suite runs on two ranks, in one world."""
+def two_ranks(bench: Bench, single: dict[str, Trained]) -> dict[str, Trained]:
+    """Train on two ranks, in one world, what the fast tests compare."""
     configs = bench.runs(
-        {name: over for name, over in LAYOUTS.items() if name not in RARE}, teacher=True
+        {name: overrides for name, overrides in LAYOUTS.items() if name not in SLOW_ONLY},
+        teacher=True,
     )
-    configs |= bench.runs({name: LAYOUTS[name] for name in BOTH_WAYS}, teacher=False)
+    configs |= bench.runs({name: LAYOUTS[name] for name in WITH_AND_WITHOUT}, teacher=False)
     configs["bf16_tp2_sp_kd"] = bench.config(
         "bf16_tp2_sp", teacher=True, **LAYOUTS["tp2_sp"], train={"precision": "bf16"}
     )
@@ -176,12 +178,13 @@ def pair(bench: Bench, single: dict[str, Trained]) -> dict[str, Trained]:
 
 
 @pytest.fixture(scope="module")
-def more(bench: Bench, pair: dict[str, Trained]) -> dict[str, Trained]:
-    """And what the longer tests do besides."""
+def two_ranks_slow(bench: Bench, two_ranks: dict[str, Trained]) -> dict[str, Trained]:
+    """Train on two ranks what the slow tests compare too."""
     configs = bench.runs(
-        {name: over for name, over in LAYOUTS.items() if name not in BOTH_WAYS}, teacher=False
+        {name: overrides for name, overrides in LAYOUTS.items() if name not in WITH_AND_WITHOUT},
+        teacher=False,
     )
-    configs |= bench.runs({name: LAYOUTS[name] for name in RARE}, teacher=True)
+    configs |= bench.runs({name: LAYOUTS[name] for name in SLOW_ONLY}, teacher=True)
     for name in ("pp2_vp2", "dp2_distributed"):
         configs[f"bf16_{name}_kd"] = bench.config(
             f"bf16_{name}", teacher=True, **LAYOUTS[name], train={"precision": "bf16"}
@@ -193,32 +196,34 @@ def more(bench: Bench, pair: dict[str, Trained]) -> dict[str, Trained]:
     configs["within_pp2_vp2_kd"] = bench.config(
         "within_pp2_vp2", teacher=True, **LAYOUTS["pp2_vp2"], **WITHIN
     )
-    jobs = {name: (config, STEPS, False) for name, config in configs.items()} | bench.resumed(LATER)
-    return pair | dict(
+    jobs = {name: (config, STEPS, False) for name, config in configs.items()} | bench.resumed(
+        RESUMED_SLOW
+    )
+    return two_ranks | dict(
         zip(jobs, run_ranks(run_all, 2, list(jobs.values()), timeout=500)[0], strict=True)
     )
 
 
-def merged(layout: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+def merge(layout: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return {
         section: {**layout.get(section, {}), **extra.get(section, {})}
         for section in {**layout, **extra}
     }
 
 
-def check(found: Trained, wanted: Trained, loss: float, weight: float | None) -> None:
-    assert len(found.rows) == STEPS
-    assert all(row["updated"] for row in found.rows)
-    assert worst_loss(found, wanted) <= loss
+def check(result: Trained, reference: Trained, loss: float, weight: float | None) -> None:
+    assert len(result.rows) == STEPS
+    assert all(row["updated"] for row in result.rows)
+    assert worst_loss(result, reference) <= loss
     norms = [
         (row["grad_norm"], other["grad_norm"])
-        for row, other in zip(found.rows, wanted.rows, strict=True)
+        for row, other in zip(result.rows, reference.rows, strict=True)
     ]
-    assert all(abs(here / there - 1) <= 10 * loss for here, there in norms)
+    assert all(abs(norm / other - 1) <= 10 * loss for norm, other in norms)
     if weight is not None:
-        assert worst_weight(found, wanted) <= weight
-    for name, value in wanted.validation["held_out"].items():
-        other = found.validation["held_out"][name]
+        assert worst_weight(result, reference) <= weight
+    for name, value in reference.validation["held_out"].items():
+        other = result.validation["held_out"][name]
         assert (value is None) == (other is None), name
         assert value is None or abs(other - value) <= 10 * loss * max(1.0, abs(value)), name
 
@@ -232,26 +237,29 @@ def test_training_learns_and_the_teacher_matters(single: dict[str, Trained]) -> 
     assert 0 <= rows[0]["top1_agreement"] <= 1
 
 
-def in_turn(plain: list[str], later: list[str]) -> list[Any]:
-    """Names of the plain suite's runs, and those of the longer tests."""
+def fast_and_slow(fast: list[str], slow: list[str]) -> list[Any]:
+    """Return the parameters of runs in fast and in slow tests, with the fixture that has them."""
     return [
-        *(pytest.param(name, "pair", id=name) for name in plain),
-        *(pytest.param(name, "more", id=name, marks=pytest.mark.slow) for name in later),
+        *(pytest.param(name, "two_ranks", id=name) for name in fast),
+        *(pytest.param(name, "two_ranks_slow", id=name, marks=pytest.mark.slow) for name in slow),
     ]
 
 
 @pytest.fixture
-def runs(request: pytest.FixtureRequest, where: str) -> dict[str, Trained]:
-    """The runs that a name is among."""
-    found: dict[str, Trained] = request.getfixturevalue(where)
-    return found
+def runs(request: pytest.FixtureRequest, fixture: str) -> dict[str, Trained]:
+    """Return the runs of the fixture that a parameter names."""
+    trained: dict[str, Trained] = request.getfixturevalue(fixture)
+    return trained
 
 
 @pytest.mark.parametrize(
-    ("layout", "where"),
-    in_turn(
-        [*(f"{name}_kd" for name in LAYOUTS if name not in RARE), *BOTH_WAYS],
-        [*(f"{name}_kd" for name in RARE), *(name for name in LAYOUTS if name not in BOTH_WAYS)],
+    ("layout", "fixture"),
+    fast_and_slow(
+        [*(f"{name}_kd" for name in LAYOUTS if name not in SLOW_ONLY), *WITH_AND_WITHOUT],
+        [
+            *(f"{name}_kd" for name in SLOW_ONLY),
+            *(name for name in LAYOUTS if name not in WITH_AND_WITHOUT),
+        ],
     ),
 )
 def test_two_ranks_equal_one(
@@ -265,49 +273,54 @@ def test_two_ranks_equal_one(
     )
 
 
-@pytest.mark.parametrize(("layout", "where"), in_turn(["tp2_sp"], ["pp2_vp2", "dp2_distributed"]))
+@pytest.mark.parametrize(
+    ("layout", "fixture"), fast_and_slow(["tp2_sp"], ["pp2_vp2", "dp2_distributed"])
+)
 def test_bf16_layouts(layout: str, single: dict[str, Trained], runs: dict[str, Trained]) -> None:
     check(runs[f"bf16_{layout}_kd"], single["bf16_kd"], LOSS_BF16, None)
 
 
-@pytest.mark.parametrize(("layout", "where"), in_turn(["tp2"], ["pp2", "pp2_vp2"]))
+@pytest.mark.parametrize(("layout", "fixture"), fast_and_slow(["tp2"], ["pp2", "pp2_vp2"]))
 def test_tied_head_qk_norm_and_biases(
     layout: str, single: dict[str, Trained], runs: dict[str, Trained]
 ) -> None:
-    """Started from weights drawn by name, not from a checkpoint: the same model in every layout."""
+    """Start from random weights, not from a checkpoint: every layout has the same model."""
     check(runs[f"variant_{layout}"], single["variant"], LOSS_FP32, WEIGHT_FP32)
 
 
-@pytest.mark.parametrize(("layout", "where"), in_turn(["tp2_sp"], ["pp2_vp2"]))
+@pytest.mark.parametrize(("layout", "fixture"), fast_and_slow(["tp2_sp"], ["pp2_vp2"]))
 def test_attention_within_documents(
     layout: str, single: dict[str, Trained], runs: dict[str, Trained]
 ) -> None:
     check(runs[f"within_{layout}_kd"], single["within_kd"], LOSS_FP32, WEIGHT_FP32)
     assert worst_loss(single["within_kd"], single["fp32_kd"]) > 1e-3, (
-        "the documents in front must matter"
+        "the documents before must matter"
     )
 
 
-@pytest.mark.parametrize(("name", "where"), in_turn([*RESUMED], [*LATER]))
+@pytest.mark.parametrize(("name", "fixture"), fast_and_slow([*RESUMED], [*RESUMED_SLOW]))
 @pytest.mark.fault(10)
 def test_resume(
     name: str, single: dict[str, Trained], runs: dict[str, Trained], measured: Callable[[str], None]
 ) -> None:
-    first, then, extra = (RESUMED | LATER)[name]
-    begun, ended = runs[f"{name}_first"], runs[f"{name}_then"]
-    assert [row["step"] for row in begun.rows + ended.rows] == list(range(1, STEPS + 1))
+    first, second, extra = (RESUMED | RESUMED_SLOW)[name]
+    first_half, second_half = runs[f"{name}_first"], runs[f"{name}_second"]
+    assert [row["step"] for row in first_half.rows + second_half.rows] == list(range(1, STEPS + 1))
     precision = extra.get("train", {}).get("precision", "fp32")
-    measured(f"{first} to {then}, {precision}: {worst_loss(ended, single[f'{precision}_kd']):.0e}")
-    if first == then:
-        # The same layout: the interrupted run is the uninterrupted one, to the bit.
-        whole = runs[f"{first}_kd"]
-        assert begun.rows + ended.rows == whole.rows
-        assert worst_weight(ended, whole) == 0.0
+    measured(
+        f"{first} to {second}, {precision}: "
+        f"{worst_loss(second_half, single[f'{precision}_kd']):.0e}"
+    )
+    if first == second:
+        # In one layout the interrupted run is bit-identical to the uninterrupted one.
+        uninterrupted = runs[f"{first}_kd"]
+        assert first_half.rows + second_half.rows == uninterrupted.rows
+        assert worst_weight(second_half, uninterrupted) == 0.0
     elif precision == "fp32":
-        assert worst_loss(ended, single["fp32_kd"]) <= LOSS_FP32
-        assert worst_weight(ended, single["fp32_kd"]) <= WEIGHT_FP32
+        assert worst_loss(second_half, single["fp32_kd"]) <= LOSS_FP32
+        assert worst_weight(second_half, single["fp32_kd"]) <= WEIGHT_FP32
     else:
-        assert worst_loss(ended, single["bf16_kd"]) <= LOSS_BF16
+        assert worst_loss(second_half, single["bf16_kd"]) <= LOSS_BF16
 
 
 @pytest.mark.slow
@@ -315,14 +328,14 @@ def test_four_ranks_equal_one(bench: Bench, single: dict[str, Trained]) -> None:
     configs = bench.runs(WIDE, teacher=True) | bench.runs(
         {"tp2_pp2": WIDE["tp2_pp2"]}, teacher=False
     )
-    found = dict(
+    results = dict(
         zip(
             configs,
             run_ranks(run_all, 4, [(c, STEPS, False) for c in configs.values()], timeout=500)[0],
             strict=True,
         )
     )
-    for name, trained in found.items():
+    for name, trained in results.items():
         check(
             trained, single["fp32_kd" if name.endswith("_kd") else "fp32"], LOSS_FP32, WEIGHT_FP32
         )

@@ -1,6 +1,6 @@
-"""Run the program with a last rank that fails: `python -m tests.train.faulty MODE --config run.toml`.
+"""Run the program with a last rank that fails in its third exchange of targets.
 
-It fails in its third exchange of targets.
+`python -m tests.train.faulty MODE --config run.toml`
 """
 
 from __future__ import annotations

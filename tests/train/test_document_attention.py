@@ -1,4 +1,4 @@
-"""Tokens see their own document only: in every layout, in the samples' names, and with loss only where it counts."""
+"""Restrict attention to the document of a token, in every layout, in keys and in the loss."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write(prefix: Path, documents: list[np.ndarray]) -> str:
 
 
 def numbered_documents(rng: np.random.Generator, count: int = 40) -> list[np.ndarray]:
-    """Document i holds the id i only, in random lengths, some much longer than a sample."""
+    """Make documents of random lengths, some much longer than a sample, each of one id only."""
     return [np.full(rng.choice([1, 2, 5, 11, 24, 25, 70]), number + 1) for number in range(count)]
 
 
@@ -44,10 +44,9 @@ def build(prefix: str, tmp_path: Path, **changes: Any) -> Any:
         index_cache=tmp_path / "cache",
         end_of_document=None,
         vocab_size=VOCAB,
+        within_documents=True,
     )
-    return build_dataset(
-        DatasetRequest(prefixes=[prefix], **(settings | {"within_documents": True} | changes))
-    )
+    return build_dataset(DatasetRequest(prefixes=[prefix], **(settings | changes)))
 
 
 def batches_of(dataset: Any, size: int = 2) -> list[Microbatch]:
@@ -61,71 +60,74 @@ def batches_of(dataset: Any, size: int = 2) -> list[Microbatch]:
 
 def test_documents_positions_and_masks_follow_the_index(tmp_path: Path) -> None:
     documents = numbered_documents(np.random.default_rng(fresh_seed()))
-    dataset = build(
-        write(tmp_path / "a", documents), tmp_path, num_samples=sum(map(len, documents)) // LENGTH
-    )
-    seen = 0
+    num_samples = sum(map(len, documents)) // LENGTH
+    dataset = build(write(tmp_path / "a", documents), tmp_path, num_samples=num_samples)
+    num_boundaries = 0
     for batch in batches_of(dataset, 1):
         mask = batch.attention_mask()
         assert batch.documents is not None
         assert mask is not None
-        tokens, documents_of = batch.tokens[0], batch.documents[0]
-        same = tokens.unsqueeze(1) == tokens.unsqueeze(0)
-        assert torch.equal(mask[0, 0], same & torch.ones_like(same).tril()), (
-            "tokens of one id are one document"
-        )
-        for place in range(LENGTH):
-            first = next(at for at in range(LENGTH) if tokens[at] == tokens[place])
-            assert batch.position_ids[0, place] == place - first
-        seen += int(documents_of.max())
-    assert seen > 20
-    across = batches_of(
-        build(write(tmp_path / "a", documents), tmp_path, within_documents=False), 1
-    )[0]
-    assert across.documents is None
-    assert across.attention_mask() is None
-    assert torch.equal(across.position_ids[0], torch.arange(LENGTH))
+        tokens = batch.tokens[0]
+        same_document = tokens.unsqueeze(1) == tokens.unsqueeze(0)
+        causal = torch.ones_like(same_document).tril()
+        assert torch.equal(mask[0, 0], same_document & causal), "a document has one id only"
+        for position in range(LENGTH):
+            start = next(i for i in range(LENGTH) if tokens[i] == tokens[position])
+            assert batch.position_ids[0, position] == position - start
+        num_boundaries += int(batch.documents[0].max())
+    assert num_boundaries > 20
 
 
-def test_names_tell_where_documents_begin(tmp_path: Path) -> None:
+def test_attention_across_documents_has_no_mask(tmp_path: Path) -> None:
+    documents = numbered_documents(np.random.default_rng(fresh_seed()))
+    dataset = build(write(tmp_path / "a", documents), tmp_path, within_documents=False)
+    batch = batches_of(dataset, 1)[0]
+    assert batch.documents is None
+    assert batch.attention_mask() is None
+    assert torch.equal(batch.position_ids[0], torch.arange(LENGTH))
+
+
+def test_marks_of_document_starts(tmp_path: Path) -> None:
     rng = np.random.default_rng(fresh_seed())
     tokens = torch.from_numpy(rng.integers(0, 2**31 - 1, 50))
     starts = torch.from_numpy(rng.random(50) < 0.3)
-    ids, found = unmark_starts(mark_starts(tokens, starts))
-    assert torch.equal(ids, tokens)
-    assert torch.equal(found, starts)
-    named = mark_starts(tokens, starts).view(1, -1)
-    for within in (
-        True,
-        False,
-    ):  # what a cache is asked for by the forward pass is what the sample is called
-        given = named if within else tokens.view(1, -1)
-        batch = Microbatch.of(
-            given, given, torch.ones(given.shape), torch.tensor([0]), within_documents=within
-        )
-        assert torch.equal(batch.marked_tokens, given)
-        assert torch.equal(batch.tokens, tokens.view(1, -1))
-    assert sample_key(mark_starts(tokens, starts)) != sample_key(tokens)
+    marked_tokens = mark_starts(tokens, starts)
+    unmarked_tokens, unmarked_starts = unmark_starts(marked_tokens)
+    assert torch.equal(unmarked_tokens, tokens)
+    assert torch.equal(unmarked_starts, starts)
+    assert sample_key(marked_tokens) != sample_key(tokens)
     assert torch.equal(mark_starts(tokens, starts & False), tokens)
-    # The same tokens in one document and in five of the same length, which any order of documents leaves as they are.
-    stream = np.full(200, 7)
-    for within in (False, True):
-        whole, several = (
-            build(
-                write(tmp_path / name, parts),
-                tmp_path,
-                num_samples=1,
-                repeat=False,
-                within_documents=within,
-            )[0]["marked_tokens"]
-            for name, parts in (("one", [stream]), ("several", [stream[:10]] * 20))
+    # The forward pass asks a cache for the tokens that the key of the sample was made of.
+    for within in (True, False):
+        sample = (marked_tokens if within else tokens).view(1, -1)
+        batch = Microbatch.of(
+            sample, sample, torch.ones(sample.shape), torch.tensor([0]), within_documents=within
         )
-        assert torch.equal(whole.abs() if not within else whole, torch.full((LENGTH,), 7))
-        assert (sample_key(whole) == sample_key(several)) != within
+        assert torch.equal(batch.marked_tokens, sample)
+        assert torch.equal(batch.tokens, tokens.view(1, -1))
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_keys_tell_where_documents_begin(within: bool, tmp_path: Path) -> None:
+    """Compare the same tokens in one document and in twenty of the same length, in any order."""
+    stream = np.full(200, 7)
+    one_document, many_documents = (
+        build(
+            write(tmp_path / name, documents),
+            tmp_path,
+            num_samples=1,
+            repeat=False,
+            within_documents=within,
+        )[0]["marked_tokens"]
+        for name, documents in (("one", [stream]), ("many", [stream[:10]] * 20))
+    )
+    ids = one_document if within else one_document.abs()
+    assert torch.equal(ids, torch.full((LENGTH,), 7))
+    assert (sample_key(one_document) == sample_key(many_documents)) != within
 
 
 def test_roles_mask_labels_and_begin_documents(tmp_path: Path) -> None:
-    """Labels count where the byte of their own token says so, wherever the sample is cut and whatever order sequences come in."""
+    """Count a label if the byte of its token says so, in any order of samples."""
     rng = np.random.default_rng(fresh_seed())
     documents = [rng.integers(1, VOCAB, LENGTH) for _ in range(9)]
     prefix = write(tmp_path / "a", documents)
@@ -133,26 +135,29 @@ def test_roles_mask_labels_and_begin_documents(tmp_path: Path) -> None:
     roles.tofile(f"{prefix}.roles")
     check_token_file(prefix, vocab_size=VOCAB)
     dataset = build(prefix, tmp_path, num_samples=8)
-    stream, positions = np.concatenate(documents), set()
-    for sample in range(8):
-        row = dataset[sample]
-        tokens, starts = unmark_starts(row["marked_tokens"])
-        (at,) = [
-            at
-            for at in range(0, 9 * LENGTH, LENGTH)
-            if np.array_equal(stream[at : at + LENGTH], tokens.numpy())
+    stream, offsets = np.concatenate(documents), set()
+    for number in range(8):
+        sample = dataset[number]
+        tokens, starts = unmark_starts(sample["marked_tokens"])
+        (offset,) = [
+            offset
+            for offset in range(0, 9 * LENGTH, LENGTH)
+            if np.array_equal(stream[offset : offset + LENGTH], tokens.numpy())
         ]
-        positions.add(at)
-        own = roles[at : at + LENGTH]
-        assert np.array_equal(
-            row["loss_mask"][:-1].numpy(), (own[1:] & COUNTS_FOR_LOSS != 0).astype(np.float32)
-        )
-        assert np.array_equal(starts[1:].numpy(), own[1:] & STARTS_DOCUMENT != 0)
+        offsets.add(offset)
+        label_roles = roles[offset + 1 : offset + LENGTH]
+        counts = (label_roles & COUNTS_FOR_LOSS != 0).astype(np.float32)
+        assert np.array_equal(sample["loss_mask"][:-1].numpy(), counts)
+        assert np.array_equal(starts[1:].numpy(), label_roles & STARTS_DOCUMENT != 0)
         assert not starts[0]
-    assert len(positions) == 8
+    assert len(offsets) == 8
     batch = batches_of(dataset, 1)[0]
     assert torch.equal(batch.labels == -100, batch.loss_mask == 0)
-    roles[:-1].tofile(f"{prefix}.roles")
+
+
+def test_truncated_roles_are_refused(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "a", [np.ones(LENGTH, dtype=np.int64)])
+    np.zeros(LENGTH - 1, dtype=np.uint8).tofile(f"{prefix}.roles")
     with pytest.raises(ConfigError, match="roles is truncated"):
         check_token_file(prefix, vocab_size=VOCAB)
 
@@ -167,34 +172,35 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.dist
 def test_a_packed_document_is_the_document_alone(tmp_path: Path) -> None:
     rng = np.random.default_rng(fresh_seed())
-    first, second = rng.integers(0, VOCAB, 10).tolist(), rng.integers(0, VOCAB, 14).tolist()
-    own = ([*second, *first], [0] * 14 + [1] * 10), ([*first, *second], [0] * 10 + [1] * 14)
+    short, long = rng.integers(0, VOCAB, 10).tolist(), rng.integers(0, VOCAB, 14).tolist()
+    # Each document is first in one sequence and second in the other.
+    sequences = [([*long, *short], [0] * 14 + [1] * 10), ([*short, *long], [0] * 10 + [1] * 14)]
 
-    def config(name: str, attention: str, **over: Any) -> Any:
+    def config(name: str, attention: str, **overrides: Any) -> Any:
         return tiny(
             tmp_path / name,
             "none",
             data={"document_attention": attention},
             batch={"global_batch_size": 4, "micro_batch_size": 1},
-            **over,
+            **overrides,
         )
 
-    pair = list(own)
-    single = [(config("within", "within"), pair), (config("across", "across"), pair)]
-    within, across = run_ranks(hidden_states, 1, single)[0]
-    # Each document stands first in one sequence and second in the other.
-    for one, other, size in ((within[0], within[1], 14), (within[1], within[0], 10)):
-        assert torch.allclose(one[:size], other[-size:], atol=2e-5)
-        assert torch.allclose(one[:size], across[0 if size == 14 else 1][:size], atol=2e-5), (
-            "nothing in front: both are the same"
+    jobs = [(config(attention, attention), sequences) for attention in ("within", "across")]
+    within, across = run_ranks(hidden_states, 1, jobs)[0]
+    for number, size in ((0, 14), (1, 10)):
+        first_states, second_states = within[number][:size], within[1 - number][-size:]
+        assert torch.allclose(first_states, second_states, atol=2e-5)
+        assert torch.allclose(first_states, across[number][:size], atol=2e-5), (
+            "no document is before it: both kinds of attention are the same"
         )
     assert not torch.allclose(across[0][:14], across[1][-14:], atol=1e-2), (
-        "across documents the one in front is seen"
+        "attention across documents sees the document before"
     )
-    # The last rank holds all of the last stage's output, or under sequence parallelism the last rows of it.
-    jobs = [(config(name, "within", **over), pair) for name, over in LAYOUTS.items()]
-    for name, found in zip(LAYOUTS, run_ranks(hidden_states, 2, jobs)[1], strict=True):
-        assert len(found) == 2
-        for rows, expected in zip(found, within, strict=True):
-            assert len(rows) == (LENGTH // 2 if name == "tp2_sp" else LENGTH)
-            assert torch.allclose(rows, expected[-len(rows) :], atol=2e-5), name
+
+    # The last rank has the output of the last stage; under sequence parallelism the last tokens.
+    jobs = [(config(name, "within", **overrides), sequences) for name, overrides in LAYOUTS.items()]
+    for name, states in zip(LAYOUTS, run_ranks(hidden_states, 2, jobs)[1], strict=True):
+        assert len(states) == 2
+        for output, reference in zip(states, within, strict=True):
+            assert len(output) == (LENGTH // 2 if name == "tp2_sp" else LENGTH)
+            assert torch.allclose(output, reference[-len(output) :], atol=2e-5), name

@@ -1,4 +1,4 @@
-"""The program as a user meets it: torchrun, kills, bad input."""
+"""Run the program as a user does: torchrun, kills, bad input."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def finish(process: subprocess.Popen[str], timeout: float = 200) -> tuple[int, s
 
 
 def kill_tree(process: subprocess.Popen[str]) -> None:
-    """SIGKILL for the launcher and every rank: torchrun puts ranks into sessions of their own."""
+    """Send SIGKILL to the launcher and every rank, which torchrun puts into separate sessions."""
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(process.pid)
-        for each in [*root.children(recursive=True), root]:
+        for child in [*root.children(recursive=True), root]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
+                child.kill()
     process.wait()
 
 
@@ -95,7 +95,7 @@ RATES = {
 @pytest.mark.slow
 @pytest.mark.fault(1)
 def test_killed_and_started_again(tmp_path: Path) -> None:
-    """SIGKILL in the middle, the same command again: rows and last weights as if nothing had happened."""
+    """Restart after SIGKILL in the middle: metrics and weights equal those without the kill."""
     tokens = write_tokens(tmp_path)
     valid = write_tokens(tmp_path, tokens=1500, seed=1)
     shared: dict[str, Any] = {
@@ -105,12 +105,14 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
         "checkpoint": {"interval": 16, "keep_last": 2},
         "telemetry": {"tensorboard": True},
     }
-    whole, broken = (write_run(tmp_path, name, tokens, **shared) for name in ("whole", "broken"))
-    code, output = finish(start(command(whole, ranks=2)))
+    undisturbed, killed = (
+        write_run(tmp_path, name, tokens, **shared) for name in ("undisturbed", "killed")
+    )
+    code, output = finish(start(command(undisturbed, ranks=2)))
     assert code == 0, output
 
-    victim = start(command(broken, ranks=2))
-    log = tmp_path / "broken/metrics.jsonl"
+    victim = start(command(killed, ranks=2))
+    log = tmp_path / "killed/metrics.jsonl"
     deadline = time.monotonic() + 120
     while (
         not (log.exists() and len(log.read_text().splitlines()) >= 25)
@@ -120,23 +122,23 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
         time.sleep(0.02)
     kill_tree(victim)
     finish(victim)
-    assert 0 < len(rows(tmp_path / "broken")) < len(rows(tmp_path / "whole")), (
+    assert 0 < len(rows(tmp_path / "killed")) < len(rows(tmp_path / "undisturbed")), (
         "the kill must fall in the middle"
     )
-    code, output = finish(start(command(broken, ranks=2)))
+    code, output = finish(start(command(killed, ranks=2)))
     assert code == 0, output
 
-    strip = [
-        [{k: v for k, v in row.items() if k not in RATES} for row in rows(tmp_path / name)]
-        for name in ("whole", "broken")
+    metrics = [
+        [{k: v for k, v in record.items() if k not in RATES} for record in rows(tmp_path / name)]
+        for name in ("undisturbed", "killed")
     ]
-    assert strip[0] == strip[1]
-    assert sorted(p.name for p in (tmp_path / "broken/checkpoints").iterdir()) == [
+    assert metrics[0] == metrics[1]
+    assert sorted(p.name for p in (tmp_path / "killed/checkpoints").iterdir()) == [
         "step-00000048",
         "step-00000060",
     ]
-    assert json.loads((tmp_path / "broken/status.json").read_text())["state"] == "finished"
-    wanted = {
+    assert json.loads((tmp_path / "killed/status.json").read_text())["state"] == "finished"
+    names = {
         "step",
         "total_loss",
         "ce_loss",
@@ -147,17 +149,17 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
         "tokens",
         "tokens_per_second",
     }
-    assert wanted <= rows(tmp_path / "whole")[0].keys()
-    assert {"step", "split", "ce_loss", "kd_loss"} <= rows(tmp_path / "whole")[-1].keys()
-    for row in rows(tmp_path / "whole"):
-        assert row.keys() <= {"step", "split", *METRICS}
-    assert list((tmp_path / "whole/tensorboard").iterdir())
-    assert (tmp_path / "whole/config.toml").exists()
+    assert names <= rows(tmp_path / "undisturbed")[0].keys()
+    assert {"step", "split", "ce_loss", "kd_loss"} <= rows(tmp_path / "undisturbed")[-1].keys()
+    for record in rows(tmp_path / "undisturbed"):
+        assert record.keys() <= {"step", "split", *METRICS}
+    assert list((tmp_path / "undisturbed/tensorboard").iterdir())
+    assert (tmp_path / "undisturbed/config.toml").exists()
 
-    # The finished run again does nothing; a longer one goes on from its end.
-    code, output = finish(start(command(whole, "--train.steps", "62", ranks=2)))
+    # The finished run, extended, continues from its end.
+    code, output = finish(start(command(undisturbed, "--train.steps", "62", ranks=2)))
     assert code == 0, output
-    assert rows(tmp_path / "whole")[-1]["step"] == 62, output
+    assert rows(tmp_path / "undisturbed")[-1]["step"] == 62, output
 
 
 @pytest.mark.fault(8)
@@ -188,23 +190,25 @@ def test_nan_stops_before_the_weights(tmp_path: Path) -> None:
 
 @pytest.mark.fault(9)
 def test_bad_input_is_one_sentence_on_every_rank(tmp_path: Path) -> None:
-    """Two ranks, started at once for every case: each prints one sentence and leaves, before any collective."""
+    """Start two ranks in each case. Each prints one sentence and ends before any collective."""
     tokens = write_tokens(tmp_path)
     run = write_run(tmp_path, "run", tokens)
     cases = bad_inputs(tmp_path, tokens)
-    for name, (overrides, sentence) in cases.items():
+    for name, (overrides, message) in cases.items():
         processes = [_rank(run, rank, overrides) for rank in range(2)]
         for process in processes:
             code, output = finish(process)
-            told = [line for line in output.splitlines() if line.startswith("megatron_kd: error:")]
+            errors = [
+                line for line in output.splitlines() if line.startswith("megatron_kd: error:")
+            ]
             assert code == 2, (name, code, output)
-            assert len(told) == 1, (name, code, output)
-            assert sentence in told[0], (name, code, output)
+            assert len(errors) == 1, (name, code, output)
+            assert message in errors[0], (name, code, output)
             assert "Traceback" not in output, (name, output)
 
 
 def _rank(run: Path, rank: int, overrides: list[str]) -> subprocess.Popen[str]:
-    """One rank of two whose peers never meet: a collective would hang, and the time limit would say so."""
+    """Start one rank of two that never meet. A collective would hang until the time limit."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -225,7 +229,7 @@ def _rank(run: Path, rank: int, overrides: list[str]) -> subprocess.Popen[str]:
 
 
 def bad_inputs(folder: Path, tokens: str) -> dict[str, tuple[list[str], str]]:
-    """Name -> (overrides, what the sentence must hold)."""
+    """Return name -> (overrides, text that the message contains)."""
     bad = folder / "bad"
     bad.mkdir()
 
@@ -234,9 +238,9 @@ def bad_inputs(folder: Path, tokens: str) -> dict[str, tuple[list[str], str]]:
         (bad / f"{name}.bin").write_bytes(data)
         return str(bad / name)
 
-    whole = Path(f"{tokens}.bin").read_bytes()
-    foreign = np.frombuffer(whole, dtype="<u2").copy()
-    foreign[777] = 5000
+    content = Path(f"{tokens}.bin").read_bytes()
+    invalid = np.frombuffer(content, dtype="<u2").copy()
+    invalid[777] = 5000
     other = folder / "other"
     (other / "checkpoints/step-00000003").mkdir(parents=True)
     model = tiny(folder / "x", tokens).model.model_dump(mode="json")
@@ -275,9 +279,9 @@ def bad_inputs(folder: Path, tokens: str) -> dict[str, tuple[list[str], str]]:
             ["--checkpoint.initialize_from", str(other)],
             "holds another model: model.num_layers is 2 there and 4 here",
         ),
-        "truncated .bin": (["--data.train", copy("short", whole[:-7])], "bytes"),
-        "oversized .bin": (["--data.train", copy("long", whole + b"123")], "bytes"),
-        "foreign id": (["--data.train", copy("foreign", foreign.tobytes())], "5000"),
+        "truncated .bin": (["--data.train", copy("short", content[:-7])], "bytes"),
+        "oversized .bin": (["--data.train", copy("long", content + b"123")], "bytes"),
+        "invalid id": (["--data.train", copy("invalid", invalid.tobytes())], "5000"),
         "long sequence": (["--batch.sequence_length", "40000"], "fewer than one sequence"),
         "top_k": ([*teacher, str(other), "--distill.top_k", "102"], "distill.top_k (102)"),
         "temperature": (["--distill.temperature", "0"], "distill.temperature"),

@@ -1,16 +1,19 @@
-"""Learning rate and alpha as functions of the step: end points by hand."""
+"""Compare learning-rate and alpha schedules with values by hand."""
 
 from __future__ import annotations
 
 import math
 import random
+from typing import get_args
 
 import pytest
 
+from megatron_kd.config.schedules import ALPHA_SCHEDULES, LEARNING_RATE_SCHEDULES
 from megatron_kd.config.sections import DistillSection, OptimizerSection
 from megatron_kd.train.schedules import alpha_at, learning_rate_at
 
 PEAK, FLOOR = 8e-3, 2e-3
+KEYS = ("schedule", "alpha_schedule")
 
 
 def optimizer(
@@ -36,7 +39,7 @@ def distill(
     )  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("schedule", [*LEARNING_RATE_SCHEDULES])
 def test_warm_up_reaches_the_peak_and_does_not_lose_the_first_update(schedule: str) -> None:
     section = optimizer(schedule, warmup=4, decay=2)
     rates = [learning_rate_at(step, 20, section) for step in range(4)]
@@ -47,22 +50,24 @@ def test_warm_up_reaches_the_peak_and_does_not_lose_the_first_update(schedule: s
 def test_linear() -> None:
     section = optimizer("linear", warmup=2)
     # Six updates after warm-up, each a sixth of the way from 8e-3 to 2e-3.
-    found = [learning_rate_at(step, 8, section) for step in range(2, 8)]
-    assert found == pytest.approx([7e-3, 6e-3, 5e-3, 4e-3, 3e-3, 2e-3], rel=1e-12)
+    rates = [learning_rate_at(step, 8, section) for step in range(2, 8)]
+    assert rates == pytest.approx([7e-3, 6e-3, 5e-3, 4e-3, 3e-3, 2e-3], rel=1e-12)
 
 
 def test_cosine() -> None:
     section = optimizer("cosine", warmup=2)
-    # Four updates after warm-up: cos of 45, 90, 135 and 180 degrees around the middle, 5e-3, with amplitude 3e-3.
+    # Four updates after warm-up: cos of 45, 90, 135 and 180 degrees around the middle, 5e-3, with
+    # amplitude 3e-3.
     half = 3e-3 / math.sqrt(2)
-    found = [learning_rate_at(step, 6, section) for step in range(2, 6)]
-    assert found == pytest.approx([5e-3 + half, 5e-3, 5e-3 - half, 2e-3], rel=1e-12)
+    rates = [learning_rate_at(step, 6, section) for step in range(2, 6)]
+    assert rates == pytest.approx([5e-3 + half, 5e-3, 5e-3 - half, 2e-3], rel=1e-12)
 
 
 def test_constant_and_wsd() -> None:
     assert {learning_rate_at(step, 9, optimizer("constant")) for step in range(9)} == {PEAK}
     section = optimizer("wsd", warmup=1, decay=2)
-    # Warm-up is one update at the peak, then the peak, then two updates of cosine: the middle and the floor.
+    # One update of warm-up at the peak, then the peak, then two updates of cosine decay: the middle
+    # and the floor.
     assert [learning_rate_at(step, 6, section) for step in range(6)] == pytest.approx(
         [PEAK] * 4 + [5e-3, FLOOR], rel=1e-12
     )
@@ -98,9 +103,9 @@ def test_alpha_constant_and_linear() -> None:
 
 def test_alpha_wsd() -> None:
     section = distill("wsd", warmup=0.2, decay=0.2)
-    # 2 of 10 steps up by halves, 6 stable, 2 of cosine: half and nothing.
-    found = [alpha_at(step, 10, section) for step in range(10)]
-    assert found == pytest.approx([0.4, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.4, 0.0], abs=1e-12)
+    # Of 10 steps, 2 of warm-up, 6 stable, 2 of cosine decay to half and to zero.
+    rates = [alpha_at(step, 10, section) for step in range(10)]
+    assert rates == pytest.approx([0.4, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.4, 0.0], abs=1e-12)
     assert {alpha_at(step, 10, distill("wsd", warmup=0.0, decay=0.0)) for step in range(10)} == {
         0.8
     }
@@ -109,13 +114,13 @@ def test_alpha_wsd() -> None:
 
 
 def test_alpha_wsd_on_the_cross_entropy() -> None:
-    """1 - alpha has the shape: it starts near 0, so that distillation is alone at first, and again at the end."""
+    """Give 1 - alpha the shape, so that distillation is alone at first and at the end."""
     section = distill("wsd_ce", warmup=0.2, decay=0.2)
-    found = [alpha_at(step, 10, section) for step in range(10)]
-    assert found == pytest.approx([0.6, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.6, 1.0], abs=1e-12)
+    rates = [alpha_at(step, 10, section) for step in range(10)]
+    assert rates == pytest.approx([0.6, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.6, 1.0], abs=1e-12)
 
 
-def test_alpha_by_turns() -> None:
+def test_alpha_period() -> None:
     section = distill("period").model_copy(update={"alpha_period_fraction": 0.4})
     assert [alpha_at(step, 10, section) for step in range(10)] == [
         0.8,
@@ -129,18 +134,16 @@ def test_alpha_by_turns() -> None:
         0.8,
         0.8,
     ]
-    once = section.model_copy(update={"alpha_period_fraction": 1.0})
-    assert [alpha_at(step, 6, once) for step in range(6)] == [0.8] * 3 + [0] * 3
+    one_period = section.model_copy(update={"alpha_period_fraction": 1.0})
+    assert [alpha_at(step, 6, one_period) for step in range(6)] == [0.8] * 3 + [0] * 3
     assert [alpha_at(step, 3, section) for step in range(3)] == [0.8, 0, 0.8], (
-        "a turn is a step at least"
+        "half a period is at least one step"
     )
 
 
-@pytest.mark.parametrize(
-    "schedule", ["constant", "linear_up", "linear_down", "period", "wsd", "wsd_ce"]
-)
+@pytest.mark.parametrize("schedule", [*ALPHA_SCHEDULES])
 def test_alpha_stays_a_weight(schedule: str) -> None:
-    """In [0, alpha] for every run length, one step included."""
+    """Stay in [0, alpha] for every run length, down to one step."""
     for steps in (1, 2, 3, 7, 100):
         for step in range(steps):
             assert -1e-12 <= alpha_at(step, steps, distill(schedule, alpha=1.0)) <= 1.0, (
@@ -151,23 +154,34 @@ def test_alpha_stays_a_weight(schedule: str) -> None:
     assert alpha_at(0, 1, distill("linear_down")) == 0.8
 
 
-def test_nothing_is_remembered_between_calls() -> None:
-    """Any order, and after any other schedule, gives the same floats: resuming needs the step alone."""
+def test_schedules_keep_no_state() -> None:
+    """Return the same floats in any order, so that a resumed run needs the step only."""
     cases = [
-        (at, step, section)
-        for at, section in (
+        (function, step, section)
+        for function, section in (
             *(
                 (learning_rate_at, optimizer(name, warmup=5, decay=7))
-                for name in ("cosine", "linear", "constant", "wsd")
+                for name in LEARNING_RATE_SCHEDULES
             ),
-            *(
-                (alpha_at, distill(name))
-                for name in ("constant", "linear_up", "linear_down", "period", "wsd", "wsd_ce")
-            ),
+            *((alpha_at, distill(name)) for name in ALPHA_SCHEDULES),
         )
         for step in range(40)
     ]
-    first = [at(step, 40, section) for at, step, section in cases]  # type: ignore[operator]
+    values = [function(step, 40, section) for function, step, section in cases]  # type: ignore[operator]
     order = list(range(len(cases)))
     random.Random(0).shuffle(order)
-    assert all(cases[i][0](cases[i][1], 40, cases[i][2]) == first[i] for i in order)  # type: ignore[operator]
+    for index in order:
+        function, step, section = cases[index]
+        assert function(step, 40, section) == values[index]  # type: ignore[operator]
+
+
+def test_names_of_a_run_file_follow_from_the_registries() -> None:
+    assert {"cosine", "linear", "constant", "wsd"} <= LEARNING_RATE_SCHEDULES.keys()
+    assert {"constant", "linear_up", "linear_down", "period", "wsd", "wsd_ce"} <= (
+        ALPHA_SCHEDULES.keys()
+    )
+    fields = OptimizerSection.model_fields, DistillSection.model_fields
+    names = [get_args(field[key].annotation) for field, key in zip(fields, KEYS, strict=True)]
+    assert names == [tuple(LEARNING_RATE_SCHEDULES), tuple(ALPHA_SCHEDULES)]
+    assert "wsd: stable, then cosine decay" in str(fields[0]["schedule"].description)
+    assert "linear_up: 0 to alpha" in str(fields[1]["alpha_schedule"].description)

@@ -55,19 +55,19 @@ def capture_settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
 
 
 def differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], *, ignored: Collection[str] = ()
+    stored: Mapping[str, Any], current: Mapping[str, Any], *, ignored: Collection[str] = ()
 ) -> list[str]:
     """Return one phrase for each setting that changed.
 
     Args:
-        before: Settings as they were stored. An absent key has its default.
-        now: Settings of this run.
+        stored: Settings as they were stored. An absent key has its default.
+        current: Settings of this run.
         ignored: Keys that may differ.
     """
     return [
-        f"{key}: was {_value(before, key)}, is now {_value(now, key)}"
-        for key in sorted({*before, *now} - set(ignored))
-        if before.get(key) != now.get(key)
+        f"{key}: was {_value(stored, key)}, is now {_value(current, key)}"
+        for key in sorted({*stored, *current} - set(ignored))
+        if stored.get(key) != current.get(key)
     ]
 
 
