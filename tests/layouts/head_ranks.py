@@ -1,8 +1,9 @@
-"""What every rank does in the tests of the head over a tensor-parallel group. A module of its own: spawned ranks import it.
+"""Run the head over a tensor-parallel group. Spawned ranks import this module.
 
-Four ranks are one group of four and, for tensor parallelism of two, two groups of two that do the same work. Ranks only run
-and hand back what they hold; test_head_ranks.py makes the same cases again and judges. A collective costs milliseconds
-here, so each case is run in few chunks and nothing is gathered for the test.
+Four ranks are one group of four and, for tensor parallelism of two, two groups of two that do the
+same work. Ranks only run and return their results; test_head_ranks.py makes the same cases again
+and judges. A collective costs milliseconds here, so each case runs in few chunks and nothing is
+gathered for the test.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import cycle, product
+from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -27,56 +28,33 @@ from megatron_kd.losses import (
     linear_kd_cross_entropy,
 )
 from megatron_kd.targets import (
-    SampleSelection,
-    Selection,
     SparseTarget,
     TopSelection,
     linear_targets,
     select_targets,
 )
-from tests.losses.cases import TAILS, Outcome, Problem, extreme_problem, hand_target, make_problem
-from tests.losses.divergence_cases import (
-    DENSE_ONLY,
-    DIVERGENCES,
-    DenseProblem,
-    dense_problem,
-    divergence_mistakes,
+from tests.layouts.head_cases import (
+    CHUNK,
+    SIZES,
+    DivergenceCase,
+    LossCase,
+    SelectionCase,
+    default_chunks_problem,
+    divergence_cases,
+    grid_cases,
+    in_lines,
+    loss_cases,
+    problems,
+    selection_cases,
 )
+from tests.losses.cases import Outcome, Problem
+from tests.losses.divergence_cases import (
+    DIVERGENCES,
+)
+from tests.losses.divergence_mistakes import divergence_mistakes
 from tests.losses.mistakes import loss_mistakes, problem_with, selection_mistakes
 
-SIZES = (2, 4)
-SEQUENCE, BATCH, CHUNK = 20, 2, 23
-CHUNKS = 2
 COLLECTIVES = ("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor")
-
-
-class LossCase(NamedTuple):
-    what: str
-    problem: Problem
-    target: SparseTarget
-    upstream: Tensor
-    dtype: torch.dtype
-    limit: float
-    scalars: dict[str, Any]
-    schedule: str
-
-
-class DivergenceCase(NamedTuple):
-    what: str
-    dense: DenseProblem
-    target: SparseTarget | None  # None: against the whole teacher
-    name: str
-    upstream: Tensor
-    dtype: torch.dtype
-    limit: float
-    scalars: dict[str, Any]
-    schedule: str
-
-
-class SelectionCase(NamedTuple):
-    what: str
-    problem: Problem
-    selection: Selection
 
 
 @dataclass(frozen=True)
@@ -90,8 +68,8 @@ class Layout:
 
     def lines(self, tensor: Tensor) -> Tensor:
         """[N, ...] -> this rank's [S(/tp), B, ...]."""
-        whole = in_lines(tensor)
-        return whole.chunk(self.size)[self.rank] if self.sequence_parallel else whole
+        full = in_lines(tensor)
+        return full.chunk(self.size)[self.rank] if self.sequence_parallel else full
 
     def rows(self, tensor: Tensor) -> Tensor:
         """[padded vocabulary, ...] -> this rank's rows."""
@@ -111,117 +89,6 @@ class Layout:
             sequence_parallel=self.sequence_parallel,
             chunk_tokens=CHUNK,
         )
-
-
-def in_lines(tensor: Tensor) -> Tensor:
-    return tensor.reshape(SEQUENCE, BATCH, *tensor.shape[1:])
-
-
-def problems(size: int, seed: int) -> dict[str, Problem]:
-    """Vocabularies that do not divide: the last rank's shard partly padding, and the last rank with nothing but padding."""
-    return {
-        "uneven": make_problem(seed, vocab_size=90, rows=92),
-        "empty shard": make_problem(seed, vocab_size={2: 46, 4: 60}[size], rows=92),
-    }
-
-
-def loss_cases(size: int, seed: int) -> list[LossCase]:
-    """Every tail and temperature in fp64 and fp32, the schedules taking turns; then logits of +-1e4."""
-    found, turns = [], cycle(("recompute", "chunk", "save"))
-    for (name, problem), temperature, tail in product(
-        problems(size, seed).items(), (1.0, 2.0), TAILS
-    ):
-        scalars = dict(
-            alpha=0.6, temperature=temperature, temperature_squared=True, tail=tail, z_loss=1e-2
-        )
-        for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-            schedule = next(turns)
-            exact = problem.rounded_to(dtype)
-            target = hand_target(problem.teacher, top_k=8, temperature=temperature, dtype=dtype)
-            upstream = (
-                torch.full_like(exact.upstream, 0.37) if schedule == "chunk" else exact.upstream
-            )
-            what = f"{name} {schedule} {dtype} {temperature} {tail}"
-            found.append(LossCase(what, exact, target, upstream, dtype, limit, scalars, schedule))
-    extreme = extreme_problem(seed, top_k=8)
-    for temperature, tail in product((1.0, 2.0), ("renormalize", "bucket")):
-        target = hand_target(
-            extreme.teacher, top_k=8, temperature=temperature, dtype=torch.float32, ragged=False
-        )
-        scalars = dict(alpha=1.0, temperature=temperature, tail=tail)
-        what = f"1e4 {temperature} {tail}"
-        found.append(
-            LossCase(
-                what,
-                extreme,
-                target,
-                torch.ones_like(extreme.upstream),
-                torch.float32,
-                1e-5,
-                scalars,
-                "chunk",
-            )
-        )
-    return found
-
-
-def selection_cases(size: int, seed: int) -> list[SelectionCase]:
-    """top_k within a shard, past it (23 rows a rank) and the whole vocabulary; draws; rows full of equal logits."""
-    found = []
-    for name, problem in problems(size, seed).items():
-        tied = replace(problem, weight=problem.weight.round(), hidden=problem.hidden.sign())
-        whole = problem.vocab_size
-        kinds = (
-            (8, 1.0, 2.0),
-            (8, 0.5, 1.0),
-            (40, 1.0, 1.0),
-            (40, 0.9, 2.0),
-            (whole, 1.0, 1.0),
-            (whole, 0.9, 2.0),
-        )
-        for top_k, top_p, temperature in kinds:
-            selection = TopSelection(top_k, top_p=top_p, min_k=2, temperature=temperature)
-            found.append(SelectionCase(f"{name} {selection}", problem, selection))
-        found += [
-            SelectionCase(f"{name} draws {t}", problem, SampleSelection(40, seed, temperature=t))
-            for t in (1.0, 2.0)
-        ]
-        found += [SelectionCase(f"tied {name} {k}", tied, TopSelection(k)) for k in (8, 40, whole)]
-    return found
-
-
-def divergence_cases(size: int, seed: int) -> list[DivergenceCase]:
-    """Every divergence against the whole teacher and against a sparse target, layouts, types and schedules taking turns."""
-    found = []
-    few = {2: 46, 4: 60}[size]
-    vocabularies, schedules = (
-        cycle((90, few, few, 90)),
-        cycle(("save", "chunk", "save", "save", "chunk")),
-    )
-    types = cycle(((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float64, 1e-12)))
-    for name, sparse in product(DIVERGENCES, (False, True)):
-        vocab_size, schedule, (dtype, limit) = next(vocabularies), next(schedules), next(types)
-        if sparse and name in DENSE_ONLY:
-            continue
-        dense = dense_problem(seed, dtype, vocab_size=vocab_size, rows=92)
-        target = (
-            hand_target(dense.problem.teacher, top_k=8, temperature=2.0, dtype=dtype)
-            if sparse
-            else None
-        )
-        upstream = (
-            torch.full_like(dense.problem.upstream, 0.37)
-            if schedule == "chunk"
-            else dense.problem.upstream
-        )
-        scalars = dict(
-            alpha=0.6, temperature=2.0, temperature_squared=True, tail="bucket", z_loss=1e-2
-        )
-        what = f"{name} {'sparse' if sparse else 'dense'} {vocab_size} {schedule} {dtype}"
-        found.append(
-            DivergenceCase(what, dense, target, name, upstream, dtype, limit, scalars, schedule)
-        )
-    return found
 
 
 class Findings(NamedTuple):
@@ -266,26 +133,6 @@ def run_everything(rendezvous: str, seed: int, grid: bool = False) -> dict[tuple
         dist.destroy_process_group()
 
 
-def grid_cases(size: int, seed: int) -> list[LossCase]:
-    """Every tail x temperature x alpha x schedule, in fp32."""
-    found = []
-    exact = problems(size, seed)["uneven"].rounded_to(torch.float32)
-    upstream = {
-        "chunk": torch.full_like(exact.upstream, 0.37),
-        "direct": torch.ones_like(exact.upstream),
-    }
-    for temperature, tail, alpha in product((1.0, 2.0), TAILS, (0.0, 0.5, 1.0)):
-        target = hand_target(exact.teacher, top_k=8, temperature=temperature, dtype=torch.float32)
-        scalars = dict(alpha=alpha, temperature=temperature, tail=tail, z_loss=1e-2)
-        for schedule in ("save", "chunk", "direct", "recompute"):
-            what = f"{schedule} {temperature} {tail} {alpha}"
-            given = upstream.get(schedule, exact.upstream)
-            found.append(
-                LossCase(what, exact, target, given, torch.float32, 1e-5, scalars, schedule)
-            )
-    return found
-
-
 def _run_grid(layout: Layout, seed: int) -> list[Outcome]:
     return [run_head(layout, case, []) for case in grid_cases(layout.size, seed)]
 
@@ -296,7 +143,7 @@ def _run_layout(layout: Layout, seed: int) -> Findings:
         [] if layout.sequence_parallel else [case for case in losses if case.dtype == torch.float64]
     )
     written_to: list[str] = []
-    first, again = (run_head(layout, losses[0], written_to) for _ in "12")
+    first_run, second_run = (run_head(layout, losses[0], written_to) for _ in "12")
     return Findings(
         losses=[run_head(layout, case, written_to) for case in losses],
         logits_losses=[_run_logits_loss(layout, case) for case in whole_logits],
@@ -308,7 +155,9 @@ def _run_layout(layout: Layout, seed: int) -> Findings:
         written_to=written_to,
         identical=_run_identical(layout, seed),
         default_chunks=_run_default_chunks(layout, seed),
-        repeats_differ=sum(not torch.equal(a, b) for a, b in zip(first, again, strict=True)),
+        repeats_differ=sum(
+            not torch.equal(a, b) for a, b in zip(first_run, second_run, strict=True)
+        ),
         calls=_count_all_calls(layout, losses[0], divergences[1]),
         refusals=list(_refusals(layout)),
         divergences=[_run_divergence(layout, case) for case in divergences],
@@ -317,7 +166,7 @@ def _run_layout(layout: Layout, seed: int) -> Findings:
 
 def run_head(layout: Layout, case: LossCase, written_to: list[str]) -> Outcome:
     hidden, weight = layout.leaves(case.problem, case.dtype)
-    before = hidden.detach().clone(), weight.detach().clone()
+    originals = hidden.detach().clone(), weight.detach().clone()
     if case.schedule == "direct":
         weight.main_grad = torch.zeros_like(weight)
     loss = linear_kd_cross_entropy(
@@ -333,8 +182,8 @@ def run_head(layout: Layout, case: LossCase, written_to: list[str]) -> Outcome:
     loss.total.backward(in_lines(case.upstream).to(loss.total.dtype))
     assert hidden.grad is not None
     assert weight.grad is not None
-    if not torch.equal(hidden, before[0]) or not torch.equal(weight, before[1]):
-        written_to.append(case.what)
+    if not torch.equal(hidden, originals[0]) or not torch.equal(weight, originals[1]):
+        written_to.append(case.label)
     gradient = weight.main_grad if case.schedule == "direct" else weight.grad
     return Outcome(*(t.detach().flatten() for t in loss), hidden.grad, gradient)
 
@@ -364,10 +213,10 @@ def _run_divergence(layout: Layout, case: DivergenceCase) -> Outcome:
 
 
 def _run_logits_loss(layout: Layout, case: LossCase) -> tuple[KDLoss, Tensor]:
-    whole = case.problem.hidden @ case.problem.weight.T
-    mine = layout.rows(whole.T).T.contiguous().requires_grad_()
+    full = case.problem.hidden @ case.problem.weight.T
+    shard = layout.rows(full.T).T.contiguous().requires_grad_()
     loss = kd_cross_entropy(
-        mine,
+        shard,
         case.problem.labels,
         case.target,
         vocab_size=case.problem.vocab_size,
@@ -375,8 +224,8 @@ def _run_logits_loss(layout: Layout, case: LossCase) -> tuple[KDLoss, Tensor]:
         **case.scalars,
     )
     loss.total.backward(case.problem.upstream)
-    assert mine.grad is not None
-    return KDLoss(*(t.detach() for t in loss)), mine.grad
+    assert shard.grad is not None
+    return KDLoss(*(t.detach() for t in loss)), shard.grad
 
 
 def _run_selection(
@@ -385,14 +234,14 @@ def _run_selection(
     """From hidden states, and in the layouts that have whole logits also from those."""
     hidden, weight = layout.lines(case.problem.hidden), layout.rows(case.problem.weight)
     shard = layout.rows((case.problem.hidden @ case.problem.weight.T).T).T
-    before = hidden.clone(), weight.clone(), shard.clone()
+    originals = hidden.clone(), weight.clone(), shard.clone()
     yield linear_targets(hidden, weight, case.selection, **layout.options(case.problem)).flatten()
     if not layout.sequence_parallel:
         yield select_targets(
             shard, case.selection, vocab_size=case.problem.vocab_size, tp_group=layout.group
         )
-    if not all(torch.equal(a, b) for a, b in zip(before, (hidden, weight, shard), strict=True)):
-        written_to.append(case.what)
+    if not all(torch.equal(a, b) for a, b in zip(originals, (hidden, weight, shard), strict=True)):
+        written_to.append(case.label)
 
 
 def _run_identical(layout: Layout, seed: int) -> KDLoss:
@@ -438,23 +287,18 @@ def _counted() -> Iterator[dict[str, int]]:
 def _count_all_calls(
     layout: Layout, case: LossCase, divergence: DivergenceCase
 ) -> dict[str, dict[str, int]]:
-    found = {
+    cases = {
         schedule: _count_calls(layout, case, schedule)
         for schedule in ("chunk", "save", "recompute")
     }
-    with _counted() as found["dense"]:
+    with _counted() as cases["dense"]:
         _run_divergence(
             layout,
             divergence._replace(
                 target=None, schedule="chunk", upstream=torch.ones_like(divergence.upstream)
             ),
         )
-    return found
-
-
-def default_chunks_problem(size: int, seed: int) -> Problem:
-    """160 tokens, more than the 64 that a chunk has at least, and a last rank with nothing but padding."""
-    return make_problem(seed, tokens=160, vocab_size={2: 46, 4: 60}[size], rows=92)
+    return cases
 
 
 def _run_default_chunks(layout: Layout, seed: int) -> Tensor:

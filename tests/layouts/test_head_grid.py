@@ -7,7 +7,8 @@ from itertools import product
 import pytest
 
 from tests.helpers.ranks import run_ranks
-from tests.layouts.head_ranks import SIZES, grid_cases, run_everything
+from tests.layouts.head_cases import SIZES, grid_cases
+from tests.layouts.head_ranks import run_everything
 from tests.layouts.test_head_ranks import assembled
 from tests.losses.cases import errors, fresh_seed, oracle_outcome, say
 
@@ -16,19 +17,19 @@ from tests.losses.cases import errors, fresh_seed, oracle_outcome, say
 @pytest.mark.slow
 def test_every_tail_temperature_alpha_and_schedule() -> None:
     seed = fresh_seed()
-    found = run_ranks(run_everything, 4, seed, True)
+    results = run_ranks(run_everything, 4, seed, True)
     worst = 0.0
     for size, split in product(SIZES, (False, True)):
         for index, case in enumerate(grid_cases(size, seed)):
             expected = oracle_outcome(
                 case.problem, case.target, case.upstream, case.problem.mask, **case.scalars
             )
-            for first in range(0, 4, size):
-                whole = assembled(
-                    [rank[size, split][index] for rank in found[first : first + size]],
+            for first_rank in range(0, 4, size):
+                full = assembled(
+                    [rank[size, split][index] for rank in results[first_rank : first_rank + size]],
                     sequence_parallel=split,
                 )
-                error = max(errors(whole, expected).values())
+                error = max(errors(full, expected).values())
                 worst = max(worst, error)
-                assert error < 1e-5, say(seed, size, split, case.what, error)
+                assert error < 1e-5, say(seed, size, split, case.label, error)
     assert worst > 0

@@ -13,19 +13,17 @@ from torch import Tensor
 from megatron_kd.losses import reference_kd_cross_entropy
 from megatron_kd.targets import SparseTarget, TopSelection, select_targets
 from tests.helpers.ranks import run_ranks
-from tests.layouts.head_ranks import (
+from tests.layouts.head_cases import (
     CHUNKS,
-    COLLECTIVES,
     SIZES,
     DivergenceCase,
-    Findings,
     LossCase,
     default_chunks_problem,
     divergence_cases,
     loss_cases,
-    run_everything,
     selection_cases,
 )
+from tests.layouts.head_ranks import COLLECTIVES, Findings, run_everything
 from tests.losses.cases import (
     Outcome,
     errors,
@@ -48,14 +46,16 @@ class Layout(NamedTuple):
 
 class World(NamedTuple):
     seed: int
-    found: list[dict[tuple[int, bool], Findings]]
+    results: list[dict[tuple[int, bool], Findings]]
 
     def layouts(self) -> Iterator[Layout]:
         """Each group in turn: of two, both pairs."""
         for size, split in product(SIZES, (False, True)):
-            for first in range(0, 4, size):
+            for first_rank in range(0, 4, size):
                 yield Layout(
-                    size, split, [rank[size, split] for rank in self.found[first : first + size]]
+                    size,
+                    split,
+                    [rank[size, split] for rank in self.results[first_rank : first_rank + size]],
                 )
 
 
@@ -68,7 +68,7 @@ def world() -> Iterator[World]:
     torch.set_num_threads(threads)
 
 
-def same(tensors: list[Tensor]) -> bool:
+def all_equal(tensors: list[Tensor]) -> bool:
     return all(torch.equal(tensor, tensors[0]) for tensor in tensors)
 
 
@@ -86,7 +86,7 @@ def assembled(outcomes: list[Outcome], *, sequence_parallel: bool) -> Outcome:
 
 def expected_outcome(case: LossCase) -> Outcome:
     """Unsharded, fp64, plain autograd: over whole teacher rows; for +-1e4, where fp32 targets are given, the reference."""
-    run = reference_outcome if case.what.startswith("1e4") else oracle_outcome
+    run = reference_outcome if case.label.startswith("1e4") else oracle_outcome
     return run(case.problem, case.target, case.upstream, case.problem.mask, **case.scalars)
 
 
@@ -97,29 +97,34 @@ def test_losses_and_gradients_are_the_unsharded_ones(world: World) -> None:
     }
     for layout in world.layouts():
         for index, case in enumerate(loss_cases(layout.size, world.seed)):
-            what = (layout.size, layout.sequence_parallel, case.what)
+            label = (layout.size, layout.sequence_parallel, case.label)
             outcomes = [rank.losses[index] for rank in layout.ranks]
             for name in ("total", "ce", "kd"):
-                assert same([getattr(outcome, name) for outcome in outcomes]), say(
-                    world.seed, *what, f"ranks differ in {name}"
+                assert all_equal([getattr(outcome, name) for outcome in outcomes]), say(
+                    world.seed, *label, f"ranks differ in {name}"
                 )
             if not layout.sequence_parallel:
-                assert same([outcome.hidden for outcome in outcomes]), say(
-                    world.seed, *what, "ranks differ in a replicated gradient"
+                assert all_equal([outcome.hidden for outcome in outcomes]), say(
+                    world.seed, *label, "ranks differ in a replicated gradient"
                 )
-            whole = assembled(outcomes, sequence_parallel=layout.sequence_parallel)
-            found = errors(whole, expected[layout.size][index])
-            assert max(found.values()) < case.limit, say(world.seed, *what, found)
-            assert not whole.weight[case.problem.vocab_size :].any(), say(
-                world.seed, *what, "padding rows have a gradient"
+            full = assembled(outcomes, sequence_parallel=layout.sequence_parallel)
+            error_by_name = errors(full, expected[layout.size][index])
+            assert max(error_by_name.values()) < case.limit, say(world.seed, *label, error_by_name)
+            assert not full.weight[case.problem.vocab_size :].any(), say(
+                world.seed, *label, "padding rows have a gradient"
             )
 
 
 def expected_divergence(case: DivergenceCase) -> Outcome:
     problem = case.dense.problem
-    kept = None if case.target is None else kept_ids(case.target, problem.vocab_size)
+    is_kept = None if case.target is None else kept_ids(case.target, problem.vocab_size)
     return plain_outcome(
-        problem, DIVERGENCES[case.name], case.upstream, problem.mask, kept=kept, **case.scalars
+        problem,
+        DIVERGENCES[case.name],
+        case.upstream,
+        problem.mask,
+        is_kept=is_kept,
+        **case.scalars,
     )
 
 
@@ -131,17 +136,17 @@ def test_divergences_are_the_unsharded_ones(world: World) -> None:
     }
     for layout in world.layouts():
         for index, case in enumerate(divergence_cases(layout.size, world.seed)):
-            what = (layout.size, layout.sequence_parallel, case.what)
+            label = (layout.size, layout.sequence_parallel, case.label)
             outcomes = [rank.divergences[index] for rank in layout.ranks]
             for name in ("total", "ce", "kd"):
-                assert same([getattr(outcome, name) for outcome in outcomes]), say(
-                    world.seed, *what, f"ranks differ in {name}"
+                assert all_equal([getattr(outcome, name) for outcome in outcomes]), say(
+                    world.seed, *label, f"ranks differ in {name}"
                 )
-            whole = assembled(outcomes, sequence_parallel=layout.sequence_parallel)
-            found = errors(whole, expected[layout.size][index])
-            assert max(found.values()) < case.limit, say(world.seed, *what, found)
-            assert not whole.weight[case.dense.problem.vocab_size :].any(), say(
-                world.seed, *what, "padding rows have a gradient"
+            full = assembled(outcomes, sequence_parallel=layout.sequence_parallel)
+            error_by_name = errors(full, expected[layout.size][index])
+            assert max(error_by_name.values()) < case.limit, say(world.seed, *label, error_by_name)
+            assert not full.weight[case.dense.problem.vocab_size :].any(), say(
+                world.seed, *label, "padding rows have a gradient"
             )
 
 
@@ -163,15 +168,15 @@ def test_existing_logits(world: World) -> None:
             losses, gradients = zip(
                 *(rank.logits_losses[index] for rank in layout.ranks), strict=True
             )
-            what = (layout.size, "given logits", case.what)
-            assert all(same(list(parts)) for parts in zip(*losses, strict=True)), say(
-                world.seed, *what
+            label = (layout.size, "given logits", case.label)
+            assert all(all_equal(list(parts)) for parts in zip(*losses, strict=True)), say(
+                world.seed, *label
             )
             gradient, problem = torch.cat(gradients, dim=1), case.problem
-            assert not gradient[:, problem.vocab_size :].any(), say(world.seed, *what)
-            whole = Outcome(*losses[0], gradient @ problem.weight, gradient.T @ problem.hidden)
-            found = errors(whole, expected[layout.size][index])
-            assert max(found.values()) < 1e-12, say(world.seed, *what, found)
+            assert not gradient[:, problem.vocab_size :].any(), say(world.seed, *label)
+            full = Outcome(*losses[0], gradient @ problem.weight, gradient.T @ problem.hidden)
+            error_by_name = errors(full, expected[layout.size][index])
+            assert max(error_by_name.values()) < 1e-12, say(world.seed, *label, error_by_name)
 
 
 def tensors_of(target: SparseTarget) -> list[Tensor]:
@@ -188,17 +193,19 @@ def test_targets_are_those_of_whole_rows(world: World) -> None:
             expected = select_targets(logits, case.selection, vocab_size=case.problem.vocab_size)
             for way in range(ways):
                 ranks = [rank.targets[index * ways + way] for rank in layout.ranks]
-                what = (layout.size, layout.sequence_parallel, way, case.what)
-                assert torch.equal(ranks[0].indices, expected.indices), say(world.seed, *what)
+                label = (layout.size, layout.sequence_parallel, way, case.label)
+                assert torch.equal(ranks[0].indices, expected.indices), say(world.seed, *label)
                 for parts in zip(*([t.indices, *tensors_of(t)] for t in ranks), strict=True):
-                    assert same(list(parts)), say(world.seed, *what, "ranks differ")
-                for ours, theirs in zip(tensors_of(ranks[0]), tensors_of(expected), strict=True):
+                    assert all_equal(list(parts)), say(world.seed, *label, "ranks differ")
+                for actual, expected_tensor in zip(
+                    tensors_of(ranks[0]), tensors_of(expected), strict=True
+                ):
                     torch.testing.assert_close(
-                        ours,
-                        theirs,
+                        actual,
+                        expected_tensor,
                         rtol=0,
                         atol=1e-6,
-                        msg=lambda m, what=what: say(world.seed, *what, m),
+                        msg=lambda m, label=label: say(world.seed, *label, m),
                     )  # type: ignore[misc]
 
 

@@ -12,5 +12,5 @@ from tests.losses.cases import fresh_seed, say
 @pytest.mark.dist
 def test_alpha_zero_is_megatrons_cross_entropy() -> None:
     seed = fresh_seed()
-    for found in run_ranks(compare, 2, seed):
-        assert max(found.values()) < 2e-6, say(seed, found)
+    for errors in run_ranks(compare, 2, seed):
+        assert max(errors.values()) < 2e-6, say(seed, errors)

@@ -29,8 +29,8 @@ SEED_VARIABLE = "KD_TEST_SEED"
 
 def fresh_seed() -> int:
     """A new seed every run, given to torch as well and printed, so that a failure shows it; KD_TEST_SEED repeats it."""
-    given = os.environ.get(SEED_VARIABLE)
-    seed = int(given) if given else int.from_bytes(os.urandom(4), "little")
+    variable = os.environ.get(SEED_VARIABLE)
+    seed = int(variable) if variable else int.from_bytes(os.urandom(4), "little")
     print(f"{SEED_VARIABLE}={seed}", file=sys.stderr)
     torch.manual_seed(seed)
     return seed
@@ -140,7 +140,7 @@ def hand_target(
         count[::3, 0] = 1 + torch.arange(count[::3].shape[0]) % top_k
     used = torch.arange(top_k) < count
     log_p = teacher.log_softmax(1)
-    outside = ~_kept(ids.masked_fill(~used, -1), teacher.shape[1])
+    outside = ~_kept_mask(ids.masked_fill(~used, -1), teacher.shape[1])
     log_tail = (teacher / temperature).log_softmax(1).masked_fill(~outside, -torch.inf).logsumexp(1)
     return SparseTarget(
         ids.masked_fill(~used, -1).int(),
@@ -151,10 +151,10 @@ def hand_target(
     )
 
 
-def _kept(ids: Tensor, vocab_size: int) -> Tensor:
+def _kept_mask(ids: Tensor, vocab_size: int) -> Tensor:
     """ids [N, K] with -1 -> bool [N, V]."""
-    kept = torch.zeros((ids.shape[0], vocab_size + 1), dtype=torch.bool)
-    return kept.scatter_(1, torch.where(ids >= 0, ids, vocab_size).long(), True)[:, :vocab_size]
+    is_kept = torch.zeros((ids.shape[0], vocab_size + 1), dtype=torch.bool)
+    return is_kept.scatter_(1, torch.where(ids >= 0, ids, vocab_size).long(), True)[:, :vocab_size]
 
 
 def dense_loss(
@@ -170,20 +170,23 @@ def dense_loss(
     z_loss: float = 0.0,
 ) -> KDLoss:
     """The loss over whole rows. Of `target` only the ids are used: its numbers come from `teacher` [N, V] again."""
-    kept = _kept(target.indices, logits.shape[1])
+    is_kept = _kept_mask(target.indices, logits.shape[1])
     p_teacher = (teacher / temperature).softmax(1)
     log_p = (logits / temperature).log_softmax(1)
     if tail == "uniform":
-        others = (~kept).sum(1, keepdim=True)
-        rest = (p_teacher * ~kept).sum(1, keepdim=True) / others
-        q = torch.where(kept, p_teacher, rest)
+        num_others = (~is_kept).sum(1, keepdim=True)
+        rest = (p_teacher * ~is_kept).sum(1, keepdim=True) / num_others
+        q = torch.where(is_kept, p_teacher, rest)
     else:
-        q = p_teacher * kept
+        q = p_teacher * is_kept
         q = q / q.sum(1, keepdim=True) if tail == "renormalize" else q
     kd = torch.where(q > 0, q * (q.clamp(min=1e-300).log() - log_p), 0.0).sum(1)
     if tail == "bucket":
-        ours, theirs = log_p.masked_fill(kept, -torch.inf).logsumexp(1), (p_teacher * ~kept).sum(1)
-        kd = kd + theirs * (theirs.log() - ours)
+        student_log_rest, teacher_rest = (
+            log_p.masked_fill(is_kept, -torch.inf).logsumexp(1),
+            (p_teacher * ~is_kept).sum(1),
+        )
+        kd = kd + teacher_rest * (teacher_rest.log() - student_log_rest)
     if temperature_squared:
         kd = kd * temperature**2
     counted = (labels >= 0).double()
@@ -309,10 +312,10 @@ def logits_outcome(
     return outcome_of(problem, loss, upstream, dtype=dtype)
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference over that of `expected`; the absolute norm where `expected` is zero; inf for NaN."""
     difference, scale = (
-        (found.double() - expected.double()).norm().item(),
+        (actual.double() - expected.double()).norm().item(),
         expected.double().norm().item(),
     )
     return (
@@ -324,17 +327,33 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     )
 
 
-def errors(found: Outcome, expected: Outcome) -> dict[str, float]:
+def errors(actual: Outcome, expected: Outcome) -> dict[str, float]:
     return {
-        name: relative_error(getattr(found, name), getattr(expected, name))
+        name: relative_error(getattr(actual, name), getattr(expected, name))
         for name in Outcome._fields
     }
 
 
-def worst(found: Outcome, expected: Outcome) -> float:
-    return max(errors(found, expected).values())
+def worst(actual: Outcome, expected: Outcome) -> float:
+    return max(errors(actual, expected).values())
 
 
-def say(seed: int, *what: object) -> str:
+# Upstream gradients that a memory strategy can serve: one value for all tokens, or ones; the others
+# take any.
+UPSTREAM = {"chunk": 0.37, "direct": 1.0}
+# Largest relative error by type.
+LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def upstream_for(schedule: str, upstream: Tensor) -> Tensor:
+    return torch.full_like(upstream, UPSTREAM[schedule]) if schedule in UPSTREAM else upstream
+
+
+def check(actual: Outcome, expected: Outcome, limit: float, seed: int, *case: object) -> None:
+    by_name = errors(actual, expected)
+    assert max(by_name.values()) < limit, say(seed, *case, by_name)
+
+
+def say(seed: int, *case: object) -> str:
     """What a failure says: the case, and how to repeat it."""
-    return f"{' '.join(map(str, what))} ({SEED_VARIABLE}={seed})"
+    return f"{' '.join(map(str, case))} ({SEED_VARIABLE}={seed})"

@@ -20,7 +20,7 @@ S, B, H, K, ROWS = 8, 2, 4, 3, 10
 class Mistake(NamedTuple):
     name: str
     call: Callable[[], object]
-    says: str
+    message: str
 
 
 def good_target() -> SparseTarget:
@@ -129,8 +129,8 @@ def _wrong_arguments(vocab_size: int) -> list[tuple[dict[str, Any], str]]:
         ({"labels": negative}, "label -1 is not in the vocabulary"),
         ({"target": None}, "alpha = 0.5 needs a target"),
         *(
-            ({"target": target, **scalars}, says)
-            for target, scalars, says in _wrong_targets(vocab_size)
+            ({"target": target, **scalars}, message)
+            for target, scalars, message in _wrong_targets(vocab_size)
         ),
     ]
 
@@ -162,7 +162,7 @@ def loss_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake]:
         }
         return linear_kd_cross_entropy(**arguments)
 
-    def given(**changes: Any) -> object:
+    def logits_loss(**changes: Any) -> object:
         return kd_cross_entropy(**{"logits": torch.randn(S, B, ROWS), **good, **layout, **changes})
 
     def reference(**changes: Any) -> object:
@@ -170,10 +170,14 @@ def loss_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake]:
             **{"logits": torch.randn(S, B, vocab_size), **good, **changes}
         )
 
-    found = [
-        Mistake(f"{loss.__name__} {says}", lambda loss=loss, changes=changes: loss(**changes), says)  # type: ignore[misc]
-        for loss in (head, given, reference)
-        for changes, says in _wrong_arguments(vocab_size)
+    mistakes = [
+        Mistake(
+            f"{loss.__name__} {message}",
+            lambda loss=loss, changes=changes: loss(**changes),
+            message,
+        )  # type: ignore[misc]
+        for loss in (head, logits_loss, reference)
+        for changes, message in _wrong_arguments(vocab_size)
     ]
     only_head: list[tuple[dict[str, Any], str]] = [
         (
@@ -201,20 +205,20 @@ def loss_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake]:
             f"vocab_size ({ROWS * size + 1}) must be in [1, {ROWS * size}]",
         ),
     ]
-    found += [
-        Mistake(f"head {says}", lambda changes=changes: head(**changes), says)
-        for changes, says in only_head
+    mistakes += [
+        Mistake(f"head {message}", lambda changes=changes: head(**changes), message)
+        for changes, message in only_head
     ]  # type: ignore[misc]
     return [
-        *found,
+        *mistakes,
         Mistake(
             "given vocab_size",
-            lambda: given(vocab_size=ROWS * size + 1),
+            lambda: logits_loss(vocab_size=ROWS * size + 1),
             f"vocab_size ({ROWS * size + 1}) must be in",
         ),
         Mistake(
             "given labels",
-            lambda: given(labels=torch.zeros(S, dtype=torch.long)),
+            lambda: logits_loss(labels=torch.zeros(S, dtype=torch.long)),
             "labels (8,) must have the logits' leading shape",
         ),
     ]
@@ -299,7 +303,7 @@ def problem_with(mistake: Mistake) -> str | None:
     try:
         mistake.call()
     except ValueError as error:
-        return None if mistake.says in str(error) else f"{mistake.name}: says {error}"
+        return None if mistake.message in str(error) else f"{mistake.name}: says {error}"
     except Exception as error:
         return f"{mistake.name}: {error!r}"
     return f"{mistake.name}: not refused"

@@ -15,8 +15,11 @@ TERMS = 24 * BLOCK_CPU * FLOAT
 
 
 def dense_peak(divergence: str, tokens: int, chunk_tokens: int, *, gradient: bool = True) -> int:
-    hidden, theirs = torch.randn(2, tokens, H)
-    weight, teacher = torch.randn(V, H, requires_grad=True), DenseTeacher(theirs, torch.randn(V, H))
+    hidden, teacher_hidden = torch.randn(2, tokens, H)
+    weight, teacher = (
+        torch.randn(V, H, requires_grad=True),
+        DenseTeacher(teacher_hidden, torch.randn(V, H)),
+    )
     labels = torch.randint(0, V, (tokens,))
     options = dict(
         divergence=divergence,

@@ -1,4 +1,4 @@
-"""The fused head and the loss on given logits against the fp64 reference, for everything a caller can choose."""
+"""Test the head and the loss of existing logits against the fp64 reference."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_kd.losses import kd_cross_entropy, reference_kd_cross_entropy
 from megatron_kd.targets import SparseTarget, TopSelection, select_targets
 from tests.losses.cases import (
+    LIMITS,
     TAILS,
-    Outcome,
+    UPSTREAM,
     Problem,
+    check,
     errors,
     extreme_problem,
     fresh_seed,
@@ -26,28 +27,13 @@ from tests.losses.cases import (
     reference_outcome,
     relative_error,
     say,
+    upstream_for,
 )
+
+pytestmark = pytest.mark.usefixtures("small_sizes")
 
 CHUNK = 17  # does not divide the 40 tokens
 SCHEDULES = ("save", "chunk", "direct", "recompute", "auto")
-# What a schedule can serve: upstream gradients that differ between tokens, the same for all, or ones.
-UPSTREAM = {"chunk": 0.37, "direct": 1.0}
-LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}
-
-
-@pytest.fixture(autouse=True)
-def _small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too small for "auto" to keep the logits."""
-    monkeypatch.setattr("megatron_kd.head.sizes.SAVED_LOGITS_CPU", 0)
-
-
-def upstream_for(schedule: str, upstream: Tensor) -> Tensor:
-    return torch.full_like(upstream, UPSTREAM[schedule]) if schedule in UPSTREAM else upstream
-
-
-def check(found: Outcome, expected: Outcome, limit: float, seed: int, *what: object) -> None:
-    by_name = errors(found, expected)
-    assert max(by_name.values()) < limit, say(seed, *what, by_name)
 
 
 def check_head(
@@ -55,11 +41,11 @@ def check_head(
 ) -> None:
     """One combination, without and with a mask; with it a random upstream gradient where the schedule takes one."""
     exact = problem.rounded_to(dtype)
-    same = torch.full_like(problem.upstream, UPSTREAM.get(schedule, 0.37))
-    for mask, upstream in ((None, same), (exact.mask, upstream_for(schedule, exact.upstream))):
+    uniform = torch.full_like(problem.upstream, UPSTREAM.get(schedule, 0.37))
+    for mask, upstream in ((None, uniform), (exact.mask, upstream_for(schedule, exact.upstream))):
         expected = reference_outcome(exact, target, upstream, mask, **scalars)
         head_mask = None if mask is None else mask.float()
-        found = head_outcome(
+        actual = head_outcome(
             exact,
             target,
             upstream,
@@ -69,9 +55,9 @@ def check_head(
             chunk_tokens=CHUNK,
             **scalars,
         )
-        assert found.total.dtype == dtype
+        assert actual.total.dtype == dtype
         check(
-            found,
+            actual,
             expected,
             LIMITS[dtype],
             problem.seed,
@@ -121,9 +107,9 @@ def test_existing_logits(dtype: torch.dtype) -> None:
                 tail=tail,
                 z_loss=z_loss,
             )
-            found = logits_outcome(exact, target, exact.upstream, exact.mask, dtype, **scalars)
+            actual = logits_outcome(exact, target, exact.upstream, exact.mask, dtype, **scalars)
             check(
-                found,
+                actual,
                 reference_outcome(exact, target, exact.upstream, exact.mask, **scalars),
                 LIMITS[dtype],
                 seed,
@@ -143,11 +129,11 @@ def test_existing_logits_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> N
         assert torch.equal(chosen.indices, target.indices), say(seed, temperature)
         scalars = dict(alpha=0.5, temperature=temperature, tail=tail, z_loss=1e-2)
         expected = oracle_outcome(problem, target, problem.upstream, problem.mask, **scalars)
-        for given in (chosen, target):
-            found = logits_outcome(
-                problem, given, problem.upstream, problem.mask, torch.float64, **scalars
+        for candidate in (chosen, target):
+            actual = logits_outcome(
+                problem, candidate, problem.upstream, problem.mask, torch.float64, **scalars
             )
-            check(found, expected, 1e-12, seed, scalars)
+            check(actual, expected, 1e-12, seed, scalars)
 
 
 def test_against_the_dense_loss_directly() -> None:
@@ -183,7 +169,7 @@ def test_logits_of_ten_thousand() -> None:
         scalars = dict(alpha=alpha, temperature=temperature, tail=tail)
         expected = reference_outcome(problem, target, problem.upstream, problem.mask, **scalars)
         for schedule in ("recompute", "auto"):
-            found = head_outcome(
+            actual = head_outcome(
                 problem,
                 target,
                 problem.upstream,
@@ -192,7 +178,7 @@ def test_logits_of_ten_thousand() -> None:
                 chunk_tokens=CHUNK,
                 **scalars,
             )
-            check(found, expected, 1e-5, seed, schedule, scalars)
+            check(actual, expected, 1e-5, seed, schedule, scalars)
         check(
             logits_outcome(problem, target, problem.upstream, problem.mask, **scalars),
             expected,
@@ -216,11 +202,11 @@ def test_bfloat16() -> None:
         for schedule in SCHEDULES:
             upstream = upstream_for(schedule, problem.upstream)
             options = dict(schedule=schedule, chunk_tokens=CHUNK, **scalars)
-            found = head_outcome(
+            actual = head_outcome(
                 problem, target, upstream, problem.mask.float(), torch.bfloat16, **options
             )
             by_name = errors(
-                found, reference_outcome(problem, target, upstream, problem.mask, **scalars)
+                actual, reference_outcome(problem, target, upstream, problem.mask, **scalars)
             )
             assert max(by_name[name] for name in ("total", "ce", "kd")) < 1e-5, say(
                 seed, options, by_name
@@ -254,14 +240,14 @@ def test_bfloat16_near_the_teacher(schedule: str) -> None:
     target = hand_target(teacher, top_k=64, dtype=torch.float32, ragged=False)
     scalars = dict(alpha=1.0, tail="bucket")
     expected = reference_outcome(problem, target, ones, None, **scalars)
-    found = head_outcome(
+    actual = head_outcome(
         problem, target, ones, None, torch.bfloat16, schedule=schedule, chunk_tokens=24, **scalars
     )
-    assert relative_error(found.hidden, expected.hidden) < 2e-3, say(
-        seed, relative_error(found.hidden, expected.hidden)
+    assert relative_error(actual.hidden, expected.hidden) < 2e-3, say(
+        seed, relative_error(actual.hidden, expected.hidden)
     )
-    assert relative_error(found.weight, expected.weight) < 2e-3, say(
-        seed, relative_error(found.weight, expected.weight)
+    assert relative_error(actual.weight, expected.weight) < 2e-3, say(
+        seed, relative_error(actual.weight, expected.weight)
     )
 
     rounded = teacher.new_tensor((hidden @ weight.T).bfloat16().tolist()).requires_grad_()
@@ -281,19 +267,19 @@ def test_bfloat16_existing_logits() -> None:
     ):
         target = hand_target(problem.teacher, top_k=8, temperature=temperature, dtype=torch.float32)
         scalars = dict(alpha=0.5, temperature=temperature, tail=tail)
-        ours, wide = narrow.clone().requires_grad_(), narrow.double().requires_grad_()
-        found = kd_cross_entropy(ours, problem.labels, target, **scalars)
+        leaf, wide = narrow.clone().requires_grad_(), narrow.double().requires_grad_()
+        actual = kd_cross_entropy(leaf, problem.labels, target, **scalars)
         expected = reference_kd_cross_entropy(wide, problem.labels, target, **scalars)
-        found.total.backward(upstream.float())
+        actual.total.backward(upstream.float())
         expected.total.backward(upstream)
-        assert found.total.dtype == torch.float32
-        assert ours.grad is not None
-        assert ours.grad.dtype == torch.bfloat16
-        assert relative_error(found.total.detach(), expected.total.detach()) < 1e-5, say(
+        assert actual.total.dtype == torch.float32
+        assert leaf.grad is not None
+        assert leaf.grad.dtype == torch.bfloat16
+        assert relative_error(actual.total.detach(), expected.total.detach()) < 1e-5, say(
             seed, scalars
         )
         assert wide.grad is not None, say(seed, scalars, limit)
-        assert relative_error(ours.grad, wide.grad) < limit, say(seed, scalars, limit)
+        assert relative_error(leaf.grad, wide.grad) < limit, say(seed, scalars, limit)
 
 
 def test_sampled_targets_and_no_target() -> None:
@@ -337,7 +323,7 @@ def test_sequence_by_batch_layout() -> None:
         problem.upstream,
         problem.teacher,
     )
-    found = head_outcome(
+    actual = head_outcome(
         shaped,
         target.map(lambda t: t.view(20, 2, *t.shape[1:])),
         problem.upstream,
@@ -346,7 +332,7 @@ def test_sequence_by_batch_layout() -> None:
         tail="bucket",
         chunk_tokens=CHUNK,
     )
-    assert found.hidden.shape == (20, 2, 16)
-    assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(found, flat, strict=True)), (
+    assert actual.hidden.shape == (20, 2, 16)
+    assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(actual, flat, strict=True)), (
         say(seed)
     )

@@ -37,14 +37,14 @@ def test_the_list_starts_from_calls_that_work() -> None:
     target = good_target()
     holes = replace(target, indices=target.indices.clone(), logprobs=target.logprobs.clone())
     holes.indices[..., 1:], holes.logprobs[..., 1:] = -1, -torch.inf
-    for given in (
+    for valid_target in (
         target,
         holes,
         replace(target, log_tail=None, entropy=None),
         replace(target, indices=target.indices.long()),
     ):
         loss = linear_kd_cross_entropy(
-            hidden, weight, labels, given, alpha=0.5, tail="bucket", vocab_size=9
+            hidden, weight, labels, valid_target, alpha=0.5, tail="bucket", vocab_size=9
         )
         assert bool(loss.total.isfinite().all())
     assert target.flatten().indices.shape == (S * B, K)

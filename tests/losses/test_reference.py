@@ -39,11 +39,11 @@ def test_values_and_gradients_equal_the_dense_loss() -> None:
                 tail=tail,
                 z_loss=z_loss,
             )
-            found = errors(
+            actual = errors(
                 reference_outcome(problem, target, problem.upstream, problem.mask, **scalars),
                 oracle_outcome(problem, target, problem.upstream, problem.mask, **scalars),
             )
-            assert max(found.values()) < 1e-13, say(seed, top_k, scalars, found)
+            assert max(actual.values()) < 1e-13, say(seed, top_k, scalars, actual)
 
 
 def test_renormalize_needs_no_matching_temperature() -> None:
@@ -52,9 +52,9 @@ def test_renormalize_needs_no_matching_temperature() -> None:
     problem = make_problem(seed)
     measured_at_1 = hand_target(problem.teacher, top_k=8, temperature=1.0)
     scalars = dict(alpha=0.7, temperature=2.0, tail="renormalize")
-    found = reference_outcome(problem, measured_at_1, problem.upstream, None, **scalars)
+    actual = reference_outcome(problem, measured_at_1, problem.upstream, None, **scalars)
     expected = oracle_outcome(problem, measured_at_1, problem.upstream, None, **scalars)
-    assert max(errors(found, expected).values()) < 1e-13, say(seed, errors(found, expected))
+    assert max(errors(actual, expected).values()) < 1e-13, say(seed, errors(actual, expected))
 
 
 def test_without_log_tail_it_is_what_the_kept_entries_leave() -> None:
@@ -63,10 +63,10 @@ def test_without_log_tail_it_is_what_the_kept_entries_leave() -> None:
     target = hand_target(problem.teacher, top_k=8)
     bare = SparseTarget(target.indices, target.logprobs)
     for tail in TAILS:
-        found = reference_outcome(problem, bare, problem.upstream, None, alpha=1.0, tail=tail)
+        actual = reference_outcome(problem, bare, problem.upstream, None, alpha=1.0, tail=tail)
         expected = oracle_outcome(problem, target, problem.upstream, None, alpha=1.0, tail=tail)
-        assert max(errors(found, expected).values()) < 1e-12, say(
-            seed, tail, errors(found, expected)
+        assert max(errors(actual, expected).values()) < 1e-12, say(
+            seed, tail, errors(actual, expected)
         )
 
 
@@ -82,11 +82,11 @@ def test_sampled_targets_are_counts_whatever_the_tail() -> None:
     log_p = (logits / 2.0).log_softmax(1).gather(1, ids.long().clamp(min=0))
     expected = (q[:3] * (q[:3].log() - log_p[:, :3])).sum(1) * (problem.labels >= 0)
     for tail in TAILS:
-        found = reference_kd_cross_entropy(
+        actual = reference_kd_cross_entropy(
             logits, problem.labels, target, alpha=1.0, temperature=2.0, tail=tail
         )
-        assert relative_error(found.kd, expected) < 1e-14, say(seed, tail)
-        assert torch.equal(found.total, found.kd)
+        assert relative_error(actual.kd, expected) < 1e-14, say(seed, tail)
+        assert torch.equal(actual.total, actual.kd)
 
 
 def test_finite_differences() -> None:
@@ -144,20 +144,20 @@ def test_extreme_logits_are_finite_and_right() -> None:
     for temperature, tail in product((1.0, 2.0), TAILS):
         target = hand_target(problem.teacher, top_k=8, temperature=temperature, ragged=False)
         scalars = dict(alpha=0.5, temperature=temperature, tail=tail)
-        found = reference_outcome(problem, target, problem.upstream, None, **scalars)
+        actual = reference_outcome(problem, target, problem.upstream, None, **scalars)
         expected = oracle_outcome(problem, target, problem.upstream, None, **scalars)
-        assert max(errors(found, expected).values()) < 1e-12, say(
-            seed, scalars, errors(found, expected)
+        assert max(errors(actual, expected).values()) < 1e-12, say(
+            seed, scalars, errors(actual, expected)
         )
 
 
 def test_without_a_target_it_is_plain_cross_entropy() -> None:
     seed = fresh_seed()
     problem = make_problem(seed)
-    found = reference_kd_cross_entropy(problem.logits(), problem.labels, None, alpha=0.0)
+    actual = reference_kd_cross_entropy(problem.logits(), problem.labels, None, alpha=0.0)
     expected = torch.nn.functional.cross_entropy(problem.logits(), problem.labels, reduction="none")
-    assert relative_error(found.total, expected) < 1e-14, say(seed)
-    assert not found.kd.any(), say(seed)
+    assert relative_error(actual.total, expected) < 1e-14, say(seed)
+    assert not actual.kd.any(), say(seed)
     dense = dense_loss(
         problem.logits(),
         problem.labels,
@@ -165,4 +165,4 @@ def test_without_a_target_it_is_plain_cross_entropy() -> None:
         hand_target(problem.teacher, top_k=2),
         alpha=0.0,
     )
-    assert relative_error(found.ce, dense.ce) < 1e-14, say(seed)
+    assert relative_error(actual.ce, dense.ce) < 1e-14, say(seed)

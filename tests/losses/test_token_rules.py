@@ -226,15 +226,15 @@ def test_student_statistics() -> None:
     n, k = len(problem.labels), 8
     log_q = problem.teacher.log_softmax(1)
     ids = log_q.argsort(1, descending=True)[:, :k]
-    kept = log_q.gather(1, ids)
+    log_q_kept = log_q.gather(1, ids)
     hidden = problem.hidden.view(n // 2, 2, -1).requires_grad_()
     weight = problem.weight.requires_grad_()
-    target = SparseTarget(ids.int().view(n // 2, 2, k), kept.view(n // 2, 2, k))
+    target = SparseTarget(ids.int().view(n // 2, 2, k), log_q_kept.view(n // 2, 2, k))
     labels = problem.labels.view(n // 2, 2)
     options = HeadOptions(problem.vocab_size, chunk_tokens=7)
     statistics = student_statistics(hidden, weight, labels, target, options)
     logits = problem.logits().detach()
-    p, q = logits.softmax(1).gather(1, ids), kept.exp()
+    p, q = logits.softmax(1).gather(1, ids), log_q_kept.exp()
     overlap = (p * q).sqrt().sum(1) + ((1 - p.sum(1)) * (1 - q.sum(1))).sqrt()
     torch.testing.assert_close(
         statistics.deviation.flatten(),

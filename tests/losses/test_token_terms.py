@@ -47,9 +47,9 @@ def random_terms(seed: int, tokens: int) -> TokenTerms:
 
 def by_hand(problem: Problem, target: SparseTarget, terms: TokenTerms, z_loss: float) -> Outcome:
     """Forward KL from the kept entries rescaled to 1, each token by its own terms."""
-    t, own = terms.map(Tensor.double), target.indices >= 0
+    t, used = terms.map(Tensor.double), target.indices >= 0
     q = torch.where(
-        own, target.logprobs.double() / t.teacher_temperature.unsqueeze(1), -torch.inf
+        used, target.logprobs.double() / t.teacher_temperature.unsqueeze(1), -torch.inf
     ).softmax(1)  # type: ignore[union-attr]
 
     def loss(hidden: Tensor, weight: Tensor) -> KDLoss:
@@ -74,9 +74,9 @@ def through_head(
     spec: LossSpec,
     terms: TokenTerms | None,
     dtype: torch.dtype,
-    **more: Any,
+    **keywords: Any,
 ) -> Outcome:
-    name, schedule = more.get("name", "forward_kl"), more.get("schedule", "auto")
+    name, schedule = keywords.get("name", "forward_kl"), keywords.get("schedule", "auto")
     options = HeadOptions(problem.vocab_size, strategy=schedule, chunk_tokens=7)
 
     def loss(hidden: Tensor, weight: Tensor) -> KDLoss:
@@ -106,10 +106,10 @@ def test_each_token_by_its_own_terms(schedule: str) -> None:
         (torch.float64, 2e-7),
         (torch.float32, 1e-5),
     ):  # the terms themselves are fp32
-        found = errors(
+        actual = errors(
             through_head(problem, target, spec, terms, dtype, schedule=schedule), expected
         )
-        assert max(found.values()) < limit, (found, say(seed, schedule, dtype))
+        assert max(actual.values()) < limit, (actual, say(seed, schedule, dtype))
 
 
 @pytest.mark.parametrize(
@@ -121,13 +121,13 @@ def test_terms_that_are_all_alike_are_the_numbers(name: str) -> None:
     problem = make_problem(seed)
     target = hand_target(problem.teacher, top_k=9)
     spec = LossSpec(alpha=0.7, temperature=1.7, temperature_squared=True)
-    alike = spec.terms()
+    scalar_terms = spec.terms()
     tensors = TokenTerms(
-        *(torch.full((len(problem.labels),), value) for value in vars(alike).values())
+        *(torch.full((len(problem.labels),), value) for value in vars(scalar_terms).values())
     )
-    one = through_head(problem, target, spec, None, torch.float32, name=name)
-    other = through_head(problem, target, spec, tensors, torch.float32, name=name)
-    assert max(errors(other, one).values()) < 2e-7, say(seed, name)
+    by_scalars = through_head(problem, target, spec, None, torch.float32, name=name)
+    by_tensors = through_head(problem, target, spec, tensors, torch.float32, name=name)
+    assert max(errors(by_tensors, by_scalars).values()) < 2e-7, say(seed, name)
 
 
 @pytest.mark.parametrize(
@@ -143,18 +143,18 @@ def test_what_the_losses_count(weights: str, scale: tuple[float, float], dense: 
         target = DenseTeacher(problem.hidden.flip(0), problem.weight)
 
     def run(spec: LossSpec) -> Outcome:
-        given = (
+        target_of_run = (
             replace(target, hidden=target.hidden.double(), weight=target.weight)
             if isinstance(target, DenseTeacher)
             else target
         )
-        return through_head(problem, given, spec, None, torch.float64)
+        return through_head(problem, target_of_run, spec, None, torch.float64)
 
     ce, kd = run(LossSpec(alpha=0.0)), run(LossSpec(alpha=1.0))
-    found = run(LossSpec(alpha=0.3, weights=weights))
+    actual = run(LossSpec(alpha=0.3, weights=weights))
     for name in ("total", "hidden", "weight"):
         expected = scale[0] * getattr(ce, name) + scale[1] * getattr(kd, name)
-        torch.testing.assert_close(getattr(found, name), expected, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(getattr(actual, name), expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("tail", ["drop", "renormalize", "bucket"])
@@ -163,47 +163,49 @@ def test_temperature_on_the_teacher_alone(tail: str) -> None:
     seed = fresh_seed()
     problem, t = make_problem(seed), 2.5
     target = hand_target(problem.teacher, top_k=6, temperature=t)
-    both = through_head(
+    on_both = through_head(
         replace(problem, weight=problem.weight * t),
         target,
         LossSpec(1.0, t, temperature_squared=True, tail=tail),
         None,
         torch.float64,
     )
-    alone = through_head(
+    on_teacher = through_head(
         problem,
         target,
         LossSpec(1.0, t, temperature_squared=True, tail=tail, teacher_only=True),
         None,
         torch.float64,
     )
-    torch.testing.assert_close(alone.total, both.total, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(alone.weight, both.weight * t, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(on_teacher.total, on_both.total, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(on_teacher.weight, on_both.weight * t, rtol=1e-9, atol=1e-10)
 
 
 def test_a_whole_teacher_at_its_own_temperature() -> None:
     seed = fresh_seed()
     problem, t = make_problem(seed), 0.6
     teacher = DenseTeacher(problem.hidden.flip(0), problem.weight)
-    alone = through_head(problem, teacher, LossSpec(1.0, t, teacher_only=True), None, torch.float64)
+    on_teacher = through_head(
+        problem, teacher, LossSpec(1.0, t, teacher_only=True), None, torch.float64
+    )
     log_q = (teacher.hidden @ problem.weight[: problem.vocab_size].T / t).log_softmax(1)
     log_p = problem.logits().log_softmax(1)
     kd = (log_q.exp() * (log_q - log_p)).sum(1) * (problem.labels >= 0)
-    torch.testing.assert_close(alone.kd, kd, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(on_teacher.kd, kd, rtol=1e-9, atol=1e-12)
 
 
 def test_what_terms_must_be() -> None:
     problem = make_problem(fresh_seed())
     target, n = hand_target(problem.teacher, top_k=5), len(problem.labels)
-    own = TokenTerms(0.5, 0.5, torch.ones(n), torch.ones(n))
+    used = TokenTerms(0.5, 0.5, torch.ones(n), torch.ones(n))
     cases: list[tuple[Target, LossSpec, TokenTerms, str]] = [
         (target, LossSpec(0.5), TokenTerms(0.5, torch.ones(n - 1)), "terms.kd_weight"),
-        (target, LossSpec(0.5, tail="bucket"), own, "of one temperature for all tokens"),
-        (replace(target, sampled=True), LossSpec(0.5), own, "random draws are of one temperature"),
-        (DenseTeacher(problem.hidden, problem.weight), LossSpec(0.5), own, "use sparse targets"),
+        (target, LossSpec(0.5, tail="bucket"), used, "of one temperature for all tokens"),
+        (replace(target, sampled=True), LossSpec(0.5), used, "random draws are of one temperature"),
+        (DenseTeacher(problem.hidden, problem.weight), LossSpec(0.5), used, "use sparse targets"),
     ]
-    for given, spec, terms, says in cases:
-        with pytest.raises(ValueError, match=says):
-            through_head(problem, given, spec, terms, torch.float64)
+    for target_of_run, spec, terms, message in cases:
+        with pytest.raises(ValueError, match=message):
+            through_head(problem, target_of_run, spec, terms, torch.float64)
     with pytest.raises(ValueError, match="weights must be one of"):
         LossSpec(0.5, weights="keep")
