@@ -134,7 +134,7 @@ def test_a_missing_calibration(tmp_path: Path) -> None:
 def test_a_planned_benchmark_is_the_one_that_runs(
     tmp_path: Path, teacher_tensor: int | None
 ) -> None:
-    from tools.bench_step import run_config, teacher_section, teacher_shape
+    from tools.bench.step import run_config, teacher_section, teacher_shape
 
     arguments = Namespace(**{**SETTINGS, "teacher_tensor": teacher_tensor, "tensor": 2})
     expected = run_config(arguments, tmp_path, "online", tensor=2, pipeline=1)

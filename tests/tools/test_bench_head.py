@@ -1,4 +1,4 @@
-"""tools/bench_head.py on tiny inputs: right gradients are timed, wrong ones are refused, what cannot run says why."""
+"""tools/bench_head.py on tiny inputs: only right gradients are timed, and failures are named."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ TINY = [
     "--rounds",
     "1",
 ]
+# The program, what it imports, and the list of its variants.
+PROGRAMS = ("bench", "bench_head", "bench_peers")
 PLAIN = [
     "megatron-fused-ce",
     "megatron-top-k",
@@ -46,7 +48,7 @@ PLAIN = [
 
 @pytest.fixture
 def bench() -> Iterator[ModuleType]:
-    """The tool, with torch.compile (which megatron-core's loss uses) off, on one thread."""
+    """Import the program on one thread, without torch.compile, which megatron-core's loss uses."""
     sys.path.insert(0, str(TOOLS))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -55,24 +57,23 @@ def bench() -> Iterator[ModuleType]:
     torch.compiler.set_stance("default")
     torch.set_num_threads(threads)
     sys.path.remove(str(TOOLS))
-    for name in ("bench_head", "bench_peers"):
-        sys.modules.pop(name, None)
+    for name in [name for name in sys.modules if name.split(".")[0] in PROGRAMS]:
+        del sys.modules[name]
 
 
 def own_names(bench: ModuleType) -> list[str]:
     return [variant.name for variant in bench.VARIANTS if variant.own]
 
 
-def rows_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {row["name"]: row for row in result["variants"]}
+def variants_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {variant["name"]: variant for variant in result["variants"]}
 
 
 def use(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, **changes: Any) -> None:
-    """The benchmark knows only the variant `name`, with `changes`."""
-    (variant,) = (
-        variant for variant in sys.modules["bench_peers"].VARIANTS if variant.name == name
-    )
-    monkeypatch.setattr(bench, "VARIANTS", [replace(variant, **changes)])
+    """Leave the benchmark only the variant `name`, with `changes`."""
+    (variant,) = (variant for variant in bench.VARIANTS if variant.name == name)
+    registry = importlib.import_module("bench.head_registry")
+    monkeypatch.setattr(registry, "VARIANTS", [replace(variant, **changes)])
 
 
 def test_help(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,33 +105,39 @@ def test_every_own_variant_is_right_and_timed(
     assert {"commit", "device", "threads", "versions", "options", "variants"} <= result.keys()
     assert result["versions"]["torch"] == torch.__version__
     assert result["options"]["near"] == 0.02
-    rows = rows_of(result)
-    assert rows.keys() == {*own_names(bench), *PLAIN}
-    for name, row in rows.items():
-        assert row["status"] == "measured", say(seed, name, row)
-        assert 0 < row["seconds"]["min"] <= row["seconds"]["median"] <= row["seconds"]["max"]
-        assert row["ratio"]["torch-ce"]["median"] > 0
-        assert row["ratio"]["megatron-fused-ce"]["median"] > 0
-        assert row["peak_bytes"] > 64 * 512 * 4 // 8, say(seed, name, row)
+    variants = variants_of(result)
+    assert variants.keys() == {*own_names(bench), *PLAIN}
+    for name, variant in variants.items():
+        assert variant["status"] == "measured", say(seed, name, variant)
+        assert (
+            0
+            < variant["seconds"]["min"]
+            <= variant["seconds"]["median"]
+            <= variant["seconds"]["max"]
+        )
+        assert variant["ratio"]["torch-ce"]["median"] > 0
+        assert variant["ratio"]["megatron-fused-ce"]["median"] > 0
+        assert variant["peak_bytes"] > 64 * 512 * 4 // 8, say(seed, name, variant)
         assert (
             any(name in line and "e-0" in line for line in table.splitlines())
             or name == "teacher-product"
         )
-        # A distance alone is ill-conditioned so close to the teacher; everything else has a gradient of the size of the loss's.
+        # A distance alone is ill-conditioned so close to the teacher. The gradient of everything
+        # else is as large as the loss's.
         limit = (
             3e-4
-            if row["computes"] in ("KL", "JSD")
+            if variant["computes"] in ("KL", "JSD")
             else 5e-6
-            if row["own"] or name.startswith("torch")
+            if variant["own"] or name.startswith("torch")
             else 5e-3
         )
-        assert max(row["error"].values(), default=0.0) < limit, say(seed, name, row)
+        assert max(variant["error"].values(), default=0.0) < limit, say(seed, name, variant)
         assert (
-            row["ratio"]["torch-ce"]["median"]
-            == row["seconds"]["median"] / rows["torch-ce"]["seconds"]["median"]
+            variant["ratio"]["torch-ce"]["median"]
+            == variant["seconds"]["median"] / variants["torch-ce"]["seconds"]["median"]
         )
     assert (
-        rows["torch-ce"]["peak_bytes"] > 2 * 64 * 512 * 4
+        variants["torch-ce"]["peak_bytes"] > 2 * 64 * 512 * 4
     )  # two tensors of logits' size at the least
 
 
@@ -142,10 +149,11 @@ def test_widths_may_differ_and_gradients_are_compared_in_part(
     hidden: int,
     teacher_hidden: int,
 ) -> None:
-    """The student stays near the teacher, and everything right, in several chunks and on some tokens and rows."""
+    """The student stays near the teacher; chunks and partly checked gradients work."""
     seed = fresh_seed()
+    reference = importlib.import_module("bench.head_reference")
     for name, value in (("CHUNK", 10 * 512), ("CHECKED_TOKENS", 20), ("CHECKED_ROWS", 60)):
-        monkeypatch.setattr(bench, name, value)
+        monkeypatch.setattr(reference, name, value)
     sizes = [
         *TINY,
         "--hidden",
@@ -158,12 +166,12 @@ def test_widths_may_differ_and_gradients_are_compared_in_part(
         str(seed),
     ]
     assert bench.main([*sizes, "--json", "--only", "head-chunk,online,torch-kl,targets"]) == 0
-    rows = rows_of(json.loads(capsys.readouterr().out))
-    assert {row["status"] for row in rows.values()} == {"measured"}, say(seed, rows)
-    inputs = bench.make_inputs(bench._arguments(sizes))
-    apart = inputs.teacher_logits() - inputs.hidden @ inputs.weight.T
-    assert 0.08 < apart.std() < 0.12, say(seed, apart.std())
-    assert 4.0 < inputs.teacher_logits().std() < 5.6, say(seed, apart.std())
+    variants = variants_of(json.loads(capsys.readouterr().out))
+    assert {variant["status"] for variant in variants.values()} == {"measured"}, say(seed, variants)
+    inputs = reference.make_inputs(bench.parse_arguments(sizes))
+    difference = inputs.teacher_logits() - inputs.hidden @ inputs.weight.T
+    assert 0.08 < difference.std() < 0.12, say(seed, difference.std())
+    assert 4.0 < inputs.teacher_logits().std() < 5.6, say(seed, difference.std())
 
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
@@ -191,14 +199,14 @@ def test_a_wrong_gradient_gets_no_time(
     assert len(runs) == 1
     use(bench, monkeypatch, "torch-ce", make=make, own=False)
     assert bench.main([*TINY, "--json"]) == 0  # another library's mistake is not this project's
-    (row,) = json.loads(capsys.readouterr().out)["variants"]
-    assert row["status"] == "wrong gradient"
-    assert row["seconds"] is None
-    assert row["ratio"] == {}
+    (variant,) = json.loads(capsys.readouterr().out)["variants"]
+    assert variant["status"] == "wrong gradient"
+    assert variant["seconds"] is None
+    assert variant["ratio"] == {}
 
 
 def test_limits(bench: ModuleType) -> None:
-    """fp32 rounding of the logits is no mistake: it weighs more the nearer a loss that is a distance alone."""
+    """The limit grows for a distance alone near the teacher, where fp32 rounding weighs more."""
     variants = {variant.name: variant for variant in bench.VARIANTS}
     assert (
         variants["head-chunk"].limit("fp32", 1e-3)
@@ -218,10 +226,10 @@ def test_limits(bench: ModuleType) -> None:
     )
 
 
-def test_wrong_weight_rows_and_wrong_targets_are_seen(
+def test_wrong_weight_rows_and_wrong_targets_are_detected(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """d weight alone wrong; a top-k that misses the last kept entry."""
+    """A wrong gradient of the weight alone; a top-k that misses the last kept entry."""
     seed = fresh_seed()
 
     def scaled(device: torch.device) -> Callable[..., Any]:
@@ -240,14 +248,14 @@ def test_wrong_weight_rows_and_wrong_targets_are_seen(
     for name, make in (("torch-ce", scaled), ("targets", short)):
         use(bench, monkeypatch, name, make=make)
         bench.main([*TINY, "--seed", str(seed), "--json"])
-        (row,) = json.loads(capsys.readouterr().out)["variants"]
-        assert row["status"] == "wrong gradient", say(seed, row)
+        (variant,) = json.loads(capsys.readouterr().out)["variants"]
+        assert variant["status"] == "wrong gradient", say(seed, variant)
 
 
-def test_bf16_logits_are_told_from_fp32_logits(
+def test_bf16_logits_are_distinguished_from_fp32_logits(
     bench: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Near the teacher rounded logits leave nothing of a distance's gradient; further away they get their time."""
+    """Near the teacher rounding destroys a distance's gradient; further away it is timed."""
     seed = fresh_seed()
     status = {}
     for near in ("0.02", "2.0"):
@@ -265,16 +273,16 @@ def test_bf16_logits_are_told_from_fp32_logits(
                 str(seed),
             ]
         )
-        rows = rows_of(json.loads(capsys.readouterr().out))
-        status[near] = rows["torch-kl"]["status"]
-        assert rows["head-chunk"]["status"] == rows["given-logits"]["status"] == "measured", say(
-            seed, rows
-        )
+        variants = variants_of(json.loads(capsys.readouterr().out))
+        status[near] = variants["torch-kl"]["status"]
         assert (
-            max(rows["head-chunk"]["error"].values())
+            variants["head-chunk"]["status"] == variants["given-logits"]["status"] == "measured"
+        ), say(seed, variants)
+        assert (
+            max(variants["head-chunk"]["error"].values())
             < 5e-3
-            < max(rows["given-logits"]["error"].values())
-        ), say(seed, rows)
+            < max(variants["given-logits"]["error"].values())
+        ), say(seed, variants)
     assert status == {"0.02": "wrong gradient", "2.0": "measured"}, say(seed, status)
 
 
@@ -290,7 +298,7 @@ def test_bf16_logits_are_told_from_fp32_logits(
         (
             {
                 "make": lambda device: (
-                    lambda *_: (_ for _ in ()).throw(RuntimeError("first\nunsaid"))
+                    lambda *_: (_ for _ in ()).throw(RuntimeError("first\nsecond line"))
                 )
             },
             "failed: RuntimeError: first",
@@ -301,7 +309,7 @@ def test_bf16_logits_are_told_from_fp32_logits(
         ),
     ],
 )
-def test_what_cannot_run_says_why(
+def test_a_variant_that_cannot_run_is_named_with_the_reason(
     bench: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -313,22 +321,19 @@ def test_what_cannot_run_says_why(
     out = capsys.readouterr().out
     (line,) = (line for line in out.splitlines() if line.startswith("torch-ce"))
     assert words in line
-    assert "unsaid" not in out
+    assert "second line" not in out
 
 
-def test_peers_are_listed(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    peers = sys.modules["bench_peers"]
-    monkeypatch.setattr(sys, "argv", ["bench_peers.py", "--device", "cpu"])
-    assert peers.main() == 0
+def test_peers_are_listed(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    peers = importlib.import_module("bench_peers")
+    assert peers.main(["--device", "cpu"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert lines.keys() == {variant.name for variant in bench.VARIANTS}
     assert all(lines[name].endswith("runs") for name in own_names(bench))
 
 
-def test_the_oracles_losses(bench: ModuleType) -> None:
-    """Against the project's reference and torch's own divergences."""
+def test_the_reference_losses(bench: ModuleType) -> None:
+    """They equal the project's reference and torch's divergences."""
     seed = fresh_seed()
     z, t = (3.0 * torch.randn(7, 50, dtype=torch.float64) for _ in range(2))
     labels, alpha = torch.randint(0, 50, (7,)), 0.3
@@ -356,7 +361,9 @@ def test_the_oracles_losses(bench: ModuleType) -> None:
     }
     names = {variant.computes for variant in bench.VARIANTS} - set(bench.NO_GRADIENT)
     assert names == expected.keys()
+    reference = importlib.import_module("bench.head_reference")
+    teacher = reference.TeacherChunk(t, labels, target)
     for name, loss in expected.items():
-        assert relative_error(bench.token_loss(name, z, t, labels, target, alpha), loss) < 1e-12, (
-            say(seed, name)
+        assert relative_error(reference.token_loss(name, z, teacher, alpha), loss) < 1e-12, say(
+            seed, name
         )

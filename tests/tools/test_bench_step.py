@@ -1,4 +1,4 @@
-"""The step benchmark on a tiny run: every figure it promises, and ratios of what it timed."""
+"""The step benchmarks on tiny runs: all figures, and ratios of the times."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SMALL = "--rounds 2 --hidden 32 --layers 1 --teacher-hidden 64 --teacher-layers 1 --vocab 300 --sequence 16 --batch 2 --micro-batch 1 --top-k 8"
+SMALL = (
+    "--rounds 2 --hidden 32 --layers 1 --teacher-hidden 64 --teacher-layers 1 --vocab 300 "
+    "--sequence 16 --batch 2 --micro-batch 1 --top-k 8"
+)
+TWO_RANKS = "-m torch.distributed.run --standalone --nproc-per-node 2"
 
 
 @pytest.mark.dist
@@ -23,9 +27,9 @@ def test_a_tiny_run(tmp_path: Path) -> None:
         "--output",
         str(tmp_path / "step.json"),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout)
     assert result == json.loads((tmp_path / "step.json").read_text())
     assert all(spread["min"] > 0 for spread in result["seconds"].values())
     assert set(result["seconds"]) == {"plain", "online", "teacher"}
@@ -37,28 +41,31 @@ def test_a_tiny_run(tmp_path: Path) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_a_teacher_in_its_own_layout() -> None:
-    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 tools/bench_step.py --teacher-tensor 2".split()
-    done = subprocess.run(
+def test_a_teacher_in_a_separate_layout() -> None:
+    launch = f"{TWO_RANKS} tools/bench_step.py --teacher-tensor 2".split()
+    process = subprocess.run(
         [sys.executable, *launch, *SMALL.split(), "--json"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=280,
     )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout[done.stdout.index("{") :])
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout[process.stdout.index("{") :])
     assert result["online / (plain + teacher)"]["min"] > 0
     assert result["settings"]["teacher_tensor"] == 2
 
 
-LAYOUTS = "--rounds 2 --hidden 64 --layers 2 --teacher-hidden 128 --teacher-layers 2 --vocab 300 --sequence 16 --batch 8 --micro-batch 2"
+LAYOUTS = (
+    "--rounds 2 --hidden 64 --layers 2 --teacher-hidden 128 --teacher-layers 2 --vocab 300 "
+    "--sequence 16 --batch 8 --micro-batch 2"
+)
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 def test_layouts() -> None:
-    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 tools/bench_layout.py --student 1x2 --teacher same,2x1"
+    launch = f"{TWO_RANKS} tools/bench_layout.py --student 1x2 --teacher same,2x1"
     command = [
         sys.executable,
         *launch.split(),
@@ -67,9 +74,9 @@ def test_layouts() -> None:
         "none,drain",
         "--json",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    runs = json.loads(done.stdout[done.stdout.index("{") :])["runs"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert process.returncode == 0, process.stderr
+    runs = json.loads(process.stdout[process.stdout.index("{") :])["runs"]
     assert [run["kind"] for run in runs] == [
         "plain",
         "cached",
@@ -103,12 +110,12 @@ def test_layouts() -> None:
     ],
 )
 def test_a_layout_that_does_not_fit(options: str, words: str) -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "tools/bench_layout.py", *options.split()],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=100,
     )
-    assert done.returncode == 2, done.stderr
-    assert words in done.stderr, done.stderr
+    assert process.returncode == 2, process.stderr
+    assert words in process.stderr, process.stderr
