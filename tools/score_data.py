@@ -51,9 +51,9 @@ class ScoringModels:
         return {name: str(path) for name, (path, _) in self.checkpoints.items()}
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse the arguments, score the documents, and write those that are kept."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     try:
         report = _run(arguments)
         if world_from_environment()[0] == 0:

@@ -50,7 +50,7 @@ def test_usage_lists_every_verb_with_the_first_line_of_its_docstring() -> None:
     text = cli.usage()
     for verb, path in cli.verbs().items():
         (line,) = (line for line in text.splitlines() if line.startswith(f"  {verb} "))
-        first_line = path.read_text(encoding="utf-8").partition("\n")[0].strip('"')
+        first_line = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("r").strip('"')
         assert line.removeprefix(f"  {verb}").strip() == first_line, verb
 
 
