@@ -63,12 +63,12 @@ class BackgroundWriter:
 
     @property
     def failed(self) -> bool:
-        """True if something could not be written."""
+        """Return True if something could not be written."""
         return self._error is not None
 
     @property
     def problem(self) -> str | None:
-        """Error message of the first failure, or None."""
+        """Return the error message of the first failure, or None."""
         error = self._error
         return (
             None if error is None else f"{self._writer.directory}: {type(error).__name__}: {error}"

@@ -50,7 +50,7 @@ class Levels:
 
     @property
     def _turn(self) -> tuple[float, float]:
-        """Value of sqrt(p) where both kinds of steps are equally wide, and the level there."""
+        """Return sqrt(p) where both kinds of steps are equally wide, and the level there."""
         root = min(2 * STEPS_PER_NAT / self.steps, 1.0)
         return root, (1 - root) * self.steps
 

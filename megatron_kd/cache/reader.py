@@ -23,7 +23,7 @@ from megatron_kd.cache.identity import (
 )
 from megatron_kd.cache.sample_record import BadRecordError
 from megatron_kd.cache.shard import Record, Shard, ShardInfo, parse_info, readable
-from megatron_kd.targets.keys import KEY_BYTES, sample_key
+from megatron_kd.targets.sample_keys import KEY_BYTES, sample_key
 from megatron_kd.targets.sparse import SparseTarget
 
 OPEN_BATCHES = 256  # Record batches kept open; they are views of a memory map.

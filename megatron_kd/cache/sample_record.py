@@ -48,7 +48,7 @@ class RecordParts:
 
     @property
     def stores_mass(self) -> bool:
-        """True if the kept mass is stored, which is where log_tail does not determine it."""
+        """Return True if the kept mass is stored: where log_tail does not determine it."""
         return not self.flags & SAMPLED and not (self.flags & TAIL and self.temperature == 1.0)
 
     def join(self) -> bytes:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from megatron_kd.cache.identity import FORMAT, SCHEMA_VERSION, CacheIdentity, CorruptCache
 from megatron_kd.storage.atomic_files import file_digest, sync_path, write_atomically
-from megatron_kd.targets.keys import KEY_BYTES
+from megatron_kd.targets.sample_keys import KEY_BYTES
 
 BATCH_RECORDS = 64
 SCHEMA = pa.schema(

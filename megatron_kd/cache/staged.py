@@ -18,7 +18,7 @@ from megatron_kd.cache.identity import CacheError, CacheIdentity, WrongCache
 from megatron_kd.cache.shard import ShardInfo, ShardWriter, info_bytes, parse_info
 from megatron_kd.cache.writer import check_sample, lock_writer, make_record
 from megatron_kd.storage.atomic_files import sync_path, write_atomically
-from megatron_kd.targets.keys import sample_key
+from megatron_kd.targets.sample_keys import sample_key
 from megatron_kd.targets.sparse import SparseTarget
 
 READY = ".ready"

@@ -11,8 +11,8 @@ from megatron_kd.cache.encode import encode
 from megatron_kd.cache.identity import CacheIdentity, CacheInUse, write_identity
 from megatron_kd.cache.shard import Record, ShardWriter
 from megatron_kd.storage.directory_lock import DirectoryLock, DirectoryLockedError
-from megatron_kd.targets.keys import sample_key
 from megatron_kd.targets.sample import SampleSelection
+from megatron_kd.targets.sample_keys import sample_key
 from megatron_kd.targets.sparse import SparseTarget
 
 

@@ -53,12 +53,12 @@ class BackgroundJob:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start."""
+        """Return the seconds since the start."""
         return time.monotonic() - self._since
 
     @property
     def state(self) -> int:
-        """RUNNING, DONE or FAILED.
+        """Return RUNNING, DONE or FAILED.
 
         A job that once was too late stays FAILED, because other ranks have been informed.
         """
@@ -71,7 +71,7 @@ class BackgroundJob:
 
     @property
     def problem(self) -> str | None:
-        """Error message where the job has failed, else None."""
+        """Return the error message where the job has failed, else None."""
         if self.state != FAILED:
             return None
         if self.error is None:

@@ -90,7 +90,7 @@ class Verifier:
 
     @property
     def busy(self) -> bool:
-        """True while a checkpoint waits or is being read."""
+        """Return True while a checkpoint waits or is being read."""
         with self._changed:
             return self._working or bool(self._waiting)
 

@@ -54,7 +54,7 @@ class StateWriter(FileSystemWriterAsync):
 
     @property
     def records(self) -> dict[str, FileRecord]:
-        """Record of every file that this rank has written."""
+        """Return the record of every file that this rank has written."""
         return self.fs.written
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:

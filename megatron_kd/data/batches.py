@@ -16,7 +16,7 @@ import torch
 
 from megatron_kd.config import ConfigError
 from megatron_kd.data.dataset import TokenDataset
-from megatron_kd.targets.keys import mark_starts, sample_keys, unmark_starts
+from megatron_kd.targets.sample_keys import mark_starts, sample_keys, unmark_starts
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Microbatch:
         sample_ids: int64 [B], number of each sequence in the run's sample order; -1 for one that
             only fills up the last batch.
         sample_keys: int64 [B, 2], key of each sequence's tokens, and of its documents where they
-            matter (`targets.keys`).
+            matter (`targets.sample_keys`).
         documents: int64 [B, S], the number of each token's document in its sequence if tokens see
             their own document only; else None.
     """

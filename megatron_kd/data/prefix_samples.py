@@ -21,7 +21,7 @@ import torch
 
 from megatron_kd.data.index_cache import cache_key, check_arrays, complete_folder
 from megatron_kd.data.token_files import COUNTS_FOR_LOSS, STARTS_DOCUMENT, read_roles
-from megatron_kd.targets.keys import mark_starts
+from megatron_kd.targets.sample_keys import mark_starts
 
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset

@@ -1,4 +1,4 @@
-"""Sparse distillation targets and how they are chosen from a teacher's logits."""
+"""Hold a teacher's distillation targets, and select sparse ones from its logits."""
 
 from megatron_kd.targets.dense import DenseTarget, Target
 from megatron_kd.targets.sample import SampleSelection

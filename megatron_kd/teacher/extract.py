@@ -29,7 +29,7 @@ from megatron_kd.config import RunConfig
 from megatron_kd.data.batches import Microbatch
 from megatron_kd.data.prefix_samples import PrefixSamples
 from megatron_kd.parallel.collectives import from_rank_zero, raise_together
-from megatron_kd.targets.keys import KEY_BYTES, sample_key
+from megatron_kd.targets.sample_keys import KEY_BYTES, sample_key
 from megatron_kd.targets.sparse import SparseTarget
 from megatron_kd.teacher.runtime.targets import cache_identity
 from megatron_kd.teacher.source import TeacherInputs, teacher_source

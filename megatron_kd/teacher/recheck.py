@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_kd.cache import CacheReader
-from megatron_kd.targets.keys import sample_key
+from megatron_kd.targets.sample_keys import sample_key
 from megatron_kd.targets.sparse import SparseTarget
 from megatron_kd.teacher.extract import ShardPlan, make_microbatches
 from megatron_kd.teacher.teacher import Teacher

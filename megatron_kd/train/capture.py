@@ -22,7 +22,7 @@ from megatron_kd.config import ConfigError, RunConfig
 from megatron_kd.data.batches import Microbatch
 from megatron_kd.parallel.collectives import on_any_rank, raise_together
 from megatron_kd.parallel.groups import Groups
-from megatron_kd.targets.keys import token_keys
+from megatron_kd.targets.sample_keys import token_keys
 from megatron_kd.teacher.runtime.targets import SelectTargets, configured_selection
 from megatron_kd.train.startup.input_checks import Inputs
 from megatron_kd.train.startup.weights_fingerprint import RunDescription, describe_run, record_run

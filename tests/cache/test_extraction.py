@@ -23,7 +23,7 @@ from megatron_kd.targets import (
     TopSelection,
     select_targets,
 )
-from megatron_kd.targets.keys import token_keys
+from megatron_kd.targets.sample_keys import token_keys
 from megatron_kd.teacher.extract import (
     Extraction,
     ShardPlan,

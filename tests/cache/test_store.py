@@ -24,7 +24,7 @@ from megatron_kd.cache import (
     MissingTarget,
     WrongCache,
 )
-from megatron_kd.targets.keys import sample_key, sample_keys
+from megatron_kd.targets.sample_keys import sample_key, sample_keys
 from tests.cache.cache_samples import IDENTITY, SELECTION, S, Sample, V, holds, same, samples
 from tests.losses.cases import fresh_seed, say
 

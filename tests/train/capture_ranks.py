@@ -132,7 +132,7 @@ def poisoned(config: RunConfig, step: int) -> int:
 def recomputed(config: RunConfig, checkpoint: Path, step: int) -> list[tuple[bytes, SparseTarget]]:
     """What the teacher at `checkpoint` says of the samples that the run reads at `step`, by key."""
     from megatron_kd.parallel.groups import stop_groups
-    from megatron_kd.targets.keys import key_from_words
+    from megatron_kd.targets.sample_keys import key_from_words
     from megatron_kd.train.build import build_run
 
     teacher = config.teacher.model_copy(update={"source": "online", "checkpoint": checkpoint})

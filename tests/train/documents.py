@@ -59,7 +59,7 @@ def _run(config: RunConfig, sequences: list[PackedSequence], groups: Any) -> lis
 
 def _microbatch(config: RunConfig, sequence: PackedSequence) -> Any:
     from megatron_kd.data.batches import Microbatch
-    from megatron_kd.targets.keys import mark_starts
+    from megatron_kd.targets.sample_keys import mark_starts
 
     tokens, documents = (torch.tensor([values]) for values in sequence)
     starts = torch.diff(documents, dim=1, prepend=documents[:, :1]) != 0

@@ -15,7 +15,7 @@ from megatron_kd.data.dataset import DatasetRequest, build_dataset
 from megatron_kd.data.preparation.token_file_writer import TokenFileWriter
 from megatron_kd.data.token_file_checks import check_token_file
 from megatron_kd.data.token_files import COUNTS_FOR_LOSS, STARTS_DOCUMENT
-from megatron_kd.targets.keys import mark_starts, sample_key, unmark_starts
+from megatron_kd.targets.sample_keys import mark_starts, sample_key, unmark_starts
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import VOCAB, tiny
 from tests.losses.cases import fresh_seed

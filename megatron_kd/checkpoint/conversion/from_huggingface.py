@@ -51,7 +51,7 @@ class HuggingFaceSource:
 
     @property
     def vocab_size(self) -> int:
-        """True number of ids."""
+        """Return the true number of ids."""
         assert self.model.vocab_size is not None
         return self.model.vocab_size
 

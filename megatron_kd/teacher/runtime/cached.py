@@ -15,8 +15,8 @@ from megatron_kd.data.batches import Microbatch
 from megatron_kd.data.dataset import TokenDataset
 from megatron_kd.parallel.collectives import raise_together
 from megatron_kd.targets import Target
-from megatron_kd.targets.keys import key_from_words, sample_key
 from megatron_kd.targets.narrow import is_contained, narrow, parse_top_selection
+from megatron_kd.targets.sample_keys import key_from_words, sample_key
 from megatron_kd.targets.select import TopSelection
 from megatron_kd.targets.sparse import SparseTarget
 from megatron_kd.teacher.runtime.targets import cache_identity, configured_selection

@@ -27,7 +27,7 @@ from megatron_kd.parallel.collectives import all_gather, group_rank, group_size,
 from megatron_kd.parallel.groups import Groups
 from megatron_kd.parallel.vocab_shards import padded_vocab_size
 from megatron_kd.targets import Target
-from megatron_kd.targets.keys import token_keys
+from megatron_kd.targets.sample_keys import token_keys
 from megatron_kd.teacher.runtime.targets import TargetMaker, configured_maker
 from megatron_kd.teacher.source import CHECKPOINT_KEY, TeacherInputs
 from megatron_kd.teacher.teacher import Teacher

@@ -32,7 +32,7 @@ from megatron_kd.parallel.collectives import from_rank_zero
 from megatron_kd.parallel.groups import Groups
 from megatron_kd.parallel.vocab_shards import padded_vocab_size
 from megatron_kd.targets.dense import Target, same_vocabulary_ranges
-from megatron_kd.targets.keys import token_keys
+from megatron_kd.targets.sample_keys import token_keys
 from megatron_kd.teacher.runtime.offload import OffloadedWeights
 from megatron_kd.teacher.runtime.targets import configured_maker
 from megatron_kd.teacher.source import CHECKPOINT_KEY, TeacherInputs
