@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 def test_perplexity_is_the_runs_own_validation(student: Student) -> None:
     results = student.results
     for layout, (cross_entropy, tokens) in results.perplexity.items():
-        assert tokens == results.validation["tokens"], layout
+        assert tokens == results.validation["loss_tokens"], layout
         assert abs(cross_entropy - (results.validation["ce_loss"] or 0.0)) <= 1e-5, layout
 
 
