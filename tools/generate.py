@@ -57,6 +57,26 @@ def _parser() -> argparse.ArgumentParser:
         help="file with one prompt per line, with \\n and the like as in a JSON string",
     )
     parser.add_argument("--tokenizer", type=Path, help="the model's tokenizer")
+    _add_sampling_options(parser)
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts continued together (8)")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size (1)")
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel size (1)")
+    parser.add_argument(
+        "--precision",
+        choices=["bf16", "fp32"],
+        help="type of weights and activations (that of the checkpoint)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cuda", "cpu"],
+        default="auto",
+        help="auto takes CUDA where there is one",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    return parser
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest continuation (64)")
     parser.add_argument(
         "--temperature",
@@ -77,22 +97,6 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="end before this text, with \\n and the like; may be repeated",
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts continued together (8)")
-    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size (1)")
-    parser.add_argument("--pipeline", type=int, default=1, help="pipeline-parallel size (1)")
-    parser.add_argument(
-        "--precision",
-        choices=["bf16", "fp32"],
-        help="type of weights and activations (that of the checkpoint)",
-    )
-    parser.add_argument(
-        "--device",
-        choices=["auto", "cuda", "cpu"],
-        default="auto",
-        help="auto takes CUDA where there is one",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
-    return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:

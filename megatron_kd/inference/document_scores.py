@@ -212,13 +212,13 @@ def _batches(
         for offset in range(0, int(index.lengths[document]) - 1, length)
     ]
     windows.sort(key=lambda window: (-window[2], window[0], window[1]))
-    for first in range(0, len(windows), job.batch_size):
-        batch = windows[first : first + job.batch_size]
+    for begin in range(0, len(windows), job.batch_size):
+        batch = windows[begin : begin + job.batch_size]
         inputs = torch.zeros(len(batch), batch[0][2], dtype=torch.int64)
         labels = torch.full_like(inputs, IGNORED_LABEL)
         for position, (document, offset, num_labels) in enumerate(batch):
-            begin = int(index.offsets[document]) // index.dtype.itemsize + offset
-            ids = torch.from_numpy(tokens[begin : begin + num_labels + 1].astype(np.int64))
+            token = int(index.offsets[document]) // index.dtype.itemsize + offset
+            ids = torch.from_numpy(tokens[token : token + num_labels + 1].astype(np.int64))
             inputs[position, :num_labels], labels[position, :num_labels] = ids[:-1], ids[1:]
         yield torch.tensor([document - start for document, _, _ in batch]), inputs, labels
 

@@ -167,11 +167,14 @@ class _Generator:
             self._continue_batch(continuations[start : start + batch_size], start)
         return continuations
 
-    def _continue_batch(self, batch: list[Continuation], first: int) -> None:
+    def _continue_batch(self, batch: list[Continuation], first_prompt: int) -> None:
         """Run the common length of the prompts at once, then one token at a time.
 
-        Prompts that are longer take their own next id instead of the selected one. first: position
-        of the first prompt of the batch.
+        Prompts that are longer take their own next id instead of the selected one.
+
+        Args:
+            batch: Prompts without continuation.
+            first_prompt: Position of the first one among all prompts.
         """
         model, device = self.model, self.model.groups.platform.device
         lengths = [len(continuation.prompt) for continuation in batch]
@@ -184,7 +187,7 @@ class _Generator:
         while True:
             selected = None
             if hidden is not None:
-                selected = _select(model.logits(hidden)[0], first, position, self.sampling)
+                selected = _select(model.logits(hidden)[0], first_prompt, position, self.sampling)
             ids = _broadcast(model, selected, len(batch))
             for index, continuation in enumerate(batch):
                 if position < lengths[index]:
@@ -213,7 +216,7 @@ class _Generator:
             continuation.finish = "length"
 
 
-def _select(logits: Tensor, first: int, position: int, sampling: Sampling) -> Tensor:
+def _select(logits: Tensor, first_prompt: int, position: int, sampling: Sampling) -> Tensor:
     """Return the next ids, int64 [B], from logits [B, V].
 
     They are the same on every tensor-parallel rank, whose logits are the same.
@@ -226,12 +229,12 @@ def _select(logits: Tensor, first: int, position: int, sampling: Sampling) -> Te
         .sort(dim=-1, descending=True, stable=True)
     )
     preceding_mass = probabilities.cumsum(-1) - probabilities
-    kept = probabilities.masked_fill(preceding_mass >= sampling.top_p, 0.0)
+    top_mass = probabilities.masked_fill(preceding_mass >= sampling.top_p, 0.0)
     uniform = torch.tensor(
-        [_uniform(sampling.seed, first + index, position) for index in range(len(logits))],
+        [_uniform(sampling.seed, first_prompt + index, position) for index in range(len(logits))],
         dtype=torch.float64,
     )
-    is_reached = kept.cumsum(-1) > (uniform.to(kept.device) * kept.sum(-1))[:, None]
+    is_reached = top_mass.cumsum(-1) > (uniform.to(ids.device) * top_mass.sum(-1))[:, None]
     return ids.gather(1, is_reached.int().argmax(-1, keepdim=True))[:, 0]
 
 

@@ -174,7 +174,7 @@ def can_reverse_stages() -> bool:
 
 
 def start_separate_layout(
-    first: Groups,
+    student: Groups,
     *,
     tensor: int,
     pipeline: int,
@@ -186,21 +186,21 @@ def start_separate_layout(
     It serves a model that is handed its groups. Ranks are numbered as in `start_groups`.
 
     Args:
-        first: Layout of the student.
+        student: Layout of the student.
         tensor: Tensor-parallel size. tensor * pipeline must divide the world size.
         pipeline: Pipeline-parallel size.
         timeout_seconds: Longest wait of a collective.
         reversed_stages: True to place the first pipeline stage on the last ranks.
     """
-    data = first.world_size // (tensor * pipeline)
+    data = student.world_size // (tensor * pipeline)
     grid = HyperCommGrid([tensor, 1, data, pipeline], ["tp", "cp", "dp", "pp"])
     collection = _create_collection(
         grid, timeout=timedelta(seconds=timeout_seconds), reversed_stages=reversed_stages
     )
     return Groups(
-        platform=first.platform,
-        world_size=first.world_size,
-        rank=first.rank,
+        platform=student.platform,
+        world_size=student.world_size,
+        rank=student.rank,
         tensor_rank=dist.get_rank(collection.tp),
         tensor_size=tensor,
         pipeline_rank=dist.get_rank(collection.pp),
@@ -209,7 +209,7 @@ def start_separate_layout(
         data_size=data,
         virtual_pipeline=1,
         collection=collection,
-        watchdog=first.watchdog,
+        watchdog=student.watchdog,
         reversed_stages=reversed_stages,
     )
 
@@ -246,7 +246,7 @@ def _create_collection(
 
 
 def _forget_model_groups() -> None:
-    # megatron-core knows one layout at a time. A second run in this process replaces the first.
+    # megatron-core knows one layout at a time. A second run in this process replaces it.
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
 

@@ -264,10 +264,11 @@ class Watchdog:
         """Return the last heartbeat of every rank, in rank order."""
         assert self._store is not None
         keys = [str(rank) for rank in range(self.world_size)]
-        known = (
+        written_keys = (
             keys if self._store.check(keys) else [key for key in keys if self._store.check([key])]
         )
-        heartbeats = dict(zip(known, map(json.loads, self._store.multi_get(known)), strict=True))
+        values = map(json.loads, self._store.multi_get(written_keys))
+        heartbeats = dict(zip(written_keys, values, strict=True))
         return [heartbeats.get(key, _UNKNOWN) for key in keys]
 
 

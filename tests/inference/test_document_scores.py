@@ -31,13 +31,18 @@ def test_scores_equal_those_of_whole_logits(student: Student) -> None:
 def test_chosen_documents(student: Student, tool_calls: dict[str, Done]) -> None:
     """Keep half of the documents, unchanged and in order, and those with the highest scores."""
     assert tool_calls["score"].code == 0, tool_calls["score"]
-    documents, kept = (read_documents(student.folder / name) for name in ("short", "chosen"))
+    documents, kept_documents = (
+        read_documents(student.folder / name) for name in ("short", "chosen")
+    )
     report = json.loads((student.folder / "chosen.selection.json").read_text())
     assert report["not_scored"] == 1
-    assert len(kept) == report["kept_documents"] == round((len(documents) - 1) / 2)
+    assert len(kept_documents) == report["kept_documents"] == round((len(documents) - 1) / 2)
     assert report["documents"] == len(documents)
     remaining = iter(enumerate(documents))
-    chosen = [next(number for number, other in remaining if other == document) for document in kept]
+    chosen = [
+        next(number for number, other in remaining if other == document)
+        for document in kept_documents
+    ]
     index = read_index(student.folder / "short")
     shards = [
         np.load(path) for path in sorted((student.folder / "chosen.scores").glob("shard-*.npy"))
@@ -62,8 +67,8 @@ def test_chosen_documents(student: Student, tool_calls: dict[str, Done]) -> None
 
 def test_another_rule_reads_the_same_scores(student: Student, tool_calls: dict[str, Done]) -> None:
     assert tool_calls["score again"].code == 0, tool_calls["score again"]
-    kept, fewer = (read_documents(student.folder / name) for name in ("chosen", "fewer"))
-    assert set(fewer) <= set(kept) or set(kept) <= set(fewer)
+    half, fewer = (read_documents(student.folder / name) for name in ("chosen", "fewer"))
+    assert set(fewer) <= set(half) or set(half) <= set(fewer)
     report = json.loads((student.folder / "fewer.selection.json").read_text())
     assert report["kept_tokens"] <= 700
     assert sum(map(len, fewer)) // 2 > 500, "the budget of tokens is used"

@@ -96,35 +96,12 @@ RATES = {
 @pytest.mark.fault(1)
 def test_killed_and_started_again(tmp_path: Path) -> None:
     """Restart after SIGKILL in the middle: metrics and weights equal those without the kill."""
-    tokens = write_tokens(tmp_path)
-    valid = write_tokens(tmp_path, tokens=1500, seed=1)
-    shared: dict[str, Any] = {
-        "parallel": {"tensor": 2},
-        "data": {"valid": {"held_out": valid}},
-        "train": {"steps": 60, "evaluate_interval": 25},
-        "checkpoint": {"interval": 16, "keep_last": 2},
-        "telemetry": {"tensorboard": True},
-    }
-    undisturbed, killed = (
-        write_run(tmp_path, name, tokens, **shared) for name in ("undisturbed", "killed")
-    )
+    undisturbed, killed = write_pair(tmp_path)
     code, output = finish(start(command(undisturbed, ranks=2)))
     assert code == 0, output
-
-    victim = start(command(killed, ranks=2))
-    log = tmp_path / "killed/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while (
-        not (log.exists() and len(log.read_text().splitlines()) >= 25)
-        and time.monotonic() < deadline
-        and victim.poll() is None
-    ):
-        time.sleep(0.02)
-    kill_tree(victim)
-    finish(victim)
-    assert 0 < len(rows(tmp_path / "killed")) < len(rows(tmp_path / "undisturbed")), (
-        "the kill must fall in the middle"
-    )
+    kill_in_the_middle(killed, tmp_path / "killed/metrics.jsonl")
+    num_records = len(rows(tmp_path / "undisturbed"))
+    assert 0 < len(rows(tmp_path / "killed")) < num_records, "the kill must fall in the middle"
     code, output = finish(start(command(killed, ranks=2)))
     assert code == 0, output
 
@@ -138,6 +115,45 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
         "step-00000060",
     ]
     assert json.loads((tmp_path / "killed/status.json").read_text())["state"] == "finished"
+    check_files(tmp_path / "undisturbed")
+
+    # The finished run, extended, continues from its end.
+    code, output = finish(start(command(undisturbed, "--train.steps", "62", ranks=2)))
+    assert code == 0, output
+    assert rows(tmp_path / "undisturbed")[-1]["step"] == 62, output
+
+
+def write_pair(folder: Path) -> tuple[Path, Path]:
+    """Write two run files that differ in the directory only."""
+    tokens = write_tokens(folder)
+    valid = write_tokens(folder, tokens=1500, seed=1)
+    shared: dict[str, Any] = {
+        "parallel": {"tensor": 2},
+        "data": {"valid": {"held_out": valid}},
+        "train": {"steps": 60, "evaluate_interval": 25},
+        "checkpoint": {"interval": 16, "keep_last": 2},
+        "telemetry": {"tensorboard": True},
+    }
+    undisturbed = write_run(folder, "undisturbed", tokens, **shared)
+    return undisturbed, write_run(folder, "killed", tokens, **shared)
+
+
+def kill_in_the_middle(config: Path, metrics: Path) -> None:
+    """Start a run and kill it once it has written 25 records of metrics."""
+    process = start(command(config, ranks=2))
+    deadline = time.monotonic() + 120
+    while (
+        not (metrics.exists() and len(metrics.read_text().splitlines()) >= 25)
+        and time.monotonic() < deadline
+        and process.poll() is None
+    ):
+        time.sleep(0.02)
+    kill_tree(process)
+    finish(process)
+
+
+def check_files(directory: Path) -> None:
+    """Check the metrics and other files of a finished run."""
     names = {
         "step",
         "total_loss",
@@ -149,17 +165,13 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
         "tokens",
         "tokens_per_second",
     }
-    assert names <= rows(tmp_path / "undisturbed")[0].keys()
-    assert {"step", "split", "ce_loss", "kd_loss"} <= rows(tmp_path / "undisturbed")[-1].keys()
-    for record in rows(tmp_path / "undisturbed"):
+    records = rows(directory)
+    assert names <= records[0].keys()
+    assert {"step", "split", "ce_loss", "kd_loss"} <= records[-1].keys()
+    for record in records:
         assert record.keys() <= {"step", "split", *METRICS}
-    assert list((tmp_path / "undisturbed/tensorboard").iterdir())
-    assert (tmp_path / "undisturbed/config.toml").exists()
-
-    # The finished run, extended, continues from its end.
-    code, output = finish(start(command(undisturbed, "--train.steps", "62", ranks=2)))
-    assert code == 0, output
-    assert rows(tmp_path / "undisturbed")[-1]["step"] == 62, output
+    assert list((directory / "tensorboard").iterdir())
+    assert (directory / "config.toml").exists()
 
 
 @pytest.mark.fault(8)
@@ -232,56 +244,23 @@ def bad_inputs(folder: Path, tokens: str) -> dict[str, tuple[list[str], str]]:
     """Return name -> (overrides, text that the message contains)."""
     bad = folder / "bad"
     bad.mkdir()
-
-    def copy(name: str, data: bytes) -> str:
-        (bad / f"{name}.idx").write_bytes(Path(f"{tokens}.idx").read_bytes())
-        (bad / f"{name}.bin").write_bytes(data)
-        return str(bad / name)
-
-    content = Path(f"{tokens}.bin").read_bytes()
-    invalid = np.frombuffer(content, dtype="<u2").copy()
-    invalid[777] = 5000
     other = folder / "other"
-    (other / "checkpoints/step-00000003").mkdir(parents=True)
-    model = tiny(folder / "x", tokens).model.model_dump(mode="json")
-    state = {
-        "format": 1,
-        "step": 3,
-        "consumed_samples": 0,
-        "consumed_tokens": 0,
-        "nonfinite_steps": 0,
-        "tokenizer": None,
-    }
-    state |= {
-        "precision": "fp32",
-        "distributed_optimizer": False,
-        "version": "0",
-        "model": {**model, "num_layers": 2},
-        "vocab_size": 101,
-    }
-    (other / "checkpoints/step-00000003/state.json").write_text(json.dumps(state))
-    small = folder / "small"
-    (small / "checkpoints/step-00000003").mkdir(parents=True)
-    (small / "checkpoints/step-00000003/state.json").write_text(
-        json.dumps({**state, "vocab_size": 99})
-    )
+    write_checkpoint(other, tokens, vocab_size=101)
     teacher = ["--teacher.source", "online", "--teacher.checkpoint"]
     return {
+        **bad_token_files(bad, tokens),
         "missing teacher": (
             [*teacher, str(folder / "nowhere")],
             "teacher.checkpoint: no checkpoint at",
         ),
         "teacher's vocabulary": (
-            [*teacher, str(small)],
+            [*teacher, str(write_checkpoint(folder / "small", tokens, vocab_size=99))],
             "has a vocabulary of 99 ids, this run has 101",
         ),
         "another model": (
             ["--checkpoint.initialize_from", str(other)],
             "holds another model: model.num_layers is 2 there and 4 here",
         ),
-        "truncated .bin": (["--data.train", copy("short", content[:-7])], "bytes"),
-        "oversized .bin": (["--data.train", copy("long", content + b"123")], "bytes"),
-        "invalid id": (["--data.train", copy("invalid", invalid.tobytes())], "5000"),
         "long sequence": (["--batch.sequence_length", "40000"], "fewer than one sequence"),
         "top_k": ([*teacher, str(other), "--distill.top_k", "102"], "distill.top_k (102)"),
         "temperature": (["--distill.temperature", "0"], "distill.temperature"),
@@ -293,3 +272,44 @@ def bad_inputs(folder: Path, tokens: str) -> dict[str, tuple[list[str], str]]:
         "unknown key": (["--optimizer.learning_rat", "1"], "optimizer.learning_rate"),
         "no data": (["--data.train", str(bad / "absent")], "absent"),
     }
+
+
+def bad_token_files(folder: Path, tokens: str) -> dict[str, tuple[list[str], str]]:
+    """Write damaged copies of a token file."""
+    content = Path(f"{tokens}.bin").read_bytes()
+    invalid = np.frombuffer(content, dtype="<u2").copy()
+    invalid[777] = 5000
+    copies = {
+        "truncated .bin": (content[:-7], "bytes"),
+        "oversized .bin": (content + b"123", "bytes"),
+        "invalid id": (invalid.tobytes(), "5000"),
+    }
+    cases = {}
+    for number, (name, (data, message)) in enumerate(copies.items()):
+        prefix = folder / f"copy{number}"
+        prefix.with_suffix(".idx").write_bytes(Path(f"{tokens}.idx").read_bytes())
+        prefix.with_suffix(".bin").write_bytes(data)
+        cases[name] = (["--data.train", str(prefix)], message)
+    return cases
+
+
+def write_checkpoint(folder: Path, tokens: str, *, vocab_size: int) -> Path:
+    """Write the description of a checkpoint of a model with two layers."""
+    step_folder = folder / "checkpoints/step-00000003"
+    step_folder.mkdir(parents=True)
+    model = tiny(folder, tokens).model.model_dump(mode="json")
+    state = {
+        "format": 1,
+        "step": 3,
+        "consumed_samples": 0,
+        "consumed_tokens": 0,
+        "nonfinite_steps": 0,
+        "tokenizer": None,
+        "precision": "fp32",
+        "distributed_optimizer": False,
+        "version": "0",
+        "model": {**model, "num_layers": 2},
+        "vocab_size": vocab_size,
+    }
+    (step_folder / "state.json").write_text(json.dumps(state))
+    return folder

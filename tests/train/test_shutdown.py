@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +19,6 @@ from tests.train.test_program import RATES, rows, write_run
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
 
-def read_status(directory: Path) -> dict[str, Any]:
-    status: dict[str, Any] = json.loads((directory / "status.json").read_text())
-    return status
-
-
 def wait_for_step(directory: Path, step: int) -> None:
     deadline = time.monotonic() + 100
     metrics = directory / "metrics.jsonl"
@@ -35,62 +31,80 @@ def wait_for_step(directory: Path, step: int) -> None:
     raise AssertionError(f"no step {step} within 100 s")
 
 
+class Run:
+    """Start and stop a run of two ranks."""
+
+    def __init__(self, folder: Path, name: str, tokens: str) -> None:
+        shared: dict[str, Any] = {
+            "parallel": {"tensor": 2},
+            "train": {"steps": 160, "evaluate_interval": 0},
+            "checkpoint": {"interval": 0},
+        }
+        self.directory = folder / name
+        self._config = write_run(folder, name, tokens, **shared)
+
+    def start(self, *overrides: str) -> list[subprocess.Popen[str]]:
+        return start_ranks(2, ["--config", str(self._config), *overrides])
+
+    def finish(self, *overrides: str) -> list[int]:
+        return [code for code, _ in finish_ranks(self.start(*overrides))]
+
+    @property
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = json.loads((self.directory / "status.json").read_text())
+        return status
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [
+            {key: value for key, value in record.items() if key not in RATES}
+            for record in rows(self.directory)
+        ]
+
+
 @pytest.mark.slow
 @pytest.mark.fault(4)
 def test_every_shutdown_request(tmp_path: Path, measured: Callable[[str], None]) -> None:
     tokens = write_tokens(tmp_path, tokens=60_000)
-    shared: dict[str, Any] = {
-        "parallel": {"tensor": 2},
-        "train": {"steps": 160, "evaluate_interval": 0},
-        "checkpoint": {"interval": 0},
-    }
-    undisturbed, restarted = (
-        write_run(tmp_path, name, tokens, **shared) for name in ("undisturbed", "restarted")
-    )
-    directory = tmp_path / "restarted"
-    ended = finish_ranks(start_ranks(2, ["--config", str(undisturbed)]))
-    assert [code for code, _ in ended] == [0, 0]
-
-    # A signal to one rank only.
-    workers = start_ranks(2, ["--config", str(restarted)])
-    wait_for_step(directory, 20)
-    workers[1].send_signal(signal.SIGUSR1)
-    ended = finish_ranks(workers)
-    assert [code for code, _ in ended] == [85, 85], ended
-    assert "saved and stopped: SIGUSR1 requested it" in ended[1][1]
-    assert "saved and stopped: another rank received a request" in ended[0][1]
-    first = read_status(directory)
-    assert first["state"] == "requeue"
-    assert 20 <= first["step"] < 160
-
-    # A stop file, which is removed.
-    workers = start_ranks(2, ["--config", str(restarted)])
-    wait_for_step(directory, first["step"] + 10)
-    (directory / "stop").touch()
-    ended = finish_ranks(workers)
-    assert [code for code, _ in ended] == [93, 93], ended
-    second = read_status(directory)
-    assert second["state"] == "stopped"
-    assert second["step"] > first["step"]
-    assert not (directory / "stop").exists()
-
+    undisturbed, restarted = (Run(tmp_path, name, tokens) for name in ("undisturbed", "restarted"))
+    assert undisturbed.finish() == [0, 0]
+    signal_step = stop_by_signal_to_one_rank(restarted)
+    file_step = stop_by_file(restarted, signal_step)
     # A time limit that is over at once: the run stops before another step.
-    ended = finish_ranks(start_ranks(2, ["--config", str(restarted), "--train.minutes", "0.0001"]))
-    assert [code for code, _ in ended] == [85, 85]
-    assert read_status(directory)["step"] == second["step"]
-
-    ended = finish_ranks(start_ranks(2, ["--config", str(restarted)]))
-    assert [code for code, _ in ended] == [0, 0]
-    metrics, undisturbed_metrics = (
-        [
-            {key: value for key, value in record.items() if key not in RATES}
-            for record in rows(tmp_path / name)
-        ]
-        for name in ("restarted", "undisturbed")
-    )
-    assert metrics == undisturbed_metrics
-    assert len(undisturbed_metrics) == 160
+    assert restarted.finish("--train.minutes", "0.0001") == [85, 85]
+    assert restarted.status["step"] == file_step
+    assert restarted.finish() == [0, 0]
+    assert restarted.metrics == undisturbed.metrics
+    assert len(undisturbed.metrics) == 160
     measured(
-        f"stopped at steps {first['step']} (signal to one rank, 85) and {second['step']} (file, "
-        "93), then at the limit; metrics identical"
+        f"stopped at steps {signal_step} (signal to one rank, 85) and {file_step} (file, 93), then "
+        "at the limit; metrics identical"
     )
+
+
+def stop_by_signal_to_one_rank(run: Run) -> int:
+    workers = run.start()
+    wait_for_step(run.directory, 20)
+    workers[1].send_signal(signal.SIGUSR1)
+    results = finish_ranks(workers)
+    assert [code for code, _ in results] == [85, 85], results
+    assert "saved and stopped: SIGUSR1 requested it" in results[1][1]
+    assert "saved and stopped: another rank received a request" in results[0][1]
+    status = run.status
+    assert status["state"] == "requeue"
+    assert 20 <= status["step"] < 160
+    return int(status["step"])
+
+
+def stop_by_file(run: Run, last_step: int) -> int:
+    """Stop with a stop file, which the run removes."""
+    workers = run.start()
+    wait_for_step(run.directory, last_step + 10)
+    (run.directory / "stop").touch()
+    results = finish_ranks(workers)
+    assert [code for code, _ in results] == [93, 93], results
+    status = run.status
+    assert status["state"] == "stopped"
+    assert status["step"] > last_step
+    assert not (run.directory / "stop").exists()
+    return int(status["step"])
