@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Build an image: `bash docker/build.sh cpu|gpu [options of the build command]`, with docker, podman or buildah, whichever is there.
+# Build an image with docker, podman or buildah: bash docker/build.sh cpu|gpu [BUILD OPTION ...]
 #
-#   ENGINE=buildah          name one of the three
-#   TAG=megatron_kd:cpu     the image's name
-#   BASE=debian             another base image; `debian` makes one with debootstrap, where no registry can be reached (root, buildah)
-#   MIRROR=URL              where debootstrap finds Debian
+#   ENGINE=buildah          choose one of the three (default: the first that is installed)
+#   TAG=megatron_kd:cpu     name of the image
+#   BASE=debian             another base image; `debian` creates one with debootstrap, where no
+#                           registry can be reached (needs root and buildah)
+#   MIRROR=URL              Debian mirror for debootstrap
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -33,7 +34,8 @@ fi
 [ -n "$engine" ] || fail "none of docker, podman and buildah was found"
 command -v "$engine" >/dev/null || fail "$engine was not found"
 
-# As root in a machine without overlay mounts or user namespaces these are what works; they change nothing about the image.
+# As root without overlay mounts or user namespaces only these options work. They do not change the
+# image.
 build=("$engine" build)
 storage=()
 if [ "$engine" = buildah ]; then
@@ -49,7 +51,8 @@ if [ "${BASE:-}" = debian ]; then
     if ! buildah "${storage[@]}" inspect --type image "$BASE" >/dev/null 2>&1; then
         root=$(mktemp -d)
         trap 'rm -rf "$root"' EXIT
-        debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$root" "${MIRROR:-http://deb.debian.org/debian}"
+        debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm \
+            "$root" "${MIRROR:-http://deb.debian.org/debian}"
         container=$(buildah "${storage[@]}" from scratch)
         buildah "${storage[@]}" add --quiet "$container" "$root" /
         buildah "${storage[@]}" commit --quiet --rm "$container" "$BASE"

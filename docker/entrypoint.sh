@@ -1,28 +1,31 @@
 #!/bin/sh
-# What a container of megatron_kd does:
-#   pretrain --config run.toml ...      the program, in one process
-#   torchrun ... -m megatron_kd.pretrain ..., bash, any other command
-#   TOOL ...                            a program of tools/, by name: preprocess_data --input corpus/ ...
-#   test [pytest arguments]             the test suite
-#   help                                this, the tools, and the versions in the image
-# Signals reach the program itself: it saves and leaves with exit code 85 when asked to (see README.md, "Exit codes").
+# Commands of a container of megatron_kd:
+#   pretrain --config run.toml ...      train in one process
+#   torchrun ... -m megatron_kd.pretrain ..., bash, or any other command
+#   TOOL ...                            run a program of tools/: preprocess_data --input corpus/ ...
+#   test [pytest arguments]             run the test suite
+#   help                                print this, the tools, and the versions in the image
+# Signals reach the program, which saves a checkpoint and exits with code 85 (see README.md).
 set -eu
 home=/opt/megatron_kd
 [ -d "$home/megatron_kd" ] || home=$(cd "$(dirname "$0")/.." && pwd)
 
-# Compute nodes have no way out, and a name that is not found there must fail at once. `-e HF_HUB_OFFLINE=0` allows it.
+# Compute nodes often have no network: a missing model must fail at once instead of timing out.
+# `-e HF_HUB_OFFLINE=0` allows downloads.
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" HF_DATASETS_OFFLINE="${HF_DATASETS_OFFLINE:-1}"
-# Containers often run with a user id that has no home: what is compiled and cached must go somewhere.
+# Containers often run with a user id without a home: compiled and cached files need a folder.
 if [ ! -w "${HOME:-/}" ]; then
     HOME=$(mktemp -d)
     export HOME
 fi
-export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$HOME/.triton}" XDG_CACHE_HOME="${XDG_CACHE_HOME:-$HOME/.cache}"
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$HOME/.triton}"
+export XDG_CACHE_HOME="${XDG_CACHE_HOME:-$HOME/.cache}"
 
-# NCCL and worker processes share memory here; docker's 64 MiB end a run in the middle with a bus error.
+# NCCL and worker processes use /dev/shm. Docker's default of 64 MiB ends a run with a bus error.
 shared=$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 { print $2 }')
 if [ -n "$shared" ] && [ "$shared" -lt 1048576 ]; then
-    echo "megatron_kd: warning: /dev/shm has only $((shared / 1024)) MiB: start the container with --ipc=host or --shm-size=8g" >&2
+    echo "megatron_kd: warning: /dev/shm has only $((shared / 1024)) MiB: start the container" \
+        "with --ipc=host or --shm-size=8g" >&2
 fi
 
 case "${1:-help}" in
@@ -32,7 +35,8 @@ case "${1:-help}" in
         for tool in "$home"/tools/*.py; do printf ' %s' "$(basename "$tool" .py)"; done
         printf '\n\n'
         exec python3 -c 'from importlib.metadata import version as v, PackageNotFoundError as e
-for name in ("megatron-kd", "torch", "megatron-core", "transformer-engine", "flash-attn", "triton", "deepspeed", "sentencepiece"):
+for name in ("megatron-kd", "torch", "megatron-core", "transformer-engine", "flash-attn", "triton",
+             "deepspeed", "sentencepiece"):
     try: print(f"{name} {v(name)}")
     except e: pass'
         ;;

@@ -1,7 +1,10 @@
-"""Constraints for pip that keep what a base image brings: `keep_base.py constraints.txt > ours.txt`, later `keep_base.py --check ours.txt`.
+"""Write pip constraints that keep the compiled packages of a base image.
 
-An image's torch, NCCL and Transformer Engine were built against each other. A requirement that pip would rather have another version of
-must end the build, not replace one of them.
+    keep_base.py constraints.txt > image_constraints.txt
+    keep_base.py --check image_constraints.txt
+
+The torch, NCCL and Transformer Engine of an image were built against each other. If pip would
+replace one of them to satisfy a requirement, the build must fail instead.
 """
 
 from __future__ import annotations
@@ -12,56 +15,71 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 
-# What was compiled together; other packages of the image may move to the version that was tested with this project.
+# Packages that were compiled together. Other packages of the image may change to the version that
+# was tested with this project.
 COMPILED = re.compile(
-    r"(pytorch[-_])?(torch|triton)([-_].*)?|transformer[-_]engine.*|flash[-_]attn.*|apex|nvidia[-_].*|numpy"
+    r"(pytorch[-_])?(torch|triton)([-_].*)?|transformer[-_]engine.*|flash[-_]attn.*"
+    r"|apex|nvidia[-_].*|numpy"
 )
-OURS = re.compile(r"\s*([A-Za-z0-9._-]+)\s*==")
+_PIN = re.compile(r"\s*([A-Za-z0-9._-]+)\s*==")
 
 
 def installed() -> dict[str, str]:
-    """Versions by normalised name."""
-    return {_normal(each.metadata["Name"]): each.version for each in distributions()}
+    """Return the versions of all installed packages by normalized name."""
+    return {_normalize(package.metadata["Name"]): package.version for package in distributions()}
 
 
-def kept(constraints: Iterable[str], found: dict[str, str]) -> Iterator[str]:
-    """The lines of a constraints file with the compiled packages at the versions found, and those of them that it does not name."""
-    held = {name: version for name, version in found.items() if COMPILED.fullmatch(name)}
+def kept(constraints: Iterable[str], versions: dict[str, str]) -> Iterator[str]:
+    """Yield the constraints with compiled packages pinned to their installed versions.
+
+    Args:
+        constraints: lines of a constraints file.
+        versions: installed versions by normalized name.
+    """
+    compiled = {name: version for name, version in versions.items() if COMPILED.fullmatch(name)}
     for line in constraints:
-        named = OURS.match(line)
-        if named is None or _normal(named[1]) not in held:
+        pin = _PIN.match(line)
+        if pin is None or _normalize(pin[1]) not in compiled:
             yield line
-    yield from (f"{name}=={version}" for name, version in sorted(held.items()))
+    yield from (f"{name}=={version}" for name, version in sorted(compiled.items()))
 
 
-def changed(constraints: Iterable[str], found: dict[str, str]) -> list[str]:
-    """What of the compiled packages is no longer what the constraints say."""
-    pinned = (
-        (_normal(line.split("==")[0]), line.split("==")[1].strip())
+def changed(constraints: Iterable[str], versions: dict[str, str]) -> list[str]:
+    """Return one sentence for each compiled package whose version differs from its constraint.
+
+    Args:
+        constraints: lines that `kept` wrote.
+        versions: installed versions by normalized name.
+    """
+    pins = (
+        (_normalize(line.split("==")[0]), line.split("==")[1].strip())
         for line in constraints
-        if OURS.match(line)
+        if _PIN.match(line)
     )
     return [
-        f"{name} is {found[name]}, not {version}"
-        for name, version in pinned
-        if COMPILED.fullmatch(name) and name in found and found[name] != version
+        f"{name} is {versions[name]}, not {version}"
+        for name, version in pins
+        if COMPILED.fullmatch(name) and name in versions and versions[name] != version
     ]
 
 
-def _normal(name: str) -> str:
+def _normalize(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 1 where a compiled package changed."""
+    """Print constraints, or check them and return 1 if a compiled package has changed."""
     lines = Path(arguments[-1]).read_text(encoding="utf-8").splitlines()
     if arguments[0] != "--check":
         print("\n".join(kept(lines, installed())))
         return 0
-    found = changed(lines, installed())
-    for sentence in found:
-        print(f"keep_base: error: {sentence}: the base image's own was replaced", file=sys.stderr)
-    return bool(found)
+    problems = changed(lines, installed())
+    for problem in problems:
+        print(
+            f"keep_base: error: {problem}: the version of the base image was replaced",
+            file=sys.stderr,
+        )
+    return bool(problems)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,23 @@
-"""Move a model between Hugging Face's folders and checkpoints of this program: Llama 3, Qwen2/2.5, Qwen3 and Mistral, dense.
+r"""Convert a model between a Hugging Face folder and a checkpoint of this program.
 
-    python tools/convert_checkpoint.py from-huggingface models/Qwen3-0.6B --output teachers/qwen3 --tokenizer models/Qwen3-0.6B --check
-    python tools/convert_checkpoint.py to-huggingface runs/student --output exported/student --tokenizer data/tokenizer.model --check
-    python tools/convert_checkpoint.py from-megatron other/iter_0010000 --model model.toml --output teachers/other
+Families: Llama 3, Qwen2/2.5, Qwen3 and Mistral, dense.
 
-What comes in is a checkpoint like any other: teacher.checkpoint or checkpoint.initialize_from, in any tensor- and pipeline-parallel
-layout. The model section that was derived is printed and saved as OUTPUT/model.toml. Only safetensors are read, no code of a model
-folder is run, and a model needs the memory of its largest tensor (or of one output file). --check compares the logits of both sides in
-fp32 on random tokens and needs transformers and the memory of the model in fp32.
+    python tools/convert_checkpoint.py from-huggingface models/Qwen3-0.6B \
+        --output teachers/qwen3 --tokenizer models/Qwen3-0.6B --check
+    python tools/convert_checkpoint.py to-huggingface runs/student \
+        --output exported/student --tokenizer data/tokenizer.model --check
+    python tools/convert_checkpoint.py from-megatron other/iter_0010000 \
+        --model model.toml --output teachers/other
 
-Exit codes: 0 done (and the same, with --check), 1 --check found a difference, 2 bad input, 5 the disk is full or not writable.
+An imported model is a checkpoint like any other: use it as teacher.checkpoint or
+checkpoint.initialize_from, in any tensor- and pipeline-parallel layout. The model section is
+printed and saved as OUTPUT/model.toml. Only safetensors files are read, and no code of a model
+folder is run. The conversion needs memory for the largest tensor, or for one output file. --check
+compares the logits of both sides on random tokens in fp32; it needs transformers and memory for the
+whole model in fp32.
+
+Exit codes: 0 converted, and the logits agree under --check; 1 --check found a difference; 2 bad
+input; 5 the disk is full or not writable.
 """
 
 from __future__ import annotations
@@ -22,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_kd.config import ConfigError, ModelSection
+from megatron_kd.storage.exit_codes import BAD_INPUT, WRITE_FAILED
 
 if TYPE_CHECKING:
     from megatron_kd.checkpoint.store import CheckpointInfo
@@ -30,19 +39,20 @@ SAVED_CONFIG, MODEL_FILE = "huggingface_config.json", "model.toml"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse and convert."""
+    """Parse the arguments and run the command."""
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except ConfigError as error:
         print(f"convert_checkpoint: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return BAD_INPUT
     except OSError as error:
         print(
-            f"convert_checkpoint: stopped: {error}: nothing was left behind; free space or choose another --output",
+            f"convert_checkpoint: stopped: {error}: no partial output remains; free space or "
+            "choose another --output",
             file=sys.stderr,
         )
-        return 5
+        return WRITE_FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,67 +60,79 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    into = commands.add_parser(
-        "from-huggingface",
-        help="a model folder with config.json and safetensors becomes a checkpoint",
+    importer = commands.add_parser(
+        "from-huggingface", help="convert a folder with config.json and safetensors"
     )
-    into.add_argument("input", type=Path, help="folder of the model")
-    into.add_argument(
-        "--precision",
-        choices=["bf16", "fp32"],
-        help="type of the checkpoint (as stored: bf16, and fp32 for fp16 and fp32)",
-    )
-    into.add_argument(
-        "--vocab-size",
-        type=int,
-        help="keep only this many ids: the rest of the embedding is padding that no token of the tokenizer uses",
-    )
-    into.add_argument(
-        "--vocab-size-multiple",
-        type=int,
-        default=128,
-        help="pad the vocabulary to a multiple of this (128)",
-    )
-    into.set_defaults(run=_from_huggingface)
-    out = commands.add_parser("to-huggingface", help="a checkpoint becomes a model folder")
-    out.add_argument(
-        "input", type=Path, help="run directory, its checkpoints folder, or one step-* folder"
-    )
-    out.add_argument(
-        "--max-positions",
-        type=int,
-        help="longest sequence; unset: batch.sequence_length of the run, or of the model imported",
-    )
-    out.add_argument(
-        "--shard-gigabytes", type=float, default=2.0, help="largest output file, 1e9 bytes (2)"
-    )
-    out.set_defaults(run=_to_huggingface)
-    adopt = commands.add_parser(
+    importer.set_defaults(run=_from_huggingface)
+    _add_import_options(importer)
+    exporter = commands.add_parser("to-huggingface", help="convert a checkpoint to a model folder")
+    exporter.set_defaults(run=_to_huggingface)
+    _add_export_options(exporter)
+    adopter = commands.add_parser(
         "from-megatron",
-        help="a distributed checkpoint of another megatron-core program, Llama-style",
+        help="convert a distributed checkpoint of another megatron-core program, Llama-style",
     )
-    adopt.add_argument("input", type=Path, help="folder with .metadata and *.distcp")
-    adopt.add_argument(
+    adopter.set_defaults(run=_from_megatron)
+    adopter.add_argument("input", type=Path, help="folder with .metadata and *.distcp")
+    adopter.add_argument(
         "--model",
         type=Path,
         required=True,
         help="TOML file with the model's [model] table, vocab_size included",
     )
-    adopt.set_defaults(run=_from_megatron)
-    for command in (into, out, adopt):
+    for command in (importer, exporter, adopter):
         command.add_argument(
-            "--output", type=Path, required=True, help="what is written; must not exist"
+            "--output", type=Path, required=True, help="folder to write; must not exist"
         )
         command.add_argument(
             "--tokenizer",
             type=Path,
-            help="the model's tokenizer; its digest is kept with the weights",
+            help="the model's tokenizer; its digest is stored with the weights",
         )
-        if command is not adopt:
-            command.add_argument(
-                "--check", action="store_true", help="compare the logits of both sides"
-            )
+    for command in (importer, exporter):
+        command.add_argument(
+            "--check", action="store_true", help="compare the logits of both sides"
+        )
     return parser
+
+
+def _add_import_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("input", type=Path, help="folder of the model")
+    command.add_argument(
+        "--precision",
+        choices=["bf16", "fp32"],
+        help="type of the checkpoint (default: bf16 for bf16, fp32 for fp16 and fp32)",
+    )
+    command.add_argument(
+        "--vocab-size",
+        type=int,
+        help="number of ids to keep; further rows of the embedding are padding that the tokenizer "
+        "does not use",
+    )
+    command.add_argument(
+        "--vocab-size-multiple",
+        type=int,
+        default=128,
+        help="pad the vocabulary to a multiple of this (default: 128)",
+    )
+
+
+def _add_export_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "input", type=Path, help="run directory, its checkpoints folder, or one step-* folder"
+    )
+    command.add_argument(
+        "--max-positions",
+        type=int,
+        help="longest sequence, tokens (default: batch.sequence_length of the run, or that of the "
+        "imported model)",
+    )
+    command.add_argument(
+        "--shard-gigabytes",
+        type=float,
+        default=2.0,
+        help="largest output file, 1e9 bytes (default: 2)",
+    )
 
 
 def _from_huggingface(arguments: argparse.Namespace) -> int:
@@ -168,7 +190,8 @@ def _to_huggingface(arguments: argparse.Namespace) -> int:
         digest = _digest(arguments.tokenizer, info.vocab_size)
         if info.tokenizer is not None and digest != info.tokenizer:
             raise ConfigError(
-                f"--tokenizer {arguments.tokenizer} is not the one this model was made with (digest {digest}, {info.tokenizer})"
+                f"--tokenizer {arguments.tokenizer} is not the tokenizer of this model (digest "
+                f"{digest}, the model's {info.tokenizer})"
             )
     files = _tokenizer_files(arguments.tokenizer)
     config = write_huggingface(
@@ -187,8 +210,9 @@ def _to_huggingface(arguments: argparse.Namespace) -> int:
         and b"Qwen2Tokenizer" not in files["tokenizer_config.json"]
     ):
         print(
-            "note: transformers 5 gives qwen2 models a tokenizer of its own, whatever tokenizer_config.json says: it may cut texts "
-            "otherwise than this tokenizer: compare the ids before you use AutoTokenizer (tools/evaluate.py tasks does)",
+            "note: transformers 5 uses its own tokenizer for qwen2 models, whatever "
+            "tokenizer_config.json says, and may encode text otherwise than this tokenizer: "
+            "compare the ids before you use AutoTokenizer (tools/evaluate.py tasks does)",
             file=sys.stderr,
         )
     print(f"written: {arguments.output}")
@@ -209,14 +233,15 @@ def _read_model(path: Path) -> ModelSection:
             f"--model {path} holds no usable [model] table ({' '.join(str(error).split())[:300]})"
         ) from error
     if model.vocab_size is None:
-        raise ConfigError(f"--model {path} must say model.vocab_size, the true number of ids")
+        raise ConfigError(f"--model {path} must set model.vocab_size, the true number of ids")
     return model
 
 
 def _digest(tokenizer: Path | None, vocab_size: int) -> str | None:
     if tokenizer is None:
         print(
-            "note: no --tokenizer: the weights will carry no digest of the vocabulary, so a run cannot prove that it uses the same ids",
+            "note: no --tokenizer: no digest of the vocabulary is stored with the weights, so a "
+            "run cannot verify that it uses the same ids",
             file=sys.stderr,
         )
         return None
@@ -225,20 +250,21 @@ def _digest(tokenizer: Path | None, vocab_size: int) -> str | None:
     info = load_tokenizer(tokenizer)[1]
     if info.vocab_size > vocab_size:
         raise ConfigError(
-            f"--tokenizer {tokenizer} has {info.vocab_size} ids, the model only {vocab_size}: it belongs to another model"
+            f"--tokenizer {tokenizer} has {info.vocab_size} ids, the model only {vocab_size}: it "
+            "belongs to another model"
         )
     return info.digest
 
 
 def _model_file(model: ModelSection) -> dict[str, bytes]:
-    """The model section as the file that --model and a run file take."""
+    """Return the model section as a file that --model and a run file accept."""
     from megatron_kd.config.dump import section_toml
 
     return {MODEL_FILE: section_toml(model, "model").encode()}
 
 
 def _report(output: Path, folder: Path, digest: str | None) -> None:
-    """Print the model section as it was saved, and how to use the result."""
+    """Print the saved model section and how to use the checkpoint."""
     from megatron_kd.checkpoint.store import read_info
     from megatron_kd.planning.parameters import parameter_count
 
@@ -246,15 +272,17 @@ def _report(output: Path, folder: Path, digest: str | None) -> None:
     model = info.model_section()
     print((output / MODEL_FILE).read_text(encoding="utf-8"))
     print(
-        f"written: {folder} ({parameter_count(model, info.vocab_size):,} weights, {info.precision}, tokenizer {digest or 'unknown'})"
+        f"written: {folder} ({parameter_count(model, info.vocab_size):,} weights, "
+        f"{info.precision}, tokenizer {digest or 'unknown'})"
     )
     print(
-        f'use it in any layout as teacher.checkpoint = "{output}" or checkpoint.initialize_from = "{output}"'
+        f'use it in any layout as teacher.checkpoint = "{output}" or '
+        f'checkpoint.initialize_from = "{output}"'
     )
 
 
 def _saved_config(folder: Path) -> dict[str, Any]:
-    """What was saved beside an imported model."""
+    """Return the config.json that was saved with an imported model; empty without one."""
     path = folder.parent.parent / SAVED_CONFIG
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -265,22 +293,23 @@ def _max_positions(folder: Path, saved: dict[str, Any]) -> int:
     run = folder.parent.parent / "config.toml"
     if not run.is_file():
         raise ConfigError(
-            "--max-positions is needed: the checkpoint is not in a run directory whose config.toml would say the sequence length"
+            "--max-positions is needed: the checkpoint is not in a run directory, whose "
+            "config.toml would state the sequence length"
         )
     return int(tomllib.loads(run.read_text(encoding="utf-8"))["batch"]["sequence_length"])
 
 
 def _special_ids(tokenizer: Path | None, saved: dict[str, Any]) -> dict[str, int]:
-    found = {
+    ids = {
         name: saved[name]
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         if saved.get(name) is not None
     }
-    if tokenizer is not None and "eos_token_id" not in found:
+    if tokenizer is not None and "eos_token_id" not in ids:
         from megatron_kd.data.tokenizer import load_tokenizer
 
-        found["eos_token_id"] = load_tokenizer(tokenizer)[1].end_of_document
-    return found
+        ids["eos_token_id"] = load_tokenizer(tokenizer)[1].end_of_document
+    return ids
 
 
 def _tokenizer_files(tokenizer: Path | None) -> dict[str, bytes]:
@@ -291,8 +320,8 @@ def _tokenizer_files(tokenizer: Path | None) -> dict[str, bytes]:
     return huggingface_files(tokenizer)
 
 
-def _check(ours: Path, theirs: Path) -> int:
-    """Print the comparison of both sides; 1 where they differ."""
+def _check(checkpoint: Path, huggingface: Path) -> int:
+    """Print the comparison of both sides and return the exit code: 1 if they differ."""
     from megatron_kd.parallel.platform import start_platform
 
     platform = start_platform("cpu")
@@ -307,22 +336,21 @@ def _check(ours: Path, theirs: Path) -> int:
     )
     from megatron_kd.parallel.groups import start_groups, stop_groups
 
-    info: CheckpointInfo = read_info(ours, what="check")
+    info: CheckpointInfo = read_info(checkpoint, what="check")
     tokens = random_tokens(info, seed=0)
-    wanted = huggingface_logits(theirs, tokens)
+    expected = huggingface_logits(huggingface, tokens)
     layout = ParallelSection()
     try:
-        found = checkpoint_logits(
-            ours, info, start_groups(platform, layout, timeout_seconds=600), layout, tokens
-        )
+        groups = start_groups(platform, layout, timeout_seconds=600)
+        logits = checkpoint_logits(checkpoint, info, groups, layout, tokens)
     finally:
         stop_groups()
-    assert found is not None
-    result = compare(found, wanted)
+    assert logits is not None
+    result = compare(logits, expected)
     verdict = "the same model" if result.same else "NOT the same model"
     print(
-        f"check: largest difference of logits {result.difference:.2e} over {result.tokens} random tokens "
-        f"(largest logit {result.scale:.3g}, limit {LIMIT:g}): {verdict}"
+        f"check: largest difference of logits {result.difference:.2e} over {result.tokens} random "
+        f"tokens (largest logit {result.scale:.3g}, limit {LIMIT:g}): {verdict}"
     )
     return 0 if result.same else 1
 
