@@ -95,7 +95,7 @@ def test_override_wins_over_file(
 
 @pytest.mark.parametrize("null", ["null", "none", "None"])
 @pytest.mark.parametrize(
-    ("key", "given"),
+    ("key", "value"),
     [
         ("checkpoint.initialize_from", '"runs/zero"'),
         ("data.train_weights", "[1]"),
@@ -104,11 +104,11 @@ def test_override_wins_over_file(
         ("teacher.checkpoint", '"runs/teacher"'),
     ],
 )
-def test_null_unsets_a_key(load: Load, run_text: str, key: str, given: str, null: str) -> None:
+def test_null_unsets_a_key(load: Load, run_text: str, key: str, value: str, null: str) -> None:
     section, name = key.split(".")
     head = f"[{section}]\n"
     text = (run_text if head in run_text else run_text + head).replace(
-        head, f"{head}{name} = {given}\n"
+        head, f"{head}{name} = {value}\n"
     )
     assert getattr(getattr(load(text=text), section), name) is not None
     assert getattr(getattr(load(f"--{key}", null, text=text), section), name) is None
@@ -356,7 +356,7 @@ def test_help_lists_every_key_with_its_text_and_default() -> None:
 
 
 def test_config_imports_neither_torch_nor_megatron_core() -> None:
-    for source in Path(megatron_kd.config.__file__).parent.glob("*.py"):
+    for source in Path(megatron_kd.config.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(source.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -85,7 +85,7 @@ class DistillSection(DivergenceSection, AlphaSection):
     top_k: int = Field(
         default=64,
         gt=0,
-        description="Most probable teacher entries to keep per token, at most vocab_size.",
+        description="Number of most probable teacher ids to keep per token, at most vocab_size.",
     )
     top_p: float = Field(
         default=1.0,

@@ -41,7 +41,7 @@ else:
             DivergenceName,
             Field(
                 default="forward_kl",
-                description="What is compared with the teacher (formulas: config/divergences.py). "
+                description="Divergence of teacher and student (formulas: config/divergences.py). "
                 f"{describe_divergences()}. All but forward_kl take tail bucket, some of them "
                 "renormalize; mse_logits needs dense.",
             ),
