@@ -33,6 +33,8 @@ from megatron_kd.parallel.world import world_from_environment
 
 if TYPE_CHECKING:
     from megatron_kd.data.preparation.selection import SelectionRule
+    from megatron_kd.inference.document_scores import ScoringJob
+    from megatron_kd.inference.frozen_model import FrozenModel
     from megatron_kd.parallel.groups import Groups
 
 _TIMEOUT_SECONDS = 4 * 3600  # finished ranks wait this long for the last shard of others
@@ -203,7 +205,7 @@ def _score(
     from megatron_kd.parallel.groups import start_groups, stop_groups
 
     sizes = {"tensor": arguments.tensor, "pipeline": arguments.pipeline, "world_size": world_size}
-    checkpoints, length = models.checkpoints, models.sequence_length
+    checkpoints = models.checkpoints
     layouts = {name: inference_layout(info, **sizes) for name, (_, info) in checkpoints.items()}
     precision = arguments.precision or checkpoints["teacher"][1].precision
     folder = arguments.scores or Path(f"{arguments.output}.scores")
@@ -215,19 +217,20 @@ def _score(
             lambda: _missing_shards(arguments, models, precision, folder, len(shards))
         )
         if missing:
-            options = {"precision": precision, "sequence_length": length}
+            job = scoring.ScoringJob(
+                arguments.data,
+                index,
+                shards,
+                folder,
+                models.sequence_length,
+                arguments.batch_size,
+            )
+            options = {"precision": precision, "sequence_length": models.sequence_length}
             pair = tuple(
                 FrozenModel(path, info, groups, layouts[name], **options)
                 for name, (path, info) in checkpoints.items()
             )
-            numbers = missing[groups.data_rank :: groups.data_size]
-            progress = ShardProgress(len(shards), len(missing), len(numbers), groups)
-            job = scoring.ScoringJob(
-                arguments.data, index, shards, folder, length, arguments.batch_size
-            )
-            for num_shards, num_tokens in scoring.score_shards(pair, job, numbers):
-                progress.update(num_shards, num_tokens)
-            progress.close()
+            _score_missing(pair, job, missing, groups)
         dist.barrier()
         return from_rank_zero(
             lambda: write_selection(
@@ -240,6 +243,19 @@ def _score(
         )
     finally:
         stop_groups()
+
+
+def _score_missing(
+    pair: tuple[FrozenModel, ...], job: ScoringJob, missing: list[int], groups: Groups
+) -> None:
+    """Score this replica's part of the missing shards."""
+    from megatron_kd.inference.document_scores import score_shards
+
+    numbers = missing[groups.data_rank :: groups.data_size]
+    progress = ShardProgress(len(job.shards), len(missing), len(numbers), groups)
+    for num_shards, num_tokens in score_shards(pair, job, numbers):
+        progress.update(num_shards, num_tokens)
+    progress.close()
 
 
 def _missing_shards(

@@ -65,7 +65,7 @@ def optimal_dtype(vocab_size: int) -> np.dtype:
 
 def index_header(dtype: np.dtype, num_sequences: int, num_marks: int) -> bytes:
     """Return the beginning of an .idx file: everything before the lengths."""
-    code = next(code for code, known in _DTYPES.items() if known == dtype)
+    code = next(code for code, id_dtype in _DTYPES.items() if id_dtype == dtype)
     return _HEADER.pack(_MAGIC, 1, code, num_sequences, num_marks)
 
 

@@ -217,22 +217,17 @@ def read_documents(prefix: Path, processor: Vocabulary) -> list[str]:
     return [processor.decode(part[:-1].tolist()) for part in parts]
 
 
+def preprocess_with_holdout(corpus: Path, model: Path, output: Path, *options: str) -> None:
+    arguments = ["--input", str(corpus), "--tokenizer", str(model), "--workers", "1"]
+    arguments += ["--holdout", "valid=0.2", "--output", str(output), *options]
+    assert preprocess_data.main(arguments) == 0
+
+
 def test_preprocessing_writes_every_document_once(
     corpus: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    arguments = [
-        "--input",
-        str(corpus),
-        "--tokenizer",
-        str(model),
-        "--workers",
-        "1",
-        "--holdout",
-        "valid=0.2",
-    ]
-    arguments += ["--output", str(out / "train")]
-    assert preprocess_data.main(arguments) == 0
+    preprocess_with_holdout(corpus, model, out / "train")
     summary = json.loads(capsys.readouterr().out)
     assert summary["empty"] == 1
     assert summary["unreadable"] == 4
@@ -259,11 +254,15 @@ def test_preprocessing_writes_every_document_once(
         check_token_file(out / "valid", vocab_size=400, tokenizer_digest=info.digest).num_tokens
         == sidecar["tokens"]
     )
-    # The split of a file does not depend on other files.
-    assert (
-        preprocess_data.main([*arguments, "--exclude", "f0*", "--no-append-eod", "--overwrite"])
-        == 0
-    )
+
+
+def test_a_split_does_not_depend_on_other_files(corpus: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    processor, _ = load_tokenizer(model)
+    preprocess_with_holdout(corpus, model, out / "train")
+    valid = read_documents(out / "valid", processor)
+    options = ("--exclude", "f0*", "--no-append-eod", "--overwrite")
+    preprocess_with_holdout(corpus, model, out / "train", *options)
     tokens = np.fromfile(out / "valid.bin", "<u2")
     excluded = tuple(f"def f{number}(" for number in range(10))
     assert any(text.startswith(excluded) for text in valid)

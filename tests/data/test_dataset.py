@@ -161,12 +161,14 @@ def test_a_process_group_changes_nothing(
     prefix: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     other = write_tokens(tmp_path / "other", [[1] * 400])
-    alone = [all_tokens(build(paths, tmp_path / "alone")) for paths in (prefix, [prefix, other])]
+    expected = [
+        all_tokens(build(paths, tmp_path / "single")) for paths in (prefix, [prefix, other])
+    ]
     request.getfixturevalue("world_of_one")
     grouped = [
         all_tokens(build(paths, tmp_path / "grouped")) for paths in (prefix, [prefix, other])
     ]
-    assert all(torch.equal(one, two) for one, two in zip(alone, grouped, strict=True))
+    assert all(map(torch.equal, expected, grouped))
 
 
 def test_importing_the_package_imports_neither_torch_nor_megatron() -> None:

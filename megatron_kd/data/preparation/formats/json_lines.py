@@ -123,8 +123,8 @@ class JsonLines(WholeLines):
 def _list_keys(record: dict[str, Any]) -> str:
     if not record:
         return ""
-    more = ", ..." if len(record) > _MAX_REPORTED_KEYS else ""
-    return f", it has {', '.join(map(repr, list(record)[:_MAX_REPORTED_KEYS]))}{more}"
+    ellipsis = ", ..." if len(record) > _MAX_REPORTED_KEYS else ""
+    return f", it has {', '.join(map(repr, list(record)[:_MAX_REPORTED_KEYS]))}{ellipsis}"
 
 
 def skip_line(stream: IO[bytes], max_bytes: int) -> int:
