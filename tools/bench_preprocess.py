@@ -1,11 +1,13 @@
-"""Time preprocess_data.py beside Megatron-LM's own tools/preprocess_data.py: same text, tokenizer and workers, and compare the bytes.
+"""Time preprocess_data.py beside Megatron-LM's tools/preprocess_data.py, and compare the bytes.
 
     git clone --branch core_v0.16.1 https://github.com/NVIDIA/Megatron-LM
-    python tools/bench_preprocess.py --megatron Megatron-LM --input text.jsonl --tokenizer tokenizer.model --workers 2 --rounds 5
+    python tools/bench_preprocess.py --megatron Megatron-LM --input text.jsonl
+        --tokenizer tokenizer.model --workers 2 --rounds 5
 
-Whole processes are timed, start-up included, in turns; the ratio is formed within each turn. Megatron-LM's tool reads SentencePiece
-models and Hugging Face tokenizers, into which a .tiktoken file is turned for it (not timed); its own requirements (six, transformers)
-must be installed. Without --megatron only this tool is timed.
+Both get the same text, tokenizer and number of workers. Whole processes are timed, start-up
+included, in turn; the ratio is formed within a round. Megatron-LM's tool reads SentencePiece models
+and Hugging Face tokenizers, so a .tiktoken file is converted for it (not timed). Its own
+requirements (six, transformers) must be installed. Without --megatron only this tool is timed.
 """
 
 from __future__ import annotations
@@ -21,23 +23,45 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
+
+from bench.harness import bench_parser, paired_ratios, provenance, spread
 
 from megatron_kd.config import ConfigError
 from megatron_kd.data.tokenizer import load_tokenizer, tokenizer_file
 from megatron_kd.data.vocabularies.patterns import PATTERNS
 from megatron_kd.storage.atomic_files import write_atomically
 
-HERE = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+class ProcessTime(NamedTuple):
+    """Hold the seconds of a process on the clock and of CPU, its children included."""
+
+    clock: float
+    cpu: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark and print JSON."""
+    arguments = parse_arguments(argv)
+    try:
+        result = measure(arguments)
+    except (ConfigError, OSError) as error:
+        print(f"bench_preprocess: {error}", file=sys.stderr)
+        return 2
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.output:
+        write_atomically(arguments.output, (text + "\n").encode())
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the options."""
+    parser = bench_parser(__doc__, rounds=3, rounds_help="rounds (%(default)s)")
     add = parser.add_argument
     add("--megatron", type=Path, metavar="DIR", help="a checkout of Megatron-LM")
     add("--input", required=True, type=Path, metavar="FILE", help="one .jsonl file with a text key")
@@ -48,148 +72,147 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="SentencePiece .model, a tokenizer.json or its folder, or .tiktoken",
     )
     add("--workers", type=int, default=2, help="processes (%(default)s)")
-    add("--rounds", type=int, default=3, help="turns (%(default)s)")
-    add("--output", type=Path, metavar="FILE", help="write the result as JSON")
-    parsed = parser.parse_args(arguments)
-    if parsed.workers < 1 or parsed.rounds < 1:
+    arguments = parser.parse_args(argv)
+    if arguments.workers < 1 or arguments.rounds < 1:
         parser.error("--workers and --rounds must be at least 1")
-    return parsed
+    return arguments
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time both tools in turn and compare their files.
+
+    Raises:
+        ConfigError: One of the tools fails, or cannot read the tokenizer.
+    """
+    own: list[ProcessTime] = []
+    megatron: list[ProcessTime] = []
+    equal = []
+    for _ in range(arguments.rounds):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            own.append(_time(own_command(arguments, folder), FOLDER.parent))
+            if arguments.megatron is None:
+                continue
+            command = megatron_command(arguments, folder)
+            megatron.append(_time(command, arguments.megatron.absolute()))
+            equal += [
+                (folder / f"own.{ending}").read_bytes()
+                == (folder / f"megatron_text_document.{ending}").read_bytes()
+                for ending in ("bin", "idx")
+            ]
+    megabytes = arguments.input.stat().st_size / 1e6
+    result: dict[str, Any] = {
+        "command": " ".join(["python tools/bench_preprocess.py", *sys.argv[1:]]),
+        "input_megabytes": round(megabytes, 1),
+        "workers": arguments.workers,
+        "rounds": arguments.rounds,
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        **provenance("megatron-core", "sentencepiece", "tokenizers", "numpy"),
+        "seconds": _spread([times.clock for times in own]),
+        "cpu_seconds": _spread([times.cpu for times in own]),
+        "megabytes_per_second": round(megabytes / median(times.clock for times in own), 2),
+    }
+    if megatron:
+        result |= _comparison(own, megatron) | {"same_bytes": all(equal)}
+    return result
+
+
+def _comparison(own: Sequence[ProcessTime], megatron: Sequence[ProcessTime]) -> dict[str, Any]:
+    clock = [[times.clock for times in tool] for tool in (megatron, own)]
+    cpu = [[times.cpu for times in tool] for tool in (megatron, own)]
+    return {
+        "megatron_seconds": _spread(clock[0]),
+        "megatron_cpu_seconds": _spread(cpu[0]),
+        "times_as_fast": _spread(paired_ratios(*clock)),
+        "times_less_cpu": _spread(paired_ratios(*cpu)),
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in spread(values).items()}
+
+
+def _time(command: list[str], checkout: Path) -> ProcessTime:
+    """Run a command with a checkout on its path; ConfigError with its last line if it fails."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if process.returncode:
+        reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ConfigError(f"{Path(command[1])} ended with {process.returncode}: {reason}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return ProcessTime(seconds, cpu)
+
+
+def own_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
+    """Return the command of this project's tool."""
+    return [
+        *(sys.executable, str(FOLDER / "preprocess_data.py")),
+        *("--input", str(arguments.input)),
+        *("--tokenizer", arguments.tokenizer),
+        *("--output", str(folder / "own")),
+        *("--workers", str(arguments.workers)),
+    ]
 
 
 def megatron_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
-    """Megatron-LM's tool on the same input; what it does not read as it is becomes a folder that transformers reads."""
-    vocabulary, info = load_tokenizer(arguments.tokenizer)
-    model = tokenizer_file(arguments.tokenizer)
-    kind = "SentencePieceTokenizer"
-    if vocabulary.kind != "sentencepiece":
-        if info.end_of_document is None:
-            raise ConfigError(
-                f"{model} names no token that ends documents, which Megatron-LM's tool needs"
-            )
-        kind, given = "HuggingFaceTokenizer", model
-        end = vocabulary.tokens[info.end_of_document].decode("utf-8")
-        model = folder / "tokenizer"
-        model.mkdir()
-        if vocabulary.kind == "tiktoken":
-            # The same ranks and the same cuts: Megatron-LM's own tiktoken format numbers ids otherwise.
-            from transformers.convert_slow_tokenizer import TikTokenConverter
+    """Return the command of Megatron-LM's tool on the same input.
 
-            converter = TikTokenConverter(
-                vocab_file=str(given),
-                pattern=PATTERNS.get(vocabulary.pattern or "", vocabulary.pattern),
-                extra_special_tokens=[end],
-            )
-            converter.converted().save(str(model / "tokenizer.json"))
-        else:
-            shutil.copy(given, model / "tokenizer.json")
-        (model / "tokenizer_config.json").write_text(
-            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end})
-        )
+    Raises:
+        ConfigError: There is no such tool, or it cannot use the tokenizer.
+    """
     script = arguments.megatron / "tools/preprocess_data.py"
     if not script.is_file():
         raise ConfigError(f"{script} does not exist: give --megatron a checkout of Megatron-LM")
-    command = [
-        sys.executable,
-        str(script),
-        "--input",
-        str(arguments.input),
-        "--output-prefix",
-        str(folder / "megatron"),
-    ]
+    vocabulary, _ = load_tokenizer(arguments.tokenizer)
+    if vocabulary.kind == "sentencepiece":
+        kind, model = "SentencePieceTokenizer", tokenizer_file(arguments.tokenizer)
+    else:
+        kind, model = "HuggingFaceTokenizer", _huggingface_folder(arguments, folder)
     return [
-        *command,
-        "--tokenizer-type",
-        kind,
-        "--tokenizer-model",
-        str(model),
-        "--workers",
-        str(arguments.workers),
+        *(sys.executable, str(script)),
+        *("--input", str(arguments.input)),
+        *("--output-prefix", str(folder / "megatron")),
+        *("--tokenizer-type", kind),
+        *("--tokenizer-model", str(model)),
+        *("--workers", str(arguments.workers)),
         "--append-eod",
     ]
 
 
-def own_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
-    command = [
-        sys.executable,
-        str(HERE / "preprocess_data.py"),
-        "--input",
-        str(arguments.input),
-        "--tokenizer",
-        arguments.tokenizer,
-    ]
-    return [*command, "--output", str(folder / "own"), "--workers", str(arguments.workers)]
+def _huggingface_folder(arguments: argparse.Namespace, folder: Path) -> Path:
+    """Write a tokenizer as a folder that transformers reads."""
+    vocabulary, info = load_tokenizer(arguments.tokenizer)
+    source = tokenizer_file(arguments.tokenizer)
+    if info.end_of_document is None:
+        raise ConfigError(
+            f"{source} names no token that ends documents, which Megatron-LM's tool needs"
+        )
+    end = vocabulary.tokens[info.end_of_document].decode("utf-8")
+    model = folder / "tokenizer"
+    model.mkdir()
+    if vocabulary.kind == "tiktoken":
+        # The same ranks and pattern: Megatron-LM's own tiktoken format numbers ids differently.
+        from transformers.convert_slow_tokenizer import TikTokenConverter
 
-
-def timed(command: list[str], path: Path) -> tuple[float, float]:
-    """Seconds on the clock and of CPU, children included. ConfigError with its last line where the command fails."""
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConfigError(f"{Path(command[1])} ended with {done.returncode}: {reason}")
-    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {
-        "median": round(median(values), 3),
-        "smallest": round(min(values), 3),
-        "largest": round(max(values), 3),
-    }
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    own: list[tuple[float, float]] = []
-    theirs: list[tuple[float, float]] = []
-    same = []
-    for _ in range(arguments.rounds):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            own.append(timed(own_command(arguments, folder), HERE.parent))
-            if arguments.megatron is None:
-                continue
-            theirs.append(timed(megatron_command(arguments, folder), arguments.megatron.absolute()))
-            pairs = (
-                (folder / f"own.{kind}", folder / f"megatron_text_document.{kind}")
-                for kind in ("bin", "idx")
-            )
-            same.append(all(one.read_bytes() == other.read_bytes() for one, other in pairs))
-    megabytes = arguments.input.stat().st_size / 1e6
-    result: dict[str, Any] = {
-        "command": " ".join(["python tools/bench_preprocess.py", *sys.argv[1:]]), "input_megabytes": round(megabytes, 1),
-        "workers": arguments.workers, "rounds": arguments.rounds, "cores": os.cpu_count(), "machine": platform.machine(),
-        "versions": {name: version(name) for name in ("megatron-core", "sentencepiece", "tokenizers", "numpy")},
-        "seconds": spread([seconds for seconds, _ in own]), "cpu_seconds": spread([cpu for _, cpu in own]),
-        "megabytes_per_second": round(megabytes / median([seconds for seconds, _ in own]), 2),
-    }  # fmt: skip
-    if theirs:
-        result |= {
-            "megatron_seconds": spread([seconds for seconds, _ in theirs]), "megatron_cpu_seconds": spread([cpu for _, cpu in theirs]),
-            "times_as_fast": spread([other / mine for (mine, _), (other, _) in zip(own, theirs, strict=True)]),
-            "times_less_cpu": spread([other / mine for (_, mine), (_, other) in zip(own, theirs, strict=True)]),
-            "same_bytes": all(same),
-        }  # fmt: skip
-    return result
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parsed = parse_arguments(arguments)
-    try:
-        result = run(parsed)
-    except (ConfigError, OSError) as error:
-        print(f"bench_preprocess: {error}", file=sys.stderr)
-        return 2
-    text = json.dumps(result, indent=2)
-    print(text)
-    if parsed.output:
-        write_atomically(parsed.output, (text + "\n").encode())
-    return 0
+        converter = TikTokenConverter(
+            vocab_file=str(source),
+            pattern=PATTERNS.get(vocabulary.pattern or "", vocabulary.pattern),
+            extra_special_tokens=[end],
+        )
+        converter.converted().save(str(model / "tokenizer.json"))
+    else:
+        shutil.copy(source, model / "tokenizer.json")
+    (model / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end})
+    )
+    return model
 
 
 if __name__ == "__main__":
