@@ -1,4 +1,4 @@
-"""The same head with its elementwise parts compiled."""
+"""Test the head with its elementwise operations compiled."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def test_against_fp64(temperature: float) -> None:
     compile_rows()
     try:
         for schedule in ("chunk", "save", "recompute"):
-            found = head_outcome(
+            actual = head_outcome(
                 problem, target, torch.ones(40), None, schedule=schedule, chunk_tokens=17, **scalars
             )
-            assert worst(found, expected) < 1e-5, say(seed, schedule)
+            assert worst(actual, expected) < 1e-5, say(seed, schedule)
     finally:
         compile_rows(False)

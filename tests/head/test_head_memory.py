@@ -1,4 +1,7 @@
-"""Peak memory of the head, from the allocator's own log: it follows the chunk, not tokens x vocabulary."""
+"""Test the peak memory of the head: it follows the chunk, not tokens x vocabulary.
+
+Peaks come from the allocator's own log.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def head_peak(
 
 
 def test_the_measure_sees_whole_logits() -> None:
-    """What is guarded against: the reference keeps several [N, V]."""
+    """Check that the measure sees several [N, V] tensors, which the reference keeps."""
     hidden, weight = torch.randn(256, H), torch.randn(V, H, requires_grad=True)
     labels = torch.zeros(256, dtype=torch.long)
     peak = peak_bytes(
@@ -59,7 +62,11 @@ def test_the_measure_sees_whole_logits() -> None:
 
 
 def test_what_another_thread_freed() -> None:
-    """A free that the log lacks is seen where its address is given out again, whole or in part; one of an unknown block is left out."""
+    """Check frees that are missing in the log.
+
+    Such a free is seen when its address is given out again, entirely or in part. A free of an
+    unknown block is ignored.
+    """
     assert most_bytes([(100, 10), (100, -10), (100, 6), (200, -50), (106, 3)]) == 10
     assert most_bytes([(100, 10), (100, 10), (100, -10), (100, 4)]) == 10
     assert most_bytes([(100, 10), (110, 10), (105, 10), (300, 7)]) == 20
@@ -67,14 +74,14 @@ def test_what_another_thread_freed() -> None:
 
 
 def test_tokens_cost_little_and_chunks_cost_their_logits() -> None:
-    whole = 256 * V * FLOAT
+    all_logits = 256 * V * FLOAT
     for schedule in ("chunk", "recompute"):
         small, more_tokens, more_chunk = (
             head_peak(tokens, chunk, schedule=schedule)
             for tokens, chunk in ((256, 32), (512, 32), (256, 64))
         )
-        assert more_tokens - small < 0.05 * whole, (schedule, small, more_tokens)
-        # One buffer of logits and the gradient of the weight; everything else is a small part of that.
+        assert more_tokens - small < 0.05 * all_logits, (schedule, small, more_tokens)
+        # One buffer of logits and the gradient of the weight; all else is a small part of that.
         assert small < 1.1 * (32 * V + V * H) * FLOAT + BLOCKS, (schedule, small)
         assert 0.9 * 32 * V * FLOAT < more_chunk - small < 1.2 * 32 * V * FLOAT, (
             schedule,
@@ -84,7 +91,10 @@ def test_tokens_cost_little_and_chunks_cost_their_logits() -> None:
 
 
 def test_schedules_cost_what_they_say() -> None:
-    """save: all logits and the weight gradient. direct: one chunk and no weight gradient of its own."""
+    """Check the memory of two strategies.
+
+    save: all logits and the weight gradient. direct: one chunk and no weight gradient of its own.
+    """
     assert head_peak(256, 32, schedule="save") < 1.1 * (256 * V + V * H) * FLOAT + BLOCKS
     assert head_peak(256, 32, schedule="direct") < 1.1 * 32 * V * FLOAT + BLOCKS
 

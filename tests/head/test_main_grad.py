@@ -1,4 +1,7 @@
-"""megatron-core's contract: gradients of the output weight are summed into `main_grad`, and DDP's hook is told so."""
+"""Test megatron-core's contract about `main_grad`.
+
+Gradients of the output weight are summed into it, and DDP's hook is informed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ SCHEDULES = ("save", "chunk", "direct", "recompute", "auto")
 
 
 class Ddp:
-    """What megatron-core's DistributedDataParallel does with a parameter: main_grad, and a hook once its gradient is there."""
+    """Imitate megatron-core's DistributedDataParallel for one parameter.
+
+    It has a main_grad, and a hook runs once its gradient exists.
+    """
 
     def __init__(self, weight: Tensor, *, zero_out: bool) -> None:
         self.weight, self.fired = weight, 0
@@ -60,7 +66,7 @@ def loss_of(problem: Problem, hidden: Tensor, weight: Tensor, schedule: str) -> 
 def test_microbatches_add_up(
     schedule: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In fp32 whatever the weight's type, so no rounding to bf16 comes between two microbatches."""
+    """Sum in fp32 whatever the weight's type: nothing is rounded to bf16 between microbatches."""
     monkeypatch.setattr("megatron_kd.head.sizes.SAVED_LOGITS_CPU", 0)
     seed = fresh_seed()
     weight, expected = None, torch.zeros(96, 16, dtype=torch.float64)
@@ -90,7 +96,10 @@ def test_microbatches_add_up(
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_tied_embeddings(schedule: str) -> None:
-    """Used twice, a weight gets the head's share in main_grad and the embedding's through autograd; DDP adds the latter."""
+    """Use a weight twice: the head's part is in main_grad, the embedding's comes through autograd.
+
+    DDP adds the latter.
+    """
     seed = fresh_seed()
     problem = make_problem(seed).rounded_to(torch.float32)
     ids = torch.randint(0, 90, (40,))
@@ -136,7 +145,7 @@ def test_direct_refuses_what_it_cannot_do() -> None:
 
 
 def test_a_main_grad_in_bfloat16_is_added_to_once() -> None:
-    """One rounding per microbatch, not one per chunk."""
+    """Round once per microbatch, not once per chunk."""
     seed = fresh_seed()
     problem = make_problem(seed).rounded_to(torch.bfloat16)
     target = hand_target(problem.teacher, top_k=8, dtype=torch.float32)

@@ -62,7 +62,10 @@ def in_lines(tensor: Tensor) -> Tensor:
 
 
 def problems(size: int, seed: int) -> dict[str, Problem]:
-    """Vocabularies that do not divide: the last rank's shard partly padding, and the last rank with nothing but padding."""
+    """Return vocabularies that do not divide by the number of ranks.
+
+    In one the last rank's shard is partly padding, in the other entirely.
+    """
     return {
         "uneven": make_problem(seed, vocab_size=90, rows=92),
         "empty shard": make_problem(seed, vocab_size={2: 46, 4: 60}[size], rows=92),
@@ -70,7 +73,10 @@ def problems(size: int, seed: int) -> dict[str, Problem]:
 
 
 def loss_cases(size: int, seed: int) -> list[LossCase]:
-    """Every tail and temperature in fp64 and fp32, the schedules taking turns; then logits of +-1e4."""
+    """Return every tail and temperature in fp64 and fp32, then logits of +-1e4.
+
+    The memory strategies take turns.
+    """
     cases, turns = [], cycle(("recompute", "chunk", "save"))
     for (name, problem), temperature, tail in product(
         problems(size, seed).items(), (1.0, 2.0), TAILS
@@ -110,7 +116,11 @@ def loss_cases(size: int, seed: int) -> list[LossCase]:
 
 
 def selection_cases(size: int, seed: int) -> list[SelectionCase]:
-    """top_k within a shard, past it (23 rows a rank) and the whole vocabulary; draws; rows full of equal logits."""
+    """Return selections of top_k ids and of random samples.
+
+    top_k lies within a shard, beyond it (23 rows a rank) or is the vocabulary; some rows have equal
+    logits.
+    """
     cases = []
     for name, problem in problems(size, seed).items():
         tied = replace(problem, weight=problem.weight.round(), hidden=problem.hidden.sign())
@@ -135,7 +145,10 @@ def selection_cases(size: int, seed: int) -> list[SelectionCase]:
 
 
 def divergence_cases(size: int, seed: int) -> list[DivergenceCase]:
-    """Every divergence against the whole teacher and against a sparse target, layouts, types and schedules taking turns."""
+    """Return every divergence against a dense teacher and against a sparse target.
+
+    Vocabularies, types and memory strategies take turns.
+    """
     cases = []
     small_vocab = {2: 46, 4: 60}[size]
     vocabularies, schedules = (
@@ -169,7 +182,7 @@ def divergence_cases(size: int, seed: int) -> list[DivergenceCase]:
 
 
 def grid_cases(size: int, seed: int) -> list[LossCase]:
-    """Every tail x temperature x alpha x schedule, in fp32."""
+    """Return every tail x temperature x alpha x memory strategy, in fp32."""
     cases = []
     exact = problems(size, seed)["uneven"].rounded_to(torch.float32)
     upstream = {
@@ -191,5 +204,5 @@ def grid_cases(size: int, seed: int) -> list[LossCase]:
 
 
 def default_chunks_problem(size: int, seed: int) -> Problem:
-    """160 tokens, more than the 64 that a chunk has at least, and a last rank with nothing but padding."""
+    """Return 160 tokens, more than the smallest chunk of 64, and a last rank of padding only."""
     return make_problem(seed, tokens=160, vocab_size={2: 46, 4: 60}[size], rows=92)

@@ -59,7 +59,7 @@ COLLECTIVES = ("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor")
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's place in a tensor-parallel group."""
+    """Describe this rank's place in a tensor-parallel group."""
 
     group: dist.ProcessGroup
     size: int
@@ -67,16 +67,16 @@ class Layout:
     sequence_parallel: bool
 
     def lines(self, tensor: Tensor) -> Tensor:
-        """[N, ...] -> this rank's [S(/tp), B, ...]."""
+        """Return this rank's [S(/tp), B, ...] of a tensor [N, ...]."""
         full = in_lines(tensor)
         return full.chunk(self.size)[self.rank] if self.sequence_parallel else full
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """[padded vocabulary, ...] -> this rank's rows."""
+        """Return this rank's rows of a tensor [padded vocabulary, ...]."""
         return tensor.chunk(self.size)[self.rank]
 
     def leaves(self, problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """This rank's hidden states and weight, new tensors that want gradients."""
+        """Return this rank's hidden states and weight as new tensors that require gradients."""
         hidden, weight = self.lines(problem.hidden), self.rows(problem.weight)
         return hidden.detach().to(dtype, copy=True).requires_grad_(), weight.detach().to(
             dtype, copy=True
@@ -92,7 +92,7 @@ class Layout:
 
 
 class Findings(NamedTuple):
-    """What one rank holds in one layout, in the order of the cases."""
+    """Hold the results of one rank in one layout, in the order of the cases."""
 
     losses: list[Outcome]  # gradients are this rank's shards
     logits_losses: list[
@@ -109,7 +109,10 @@ class Findings(NamedTuple):
 
 
 def run_everything(rendezvous: str, seed: int, grid: bool = False) -> dict[tuple[int, bool], Any]:
-    """(tensor-parallel size, sequence_parallel) -> findings of this rank, all in one world of four; grid: of `grid_cases` alone."""
+    """Return (tensor-parallel size, sequence_parallel) -> results of this rank.
+
+    All layouts run in one world of four. grid: run `grid_cases` only.
+    """
     dist.init_process_group(
         "gloo",
         init_method=rendezvous,
@@ -231,7 +234,7 @@ def _run_logits_loss(layout: Layout, case: LossCase) -> tuple[KDLoss, Tensor]:
 def _run_selection(
     layout: Layout, case: SelectionCase, written_to: list[str]
 ) -> Iterator[SparseTarget]:
-    """From hidden states, and in the layouts that have whole logits also from those."""
+    """Yield targets from hidden states and, in layouts that have all logits, from those."""
     hidden, weight = layout.lines(case.problem.hidden), layout.rows(case.problem.weight)
     shard = layout.rows((case.problem.hidden @ case.problem.weight.T).T).T
     originals = hidden.clone(), weight.clone(), shard.clone()
@@ -245,7 +248,7 @@ def _run_selection(
 
 
 def _run_identical(layout: Layout, seed: int) -> KDLoss:
-    """Teacher and student are the same fp32 model."""
+    """Return the loss where teacher and student are the same fp32 model."""
     problem = problems(layout.size, seed)["uneven"]
     hidden, weight = (leaf.detach() for leaf in layout.leaves(problem, torch.float32))
     target = linear_targets(hidden, weight, TopSelection(8, top_p=0.9), **layout.options(problem))
@@ -262,7 +265,7 @@ def _run_identical(layout: Layout, seed: int) -> KDLoss:
 
 @contextmanager
 def _counted() -> Iterator[dict[str, int]]:
-    """Collectives called inside, by name."""
+    """Count the collectives called inside, by name."""
     calls = dict.fromkeys(COLLECTIVES, 0)
 
     def counting(name: str) -> Any:
@@ -302,7 +305,10 @@ def _count_all_calls(
 
 
 def _run_default_chunks(layout: Layout, seed: int) -> Tensor:
-    """total [N] without chunk_tokens, in sizes where ranks that went by their own rows would cut the tokens differently."""
+    """Return total [N] without chunk_tokens.
+
+    In these sizes, ranks that used their own number of rows would cut the tokens differently.
+    """
     problem = default_chunks_problem(layout.size, seed)
     options = {**layout.options(problem), "chunk_tokens": None}
     hidden = (
@@ -336,7 +342,10 @@ def _count_calls(layout: Layout, case: LossCase, schedule: str) -> dict[str, int
 
 
 def _refusals(layout: Layout) -> Iterator[str]:
-    """Every rank refuses by itself and has sent nothing, so that no rank is left waiting. Yields what went otherwise."""
+    """Yield the mistakes that were not refused, or only after a collective.
+
+    Every rank must refuse by itself before it sends anything, so that no rank is left waiting.
+    """
     for make in (loss_mistakes, selection_mistakes, divergence_mistakes):
         mistakes = make(layout.group, sequence_parallel=layout.sequence_parallel)
         assert len(mistakes) > 10

@@ -1,4 +1,4 @@
-"""The head without a teacher beside megatron-core's own cross-entropy, on two ranks."""
+"""Run the head without a teacher and megatron-core's own cross-entropy, on two ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.losses.cases import make_problem, relative_error
 
 
 def compare(rendezvous: str, seed: int) -> dict[str, float]:
-    """Relative errors of loss, hidden and weight gradient between the two, at fp32."""
+    """Return relative errors of loss, hidden and weight gradient between the two, in fp32."""
     from megatron.core.tensor_parallel import cross_entropy
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

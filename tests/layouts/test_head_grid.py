@@ -1,4 +1,7 @@
-"""The head's gradients over tensor-parallel groups: the whole grid, where test_head_ranks.py lets schedules and alphas take turns."""
+"""Test the head's gradients over tensor-parallel groups on the complete grid of settings.
+
+In test_head_ranks.py the memory strategies and alphas take turns.
+"""
 
 from __future__ import annotations
 

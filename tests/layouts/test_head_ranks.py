@@ -1,4 +1,4 @@
-"""The head, the loss on given logits and the choice of targets over tensor-parallel groups of two and four, on gloo."""
+"""Test head, loss of existing logits and targets over tensor-parallel groups, on gloo."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class World(NamedTuple):
     results: list[dict[tuple[int, bool], Findings]]
 
     def layouts(self) -> Iterator[Layout]:
-        """Each group in turn: of two, both pairs."""
+        """Yield each group in turn; of two, both pairs."""
         for size, split in product(SIZES, (False, True)):
             for first_rank in range(0, 4, size):
                 yield Layout(
@@ -73,7 +73,11 @@ def all_equal(tensors: list[Tensor]) -> bool:
 
 
 def assembled(outcomes: list[Outcome], *, sequence_parallel: bool) -> Outcome:
-    """One rank's losses and whole gradients: hidden from its slices (or the first rank's, all being equal), weight from rows."""
+    """Return one rank's losses with the gradients of all ranks joined.
+
+    The gradient of hidden is joined from its slices (or is the first rank's, if all are equal),
+    that of the weight from its rows.
+    """
     hidden = (
         torch.cat([outcome.hidden for outcome in outcomes])
         if sequence_parallel
@@ -85,13 +89,16 @@ def assembled(outcomes: list[Outcome], *, sequence_parallel: bool) -> Outcome:
 
 
 def expected_outcome(case: LossCase) -> Outcome:
-    """Unsharded, fp64, plain autograd: over whole teacher rows; for +-1e4, where fp32 targets are given, the reference."""
+    """Return the unsharded outcome in fp64, by plain autograd over whole teacher rows.
+
+    For logits of +-1e4, whose targets are fp32, it comes from the reference.
+    """
     run = reference_outcome if case.label.startswith("1e4") else oracle_outcome
     return run(case.problem, case.target, case.upstream, case.problem.mask, **case.scalars)
 
 
 def test_losses_and_gradients_are_the_unsharded_ones(world: World) -> None:
-    """A gradient that is a factor of the group's size off, or a part of a sum, shows here."""
+    """Detect gradients that are off by the group's size, or only a part of a sum."""
     expected = {
         size: [expected_outcome(case) for case in loss_cases(size, world.seed)] for size in SIZES
     }
@@ -129,7 +136,7 @@ def expected_divergence(case: DivergenceCase) -> Outcome:
 
 
 def test_divergences_are_the_unsharded_ones(world: World) -> None:
-    """From the whole teacher, sharded as the student is, and from sparse targets."""
+    """Compare with a dense teacher, sharded like the student, and with sparse targets."""
     expected = {
         size: [expected_divergence(case) for case in divergence_cases(size, world.seed)]
         for size in SIZES
@@ -151,7 +158,7 @@ def test_divergences_are_the_unsharded_ones(world: World) -> None:
 
 
 def test_existing_logits(world: World) -> None:
-    """Each rank's gradient is its columns of the whole; the whole is put through the product for the comparison."""
+    """Join the ranks' columns of the logit gradient and multiply them for the comparison."""
     cases = {
         size: [case for case in loss_cases(size, world.seed) if case.dtype == torch.float64]
         for size in SIZES
@@ -210,7 +217,11 @@ def test_targets_are_those_of_whole_rows(world: World) -> None:
 
 
 def test_ranks_cut_alike_whatever_they_hold(world: World) -> None:
-    """Chunks sized by a rank's own rows would differ where the last rank holds padding, and collectives would not meet."""
+    """Cut tokens alike on all ranks.
+
+    Chunks sized by a rank's own rows would differ if the last rank holds padding, and collectives
+    would not match.
+    """
     for layout in world.layouts():
         problem = default_chunks_problem(layout.size, world.seed)
         target = select_targets(problem.logits(), TopSelection(8))
@@ -237,7 +248,11 @@ def test_identical_models_and_repeats(world: World) -> None:
 
 
 def test_collectives_are_as_few_as_documented(world: World) -> None:
-    """Per chunk one all-gather of statistics, one sum of the gradient of hidden, and one all-gather of hidden if it is split."""
+    """Count collectives per chunk.
+
+    There is one all-gather of statistics, one sum of the gradient of hidden, and one all-gather of
+    hidden if it is sliced.
+    """
     for layout in world.layouts():
         split = int(layout.sequence_parallel)
         for schedule, walks in (("chunk", 1), ("save", 2), ("recompute", 2)):

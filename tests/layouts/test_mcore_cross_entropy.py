@@ -1,4 +1,4 @@
-"""alpha = 0 is megatron-core's vocabulary-parallel cross-entropy."""
+"""Test that alpha = 0 is megatron-core's vocabulary-parallel cross-entropy."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Random problems for the losses, and the loss written a second time from dense teacher logits, in fp64.
+"""Make random problems for the losses, and compute the loss plainly in fp64.
 
-Nothing here goes through the package's own arithmetic: targets and teacher distributions are made from the teacher's whole
-row. N tokens, H hidden, V true vocabulary, K kept entries.
+The package's own arithmetic is not used: targets and teacher distributions come from the teacher's
+complete rows. N tokens, H hidden, V true vocabulary, K kept entries.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SEED_VARIABLE = "KD_TEST_SEED"
 
 
 def fresh_seed() -> int:
-    """A new seed every run, given to torch as well and printed, so that a failure shows it; KD_TEST_SEED repeats it."""
+    """Return a new seed, also given to torch and printed; KD_TEST_SEED repeats one."""
     variable = os.environ.get(SEED_VARIABLE)
     seed = int(variable) if variable else int.from_bytes(os.urandom(4), "little")
     print(f"{SEED_VARIABLE}={seed}", file=sys.stderr)
@@ -37,7 +37,7 @@ def fresh_seed() -> int:
 
 
 class Outcome(NamedTuple):
-    """Losses [N] and the gradients of sum(upstream * total)."""
+    """Hold losses [N] and the gradients of sum(upstream * total)."""
 
     total: Tensor
     ce: Tensor
@@ -48,10 +48,15 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of one output head, in fp64.
+    """Hold the inputs of one output head, in fp64.
 
-    hidden [N, H]; weight [rows, H], whose rows past vocab_size are large garbage; labels [N] with ids inside and outside the
-    teacher's likeliest and some -100; mask [N] with zeros and fractions; upstream [N]; teacher [N, V] logits.
+    Attributes:
+        hidden: [N, H].
+        weight: [rows, H], whose rows past vocab_size are large garbage.
+        labels: [N], ids inside and outside the teacher's most probable ones, and some -100.
+        mask: [N], with zeros and fractions.
+        upstream: [N].
+        teacher: [N, V] logits.
     """
 
     seed: int
@@ -67,11 +72,11 @@ class Problem:
         return self.teacher.shape[1]
 
     def logits(self) -> Tensor:
-        """[N, V], the student's."""
+        """Return the student's logits [N, V]."""
         return self.hidden @ self.weight[: self.vocab_size].T
 
     def rounded_to(self, dtype: torch.dtype) -> Problem:
-        """The problem whose hidden states and weight are exact in `dtype`, still as fp64."""
+        """Return the problem with hidden and weight exact in `dtype`, still as fp64."""
         return replace(
             self, hidden=self.hidden.to(dtype).double(), weight=self.weight.to(dtype).double()
         )
@@ -106,9 +111,10 @@ def make_problem(
 
 
 def extreme_problem(seed: int, *, top_k: int) -> Problem:
-    """Logits of +-1e4 that are multiples of 1/16, so that products in fp32 are exact.
+    """Return logits of +-1e4 that are multiples of 1/16, so that products in fp32 are exact.
 
-    On half of the tokens the `top_k` ids at +1e4 are the teacher's likeliest: all the rest is 2e4 below the support.
+    On half of the tokens the `top_k` ids at +1e4 are the most probable of the teacher: all others
+    are 2e4 below the support.
     """
     problem = make_problem(seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -133,7 +139,10 @@ def hand_target(
     dtype: torch.dtype = torch.float64,
     ragged: bool = True,
 ) -> SparseTarget:
-    """The `top_k` likeliest ids of each row of `teacher` [N, V]; if `ragged`, a third of the rows use fewer slots."""
+    """Return the `top_k` most probable ids of each row of `teacher` [N, V].
+
+    If `ragged`, a third of the rows use fewer slots.
+    """
     ids = teacher.argsort(dim=1, descending=True, stable=True)[:, :top_k]
     count = torch.full((teacher.shape[0], 1), top_k)
     if ragged:
@@ -152,12 +161,12 @@ def hand_target(
 
 
 def _kept_mask(ids: Tensor, vocab_size: int) -> Tensor:
-    """ids [N, K] with -1 -> bool [N, V]."""
+    """Return bool [N, V] of ids [N, K] with -1 for unused slots."""
     is_kept = torch.zeros((ids.shape[0], vocab_size + 1), dtype=torch.bool)
     return is_kept.scatter_(1, torch.where(ids >= 0, ids, vocab_size).long(), True)[:, :vocab_size]
 
 
-def dense_loss(
+def dense_loss(  # noqa: PLR0913 (the arguments of the public losses)
     logits: Tensor,
     labels: Tensor,
     teacher: Tensor,
@@ -169,7 +178,10 @@ def dense_loss(
     tail: str = "renormalize",
     z_loss: float = 0.0,
 ) -> KDLoss:
-    """The loss over whole rows. Of `target` only the ids are used: its numbers come from `teacher` [N, V] again."""
+    """Return the loss over whole rows.
+
+    Only the ids of `target` are used: its numbers are computed again from `teacher` [N, V].
+    """
     is_kept = _kept_mask(target.indices, logits.shape[1])
     p_teacher = (teacher / temperature).softmax(1)
     log_p = (logits / temperature).log_softmax(1)
@@ -208,7 +220,10 @@ def outcome_of(
     dtype: torch.dtype = torch.float64,
     main_grad: bool = False,
 ) -> Outcome:
-    """Runs `loss(hidden, weight)` in `dtype` and its backward with `upstream` [N]; `main_grad`: as under megatron-core's DDP."""
+    """Run `loss(hidden, weight)` in `dtype` and its backward with `upstream` [N].
+
+    main_grad: give the weight one, as megatron-core's DDP does.
+    """
     hidden, weight = (
         t.detach().to(dtype, copy=True).requires_grad_() for t in (problem.hidden, problem.weight)
     )
@@ -234,7 +249,7 @@ def outcome_of(
 def oracle_outcome(
     problem: Problem, target: SparseTarget, upstream: Tensor, mask: Tensor | None, **scalars: Any
 ) -> Outcome:
-    """fp64, whole vocabulary, plain autograd on `dense_loss`."""
+    """Return the outcome of plain autograd on `dense_loss`, in fp64 over the whole vocabulary."""
 
     def loss(hidden: Tensor, weight: Tensor) -> KDLoss:
         result = dense_loss(
@@ -256,7 +271,10 @@ def reference_outcome(
     mask: Tensor | None,
     **scalars: Any,
 ) -> Outcome:
-    """`reference_kd_cross_entropy` in fp64, for what only a target can say (no dense teacher)."""
+    """Return the outcome of `reference_kd_cross_entropy` in fp64.
+
+    For properties of a target that no dense teacher has.
+    """
 
     def loss(hidden: Tensor, weight: Tensor) -> KDLoss:
         result = reference_kd_cross_entropy(
@@ -275,7 +293,7 @@ def head_outcome(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Outcome:
-    """`linear_kd_cross_entropy` in `dtype`."""
+    """Return the outcome of `linear_kd_cross_entropy` in `dtype`."""
 
     def loss(hidden: Tensor, weight: Tensor) -> KDLoss:
         return linear_kd_cross_entropy(
@@ -301,7 +319,7 @@ def logits_outcome(
     dtype: torch.dtype = torch.float32,
     **scalars: Any,
 ) -> Outcome:
-    """`kd_cross_entropy` on logits multiplied in `dtype`."""
+    """Return the outcome of `kd_cross_entropy` on logits multiplied in `dtype`."""
 
     def loss(hidden: Tensor, weight: Tensor) -> KDLoss:
         result = kd_cross_entropy(
@@ -313,7 +331,10 @@ def logits_outcome(
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Frobenius norm of the difference over that of `expected`; the absolute norm where `expected` is zero; inf for NaN."""
+    """Return the Frobenius norm of the difference over that of `expected`.
+
+    It is the absolute norm if `expected` is zero, and inf for NaN.
+    """
     difference, scale = (
         (actual.double() - expected.double()).norm().item(),
         expected.double().norm().item(),
@@ -355,5 +376,5 @@ def check(actual: Outcome, expected: Outcome, limit: float, seed: int, *case: ob
 
 
 def say(seed: int, *case: object) -> str:
-    """What a failure says: the case, and how to repeat it."""
+    """Return the message of a failure: the case, and how to repeat it."""
     return f"{' '.join(map(str, case))} ({SEED_VARIABLE}={seed})"

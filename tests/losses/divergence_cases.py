@@ -84,7 +84,10 @@ VANISHING = tuple(name for name in DIVERGENCES if name not in ("soft_cross_entro
 
 
 class DenseProblem(NamedTuple):
-    """`problem.teacher` [N, V] are the logits of `hidden` [N, H_t] and `weight` [rows_t, H_t], both fp64."""
+    """Hold a problem whose teacher logits [N, V] are a product.
+
+    They are hidden [N, H_t] times weight [rows_t, H_t], both fp64.
+    """
 
     problem: Problem
     hidden: Tensor
@@ -97,7 +100,11 @@ class DenseProblem(NamedTuple):
 def dense_problem(
     seed: int, dtype: torch.dtype = torch.float64, *, teacher_rows: int | None = None, **sizes: Any
 ) -> DenseProblem:
-    """Everything exact in `dtype`; the teacher's padding rows are garbage and, if so asked, more or fewer than the student's."""
+    """Return a problem with everything exact in `dtype`.
+
+    The teacher's padding rows are garbage; `teacher_rows` makes more or fewer of them than the
+    student has.
+    """
     problem = make_problem(seed, **sizes).rounded_to(dtype)
     generator = torch.Generator().manual_seed(seed + 2)
     hidden = torch.randn((len(problem.hidden), 12), dtype=torch.float64, generator=generator)
@@ -115,9 +122,10 @@ def dense_problem(
 
 
 def thousands_problem(seed: int) -> DenseProblem:
-    """Logits of +-1e3 on both sides, given as they are: the weights are unit matrices, so that no sum over ids cancels.
+    """Return logits of +-1e3 on both sides.
 
-    Of each row some ids are moved up by 1000 and others down, for both models alike, for one of them, or each in its own way.
+    The weights are unit matrices, so that no sum over ids cancels. In each row some ids are moved
+    up by 1000 and others down, for both models alike, for one of them, or for each differently.
     """
     problem = make_problem(seed)
     generator = torch.Generator().manual_seed(seed + 3)
@@ -160,7 +168,10 @@ def _alpha_beta(q: Tensor, p: Tensor, a: float, b: float) -> Tensor:
 
 
 def plain_divergence(divergence: Divergence, q: Tensor, p: Tensor) -> Tensor:
-    """[N] from distributions [N, M], q the teacher's. Entries where both are exactly 0 do not count."""
+    """Return the divergence [N] of distributions [N, M], q the teacher's.
+
+    Entries where both are exactly 0 do not count.
+    """
     has_mass = (q > 0) | (p > 0)
     is_top = q == q.amax(1, keepdim=True)
     is_top = is_top & (is_top.cumsum(1) == 1)
@@ -193,7 +204,10 @@ def plain_divergence(divergence: Divergence, q: Tensor, p: Tensor) -> Tensor:
 def distributions(
     logits: Tensor, teacher: Tensor, temperature: float, is_kept: Tensor | None, tail: str
 ) -> tuple[Tensor, Tensor]:
-    """(q, p) that are compared, whole rows; kept: bool [N, V] for a sparse target."""
+    """Return the distributions (q, p) that are compared, from whole rows.
+
+    is_kept: bool [N, V] for a sparse target.
+    """
     q, p = (teacher / temperature).softmax(1), (logits / temperature).softmax(1)
     if is_kept is None:
         return q, p
@@ -218,11 +232,12 @@ def check_beside_terms(
     limit: float,
     *case: object,
 ) -> None:
-    """`found` in fp32 against `exact`, alpha = 1: gradients relative to their own size and that of the terms they consist of.
+    """Check fp32 against `exact`, relative to the size of gradients and of their terms; alpha = 1.
 
-    reverse_kl gives logit i the gradient p_i (d_i - sum of p d), d = log p - log q. Where d is about 1000 for every id that
-    the student thinks likely, these cancel, and fp32 holds each to 3e-5 only: of a gradient of 0.01 that leaves three digits,
-    and a weight gradient of few large rows can consist of such ones.
+    reverse_kl gives logit i the gradient p_i (d_i - sum of p d), d = log p - log q. If d is about
+    1000 for every probable id of the student, these cancel, and fp32 holds each to 3e-5 only: of a
+    gradient of 0.01 that leaves three digits, and a weight gradient of few large rows can consist
+    of such ones.
     """
     q, p = distributions(problem.logits(), problem.teacher, temperature, is_kept, "bucket")
     terms = p * (_log(p) - _log(q)).abs()
@@ -246,7 +261,7 @@ def check_beside_terms(
         assert value < limit, say(problem.seed, name, value, *case)
 
 
-def plain_outcome(
+def plain_outcome(  # noqa: PLR0913 (the arguments of the public losses)
     problem: Problem,
     divergence: Divergence,
     upstream: Tensor,
@@ -259,7 +274,7 @@ def plain_outcome(
     tail: str = "renormalize",
     z_loss: float = 0.0,
 ) -> Outcome:
-    """fp64, whole vocabulary, plain autograd."""
+    """Return the outcome in fp64 over the whole vocabulary, by plain autograd."""
 
     def loss(hidden: Tensor, weight: Tensor) -> KDLoss:
         logits = hidden @ weight[: problem.vocab_size].T
@@ -296,7 +311,7 @@ def divergence_outcome(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Outcome:
-    """`linear_divergence` in `dtype`."""
+    """Return the outcome of `linear_divergence` in `dtype`."""
 
     def loss(hidden: Tensor, weight: Tensor) -> KDLoss:
         arguments = dict(divergence=divergence, loss_mask=mask, vocab_size=problem.vocab_size)

@@ -14,7 +14,7 @@ from tests.losses.mistakes import ROWS, B, H, Mistake, S, good_target
 
 
 def _sparse_mistakes(vocab_size: int) -> list[tuple[dict[str, Any], str]]:
-    """(changed arguments, says)."""
+    """Return (changed arguments, message) for a sparse target."""
     draws = replace(good_target(), sampled=True)
     separate_terms = "has a term of its own for every id outside the kept ones"
     return [
@@ -89,7 +89,7 @@ def _dense_mistakes(lines: int, size: int) -> list[tuple[dict[str, Any], str]]:
 
 
 def divergence_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake]:
-    """Of `linear_divergence`, each a change of a call that works; as in tests/losses/mistakes.py."""
+    """Return mistakes in calls of `linear_divergence`, each a change of a call that works."""
     size = group_size(group)
     lines, vocab_size = S // size if sequence_parallel else S, ROWS * size - 1
     options: dict[str, Any] = dict(

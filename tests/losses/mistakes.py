@@ -1,4 +1,7 @@
-"""Calls that must be refused, and a part of the sentence that says why. The same list serves one rank and many."""
+"""List calls that must be refused, with a part of the message.
+
+The same list serves one rank and many.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class Mistake(NamedTuple):
 
 
 def good_target() -> SparseTarget:
-    """Ids 0, 1, 2 of every token, mass 0.6, at temperature 1."""
+    """Return a target of ids 0, 1, 2 for every token, mass 0.6, at temperature 1."""
     ids = torch.arange(K, dtype=torch.int32).expand(S, B, K).contiguous()
     return SparseTarget(
         ids, torch.full((S, B, K), 0.2).log(), torch.full((S, B), 0.4).log(), torch.ones(S, B)
@@ -32,7 +35,7 @@ def good_target() -> SparseTarget:
 
 
 def _changed(tensor: Tensor, *places: tuple[int, float]) -> Tensor:
-    """A copy with other values in the last token's row."""
+    """Return a copy with other values for the last token."""
     tensor = tensor.clone()
     for slot, value in places:
         tensor[-1, -1, slot] = value
@@ -40,7 +43,7 @@ def _changed(tensor: Tensor, *places: tuple[int, float]) -> Tensor:
 
 
 def _wrong_targets(vocab_size: int) -> list[tuple[SparseTarget, dict[str, Any], str]]:
-    """(target, scalars, says)."""
+    """Return (target, scalars, message)."""
     good = good_target()
     sampled = replace(good, sampled=True, temperature=2.0)
     return [
@@ -108,7 +111,7 @@ def _wrong_targets(vocab_size: int) -> list[tuple[SparseTarget, dict[str, Any], 
 
 
 def _wrong_arguments(vocab_size: int) -> list[tuple[dict[str, Any], str]]:
-    """What every loss refuses: (changed arguments, says)."""
+    """Return (changed arguments, message) that every loss refuses."""
     labels = torch.zeros((S, B), dtype=torch.long)
     past, negative = labels.clone(), labels.clone()
     past[3, 1], negative[0, 0] = vocab_size, -1
@@ -136,7 +139,10 @@ def _wrong_arguments(vocab_size: int) -> list[tuple[dict[str, Any], str]]:
 
 
 def loss_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake]:
-    """Of the three losses. The last rank has padding, and under `group` the vocabulary is split."""
+    """Return mistakes in calls of the three losses.
+
+    The last rank has padding, and under `group` the vocabulary is split.
+    """
     size = group_size(group)
     vocab_size = ROWS * size - 1
     lines = S // size if sequence_parallel else S
@@ -198,7 +204,8 @@ def loss_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake]:
         ({"loss_mask": torch.ones(S)}, "loss_mask (8,) must have the labels' shape (8, 2)"),
         (
             {"vocab_size": 0},
-            f"vocab_size (0) must be in [1, {ROWS * size}]: {size} rank(s) hold {ROWS} vocabulary rows each",
+            f"vocab_size (0) must be in [1, {ROWS * size}]: {size} rank(s) hold {ROWS} vocabulary "
+            "rows each",
         ),
         (
             {"vocab_size": ROWS * size + 1},
@@ -225,7 +232,7 @@ def loss_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake]:
 
 
 def selection_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake]:
-    """Of choosing targets."""
+    """Return mistakes in selecting targets."""
     size = group_size(group)
     vocab_size = ROWS * size - 1
     hidden, weight, logits = torch.randn(S, B, H), torch.randn(ROWS, H), torch.randn(S, B, ROWS)
@@ -299,7 +306,7 @@ def selection_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake
 
 
 def problem_with(mistake: Mistake) -> str | None:
-    """None if the call is refused as it should be."""
+    """Return None if the call is refused with the right message."""
     try:
         mistake.call()
     except ValueError as error:

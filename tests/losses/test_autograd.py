@@ -33,7 +33,7 @@ Losses = list[tuple[str, Callable[[Tensor, Tensor, SparseTarget], KDLoss]]]
 
 
 def entry_points(labels: Tensor, **options: object) -> Losses:
-    """Every way to the loss, as a function of hidden, weight and target."""
+    """Return every loss as a function of hidden, weight and target."""
     heads: Losses = [
         (
             name,
@@ -153,7 +153,7 @@ def test_recompute_can_go_back_again() -> None:
 
 
 def test_schedule_chunk_refuses_an_upstream_that_differs_between_tokens() -> None:
-    """Auto computes again instead; a constant that is not written as one is still one."""
+    """Check that auto recomputes instead, and that a materialised constant is recognised."""
     problem = make_problem(fresh_seed())
     target = hand_target(problem.teacher, top_k=8, dtype=torch.float32)
 
@@ -187,7 +187,10 @@ def test_ce_and_kd_have_no_gradient() -> None:
 
 
 def test_without_autograd_no_gradient_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A parameter asks for its gradient even in evaluation: three products where one is needed."""
+    """Check that evaluation costs one product instead of three.
+
+    A parameter requires its gradient even then.
+    """
 
     def refuse(self: SparseLoss, *arguments: object, **options: object) -> Tensor:
         raise AssertionError("formed a gradient")

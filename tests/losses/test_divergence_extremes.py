@@ -45,7 +45,7 @@ def check_at_a_thousand(
     name: str,
     *case: object,
 ) -> None:
-    """At logits of +-1000: the reverse kind beside its terms, every other as it is."""
+    """Check logits of +-1000: reverse KL relative to its terms, every other directly."""
     if name in REVERSE:
         check_beside_terms(actual, exact, problem, temperature, is_kept, 5e-6, name, *case)
     else:
@@ -53,7 +53,10 @@ def check_at_a_thousand(
 
 
 def test_logits_of_a_thousand() -> None:
-    """Probabilities of exactly 0 on either side or on both: no NaN, and values and gradients are those of fp64."""
+    """Check probabilities of exactly 0 on either side or on both.
+
+    There is no NaN, and values and gradients are those of fp64.
+    """
     seed = fresh_seed()
     case = thousands_problem(seed)
     problem = case.problem
@@ -110,7 +113,7 @@ def test_sparse_targets_of_logits_of_a_thousand() -> None:
 
 
 def test_masked_rows_are_exactly_zero() -> None:
-    """All labels -100, or a mask of zeros: no loss and no gradient, whatever stands in those rows."""
+    """Check labels of -100 and a mask of zeros: no loss and no gradient, whatever the rows hold."""
     seed = fresh_seed()
     case = dense_problem(seed, torch.float32)
     unlabelled = replace(case.problem, labels=torch.full_like(case.problem.labels, -100))

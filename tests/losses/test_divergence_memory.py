@@ -1,4 +1,4 @@
-"""The whole teacher costs a second chunk of logits, not a second [tokens, vocabulary]."""
+"""Test that a dense teacher costs a second chunk of logits, not [tokens, vocabulary]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Test what one divergence says of another, and special targets."""
+"""Test relations between divergences, and special targets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHUNK = 17  # does not divide the 40 tokens
 
 
 def test_known_relations() -> None:
-    """Limits of the parameters, and what one divergence says of another; on values and on gradients."""
+    """Check limits of the parameters and relations of divergences, in values and gradients."""
     seed = fresh_seed()
     case = dense_problem(seed)
     problem = replace(case.problem, labels=case.problem.labels.clamp(min=0))
@@ -63,7 +63,8 @@ def test_known_relations() -> None:
     forward, reverse = run(Divergence("forward_kl")), run(Divergence("reverse_kl"))
     check_equal(run(Divergence("alpha_beta", ab_alpha=1.0, ab_beta=0.0)), forward, 1e-12)
     check_equal(run(Divergence("alpha_beta", ab_alpha=0.0, ab_beta=1.0)), reverse, 1e-12)
-    # A parameter's distance from its limit counts times the largest ratio of two probabilities: 1e7 at times, a hundred at temperature 4.
+    # A parameter's distance from its limit counts times the largest ratio of two probabilities:
+    # 1e7 at times, a hundred at temperature 4.
     warm_forward, warm_reverse = (
         run(Divergence("forward_kl"), 4.0),
         run(Divergence("reverse_kl"), 4.0),
@@ -95,7 +96,7 @@ def test_known_relations() -> None:
 
 
 def test_identical_models_have_a_divergence_of_exactly_zero() -> None:
-    """In fp32, to the bit, whatever the chunks; and a gradient of nothing but rounding."""
+    """Check fp32 to the bit, whatever the chunks; the gradient is only rounding."""
     seed = fresh_seed()
     problem = make_problem(seed)
     teacher = DenseTeacher(problem.hidden.float(), problem.weight.float())
@@ -111,7 +112,10 @@ def test_identical_models_have_a_divergence_of_exactly_zero() -> None:
 
 
 def test_hard_label() -> None:
-    """Cross-entropy to the teacher's argmax: of equal logits the smaller id, which a sparse target in any order repeats."""
+    """Compare with cross-entropy to the teacher's argmax.
+
+    Of equal logits it is the smaller id, and a sparse target in any order gives the same.
+    """
     seed = fresh_seed()
     case = dense_problem(seed)
     tied = case._replace(weight=case.weight.sign(), hidden=case.hidden.sign())
@@ -158,7 +162,7 @@ def test_hard_label() -> None:
 
 
 def test_targets_from_the_teacher_itself() -> None:
-    """The head's own targets in place of hand-made ones: identical models are at 0 in the bucket too."""
+    """Use the head's own targets: identical models are at 0 in the bucket too."""
     seed = fresh_seed()
     problem = make_problem(seed)
     hidden, weight = problem.hidden.float(), problem.weight.float()
@@ -203,7 +207,7 @@ def test_the_whole_vocabulary_as_a_sparse_target_is_the_dense_teacher() -> None:
 
 
 def test_forward_kl_is_that_of_linear_kd_cross_entropy() -> None:
-    """From a sparse target, and as alpha_beta(1, 0) through the general way."""
+    """Compare on a sparse target, also as alpha_beta(1, 0) by its terms."""
     seed = fresh_seed()
     problem = make_problem(seed)
     general = DIVERGENCES["alpha_beta 1 0"]

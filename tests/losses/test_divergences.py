@@ -39,7 +39,7 @@ CHUNK = 17  # does not divide the 40 tokens
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("dtype", LIMITS)
 def test_dense_teacher(dtype: torch.dtype, name: str) -> None:
-    """Padding rows of both models are garbage, and the teacher has more of them."""
+    """Compare where padding rows of both models are garbage, and the teacher has more of them."""
     seed = fresh_seed()
     case, divergence = dense_problem(seed, dtype, teacher_rows=100), DIVERGENCES[name]
     schedules = cycle(("save", "chunk", "direct"))
@@ -63,7 +63,7 @@ def test_dense_teacher(dtype: torch.dtype, name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in DIVERGENCES if name not in DENSE_ONLY])
 @pytest.mark.parametrize("dtype", LIMITS)
 def test_sparse_target(dtype: torch.dtype, name: str) -> None:
-    """Rows of the target use fewer slots than there are; every schedule, recompute included."""
+    """Compare with unused slots and with every memory strategy, recompute included."""
     seed = fresh_seed()
     problem, divergence = make_problem(seed).rounded_to(dtype), DIVERGENCES[name]
     schedules = cycle(("save", "recompute", "chunk", "direct", "auto"))
@@ -132,7 +132,10 @@ def test_chunk_sizes_and_shapes_change_nothing() -> None:
 
 
 def test_bfloat16() -> None:
-    """Losses as exact as in fp32 on the same bf16 values; a gradient is off by its own rounding."""
+    """Check losses as exact as in fp32 on the same bf16 values.
+
+    A gradient is off by its own rounding.
+    """
     seed = fresh_seed()
     case = dense_problem(seed, torch.bfloat16)
     for name in DIVERGENCES:
@@ -221,7 +224,7 @@ def test_what_a_schedule_cannot_serve_raises(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_makes_no_sense_is_refused_with_a_reason() -> None:
-    """On several ranks, before any collective: tests/layouts/test_head_ranks.py."""
+    """Check one rank; for several ranks see tests/layouts/test_head_ranks.py."""
     mistakes = divergence_mistakes(None, sequence_parallel=False)
     problems = [problem for mistake in mistakes if (problem := problem_with(mistake)) is not None]
     assert not problems, "\n".join(problems)

@@ -39,7 +39,10 @@ SCHEDULES = ("save", "chunk", "direct", "recompute", "auto")
 def check_head(
     problem: Problem, target: SparseTarget | None, dtype: torch.dtype, schedule: str, **scalars: Any
 ) -> None:
-    """One combination, without and with a mask; with it a random upstream gradient where the schedule takes one."""
+    """Check one combination, without and with a mask.
+
+    With the mask the upstream gradient is random if the memory strategy can serve that.
+    """
     exact = problem.rounded_to(dtype)
     uniform = torch.full_like(problem.upstream, UPSTREAM.get(schedule, 0.37))
     for mask, upstream in ((None, uniform), (exact.mask, upstream_for(schedule, exact.upstream))):
@@ -119,7 +122,7 @@ def test_existing_logits(dtype: torch.dtype) -> None:
 
 
 def test_existing_logits_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """150 tokens in chunks of 64, the smallest that a shard's width can ask for; and targets chosen from them."""
+    """Check 150 tokens in chunks of 64, the smallest size, and targets selected from them."""
     monkeypatch.setattr("megatron_kd.head.sizes.CHUNK_LOGITS_CPU", 1)
     seed = fresh_seed()
     problem = make_problem(seed, tokens=150)
@@ -137,7 +140,7 @@ def test_existing_logits_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_against_the_dense_loss_directly() -> None:
-    """Once without the reference between: the fp64 head is the loss over whole rows."""
+    """Compare the fp64 head with the loss over whole rows, without the reference between."""
     seed = fresh_seed()
     problem = make_problem(seed)
     for temperature, tail in product((1.0, 2.0), TAILS):
@@ -158,7 +161,10 @@ def test_against_the_dense_loss_directly() -> None:
 
 
 def test_logits_of_ten_thousand() -> None:
-    """Where the rest lies 2e4 below the support its softmax must keep its digits: the bucket's gradient is all there."""
+    """Check the bucket's gradient where the rest lies 2e4 below the support.
+
+    Its softmax must keep its digits.
+    """
     seed = fresh_seed()
     problem = extreme_problem(seed, top_k=8)
     assert problem.logits().abs().max() > 9e3
@@ -190,9 +196,9 @@ def test_logits_of_ten_thousand() -> None:
 
 
 def test_bfloat16() -> None:
-    """Against fp64 on the same bf16 values. Computed in fp32, so a gradient is off by its own rounding: 2^-9 of each entry.
+    """Compare with fp64 on the same bf16 values.
 
-    Given bf16 logits, the upstream gradient and its product are rounded as well; losses stay fp32.
+    Computed in fp32, a gradient is off by its own rounding: 2^-9 of each entry.
     """
     seed = fresh_seed()
     problem = make_problem(seed).rounded_to(torch.bfloat16)
@@ -218,9 +224,10 @@ def test_bfloat16() -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_bfloat16_near_the_teacher(schedule: str) -> None:
-    """Where p - q is small against both: a student whose logits are within 0.02 of the teacher's, standard deviation 4.8.
+    """Check where p - q is small against both.
 
-    Logits rounded to bf16 lose a fifth of this gradient; the second half sees that the measure can tell.
+    The student's logits are within 0.02 of the teacher's, whose standard deviation is 4.8. Logits
+    rounded to bf16 lose a fifth of this gradient; the second half checks that the measure can tell.
     """
     seed = fresh_seed()
     generator = torch.Generator().manual_seed(seed)
@@ -257,7 +264,10 @@ def test_bfloat16_near_the_teacher(schedule: str) -> None:
 
 
 def test_bfloat16_existing_logits() -> None:
-    """The gradient of the bf16 logits themselves: 2^-9 for a sum, three roundings for any upstream gradient."""
+    """Check the gradient of bf16 logits themselves.
+
+    It is off by 2^-9 for a sum, and by three roundings for any upstream gradient; losses stay fp32.
+    """
     seed = fresh_seed()
     problem = make_problem(seed)
     narrow = problem.logits().bfloat16()
@@ -301,7 +311,7 @@ def test_sampled_targets_and_no_target() -> None:
 
 
 def test_sequence_by_batch_layout() -> None:
-    """[S, B, H] is [N, H] with the same tokens in the same order; losses come back as [S, B]."""
+    """Compare [S, B, H] with [N, H] of the same tokens; losses come back as [S, B]."""
     seed = fresh_seed()
     problem = make_problem(seed)
     target = hand_target(problem.teacher, top_k=8, dtype=torch.float32)

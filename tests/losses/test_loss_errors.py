@@ -1,4 +1,4 @@
-"""Every refusal, on one rank. On several ranks, before any collective: tests/layouts/test_head_ranks.py."""
+"""Test every refusal on one rank; for several see tests/layouts/test_head_ranks.py."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def test_wrong_arguments_are_refused_with_a_reason() -> None:
 
 
 def test_the_list_starts_from_calls_that_work() -> None:
-    """The unchanged call is fine, so each refusal is about its change; -100 and unused slots are fine too."""
+    """Check that the unchanged call works, so that each refusal is about its change.
+
+    Labels of -100 and unused slots work too.
+    """
     hidden, weight = torch.randn(S, B, H), torch.randn(10, H)
     labels = torch.zeros((S, B), dtype=torch.long)
     labels[0, 0], labels[1, 0] = -100, 8

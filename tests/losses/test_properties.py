@@ -30,7 +30,7 @@ SCHEDULES = ("save", "chunk", "recompute", "auto")
 
 
 def test_identical_models_have_a_divergence_of_exactly_zero() -> None:
-    """Also when teacher and student pad their vocabularies differently, and whatever the kept mass."""
+    """Check it also if the models pad their vocabularies differently, for any kept mass."""
     seed = fresh_seed()
     problem = make_problem(seed)
     hidden = problem.hidden.float()
@@ -140,7 +140,7 @@ def test_alpha_zero_is_cross_entropy() -> None:
 
 
 def test_a_shift_of_all_logits_changes_nothing() -> None:
-    """Except the z-loss: of the student's row, and of the teacher's in choosing targets."""
+    """Shift the student's row, and the teacher's when targets are selected; z-loss excepted."""
     seed = fresh_seed()
     problem = make_problem(seed)
     shift = 100.0 * torch.randn(40, 1, dtype=torch.float64)
@@ -189,7 +189,10 @@ def test_the_order_of_slots_changes_nothing() -> None:
 
 
 def test_masked_rows_are_exactly_zero() -> None:
-    """All labels -100, or a mask of zeros: zero loss and zero gradient, z-loss and garbage in those rows included."""
+    """Check labels of -100 and a mask of zeros: zero loss and zero gradient.
+
+    That includes z-loss, and garbage in those rows.
+    """
     seed = fresh_seed()
     problem = make_problem(seed)
     target = hand_target(problem.teacher, top_k=8, temperature=2.0, dtype=torch.float32)
@@ -245,7 +248,7 @@ def test_padding_rows_get_exactly_zero_gradient() -> None:
 
 
 def test_a_student_tail_of_1e_7_keeps_its_digits() -> None:
-    """Where 1 - sum(support) in fp32 is one ulp or zero, the gradient of the other ids is still right to 1e-4."""
+    """Check the gradient of the other ids to 1e-4 if 1 - sum(support) has no digits in fp32."""
     seed = fresh_seed()
     problem = make_problem(seed)
     for tail_mass, temperature in product((1e-7, 1e-12), (1.0, 2.0)):
@@ -276,7 +279,7 @@ def test_a_student_tail_of_1e_7_keeps_its_digits() -> None:
         expected.total.sum().backward()
         assert narrow.grad is not None
         assert wide.grad is not None
-        # The other ids are the hard part, each row of them by itself; the kept ids must not hide it.
+        # The other ids are the hard part, row by row: the kept ids must not hide them.
         for row in range(40):
             error = relative_error(narrow.grad[row][~is_kept[row]], wide.grad[row][~is_kept[row]])
             assert error < 1e-4, say(seed, tail_mass, temperature, row, error)

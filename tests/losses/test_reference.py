@@ -1,4 +1,4 @@
-"""reference_kd_cross_entropy against the loss written from dense teacher rows, and against finite differences."""
+"""Test reference_kd_cross_entropy against dense teacher rows and finite differences."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_values_and_gradients_equal_the_dense_loss() -> None:
 
 
 def test_renormalize_needs_no_matching_temperature() -> None:
-    """Kept entries alone say what they are at any temperature."""
+    """Check that kept entries alone are known at any temperature."""
     seed = fresh_seed()
     problem = make_problem(seed)
     measured_at_1 = hand_target(problem.teacher, top_k=8, temperature=1.0)
@@ -71,7 +71,10 @@ def test_without_log_tail_it_is_what_the_kept_entries_leave() -> None:
 
 
 def test_sampled_targets_are_counts_whatever_the_tail() -> None:
-    """Draws 3, 2 and 1 of 6: q = (1/2, 1/3, 1/6), nothing outside, already at the temperature of the draws."""
+    """Check counts 3, 2 and 1 of 6: q = (1/2, 1/3, 1/6), no mass outside.
+
+    They are already at the temperature of the samples.
+    """
     seed = fresh_seed()
     problem = make_problem(seed)
     ids = torch.rand_like(problem.teacher).argsort(1)[:, :4].int()

@@ -75,7 +75,7 @@ def test_without_a_target_only_the_student_is_measured() -> None:
 
 @pytest.mark.usefixtures("small_sizes")
 def test_token_metrics_of_whole_distributions() -> None:
-    """They are at temperature 1 whatever the loss uses."""
+    """Check that they are at temperature 1 whatever the loss uses."""
     seed = fresh_seed()
     case = dense_problem(seed)
     problem = case.problem
@@ -120,7 +120,7 @@ def test_identical_models_agree_on_every_top_id() -> None:
 
 
 def test_token_metrics_change_no_bit_of_the_loss() -> None:
-    """The extra pass must not touch losses or gradients; the metrics against whole rows."""
+    """Check that the extra pass changes no loss, and the metrics against whole rows."""
     seed = fresh_seed()
     problem = make_problem(seed)
     target = hand_target(problem.teacher, top_k=8)

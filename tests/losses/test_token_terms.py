@@ -1,4 +1,7 @@
-"""Weights and temperatures that differ from token to token, through the head, against fp64 autograd over whole rows."""
+"""Test weights and temperatures that differ from token to token.
+
+The head is compared with fp64 autograd over whole rows.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ SCHEDULES = ("save", "chunk", "recompute", "direct")
 
 
 def random_terms(seed: int, tokens: int) -> TokenTerms:
-    """Weights with zeros among them, temperatures between 0.3 and 4: fp32 [N]."""
+    """Return fp32 [N] weights, zeros among them, and temperatures between 0.3 and 4."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw() -> Tensor:
@@ -46,7 +49,7 @@ def random_terms(seed: int, tokens: int) -> TokenTerms:
 
 
 def by_hand(problem: Problem, target: SparseTarget, terms: TokenTerms, z_loss: float) -> Outcome:
-    """Forward KL from the kept entries rescaled to 1, each token by its own terms."""
+    """Return forward KL from the rescaled kept entries, each token with its own terms."""
     t, used = terms.map(Tensor.double), target.indices >= 0
     q = torch.where(
         used, target.logprobs.double() / t.teacher_temperature.unsqueeze(1), -torch.inf
@@ -116,7 +119,7 @@ def test_each_token_by_its_own_terms(schedule: str) -> None:
     "name", ["soft_cross_entropy", "jensen_shannon", "skew_reverse_kl", "hard_label"]
 )
 def test_terms_that_are_all_alike_are_the_numbers(name: str) -> None:
-    """Tensors of one value against the same loss with scalars, whose own tests stand elsewhere."""
+    """Compare tensors of one value with the same loss by scalars, which have their own tests."""
     seed = fresh_seed()
     problem = make_problem(seed)
     target = hand_target(problem.teacher, top_k=9)
@@ -135,7 +138,7 @@ def test_terms_that_are_all_alike_are_the_numbers(name: str) -> None:
 )
 @pytest.mark.parametrize("dense", [False, True])
 def test_what_the_losses_count(weights: str, scale: tuple[float, float], dense: bool) -> None:
-    """total = e ce + k kd: by linearity from the two parts, losses and gradients."""
+    """Check total = e ce + k kd by linearity from the two parts, losses and gradients."""
     seed = fresh_seed()
     problem = make_problem(seed)
     target: Target = hand_target(problem.teacher, top_k=5)
@@ -159,7 +162,10 @@ def test_what_the_losses_count(weights: str, scale: tuple[float, float], dense: 
 
 @pytest.mark.parametrize("tail", ["drop", "renormalize", "bucket"])
 def test_temperature_on_the_teacher_alone(tail: str) -> None:
-    """The student's logits times t at temperature t on both give the same divergence as themselves at t on the teacher alone."""
+    """Compare temperature t on both models with t on the teacher alone.
+
+    The former has the student's logits times t, so the divergences are equal.
+    """
     seed = fresh_seed()
     problem, t = make_problem(seed), 2.5
     target = hand_target(problem.teacher, top_k=6, temperature=t)
