@@ -33,6 +33,7 @@ from megatron_kd.config import ConfigError
 from megatron_kd.data.tokenizer import load_tokenizer, tokenizer_file
 from megatron_kd.data.vocabularies.patterns import PATTERNS
 from megatron_kd.storage.atomic_files import write_atomically
+from megatron_kd.storage.exit_codes import BAD_INPUT
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = measure(arguments)
     except (ConfigError, OSError) as error:
         print(f"bench_preprocess: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.output:

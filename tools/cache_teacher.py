@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from megatron_kd.config import ConfigError, RunConfig, load_config
 from megatron_kd.config.sections.teacher_section import TEACHER_SOURCES
 from megatron_kd.parallel.world import world_from_environment
+from megatron_kd.storage.exit_codes import BAD_INPUT, CACHE_IN_USE, WRITE_FAILED
 
 if TYPE_CHECKING:
     from megatron_kd.parallel.platform import Platform
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         return _extract(config, arguments)
     except ConfigError as error:
         print(f"cache_teacher: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return BAD_INPUT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,7 +115,7 @@ def _extract(config: RunConfig, arguments: argparse.Namespace) -> int:
         return _run(config, arguments, platform)
     except CacheInUse as error:
         print(f"cache_teacher: error: {error}", file=sys.stderr, flush=True)
-        return 3
+        return CACHE_IN_USE
     except CacheError as error:
         raise ConfigError(str(error)) from error
     except OSError as error:
@@ -124,7 +125,7 @@ def _extract(config: RunConfig, arguments: argparse.Namespace) -> int:
             file=sys.stderr,
             flush=True,
         )
-        return 5
+        return WRITE_FAILED
     finally:
         stop_groups()
 

@@ -24,6 +24,7 @@ from megatron_kd.config import ConfigError, RunConfig
 from megatron_kd.planning.config_words import load_run_file, load_with_defaults
 from megatron_kd.planning.describe import describe_presets, describe_run
 from megatron_kd.planning.planned_run import PlannedRun
+from megatron_kd.storage.exit_codes import BAD_INPUT
 from megatron_kd.teacher.source import teacher_source
 
 MEMORY_COLUMNS = (
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             text = _text(description)
     except ConfigError as error:
         print(f"describe_model: error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     print(json.dumps(description, indent=2) if arguments.json else text)
     return 0
 

@@ -28,6 +28,7 @@ from megatron_kd.cache import CacheError, CacheReader
 from megatron_kd.cache.verify import merge, remove_shard, statistics, verify
 from megatron_kd.config import ConfigError, RunConfig, load_config
 from megatron_kd.parallel.world import world_from_environment
+from megatron_kd.storage.exit_codes import BAD_INPUT
 
 if TYPE_CHECKING:
     from megatron_kd.parallel.groups import Groups
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except ConfigError as error:
         print(f"inspect_cache: error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     except (CacheError, OSError) as error:
         print(f"inspect_cache: error: {error}", file=sys.stderr)
         return 1

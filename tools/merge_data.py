@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megatron_kd.config import ConfigError
 from megatron_kd.data.preparation.merging import merge
+from megatron_kd.storage.exit_codes import BAD_INPUT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description = merge(parsed.prefixes, parsed.output)
     except ConfigError as error:
         print(f"merge_data: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     except OSError as error:
         print(f"merge_data: {error}", file=sys.stderr)
         return 1

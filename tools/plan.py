@@ -56,6 +56,7 @@ from megatron_kd.planning.planned_run import PlannedRun
 from megatron_kd.planning.report import PlanReport, as_numbers, as_text
 from megatron_kd.planning.step_time import ComputeRates
 from megatron_kd.storage.atomic_files import write_atomically
+from megatron_kd.storage.exit_codes import BAD_INPUT
 from megatron_kd.teacher.source import teacher_source
 
 TOOLS = Path(__file__).parent
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             draw_plan(report, Path(arguments.picture), arguments.show)
     except ConfigError as error:
         print(f"plan: error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     print(
         json.dumps(as_numbers(report, arguments.show), indent=2)
         if arguments.json

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from megatron_kd.config import ConfigError
 from megatron_kd.storage.atomic_files import write_atomically
+from megatron_kd.storage.exit_codes import BAD_INPUT
 from megatron_kd.sweep.file_names import SWEEP_FILE
 from megatron_kd.sweep.plots.run_curves import draw_runs
 from megatron_kd.sweep.results.run_results import ReportError, format_runs, read_run, summarize
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report_runs(options)
     except (ReportError, ConfigError) as error:
         print(f"report: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     return 0
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kd.config import ConfigError, ModelSection
+from megatron_kd.storage.exit_codes import BAD_INPUT
 from megatron_kd.sweep.scaling.compute import Prices, compare, forward_flops
 from megatron_kd.sweep.scaling.law import (
     PUBLISHED_DISTILLATION,
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             )
     except (ConfigError, OSError) as error:
         print(f"scaling_law: error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     _print(found, query, arguments.level)
     return 0
 

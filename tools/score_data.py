@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_kd.config import ConfigError
 from megatron_kd.parallel.world import world_from_environment
+from megatron_kd.storage.exit_codes import BAD_INPUT
 
 if TYPE_CHECKING:
     from megatron_kd.data.preparation.selection import SelectionRule
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except ConfigError as error:
         print(f"score_data: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return BAD_INPUT
     except OSError as error:
         message = f"score_data: {error}: finished shards are kept; start again"
         print(message, file=sys.stderr, flush=True)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from megatron_kd.checkpoint.manifest import DamagedCheckpointError, read_manifest, verify
 from megatron_kd.checkpoint.store import complete_steps, has_digests, read_info, step_folder
 from megatron_kd.config import ConfigError
+from megatron_kd.storage.exit_codes import BAD_INPUT
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             "or a step-* folder",
             file=sys.stderr,
         )
-        return 2
+        return BAD_INPUT
     results = [verify_step(folder) for folder in folders]
     if arguments.json:
         print(json.dumps(results, indent=2))

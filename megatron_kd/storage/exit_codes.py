@@ -11,6 +11,8 @@ FAILED = 1
 """A failure that may be transient, such as the loss of another rank: restart the job."""
 BAD_INPUT = 2
 """Invalid settings or damaged input: a restart fails in the same way."""
+CACHE_IN_USE = 3
+"""Another process writes the cache of targets."""
 WRITE_FAILED = 5
 """A checkpoint or captured targets could not be written."""
 REQUEUE = 85

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kd.config import ConfigError
+from megatron_kd.storage.exit_codes import BAD_INPUT
 from megatron_kd.storage.provenance import commit
 
 Spread = dict[str, float]
@@ -83,7 +84,7 @@ def run_benchmark(
         result = measure()
     except ConfigError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     if rank == 0:
         report(arguments, result, format_table)
     return 0
