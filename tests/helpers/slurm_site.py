@@ -11,7 +11,7 @@ import psutil
 
 from tests.helpers.slurm import ROOT, Cluster
 from tests.helpers.tiny import write_tokens
-from tests.train.test_program import RATES, rows
+from tests.train.test_program import RATES, read_metrics
 
 # Of a folder: it would run commands if anything were pasted into a shell.
 HOSTILE = 'it\'s a "site" $(touch sentinel-1);`touch sentinel-2` & b'
@@ -156,7 +156,7 @@ class Site(Checkout):
         """Its rows, without what depends on the time of day."""
         return [
             {k: v for k, v in row.items() if k not in RATES}
-            for row in rows(self.folder / directory)
+            for row in read_metrics(self.folder / directory)
         ]
 
     def weights(self, folder: str) -> bytes:

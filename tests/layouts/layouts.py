@@ -16,12 +16,12 @@ class Trained:
     """Hold the results of a run.
 
     Attributes:
-        rows: Metrics of each step.
+        records: Metrics of each step.
         weights: Full weights by name.
         validation: Metrics of each validation set.
     """
 
-    rows: list[dict[str, Any]]
+    records: list[dict[str, Any]]
     weights: dict[str, torch.Tensor]
     validation: dict[str, dict[str, float | None]]
 
@@ -36,11 +36,11 @@ def run_all(rendezvous: str, jobs: list[tuple[RunConfig, int, bool]]) -> list[Tr
     results = []
     for number, (config, stop, save) in enumerate(jobs):
         run = build_run(config, rendezvous=f"{rendezvous}-{number}")
-        rows = []
+        records = []
         while run.progress.step < stop:
             seed_step(config.train.seed, run.progress.step, run.groups)
             report = train_step(run)
-            rows.append(
+            records.append(
                 {
                     **report.metrics,
                     "step": run.progress.step,
@@ -50,7 +50,7 @@ def run_all(rendezvous: str, jobs: list[tuple[RunConfig, int, bool]]) -> list[Tr
             )
         if save:
             run.save()
-        results.append(Trained(rows, full_weights(run.student.models), evaluate(run)))
+        results.append(Trained(records, full_weights(run.student.models), evaluate(run)))
         run.capture.close()
         # Each group keeps threads. Those of thirty layouts would compete for the cores.
         stop_groups()
@@ -59,11 +59,13 @@ def run_all(rendezvous: str, jobs: list[tuple[RunConfig, int, bool]]) -> list[Tr
 
 def worst_loss(one: Trained, other: Trained) -> float:
     """Return the largest difference of losses over common steps, relative to the total loss."""
-    others = {row["step"]: row for row in other.rows}
-    names = [name for name in ("total_loss", "ce_loss", "kd_loss") if one.rows[0][name] is not None]
+    others = {record["step"]: record for record in other.records}
+    names = [
+        name for name in ("total_loss", "ce_loss", "kd_loss") if one.records[0][name] is not None
+    ]
     return max(
-        abs(row[name] - others[row["step"]][name]) / others[row["step"]]["total_loss"]
-        for row in one.rows
+        abs(record[name] - others[record["step"]][name]) / others[record["step"]]["total_loss"]
+        for record in one.records
         for name in names
     )
 

@@ -13,13 +13,13 @@ from megatron_kd.config import RunConfig
 @dataclass
 class Asked:
     """targets: sample -> its numbers [S, ...], as this rank got them in the first step; expected: the samples it trains on in it;
-    sent: bytes to other ranks in it. rows: metrics of each step.
+    sent: bytes to other ranks in it. records: metrics of each step.
     """
 
     targets: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     expected: set[int] = field(default_factory=set)
     sent: int = 0
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
 
 
 def ask_all(rendezvous: str, configs: list[RunConfig], steps: int) -> list[Asked]:
@@ -34,7 +34,7 @@ def ask_all(rendezvous: str, configs: list[RunConfig], steps: int) -> list[Asked
         asked = first_targets(run)
         while run.progress.step < steps:
             seed_step(config.train.seed, run.progress.step, run.groups)
-            asked.rows.append({**train_step(run).metrics, "step": run.progress.step})
+            asked.records.append({**train_step(run).metrics, "step": run.progress.step})
         stop_groups()
         found.append(asked)
     return found

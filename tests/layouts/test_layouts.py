@@ -212,12 +212,12 @@ def merge(layout: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(result: Trained, reference: Trained, loss: float, weight: float | None) -> None:
-    assert len(result.rows) == STEPS
-    assert all(row["updated"] for row in result.rows)
+    assert len(result.records) == STEPS
+    assert all(record["updated"] for record in result.records)
     assert worst_loss(result, reference) <= loss
     norms = [
-        (row["grad_norm"], other["grad_norm"])
-        for row, other in zip(result.rows, reference.rows, strict=True)
+        (record["grad_norm"], other["grad_norm"])
+        for record, other in zip(result.records, reference.records, strict=True)
     ]
     assert all(abs(norm / other - 1) <= 10 * loss for norm, other in norms)
     if weight is not None:
@@ -229,12 +229,12 @@ def check(result: Trained, reference: Trained, loss: float, weight: float | None
 
 
 def test_training_learns_and_the_teacher_matters(single: dict[str, Trained]) -> None:
-    rows = single["fp32_kd"].rows
-    assert rows[-1]["kd_loss"] < rows[0]["kd_loss"]
+    records = single["fp32_kd"].records
+    assert records[-1]["kd_loss"] < records[0]["kd_loss"]
     assert worst_weight(single["fp32"], single["fp32_kd"]) > 1e-3
-    assert 0 < rows[0]["teacher_mass"] < 1
-    assert rows[0]["teacher_entropy"] > 0
-    assert 0 <= rows[0]["top1_agreement"] <= 1
+    assert 0 < records[0]["teacher_mass"] < 1
+    assert records[0]["teacher_entropy"] > 0
+    assert 0 <= records[0]["top1_agreement"] <= 1
 
 
 def fast_and_slow(fast: list[str], slow: list[str]) -> list[Any]:
@@ -305,7 +305,9 @@ def test_resume(
 ) -> None:
     first, second, extra = (RESUMED | RESUMED_SLOW)[name]
     first_half, second_half = runs[f"{name}_first"], runs[f"{name}_second"]
-    assert [row["step"] for row in first_half.rows + second_half.rows] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in first_half.records + second_half.records] == list(
+        range(1, STEPS + 1)
+    )
     precision = extra.get("train", {}).get("precision", "fp32")
     measured(
         f"{first} to {second}, {precision}: "
@@ -314,7 +316,7 @@ def test_resume(
     if first == second:
         # In one layout the interrupted run is bit-identical to the uninterrupted one.
         uninterrupted = runs[f"{first}_kd"]
-        assert first_half.rows + second_half.rows == uninterrupted.rows
+        assert first_half.records + second_half.records == uninterrupted.records
         assert worst_weight(second_half, uninterrupted) == 0.0
     elif precision == "fp32":
         assert worst_loss(second_half, single["fp32_kd"]) <= LOSS_FP32

@@ -90,7 +90,7 @@ def check(found: list[Asked], wanted: Asked, *, entries: int = K) -> None:
         check_targets(rank, wanted)
     assert set().union(*(rank.expected for rank in found)) == set(range(SAMPLES))
     assert sum(rank.sent for rank in found) / (SAMPLES * BATCH["sequence_length"]) <= 12 * entries
-    for row, other in zip(found[0].rows, wanted.rows, strict=False):
+    for row, other in zip(found[0].records, wanted.records, strict=False):
         for name in ("total_loss", "ce_loss", "kd_loss"):
             assert abs(row[name] - other[name]) <= 1e-5 * other["total_loss"], (row["step"], name)
 
@@ -101,7 +101,7 @@ def run_pairs(
     by_rank = run_ranks(ask_all, world, [bench.config(*pair) for pair in pairs], steps, timeout=540)
     for number, pair in enumerate(pairs):
         found = [rank[number] for rank in by_rank]
-        assert len(found[0].rows) == steps
+        assert len(found[0].records) == steps
         try:
             check(found, wanted)
         except AssertionError as error:

@@ -21,7 +21,7 @@ from tests.checkpoint.fault_runs import intact_steps, state_digests
 from tests.helpers.program import finish_ranks, start_ranks
 from tests.helpers.tiny import write_tokens
 from tests.losses.cases import fresh_seed
-from tests.train.test_program import RATES, rows, write_run
+from tests.train.test_program import RATES, read_metrics, write_run
 
 Ranks = list[subprocess.Popen[str]]
 STEPS, INTERVAL = 600, 25
@@ -105,7 +105,7 @@ def test_soak(
     longest = 1.2 * (time.monotonic() - began)
     wanted = [
         {key: value for key, value in row.items() if key not in RATES}
-        for row in rows(tmp_path / "whole")
+        for row in read_metrics(tmp_path / "whole")
     ]
 
     blows: Counter[str] = Counter()
@@ -126,7 +126,7 @@ def test_soak(
             ] == [0, 0], seed
         found = [
             {key: value for key, value in row.items() if key not in RATES}
-            for row in rows(tmp_path / name)
+            for row in read_metrics(tmp_path / name)
         ]
         assert found == wanted, (seed, name)
         assert state_digests(tmp_path / name, STEPS) == state_digests(tmp_path / "whole", STEPS), (

@@ -22,7 +22,7 @@ from megatron_kd.cache import CacheReader
 from megatron_kd.config import dump_toml
 from megatron_kd.data.tokenizer import load_tokenizer
 from tests.helpers.tiny import VOCAB, tiny, write_tokens
-from tests.train.test_program import command, finish, kill_tree, rows, start, write_run
+from tests.train.test_program import command, finish, kill_tree, read_metrics, start, write_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
@@ -84,7 +84,7 @@ def records(cache: Path) -> dict[bytes, bytes]:
 def losses(folder: Path) -> list[tuple[float, float, float]]:
     return [
         (row["total_loss"], row["ce_loss"], row["kd_loss"])
-        for row in rows(folder)
+        for row in read_metrics(folder)
         if "split" not in row
     ]
 

@@ -94,8 +94,8 @@ def trained(bench: Bench) -> dict[str, list[Asked]]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_same_student_run(trained: dict[str, list[Asked]], name: str) -> None:
     ours, theirs = trained[f"{name}_o"][0], trained[f"{name}_h"][0]
-    assert len(theirs.rows) == STEPS
-    assert all(row["kd_loss"] > 1e-3 for row in theirs.rows)
+    assert len(theirs.records) == STEPS
+    assert all(row["kd_loss"] > 1e-3 for row in theirs.records)
     assert worst_loss(theirs, ours) <= 1e-5
 
 

@@ -38,7 +38,7 @@ from tests.train.capture_ranks import (
     records,
     same,
 )
-from tests.train.test_program import RATES, rows
+from tests.train.test_program import RATES, read_metrics
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
@@ -219,8 +219,8 @@ def pair(alone: Alone) -> tuple[dict[str, Trained], str]:
 
 
 def unchanged(plain: Trained, captured: Trained) -> None:
-    assert len(plain.rows) == STEPS
-    assert plain.rows == captured.rows
+    assert len(plain.records) == STEPS
+    assert plain.records == captured.records
     assert plain.validation == captured.validation
     assert plain.weights.keys() == captured.weights.keys()
     assert all(weight.equal(captured.weights[name]) for name, weight in plain.weights.items())
@@ -301,7 +301,7 @@ def test_killed_and_resumed(alone: Alone) -> None:
     strip = [
         [
             {k: v for k, v in row.items() if k not in RATES}
-            for row in rows(alone.bench.folder / name)
+            for row in read_metrics(alone.bench.folder / name)
         ]
         for name in ("whole", "broken")
     ]
@@ -314,7 +314,9 @@ def test_killed_and_resumed(alone: Alone) -> None:
 def test_a_student_of_what_was_captured(alone: Alone) -> None:
     """It begins as its teacher began and reads the same samples: at its first step the two agree, then the teacher is ahead."""
     assert alone.ended["student"].value == 0, alone.ended["student"].output
-    losses = [row["kd_loss"] for row in rows(alone.bench.folder / "student") if "split" not in row]
+    losses = [
+        row["kd_loss"] for row in read_metrics(alone.bench.folder / "student") if "split" not in row
+    ]
     assert len(losses) == STEPS
     assert abs(losses[0]) < 1e-6
     assert losses[-1] > 1e-4
@@ -352,7 +354,7 @@ def test_the_readme_s_commands(alone: Alone) -> None:
     assert len(CacheReader(alone.bench.cache("readme"))) == STEPS * 4
     assert all(
         row["kd_loss"] is not None
-        for row in rows(alone.bench.folder / "readme_run")
+        for row in read_metrics(alone.bench.folder / "readme_run")
         if "split" not in row
     )
 

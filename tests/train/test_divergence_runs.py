@@ -92,7 +92,7 @@ def test_vocabularies_padded_otherwise_are_refused(both: tuple[dict[str, Trained
 
 @pytest.mark.parametrize("name", DISTILLS)
 def test_the_distillation_loss_falls(runs: dict[str, Trained], name: str) -> None:
-    rows = runs[name].rows
+    rows = runs[name].records
     assert all(row["updated"] for row in rows)
     assert rows[-1]["kd_loss"] < 0.8 * rows[0]["kd_loss"], (rows[0]["kd_loss"], rows[-1]["kd_loss"])
     if name in ("reverse_kl", "dense_js"):

@@ -14,7 +14,7 @@ import torch
 from megatron_kd.config import ConfigError, RunConfig
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import full_weights, tiny, write_tokens
-from tests.train.test_program import command, finish, rows, start, write_run
+from tests.train.test_program import command, finish, read_metrics, start, write_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(200)]
 
@@ -93,7 +93,7 @@ def test_a_run_whose_loss_jumps(tmp_path: Path) -> None:
         train={"steps": 100, "loss_spike": 0.5, "on_loss_spike": "stop"},
     )
     code, output = finish(start(command(run)))
-    last_step = rows(tmp_path / "run")[-1]["step"]
+    last_step = read_metrics(tmp_path / "run")[-1]["step"]
     assert code == 93, output
     assert f"stopped: step {last_step}: total_loss" in output, output
     assert last_step > 20, output

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.tiny import write_tokens
-from tests.train.test_program import command, finish, rows, start, write_run
+from tests.train.test_program import command, finish, read_metrics, start, write_run
 
 STRATEGIES = ("save", "chunk", "direct", "recompute")
 
@@ -30,7 +30,8 @@ def test_strategies_train_alike(tied: bool, tmp_path: Path) -> None:
         code, output = finish(start(command(config)))
         assert code == 0, output
         numbers[strategy] = [
-            (record["total_loss"], record["grad_norm"]) for record in rows(tmp_path / strategy)
+            (record["total_loss"], record["grad_norm"])
+            for record in read_metrics(tmp_path / strategy)
         ]
     for strategy in STRATEGIES:
         for step_numbers, reference in zip(numbers[strategy], numbers["save"], strict=True):

@@ -212,9 +212,9 @@ def on_two_ranks(jobs: dict[str, tuple[RunConfig, int, bool]]) -> dict[str, list
 
 def check(found: Trained, wanted: Trained, name: str) -> None:
     """The same curve, and, where both are at the same step, the same weights and evaluation."""
-    theirs = {row["step"]: row for row in wanted.rows}
+    theirs = {row["step"]: row for row in wanted.records}
     assert worst_loss(found, wanted) <= 1e-5, name
-    for row in found.rows:
+    for row in found.records:
         other = theirs[row["step"]]
         assert row["hidden_loss"] == pytest.approx(other["hidden_loss"], rel=1e-5), (
             name,
@@ -222,7 +222,7 @@ def check(found: Trained, wanted: Trained, name: str) -> None:
         )
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4), (name, row["step"])
         assert row["tokens"] == other["tokens"], (name, row["step"])
-    if found.rows[-1]["step"] == wanted.rows[-1]["step"]:
+    if found.records[-1]["step"] == wanted.records[-1]["step"]:
         assert worst_weight(found, wanted) <= 1e-4, name
         for metric, value in wanted.validation["held_out"].items():
             known = value if value is None else pytest.approx(value, rel=1e-4)
@@ -304,19 +304,19 @@ def test_training_equals_plain_torch(bench: Bench, single: dict[str, Any], name:
 
 
 def test_training_learns(single: dict[str, Any]) -> None:
-    rows = single["one"].rows
+    rows = single["one"].records
     assert rows[-1]["hidden_loss"] < 0.9 * rows[0]["hidden_loss"]
-    assert single["none"].rows[0]["hidden_loss"] is None
+    assert single["none"].records[0]["hidden_loss"] is None
     assert rows[0]["total_loss"] == pytest.approx(
-        single["none"].rows[0]["total_loss"] + rows[0]["hidden_loss"], rel=1e-6
+        single["none"].records[0]["total_loss"] + rows[0]["hidden_loss"], rel=1e-6
     )
-    for row, other in zip(single["bf16"].rows, rows, strict=False):
+    for row, other in zip(single["bf16"].records, rows, strict=False):
         assert row["hidden_loss"] == pytest.approx(other["hidden_loss"], rel=0.02)
 
 
 def test_a_weight_near_nothing_is_the_plain_run(single: dict[str, Any]) -> None:
     faint, none = single["faint"], single["none"]
-    for row, other in zip(faint.rows, none.rows, strict=True):
+    for row, other in zip(faint.records, none.records, strict=True):
         # The norm is summed over the projections too, in another order.
         assert {
             **row,
@@ -331,12 +331,12 @@ def test_a_weight_near_nothing_is_the_plain_run(single: dict[str, Any]) -> None:
 
 
 def test_recomputation_changes_nothing(single: dict[str, Any]) -> None:
-    assert single["recompute"].rows == single["one"].rows[:HALF]
+    assert single["recompute"].records == single["one"].records[:HALF]
 
 
 def test_two_ranks_equal_one(single: dict[str, Any], pair: dict[str, list[Any]]) -> None:
     for layout in ("tp2", "tp2_sp", "pp2"):
-        assert len(pair[layout][0].rows) == STEPS, layout
+        assert len(pair[layout][0].records) == STEPS, layout
         check(pair[layout][0], single["one"], layout)
 
 
@@ -345,9 +345,11 @@ def check_resumed(
 ) -> None:
     for name, (first, then) in names.items():
         begun, ended = found[f"{name}_first"][0], found[f"{name}_then"][0]
-        assert [row["step"] for row in begun.rows + ended.rows] == list(range(1, STEPS + 1)), name
+        assert [row["step"] for row in begun.records + ended.records] == list(
+            range(1, STEPS + 1)
+        ), name
         if first == then:
-            assert begun.rows + ended.rows == found[first][0].rows, name
+            assert begun.records + ended.records == found[first][0].records, name
             assert worst_weight(ended, found[first][0]) == 0.0, name
         check(begun, single["one"], name)
         check(ended, single["one"], name)
@@ -355,7 +357,7 @@ def check_resumed(
 
 def test_resumed_in_the_same_layout_is_one_run(single: dict[str, Any]) -> None:
     begun, ended = single["begun"], single["ended"]
-    assert begun.rows + ended.rows == single["one"].rows
+    assert begun.records + ended.records == single["one"].records
     assert worst_weight(ended, single["one"]) == 0.0
 
 
@@ -423,7 +425,7 @@ def test_no_projection_leaves_the_run(bench: Bench, single: dict[str, Any]) -> N
         bench.folder / "exported_plain", plain, read_info(plain, what="test"), max_positions=64
     )
     assert names == set(SafetensorsFolder(bench.folder / "exported_plain", what="test").tensors)
-    assert single["pupil"].rows[0]["hidden_loss"] == 0.0, "a student that is its own teacher"
+    assert single["pupil"].records[0]["hidden_loss"] == 0.0, "a student that is its own teacher"
     projections = {
         name for name in single["restart"].weights if name.startswith("hidden_projections")
     }

@@ -77,7 +77,7 @@ def write_run(folder: Path, name: str, tokens: str, **overrides: Any) -> Path:
     return path
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -100,13 +100,18 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     code, output = finish(start(command(undisturbed, ranks=2)))
     assert code == 0, output
     kill_in_the_middle(killed, tmp_path / "killed/metrics.jsonl")
-    num_records = len(rows(tmp_path / "undisturbed"))
-    assert 0 < len(rows(tmp_path / "killed")) < num_records, "the kill must fall in the middle"
+    num_records = len(read_metrics(tmp_path / "undisturbed"))
+    assert 0 < len(read_metrics(tmp_path / "killed")) < num_records, (
+        "the kill must fall in the middle"
+    )
     code, output = finish(start(command(killed, ranks=2)))
     assert code == 0, output
 
     metrics = [
-        [{k: v for k, v in record.items() if k not in RATES} for record in rows(tmp_path / name)]
+        [
+            {k: v for k, v in record.items() if k not in RATES}
+            for record in read_metrics(tmp_path / name)
+        ]
         for name in ("undisturbed", "killed")
     ]
     assert metrics[0] == metrics[1]
@@ -120,7 +125,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     # The finished run, extended, continues from its end.
     code, output = finish(start(command(undisturbed, "--train.steps", "62", ranks=2)))
     assert code == 0, output
-    assert rows(tmp_path / "undisturbed")[-1]["step"] == 62, output
+    assert read_metrics(tmp_path / "undisturbed")[-1]["step"] == 62, output
 
 
 def write_pair(folder: Path) -> tuple[Path, Path]:
@@ -165,7 +170,7 @@ def check_files(directory: Path) -> None:
         "tokens",
         "tokens_per_second",
     }
-    records = rows(directory)
+    records = read_metrics(directory)
     assert names <= records[0].keys()
     assert {"step", "split", "ce_loss", "kd_loss"} <= records[-1].keys()
     for record in records:
@@ -197,7 +202,7 @@ def test_nan_stops_before_the_weights(tmp_path: Path) -> None:
     )
     assert code == 93, output
     assert "4 such step(s)" in output, output
-    assert rows(tmp_path / "nan")[-1]["nonfinite_steps"] >= 3
+    assert read_metrics(tmp_path / "nan")[-1]["nonfinite_steps"] >= 3
 
 
 @pytest.mark.fault(9)

@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.program import finish_ranks, start_ranks
 from tests.helpers.tiny import write_tokens
-from tests.train.test_program import RATES, rows, write_run
+from tests.train.test_program import RATES, read_metrics, write_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -58,7 +58,7 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         return [
             {key: value for key, value in record.items() if key not in RATES}
-            for record in rows(self.directory)
+            for record in read_metrics(self.directory)
         ]
 
 

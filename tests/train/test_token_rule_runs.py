@@ -104,20 +104,20 @@ def test_every_layout_equals_one_process(runs: dict[str, Trained], name: str, la
 @pytest.mark.parametrize("name", DISTILLS)
 def test_a_restart_changes_nothing(runs: dict[str, Trained], name: str) -> None:
     again = runs[f"{name} again"]
-    assert [row["step"] for row in again.rows] == list(range(8, STEPS + 1))
+    assert [row["step"] for row in again.records] == list(range(8, STEPS + 1))
     assert worst_loss(again, runs[name]) == 0
     assert worst_weight(again, runs[name]) == 0
 
 
 def test_what_rows_say(runs: dict[str, Trained]) -> None:
     """The share of routed tokens is what was asked for, of 96 in a step; every variant moves the weights its own way."""
-    assert {round(row["routed_share"] * 96) for row in runs["routed"].rows} >= {29}
-    assert runs["routed"].rows[0]["routed_share"] == 29 / 96
-    assert all(0.2 < row["routed_share"] < 0.6 for row in runs["adakd"].rows)
-    assert all(0.5 <= row["teacher_temperature"] <= 2 for row in runs["routed"].rows)
-    assert 0 <= runs["label"].rows[0]["routed_share"] < 1
-    assert runs["label"].rows[0]["teacher_mass"] == pytest.approx(1.0, abs=1e-5)
-    assert runs["drawn"].rows[0]["routed_share"] is None
+    assert {round(row["routed_share"] * 96) for row in runs["routed"].records} >= {29}
+    assert runs["routed"].records[0]["routed_share"] == 29 / 96
+    assert all(0.2 < row["routed_share"] < 0.6 for row in runs["adakd"].records)
+    assert all(0.5 <= row["teacher_temperature"] <= 2 for row in runs["routed"].records)
+    assert 0 <= runs["label"].records[0]["routed_share"] < 1
+    assert runs["label"].records[0]["teacher_mass"] == pytest.approx(1.0, abs=1e-5)
+    assert runs["drawn"].records[0]["routed_share"] is None
     names = list(DISTILLS)
     for place, name in enumerate(names):
         for other in names[place + 1 :]:
