@@ -1,4 +1,4 @@
-"""A teacher that transformers runs is the teacher that was converted: the same losses in every layout."""
+"""Compare a teacher that transformers runs with the converted one: equal losses in all layouts."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder, self.data = folder, write_tokens(folder)
-        write_folder(folder / "theirs", TEACHER, seed=fresh_seed(), scale=0.2)
+        write_folder(folder / "huggingface", TEACHER, seed=fresh_seed(), scale=0.2)
         write_checkpoint(
-            folder / "ours",
-            open_huggingface(folder / "theirs", vocab_size_multiple=8),
+            folder / "converted",
+            open_huggingface(folder / "huggingface", vocab_size_multiple=8),
             tokenizer=None,
         )
 
@@ -60,16 +60,16 @@ class Bench:
         return tiny(self.folder / name, self.data, teacher=teacher, **content)
 
     def pair(self, name: str, **overrides: Any) -> dict[str, RunConfig]:
-        """The same run with either teacher."""
-        ours = {"source": "online", "checkpoint": str(self.folder / "ours")}
-        theirs = {
+        """Return one run with the converted teacher and with the Hugging Face folder."""
+        converted = {"source": "online", "checkpoint": str(self.folder / "converted")}
+        huggingface = {
             "source": "huggingface",
-            "checkpoint": str(self.folder / "theirs"),
+            "checkpoint": str(self.folder / "huggingface"),
             "shard_parameters": "none",
         }
         return {
             f"{name}_{side}": self.config(f"{name}_{side}", teacher, **overrides)
-            for side, teacher in (("o", ours), ("h", theirs))
+            for side, teacher in (("o", converted), ("h", huggingface))
         }
 
 
@@ -93,36 +93,36 @@ def trained(bench: Bench) -> dict[str, list[Asked]]:
 @pytest.mark.dist
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_same_student_run(trained: dict[str, list[Asked]], name: str) -> None:
-    ours, theirs = trained[f"{name}_o"][0], trained[f"{name}_h"][0]
-    assert len(theirs.records) == STEPS
-    assert all(row["kd_loss"] > 1e-3 for row in theirs.records)
-    assert worst_loss(theirs, ours) <= 1e-5
+    converted, huggingface = trained[f"{name}_o"][0], trained[f"{name}_h"][0]
+    assert len(huggingface.records) == STEPS
+    assert all(record["kd_loss"] > 1e-3 for record in huggingface.records)
+    assert worst_loss(huggingface, converted) <= 1e-5
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("name", ["tp2", "pp2"])
 def test_same_targets(trained: dict[str, list[Asked]], name: str) -> None:
     samples = 0
-    for ours, theirs in zip(trained[f"{name}_o"], trained[f"{name}_h"], strict=True):
-        assert ours.targets.keys() == theirs.targets.keys() == theirs.expected
-        for sample, (ids, *values) in theirs.targets.items():
-            own_ids, *own_values = ours.targets[sample]
-            for value, own in zip(values, own_values, strict=True):
-                torch.testing.assert_close(value, own, rtol=0, atol=1e-4)
-            # Entries come largest first: only such as are as large as their neighbours may have changed places.
-            gaps = -own_values[0].diff(dim=-1)
-            far = torch.ones_like(own_ids, dtype=torch.bool)
-            far[:, 1:] &= gaps > 1e-4
-            far[:, :-1] &= gaps > 1e-4
-            far[:, -1] = False
-            assert torch.equal(ids[far], own_ids[far])
-            assert float(far.float().mean()) > 0.7
+    for converted, huggingface in zip(trained[f"{name}_o"], trained[f"{name}_h"], strict=True):
+        assert converted.targets.keys() == huggingface.targets.keys() == huggingface.expected
+        for sample, (ids, *values) in huggingface.targets.items():
+            converted_ids, *converted_values = converted.targets[sample]
+            for value, other in zip(values, converted_values, strict=True):
+                torch.testing.assert_close(value, other, rtol=0, atol=1e-4)
+            # Entries are sorted: only those as large as their neighbours may change order.
+            gaps = -converted_values[0].diff(dim=-1)
+            distinct = torch.ones_like(converted_ids, dtype=torch.bool)
+            distinct[:, 1:] &= gaps > 1e-4
+            distinct[:, :-1] &= gaps > 1e-4
+            distinct[:, -1] = False
+            assert torch.equal(ids[distinct], converted_ids[distinct])
+            assert float(distinct.float().mean()) > 0.7
             samples += 1
     assert samples > 0
 
 
 def targets_on_rank(rendezvous: str, folder: Path, zero3: bool, offload: bool) -> tuple[Any, float]:
-    """Targets of one microbatch at tensor-parallel size 2, and the share of the teacher's weights that is on this rank."""
+    """Return targets at tensor-parallel size 2, and the share of the weights on this rank."""
     from megatron_kd.parallel.platform import start_platform
 
     platform = start_platform("cpu")
@@ -150,13 +150,13 @@ def targets_on_rank(rendezvous: str, folder: Path, zero3: bool, offload: bool) -
         sample_keys(tokens),
     )
     (target,) = teacher.targets([batch])
-    held = sum(
+    local = sum(
         p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel()
         for p in teacher.model.parameters()
     )
-    whole = sum(getattr(p, "ds_numel", p.numel()) for p in teacher.model.parameters())
+    total = sum(getattr(p, "ds_numel", p.numel()) for p in teacher.model.parameters())
     stop_groups()
-    return (target.indices, target.logprobs), held / whole
+    return (target.indices, target.logprobs), local / total
 
 
 @pytest.mark.dist
@@ -167,13 +167,17 @@ def targets_on_rank(rendezvous: str, folder: Path, zero3: bool, offload: bool) -
     reason="deepspeed is not installed (it is built from source)",
 )
 def test_zero3_spreads_the_weights(bench: Bench) -> None:
-    (plain, whole), _ = run_ranks(targets_on_rank, 2, bench.folder / "theirs", False, False)
-    assert whole == 1.0
+    (plain, plain_share), _ = run_ranks(
+        targets_on_rank, 2, bench.folder / "huggingface", False, False
+    )
+    assert plain_share == 1.0
     for offload in (False, True):
-        for found, share in run_ranks(targets_on_rank, 2, bench.folder / "theirs", True, offload):
+        for sharded, share in run_ranks(
+            targets_on_rank, 2, bench.folder / "huggingface", True, offload
+        ):
             assert share < 0.55
-            assert torch.equal(found[0], plain[0])
-            assert float((found[1] - plain[1]).abs().max()) <= 1e-5
+            assert torch.equal(sharded[0], plain[0])
+            assert float((sharded[1] - plain[1]).abs().max()) <= 1e-5
 
 
 def _config(folder: Path, **changes: Any) -> None:
@@ -198,7 +202,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_folders_are_named_before_any_collective(tmp_path: Path, name: str) -> None:
     spoil, sentence = BAD[name]
-    folder = write_folder(tmp_path / "theirs", TEACHER)
+    folder = write_folder(tmp_path / "huggingface", TEACHER)
     config = tiny(
         tmp_path / "run",
         write_tokens(tmp_path),
@@ -212,7 +216,7 @@ def test_bad_folders_are_named_before_any_collective(tmp_path: Path, name: str) 
 
 
 def test_the_vocabulary_is_proved_by_its_digest(tmp_path: Path) -> None:
-    """Two tokenizers of one size: the teacher's own must be the one of the data."""
+    """Compare two tokenizers of one size: the teacher's must be the one of the data."""
     import sentencepiece
 
     def tokenizer(path: Path, text: str) -> Path:
@@ -226,14 +230,16 @@ def test_the_vocabulary_is_proved_by_its_digest(tmp_path: Path) -> None:
         return path
 
     letters = "abcdefghijklmnopqrstuvwxyz"
-    mine = tokenizer(
-        tmp_path / "mine.model", " ".join(letters[i:] + letters[:i] for i in range(26))
+    matching = tokenizer(
+        tmp_path / "matching.model", " ".join(letters[i:] + letters[:i] for i in range(26))
     )
     other = tokenizer(
         tmp_path / "other.model", " ".join(letters[i:] + letters[: i // 2] for i in range(26))
     )
-    size = sentencepiece.SentencePieceProcessor(model_file=str(mine)).get_piece_size()
-    folder = write_folder(tmp_path / "theirs", TEACHER.model_copy(update={"vocab_size": size + 4}))
+    size = sentencepiece.SentencePieceProcessor(model_file=str(matching)).get_piece_size()
+    folder = write_folder(
+        tmp_path / "huggingface", TEACHER.model_copy(update={"vocab_size": size + 4})
+    )
     tokens = write_tokens(tmp_path, vocab=size)
 
     def check(**teacher: Any) -> None:
@@ -242,7 +248,9 @@ def test_the_vocabulary_is_proved_by_its_digest(tmp_path: Path) -> None:
             tmp_path / "run", tokens, teacher=source, model={"vocab_size": size}, distill=DISTILL
         )
         check_inputs(
-            config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": mine})}),
+            config.model_copy(
+                update={"data": config.data.model_copy(update={"tokenizer": matching})}
+            ),
             world_size=1,
         )
 
@@ -250,7 +258,7 @@ def test_the_vocabulary_is_proved_by_its_digest(tmp_path: Path) -> None:
         ConfigError, match="teacher.tokenizer: the teacher's ids cannot be compared"
     ):
         check()
-    (folder / "tokenizer.model").write_bytes(mine.read_bytes())
+    (folder / "tokenizer.model").write_bytes(matching.read_bytes())
     check()
     with pytest.raises(ConfigError, match="has another vocabulary than data.tokenizer"):
         check(tokenizer=str(other))

@@ -1,4 +1,4 @@
-"""A teacher with a precision of its own, and one whose weights are away between steps."""
+"""Run a teacher in its own precision, and offload its weights between steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(200)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("own_teacher")
+    folder = tmp_path_factory.mktemp("teacher")
     run_ranks(
         run_all,
         1,
@@ -35,13 +35,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def student(
-    folder: Path, own: str = "fp32", /, *, distill: dict[str, Any] | None = None, **teacher: Any
+    folder: Path,
+    student_precision: str = "fp32",
+    /,
+    *,
+    distill: dict[str, Any] | None = None,
+    **teacher: Any,
 ) -> RunConfig:
-    """own: the student's precision."""
+    """Return the config of a student with the teacher in `folder`."""
     return tiny(
         folder / "student",
         str(folder / "tokens0"),
-        train={"precision": own},
+        train={"precision": student_precision},
         distill=distill or {"top_k": 8, "tail": "bucket"},
         teacher={"source": "online", "checkpoint": str(folder / "teacher"), **teacher},
     )
@@ -50,24 +55,24 @@ def student(
 def first_targets(
     rendezvous: str, configs: list[RunConfig]
 ) -> list[tuple[torch.dtype, list[torch.Tensor], float]]:
-    """Of each run: the type of its teacher's weights, the first step's targets, and the first step's loss."""
+    """Return the type of the teacher's weights, the first targets and the first loss per run."""
     from megatron_kd.parallel.groups import stop_groups
     from megatron_kd.train.build import build_run
     from megatron_kd.train.step import train_step
 
-    found = []
+    results = []
     for number, config in enumerate(configs):
         run = build_run(config, rendezvous=f"{rendezvous}-{number}")
         targets = run.teacher.targets(run.train_data.microbatches(0))
         numbers = [target.logprobs for target in targets if hasattr(target, "logprobs")]
         kind = next(run.teacher.models[0].parameters()).dtype
-        found.append((kind, numbers, train_step(run).metrics["total_loss"]))
+        results.append((kind, numbers, train_step(run).metrics["total_loss"]))
         stop_groups()
-    return found
+    return results
 
 
-def test_its_precision_is_its_own(folder: Path) -> None:
-    """The targets are those of a run in the teacher's precision, whatever the student's is; sparse and whole distributions."""
+def test_precision_is_independent_of_the_student(folder: Path) -> None:
+    """Compare targets with those of a run in the teacher's precision, sparse and dense."""
     dense = {"dense": True, "divergence": "reverse_kl"}
     configs = [
         student(folder),
@@ -77,49 +82,51 @@ def test_its_precision_is_its_own(folder: Path) -> None:
         student(folder, "bf16", precision="fp32", distill=dense),
         student(folder, "fp32", precision="bf16", distill=dense),
     ]
-    found = run_ranks(first_targets, 1, configs)[0]
-    assert [kind for kind, _, _ in found[:4]] == [
+    results = run_ranks(first_targets, 1, configs)[0]
+    assert [kind for kind, _, _ in results[:4]] == [
         torch.float32,
         torch.float32,
         torch.bfloat16,
         torch.bfloat16,
     ]
     for one, other in ((0, 1), (2, 3)):
-        for mine, theirs in zip(found[one][1], found[other][1], strict=True):
-            assert torch.equal(mine, theirs)
-    assert not torch.equal(found[0][1][0], found[2][1][0])
-    assert all(loss == loss for _, _, loss in found)
+        for target, expected in zip(results[one][1], results[other][1], strict=True):
+            assert torch.equal(target, expected)
+    assert not torch.equal(results[0][1][0], results[2][1][0])
+    assert all(loss == loss for _, _, loss in results)
 
 
-def with_and_without(rendezvous: str, config: RunConfig) -> bool:
-    """Whether weights that come and go give the same targets; where they are in between is checked here."""
+def offloading_keeps_targets(rendezvous: str, config: RunConfig) -> bool:
+    """Return True if offloaded weights give equal targets; check where they are in between."""
     from megatron_kd.parallel.groups import stop_groups
     from megatron_kd.teacher.runtime.offload import OffloadedWeights
     from megatron_kd.train.build import build_run
 
     run = build_run(config, rendezvous=rendezvous)
     microbatches = run.train_data.microbatches(0)
-    wanted = run.teacher.targets(microbatches)
+    before_offloading = run.teacher.targets(microbatches)
     weights = list(run.teacher.models[0].parameters())
-    before = [weight.data_ptr() for weight in weights]
-    away = OffloadedWeights(run.teacher.models, torch.device("cpu"))
-    home = [weight.data_ptr() for weight in weights]
-    assert not {*before} & {*home}
-    run.teacher.resident = away
+    device_pointers = [weight.data_ptr() for weight in weights]
+    offloaded = OffloadedWeights(run.teacher.models, torch.device("cpu"))
+    cpu_pointers = [weight.data_ptr() for weight in weights]
+    assert not {*device_pointers} & {*cpu_pointers}
+    run.teacher.resident = offloaded
     for _ in range(2):
-        for mine, theirs in zip(run.teacher.targets(microbatches), wanted, strict=True):
+        for target, expected in zip(
+            run.teacher.targets(microbatches), before_offloading, strict=True
+        ):
             assert all(
-                torch.equal(a, b) for a, b in zip(mine.tensors(), theirs.tensors(), strict=True)
+                torch.equal(a, b) for a, b in zip(target.tensors(), expected.tensors(), strict=True)
             )
-        assert [weight.data_ptr() for weight in weights] == home
-    with away:
-        assert not {weight.data_ptr() for weight in weights} & {*home}
+        assert [weight.data_ptr() for weight in weights] == cpu_pointers
+    with offloaded:
+        assert not {weight.data_ptr() for weight in weights} & {*cpu_pointers}
     stop_groups()
     return True
 
 
-def test_weights_that_are_away_between_steps(folder: Path) -> None:
-    assert run_ranks(with_and_without, 1, student(folder)) == [True]
+def test_offloaded_weights_give_equal_targets(folder: Path) -> None:
+    assert run_ranks(offloading_keeps_targets, 1, student(folder)) == [True]
 
 
 @pytest.mark.parametrize(
@@ -127,12 +134,14 @@ def test_weights_that_are_away_between_steps(folder: Path) -> None:
     [
         (
             {"offload": True},
-            "teacher.offload keeps the teacher in CPU memory, where this run on a CPU has it anyway",
+            "teacher.offload keeps the teacher in CPU memory, where this run on a CPU has it",
         ),
         ({"precision": "fp8"}, "needs Transformer Engine and a GPU that multiplies in fp8"),
     ],
 )
-def test_what_needs_a_gpu_says_so(folder: Path, teacher: dict[str, Any], words: str) -> None:
+def test_gpu_features_are_refused_on_a_cpu(
+    folder: Path, teacher: dict[str, Any], words: str
+) -> None:
     config = student(folder, **teacher)
     check_inputs(config, world_size=1)
     with pytest.raises(RankFailed, match=words):
@@ -156,11 +165,11 @@ def test_what_needs_a_gpu_says_so(folder: Path, teacher: dict[str, Any], words: 
         ),
     ],
 )
-def test_what_does_not_go_together(folder: Path, teacher: dict[str, Any], words: str) -> None:
+def test_conflicting_keys_are_refused(folder: Path, teacher: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         student(folder, **teacher)
 
 
-def test_whole_distributions_are_not_made_ahead(folder: Path) -> None:
+def test_dense_targets_do_not_overlap_the_drain(folder: Path) -> None:
     with pytest.raises(ValueError, match="need the teacher right before its student"):
         student(folder, distill={"dense": True}, overlap="drain")
