@@ -95,20 +95,14 @@ def run_tasks(
         Task -> metric -> value. Accuracies have a standard error (name + "_stderr"); `items` is the
         number of items.
     """
-    # The libraries read them when they are imported.
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise _not_installed(error) from error
+    lm_eval = _import_harness()
     model = _load_model(folder, options)
     try:
         evaluation = lm_eval.simple_evaluate(
             model,
             tasks=list(tasks),
             limit=options.limit,
-            task_manager=TaskManager(include_defaults=False),
+            task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
             bootstrap_iters=0,
             log_samples=False,
         )
@@ -121,6 +115,18 @@ def run_tasks(
         name: _with_errors(metrics, evaluation["n-samples"][name]["effective"])
         for name, metrics in evaluation["results"].items()
     }
+
+
+def _import_harness() -> Any:
+    """Import lm-evaluation-harness with all that it needs for a Hugging Face model."""
+    # The libraries read them when they are imported.
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    try:
+        import lm_eval.models.huggingface
+        import lm_eval.tasks
+    except ImportError as error:
+        raise _not_installed(error) from error
+    return lm_eval
 
 
 def _load_model(folder: Path, options: TaskOptions) -> Any:
