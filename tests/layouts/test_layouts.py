@@ -31,8 +31,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp": {"parallel": {"tensor": 2, "sequence_parallel": True}},
     "pp2": {"parallel": {"pipeline": 2}},
     "dp2": {},
-# These run with and without a teacher. The others run without one in slow tests only.
-    # overwritten.
+    # Four microbatches: with two, messages of the interleaved pipeline schedule cannot be swapped
+    # or overwritten.
     "pp2_vp2": {
         "parallel": {"pipeline": 2, "virtual_pipeline": 2},
         "batch": {"micro_batch_size": 1},
