@@ -1,4 +1,4 @@
-"""Process groups, vocabulary shards, collectives, platform and watchdog.
+"""Provide process groups, vocabulary shards, collectives, the platform and the watchdog.
 
 Only `groups.py` and `platform.py` import megatron-core.
 """

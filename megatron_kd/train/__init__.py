@@ -1,1 +1,1 @@
-"""Wiring, one step, the loop around it, and evaluation. No loss arithmetic here."""
+"""Build a run, train it step by step, and evaluate it. The loss itself is in losses/."""

@@ -1,1 +1,1 @@
-"""Checks and decisions before the first step: inputs, run fingerprint, resume."""
+"""Check inputs, fingerprint the run and choose the checkpoint to resume, before the first step."""
