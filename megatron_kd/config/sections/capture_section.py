@@ -17,37 +17,26 @@ class CaptureSection(Section):
     step n are stored with the targets of the weights of checkpoint step-n.
     """
 
-    directory: Path | None = Field(
-        default=None,
-        description="Folder of the cache; all ranks must see it. Samples become visible in it with "
-        "every checkpoint. Unset: nothing is captured.",
-    )
-    first_step: int = Field(default=0, ge=0, description="First step whose samples are stored.")
-    last_step: int | None = Field(
-        default=None,
-        ge=0,
-        description="Last step whose samples are stored. Unset: the last step of the run.",
-    )
-    interval: int = Field(
-        default=1, gt=0, description="Store every interval-th step from first_step on."
-    )
-    value_encoding: Literal["quantized", "fp32"] = Field(
-        default="quantized",
-        description="Encoding of log-probabilities. quantized: in steps of 1/24 nat. fp32: exact, "
-        "4 bytes each.",
-    )
-    shard_samples: int = Field(
-        default=4096,
-        gt=0,
-        description="Approximate samples per shard. A shard holds whole steps of one data-parallel "
-        "rank; a checkpoint ends it early.",
-    )
-    queue_mib: int = Field(
-        default=1024,
-        gt=0,
-        description="Memory for targets that wait to be written, MiB per data-parallel rank. When "
-        "it is full, training waits.",
-    )
+    directory: Path | None = None
+    """Folder of the cache; all ranks must see it. Samples become visible in it with every
+    checkpoint. Unset: nothing is captured.
+    """
+    first_step: int = Field(default=0, ge=0)
+    """First step whose samples are stored."""
+    last_step: int | None = Field(default=None, ge=0)
+    """Last step whose samples are stored. Unset: the last step of the run."""
+    interval: int = Field(default=1, gt=0)
+    """Store every interval-th step from first_step on."""
+    value_encoding: Literal["quantized", "fp32"] = "quantized"
+    """Encoding of log-probabilities. quantized: in steps of 1/24 nat. fp32: exact, 4 bytes each."""
+    shard_samples: int = Field(default=4096, gt=0)
+    """Approximate samples per shard. A shard holds whole steps of one data-parallel rank; a
+    checkpoint ends it early.
+    """
+    queue_mib: int = Field(default=1024, gt=0)
+    """Memory for targets that wait to be written, MiB per data-parallel rank. When it is full,
+    training waits.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> CaptureSection:

@@ -18,40 +18,23 @@ from megatron_kd.config.token_rules import ADAPTIVE_METHODS
 class AlphaSection(Section):
     """Hold the keys that weight the losses."""
 
-    weights: Literal["mix", "keep_ce", "keep_kd"] = Field(
-        default="mix",
-        description="Weights of the cross-entropy and of the distillation loss. mix: 1 - alpha and "
-        "alpha. keep_ce: 1 and alpha. keep_kd: 1 - alpha and 1.",
-    )
+    weights: Literal["mix", "keep_ce", "keep_kd"] = "mix"
+    """Weights of the cross-entropy and of the distillation loss. mix: 1 - alpha and alpha. keep_ce:
+    1 and alpha. keep_kd: 1 - alpha and 1.
+    """
 
-    alpha: float = Field(
-        default=0.9,
-        ge=0,
-        le=1,
-        description="Largest weight of the distillation loss, in [0, 1]. Unused without a teacher.",
-    )
+    alpha: float = Field(default=0.9, ge=0, le=1)
+    """Largest weight of the distillation loss, in [0, 1]. Unused without a teacher."""
     alpha_schedule: AlphaScheduleName = Field(
         default="constant",
         description=f"Alpha over the run. {describe_schedules(ALPHA_SCHEDULES)}.",
     )
-    alpha_period_fraction: float = Field(
-        default=0.2,
-        gt=0,
-        le=1,
-        description="period: length of one period as a fraction of train.steps, in (0, 1].",
-    )
-    alpha_warmup_fraction: float = Field(
-        default=0.1,
-        ge=0,
-        le=1,
-        description="wsd, wsd_ce: length of the warm-up as a fraction of train.steps, in [0, 1].",
-    )
-    alpha_decay_fraction: float = Field(
-        default=0.01,
-        ge=0,
-        le=1,
-        description="wsd, wsd_ce: length of the decay as a fraction of train.steps, in [0, 1].",
-    )
+    alpha_period_fraction: float = Field(default=0.2, gt=0, le=1)
+    """period: length of one period as a fraction of train.steps, in (0, 1]."""
+    alpha_warmup_fraction: float = Field(default=0.1, ge=0, le=1)
+    """wsd, wsd_ce: length of the warm-up as a fraction of train.steps, in [0, 1]."""
+    alpha_decay_fraction: float = Field(default=0.01, ge=0, le=1)
+    """wsd, wsd_ce: length of the decay as a fraction of train.steps, in [0, 1]."""
 
 
 class DistillSection(DivergenceSection, AlphaSection):
@@ -60,114 +43,78 @@ class DistillSection(DivergenceSection, AlphaSection):
     total = (1 - alpha) * ce + alpha * kd + z_loss * logsumexp^2 + hidden_states, nats per token.
     """
 
-    dense: bool = Field(
-        default=False,
-        description="Compare whole distributions instead of sparse targets. The teacher's final "
-        "hidden states are kept for the step: [tokens per step on this rank] x [teacher's "
-        "hidden_size] values of train.precision, divided by parallel.tensor with "
-        "sequence_parallel. Online teacher only.",
-    )
-    temperature: float = Field(
-        default=1.0,
-        gt=0,
-        description="Temperature of the distillation loss, > 0: it divides the logits of the "
-        "models that temperature_on names.",
-    )
-    temperature_on: Literal["both", "teacher"] = Field(
-        default="both",
-        description="Models whose logits the temperature divides. both: teacher and student. "
-        "teacher: the teacher only.",
-    )
-    temperature_squared: bool = Field(
-        default=False,
-        description="Multiply the distillation loss by the square of the teacher's temperature.",
-    )
-    top_k: int = Field(
-        default=64,
-        gt=0,
-        description="Number of most probable teacher ids to keep per token, at most vocab_size.",
-    )
-    top_p: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description="Of these, keep the fewest entries whose teacher probabilities add up to "
-        "top_p, in (0, 1].",
-    )
-    truncate: Literal["tempered", "untempered"] = Field(
-        default="tempered",
-        description="Temperature at which top_p measures probability. tempered: "
-        "distill.temperature (arXiv 2605.23857). untempered: 1 (arXiv 2410.16215).",
-    )
-    min_k: int = Field(
-        default=1, gt=0, description="Smallest number of entries to keep per token, at most top_k."
-    )
-    num_draws: int | None = Field(
-        default=None,
-        gt=0,
-        description="Sample this many ids per token from the teacher's distribution, at "
-        "distill.temperature, instead of keeping the most probable ids. The samples are unbiased "
-        "and depend only on train.seed, the sequence and the position. Unset: top_k and top_p "
-        "select the ids.",
-    )
-    draws: Literal["counts", "probabilities"] = Field(
-        default="counts",
-        description="num_draws: target probability of a sampled id. counts: the share of samples "
-        "that hit it (unbiased, arXiv 2503.16870). probabilities: the teacher's probability, "
-        "rescaled to a sum of 1 (the wording of arXiv 2503.19786).",
-    )
-    draw_power: float = Field(
-        default=1.0,
-        gt=0,
-        description="num_draws: sample in proportion to the teacher's probabilities to this power; "
-        "counts are reweighted accordingly.",
-    )
-    tail: Literal["drop", "renormalize", "bucket", "uniform", "label"] = Field(
-        default="renormalize",
-        description="Treatment of the teacher's probability outside the kept entries. drop: ignore "
-        "it. renormalize: rescale the kept probabilities to a sum of 1. bucket: one further entry "
-        "for teacher and student. uniform: spread it evenly over the other ids. label: add it to "
-        "the label.",
-    )
-    routing: RoutingSection = Field(
-        default_factory=RoutingSection, description="Tokens that are not distilled."
-    )
-    adaptive: AdaptiveSection = Field(
-        default_factory=AdaptiveSection, description="A temperature for each token."
-    )
-    token_weight: Literal["uniform", "entropy", "confidence"] = Field(
-        default="uniform",
-        description="Weight of a token's distillation loss. uniform: 1. entropy: the teacher's "
-        "entropy / log(vocab_size). confidence: 1 - that ratio.",
-    )
-    z_loss: float = Field(
-        default=0.0,
-        ge=0,
-        description="Coefficient of the squared logsumexp of the student's logits, >= 0.",
-    )
-    hidden_states: tuple[HiddenStatesPair, ...] = Field(
-        default=(),
-        description="Pairs of layers whose outputs (the residual stream, before the final norm) "
-        "are compared as well, independently of alpha. Each entry has student_layer, "
-        'teacher_layer, loss ("mse" or "cosine") and weight. A learned projection maps the student '
-        "to the teacher where their widths differ. Needs an online teacher in the student's "
-        "layout. Memory: [tokens per step on this rank] x [teacher's hidden_size] values of "
-        "train.precision for each teacher layer, twice that while they move to another pipeline "
-        "stage.",
-    )
-    head_schedule: Literal["auto", "save", "chunk", "direct", "recompute"] = Field(
-        default="auto",
-        description="Memory strategy of the output head (package megatron_kd.head). save: keep all "
-        "logits. chunk: form gradients chunk by chunk in the forward pass. direct: least memory at "
-        "full speed. recompute: least memory, at the cost of one more matrix product. auto: save "
-        "if all logits are few, else chunk.",
-    )
-    chunk_tokens: int | None = Field(
-        default=None,
-        gt=0,
-        description="Tokens whose logits exist at one time in the output head. Unset: chosen from "
-        "the size of the vocabulary shard, never from free memory.",
-    )
+    dense: bool = False
+    """Compare whole distributions instead of sparse targets. The teacher's final hidden states are
+    kept for the step: [tokens per step on this rank] x [teacher's hidden_size] values of
+    train.precision, divided by parallel.tensor with sequence_parallel. Online teacher only.
+    """
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of the distillation loss, > 0: it divides the logits of the models that
+    temperature_on names.
+    """
+    temperature_on: Literal["both", "teacher"] = "both"
+    """Models whose logits the temperature divides. both: teacher and student. teacher: the teacher
+    only.
+    """
+    temperature_squared: bool = False
+    """Multiply the distillation loss by the square of the teacher's temperature."""
+    top_k: int = Field(default=64, gt=0)
+    """Number of most probable teacher ids to keep per token, at most vocab_size."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Of these, keep the fewest entries whose teacher probabilities add up to top_p, in (0, 1]."""
+    truncate: Literal["tempered", "untempered"] = "tempered"
+    """Temperature at which top_p measures probability. tempered: distill.temperature (arXiv
+    2605.23857). untempered: 1 (arXiv 2410.16215).
+    """
+    min_k: int = Field(default=1, gt=0)
+    """Smallest number of entries to keep per token, at most top_k."""
+    num_draws: int | None = Field(default=None, gt=0)
+    """Sample this many ids per token from the teacher's distribution, at distill.temperature,
+    instead of keeping the most probable ids. The samples are unbiased and depend only on
+    train.seed, the sequence and the position. Unset: top_k and top_p select the ids.
+    """
+    draws: Literal["counts", "probabilities"] = "counts"
+    """num_draws: target probability of a sampled id. counts: the share of samples that hit it
+    (unbiased, arXiv 2503.16870). probabilities: the teacher's probability, rescaled to a sum of 1
+    (the wording of arXiv 2503.19786).
+    """
+    draw_power: float = Field(default=1.0, gt=0)
+    """num_draws: sample in proportion to the teacher's probabilities to this power; counts are
+    reweighted accordingly.
+    """
+    tail: Literal["drop", "renormalize", "bucket", "uniform", "label"] = "renormalize"
+    """Treatment of the teacher's probability outside the kept entries. drop: ignore it.
+    renormalize: rescale the kept probabilities to a sum of 1. bucket: one further entry for teacher
+    and student. uniform: spread it evenly over the other ids. label: add it to the label.
+    """
+    routing: RoutingSection = Field(default_factory=RoutingSection)
+    """Tokens that are not distilled."""
+    adaptive: AdaptiveSection = Field(default_factory=AdaptiveSection)
+    """A temperature for each token."""
+    token_weight: Literal["uniform", "entropy", "confidence"] = "uniform"
+    """Weight of a token's distillation loss. uniform: 1. entropy: the teacher's entropy /
+    log(vocab_size). confidence: 1 - that ratio.
+    """
+    z_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of the squared logsumexp of the student's logits, >= 0."""
+    hidden_states: tuple[HiddenStatesPair, ...] = ()
+    """Pairs of layers whose outputs (the residual stream, before the final norm) are compared as
+    well, independently of alpha. Each entry has student_layer, teacher_layer, loss ("mse" or
+    "cosine") and weight. A learned projection maps the student to the teacher where their widths
+    differ. Needs an online teacher in the student's layout. Memory: [tokens per step on this rank]
+    x [teacher's hidden_size] values of train.precision for each teacher layer, twice that while
+    they move to another pipeline stage.
+    """
+    head_schedule: Literal["auto", "save", "chunk", "direct", "recompute"] = "auto"
+    """Memory strategy of the output head (package megatron_kd.head). save: keep all logits. chunk:
+    form gradients chunk by chunk in the forward pass. direct: least memory at full speed.
+    recompute: least memory, at the cost of one more matrix product. auto: save if all logits are
+    few, else chunk.
+    """
+    chunk_tokens: int | None = Field(default=None, gt=0)
+    """Tokens whose logits exist at one time in the output head. Unset: chosen from the size of the
+    vocabulary shard, never from free memory.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> DistillSection:

@@ -32,114 +32,67 @@ class ModelSection(Section):
     It has rotary positions (RoPE), RMSNorm, SwiGLU and grouped-query attention.
     """
 
-    preset: str | None = Field(
-        default=None,
-        description="Name of a known shape (tools/describe_model.py lists them). It sets all keys "
-        "of this section that are not set otherwise, including the required ones.",
-    )
-    hidden_size: int = Field(
-        gt=0, description="Width of the residual stream. A multiple of parallel.tensor."
-    )
-    num_layers: int = Field(
-        gt=0,
-        description="Decoder layers. A multiple of parallel.pipeline * parallel.virtual_pipeline.",
-    )
-    num_attention_heads: int = Field(
-        gt=0, description="Query heads. A multiple of parallel.tensor."
-    )
-    num_query_groups: int | None = Field(
-        default=None,
-        gt=0,
-        description="Key/value heads (grouped-query attention). Unset: as many as query heads.",
-    )
-    head_dim: int | None = Field(
-        default=None,
-        gt=0,
-        description="Width of one attention head, an even number. Unset: hidden_size / "
-        "num_attention_heads.",
-    )
-    ffn_hidden_size: int = Field(
-        gt=0, description="Inner width of the SwiGLU block. A multiple of parallel.tensor."
-    )
-    vocab_size: int | None = Field(
-        default=None,
-        gt=1,
-        description="True vocabulary size, number of ids. Unset: the size of data.tokenizer.",
-    )
-    vocab_size_multiple: int = Field(
-        default=128,
-        gt=0,
-        description="The vocabulary is padded to a multiple of this number, a multiple of "
-        "parallel.tensor. The padded size does not depend on the layout, so that checkpoints load "
-        "in any layout. Padding ids take no probability.",
-    )
-    tied_embeddings: bool = Field(
-        default=False, description="Share the input embedding with the output head."
-    )
-    qk_norm: bool = Field(
-        default=False, description="Apply RMSNorm to queries and keys, per head (Qwen3)."
-    )
-    qkv_bias: bool = Field(
-        default=False, description="Add a bias to the query/key/value projection (Qwen2)."
-    )
-    norm_eps: float = Field(default=1e-5, gt=0, description="Epsilon of RMSNorm.")
-    rope_base: float = Field(
-        default=10000.0, gt=1, description="Base of the rotary position embedding."
-    )
-    rope_scaling_factor: float = Field(
-        default=1.0,
-        ge=1,
-        description="Factor of Llama 3.1's scaling of rotary frequencies (models/rope.py): "
-        "wavelengths above rope_original_length / rope_low_frequency_factor tokens are stretched "
-        "by it. 1: no scaling.",
-    )
-    rope_low_frequency_factor: float = Field(
-        default=1.0,
-        gt=0,
-        description="See rope_scaling_factor. Less than rope_high_frequency_factor.",
-    )
-    rope_high_frequency_factor: float = Field(
-        default=4.0,
-        gt=0,
-        description="Wavelengths below rope_original_length / rope_high_frequency_factor tokens "
-        "are not scaled.",
-    )
-    rope_original_length: int = Field(
-        default=8192,
-        gt=0,
-        description="Sequence length before the scaling, tokens; see rope_scaling_factor.",
-    )
-    sliding_window: int | None = Field(
-        default=None,
-        gt=0,
-        description="Attention window with which the model was trained, tokens (Mistral 7B v0.1). "
-        "This program does not apply a window, so batch.sequence_length must not exceed it. Unset: "
-        "no limit.",
-    )
-    init_std: float = Field(
-        default=0.02,
-        gt=0,
-        description="Standard deviation of initial weights. Projections back into the residual "
-        "stream use init_std / sqrt(2 * num_layers).",
-    )
-    hidden_dropout: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="Dropout probability after attention and MLP, in [0, 1).",
-    )
-    attention_dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Dropout probability of attention weights, in [0, 1)."
-    )
-    recompute: Literal["none", "full"] = Field(
-        default="none",
-        description="Activation recomputation in the backward pass. none: keep all activations. "
-        "full: recompute every layer, which saves memory and costs one more forward pass.",
-    )
-    mcore: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Further fields of megatron-core's TransformerConfig, passed through by name.",
-    )
+    preset: str | None = None
+    """Name of a known shape (tools/describe_model.py lists them). It sets all keys of this section
+    that are not set otherwise, including the required ones.
+    """
+    hidden_size: int = Field(gt=0)
+    """Width of the residual stream. A multiple of parallel.tensor."""
+    num_layers: int = Field(gt=0)
+    """Decoder layers. A multiple of parallel.pipeline * parallel.virtual_pipeline."""
+    num_attention_heads: int = Field(gt=0)
+    """Query heads. A multiple of parallel.tensor."""
+    num_query_groups: int | None = Field(default=None, gt=0)
+    """Key/value heads (grouped-query attention). Unset: as many as query heads."""
+    head_dim: int | None = Field(default=None, gt=0)
+    """Width of one attention head, an even number. Unset: hidden_size / num_attention_heads."""
+    ffn_hidden_size: int = Field(gt=0)
+    """Inner width of the SwiGLU block. A multiple of parallel.tensor."""
+    vocab_size: int | None = Field(default=None, gt=1)
+    """True vocabulary size, number of ids. Unset: the size of data.tokenizer."""
+    vocab_size_multiple: int = Field(default=128, gt=0)
+    """The vocabulary is padded to a multiple of this number, a multiple of parallel.tensor. The
+    padded size does not depend on the layout, so that checkpoints load in any layout. Padding ids
+    take no probability.
+    """
+    tied_embeddings: bool = False
+    """Share the input embedding with the output head."""
+    qk_norm: bool = False
+    """Apply RMSNorm to queries and keys, per head (Qwen3)."""
+    qkv_bias: bool = False
+    """Add a bias to the query/key/value projection (Qwen2)."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    """Epsilon of RMSNorm."""
+    rope_base: float = Field(default=10000.0, gt=1)
+    """Base of the rotary position embedding."""
+    rope_scaling_factor: float = Field(default=1.0, ge=1)
+    """Factor of Llama 3.1's scaling of rotary frequencies (models/rope.py): wavelengths above
+    rope_original_length / rope_low_frequency_factor tokens are stretched by it. 1: no scaling.
+    """
+    rope_low_frequency_factor: float = Field(default=1.0, gt=0)
+    """See rope_scaling_factor. Less than rope_high_frequency_factor."""
+    rope_high_frequency_factor: float = Field(default=4.0, gt=0)
+    """Wavelengths below rope_original_length / rope_high_frequency_factor tokens are not scaled."""
+    rope_original_length: int = Field(default=8192, gt=0)
+    """Sequence length before the scaling, tokens; see rope_scaling_factor."""
+    sliding_window: int | None = Field(default=None, gt=0)
+    """Attention window with which the model was trained, tokens (Mistral 7B v0.1). This program
+    does not apply a window, so batch.sequence_length must not exceed it. Unset: no limit.
+    """
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of initial weights. Projections back into the residual stream use init_std
+    / sqrt(2 * num_layers).
+    """
+    hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout probability after attention and MLP, in [0, 1)."""
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout probability of attention weights, in [0, 1)."""
+    recompute: Literal["none", "full"] = "none"
+    """Activation recomputation in the backward pass. none: keep all activations. full: recompute
+    every layer, which saves memory and costs one more forward pass.
+    """
+    mcore: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of megatron-core's TransformerConfig, passed through by name."""
 
     @model_validator(mode="before")
     @classmethod

@@ -15,44 +15,31 @@ from megatron_kd.config.sections.section import Section
 class OptimizerSection(Section):
     """Set Adam with decoupled weight decay and its learning-rate schedule."""
 
-    learning_rate: float = Field(gt=0, description="Peak learning rate.")
-    min_learning_rate: float = Field(
-        default=0.0,
-        ge=0,
-        description="Learning rate at the end of the learning-rate schedule, at most "
-        "learning_rate.",
-    )
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate."""
+    min_learning_rate: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the learning-rate schedule, at most learning_rate."""
     schedule: LearningRateScheduleName = Field(
         default="cosine",
         description=f"Learning rate after warm-up. {describe_schedules(LEARNING_RATE_SCHEDULES)}.",
     )
-    warmup_steps: int = Field(
-        default=0, ge=0, description="Steps of linear warm-up of the learning rate from 0."
-    )
-    decay_steps: int = Field(
-        default=0, ge=0, description="wsd: steps of cosine decay at the end of the run."
-    )
-    beta1: float = Field(
-        default=0.9, ge=0, lt=1, description="Adam's decay rate of the first moment."
-    )
-    beta2: float = Field(
-        default=0.95, ge=0, lt=1, description="Adam's decay rate of the second moment."
-    )
-    eps: float = Field(default=1e-8, gt=0, description="Adam's epsilon.")
-    weight_decay: float = Field(
-        default=0.1,
-        ge=0,
-        description="Coefficient of decoupled weight decay. Norms and biases do not decay.",
-    )
-    clip_grad: float = Field(
-        default=1.0,
-        ge=0,
-        description="Largest global norm of the gradient; a larger gradient is scaled down to it. "
-        "0: no clipping.",
-    )
-    distributed: bool = Field(
-        default=False, description="Shard the optimizer state over data-parallel ranks (ZeRO-1)."
-    )
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up of the learning rate from 0."""
+    decay_steps: int = Field(default=0, ge=0)
+    """wsd: steps of cosine decay at the end of the run."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Adam's decay rate of the first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Adam's decay rate of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Coefficient of decoupled weight decay. Norms and biases do not decay."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest global norm of the gradient; a larger gradient is scaled down to it. 0: no clipping.
+    """
+    distributed: bool = False
+    """Shard the optimizer state over data-parallel ranks (ZeRO-1)."""
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerSection:

@@ -13,29 +13,24 @@ class ParallelSection(Section):
     The data-parallel size is the number of ranks divided by tensor * pipeline.
     """
 
-    tensor: int = Field(
-        default=1, gt=0, description="Tensor-parallel size: ranks that share each layer."
-    )
-    pipeline: int = Field(default=1, gt=0, description="Pipeline-parallel size: number of stages.")
-    virtual_pipeline: int = Field(
-        default=1,
-        gt=0,
-        description="Model chunks per pipeline stage; above 1 selects the interleaved pipeline "
-        "schedule and needs pipeline > 1.",
-    )
-    sequence_parallel: bool = Field(
-        default=False,
-        description="Split activations outside tensor-parallel regions along the sequence over the "
-        "tensor-parallel group. Needs tensor > 1.",
-    )
-    overlap_grad_reduce: bool = Field(
-        default=False, description="Reduce gradients while the backward pass runs."
-    )
-    overlap_param_gather: bool = Field(
-        default=False,
-        description="Gather updated weights while the forward pass runs. Needs "
-        "optimizer.distributed and overlap_grad_reduce.",
-    )
+    tensor: int = Field(default=1, gt=0)
+    """Tensor-parallel size: ranks that share each layer."""
+    pipeline: int = Field(default=1, gt=0)
+    """Pipeline-parallel size: number of stages."""
+    virtual_pipeline: int = Field(default=1, gt=0)
+    """Model chunks per pipeline stage; above 1 selects the interleaved pipeline schedule and needs
+    pipeline > 1.
+    """
+    sequence_parallel: bool = False
+    """Split activations outside tensor-parallel regions along the sequence over the tensor-parallel
+    group. Needs tensor > 1.
+    """
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the forward pass runs. Needs optimizer.distributed and
+    overlap_grad_reduce.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> ParallelSection:

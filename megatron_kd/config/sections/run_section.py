@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
-
 from megatron_kd.config.sections.section import Section
 
 
 class RunSection(Section):
     """Name the directory of the run."""
 
-    directory: Path = Field(
-        description="Directory for everything that the run writes: config.toml, metrics.jsonl, "
-        "status.json, tensorboard/, checkpoints/."
-    )
+    directory: Path
+    """Directory for everything that the run writes: config.toml, metrics.jsonl, status.json,
+    tensorboard/, checkpoints/.
+    """

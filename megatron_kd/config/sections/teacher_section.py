@@ -55,12 +55,10 @@ else:
 class TeacherParallelSection(Section):
     """Lay an online teacher out over the same ranks; the data-parallel size is what remains."""
 
-    tensor: int | None = Field(
-        default=None, gt=0, description="Tensor-parallel size of the teacher. Unset: the student's."
-    )
-    pipeline: int | None = Field(
-        default=None, gt=0, description="Pipeline stages of the teacher. Unset: the student's."
-    )
+    tensor: int | None = Field(default=None, gt=0)
+    """Tensor-parallel size of the teacher. Unset: the student's."""
+    pipeline: int | None = Field(default=None, gt=0)
+    """Pipeline stages of the teacher. Unset: the student's."""
 
 
 class TeacherSection(Section):
@@ -73,62 +71,44 @@ class TeacherSection(Section):
         )
         + ".",
     )
-    checkpoint: Path | None = Field(
-        default=None,
-        description="Checkpoint of the teacher: a run directory, its checkpoints folder, or one "
-        "step-* folder. Needed for online; with cached, the cache must have been made by it. "
-        "huggingface: a local folder with config.json and safetensors.",
-    )
-    tokenizer: Path | None = Field(
-        default=None,
-        description="huggingface: the teacher's tokenizer, whose vocabulary must be that of "
-        "data.tokenizer. Unset: the one in its folder.",
-    )
-    shard_parameters: Literal["auto", "zero3", "none"] = Field(
-        default="auto",
-        description="huggingface: zero3 spreads the teacher's weights over all ranks (DeepSpeed "
-        "ZeRO-3); none: whole on each rank; auto: zero3 where deepspeed is installed and there are "
-        "ranks to spread over.",
-    )
-    offload: bool = Field(
-        default=False,
-        description="online, huggingface with zero3: keep the teacher's weights in CPU memory "
-        "between uses. Needs a GPU.",
-    )
-    precision: Literal["bf16", "fp32", "fp8"] | None = Field(
-        default=None,
-        description="Type of the teacher's weights and activations. fp8 (online, Transformer "
-        "Engine, GPUs that have it): bf16 weights, products in fp8 in the layers, the head's in "
-        "bf16. Unset: train.precision.",
-    )
-    cache: str | None = Field(
-        default=None,
-        description="Folder of the cache, or a URL that fsspec knows (s3://...). Needed for "
-        "cached.",
-    )
-    on_miss: Literal["error", "online"] = Field(
-        default="error",
-        description="cached: what to do about a sample that the cache does not hold. "
-        '"online": run teacher.checkpoint for it.',
-    )
-    parallel: TeacherParallelSection = Field(
-        default=TeacherParallelSection(),
-        description="online: a layout of the teacher's own, over the same ranks.",
-    )
-    micro_batch_size: int | None = Field(
-        default=None,
-        gt=0,
-        description="online: sequences in one forward pass of the teacher. Unset: "
-        "batch.micro_batch_size.",
-    )
-    overlap: Literal["auto", "none", "drain"] = Field(
-        default="auto",
-        description="online: when the teacher runs. none: before the student's step. drain: for "
-        "the next step, while the student's pipeline drains, with its stages on the ranks in the "
-        "order in which they become idle. auto: drain where a model of both pipelines' bubbles "
-        "(planning/placement.py) finds the step a tenth shorter. The targets are the same to the "
-        "bit.",
-    )
+    checkpoint: Path | None = None
+    """Checkpoint of the teacher: a run directory, its checkpoints folder, or one step-* folder.
+    Needed for online; with cached, the cache must have been made by it. huggingface: a local folder
+    with config.json and safetensors.
+    """
+    tokenizer: Path | None = None
+    """huggingface: the teacher's tokenizer, whose vocabulary must be that of data.tokenizer. Unset:
+    the one in its folder.
+    """
+    shard_parameters: Literal["auto", "zero3", "none"] = "auto"
+    """huggingface: zero3 spreads the teacher's weights over all ranks (DeepSpeed ZeRO-3); none:
+    whole on each rank; auto: zero3 where deepspeed is installed and there are ranks to spread over.
+    """
+    offload: bool = False
+    """online, huggingface with zero3: keep the teacher's weights in CPU memory between uses. Needs
+    a GPU.
+    """
+    precision: Literal["bf16", "fp32", "fp8"] | None = None
+    """Type of the teacher's weights and activations. fp8 (online, Transformer Engine, GPUs that
+    have it): bf16 weights, products in fp8 in the layers, the head's in bf16. Unset:
+    train.precision.
+    """
+    cache: str | None = None
+    """Folder of the cache, or a URL that fsspec knows (s3://...). Needed for cached."""
+    on_miss: Literal["error", "online"] = "error"
+    """cached: what to do about a sample that the cache does not hold. "online": run
+    teacher.checkpoint for it.
+    """
+    parallel: TeacherParallelSection = TeacherParallelSection()
+    """online: a layout of the teacher's own, over the same ranks."""
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    """online: sequences in one forward pass of the teacher. Unset: batch.micro_batch_size."""
+    overlap: Literal["auto", "none", "drain"] = "auto"
+    """online: when the teacher runs. none: before the student's step. drain: for the next step,
+    while the student's pipeline drains, with its stages on the ranks in the order in which they
+    become idle. auto: drain where a model of both pipelines' bubbles (planning/placement.py) finds
+    the step a tenth shorter. The targets are the same to the bit.
+    """
 
     @property
     def enabled(self) -> bool:

@@ -13,29 +13,20 @@ from megatron_kd.config.token_rules import AdaptiveMethodName, describe_adaptive
 class RoutingSection(Section):
     """Train tokens of the lowest teacher entropy on their label alone (arXiv 2509.01649)."""
 
-    fraction: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="Fraction of tokens that are not distilled, in [0, 1): those with the lowest "
-        "teacher entropy, ties included.",
-    )
-    scope: Literal["batch", "sequence"] = Field(
-        default="batch",
-        description="Tokens that `fraction` refers to. batch: all tokens of the step, over all "
-        "ranks. sequence: those of each sequence.",
-    )
-    threshold: float | None = Field(
-        default=None,
-        ge=0,
-        description="Instead of fraction: do not distil tokens whose teacher entropy is at most "
-        "this, nats.",
-    )
-    ce_weight: Literal["one", "share"] = Field(
-        default="one",
-        description="Weight of the cross-entropy on tokens that are not distilled. one: 1. share: "
-        "the same as on other tokens.",
-    )
+    fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of tokens that are not distilled, in [0, 1): those with the lowest teacher entropy,
+    ties included.
+    """
+    scope: Literal["batch", "sequence"] = "batch"
+    """Tokens that `fraction` refers to. batch: all tokens of the step, over all ranks. sequence:
+    those of each sequence.
+    """
+    threshold: float | None = Field(default=None, ge=0)
+    """Instead of fraction: do not distil tokens whose teacher entropy is at most this, nats."""
+    ce_weight: Literal["one", "share"] = "one"
+    """Weight of the cross-entropy on tokens that are not distilled. one: 1. share: the same as on
+    other tokens.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> RoutingSection:
@@ -56,25 +47,14 @@ class AdaptiveSection(Section):
         default="none",
         description=f"Rule for the temperature of a token. {describe_adaptive_methods()}.",
     )
-    minimum: float = Field(
-        default=0.5, gt=0, description="entropy, deviation: lowest temperature, > 0."
-    )
-    maximum: float = Field(
-        default=2.0, gt=0, description="entropy, deviation: highest temperature, at least minimum."
-    )
-    strength: float = Field(
-        default=0.5,
-        ge=0,
-        description="adakd: temperatures lie within a factor of exp(strength) of "
-        "distill.temperature.",
-    )
-    keep: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description="adakd: fraction of each sequence's tokens that are distilled, the hardest "
-        "ones, in (0, 1].",
-    )
+    minimum: float = Field(default=0.5, gt=0)
+    """entropy, deviation: lowest temperature, > 0."""
+    maximum: float = Field(default=2.0, gt=0)
+    """entropy, deviation: highest temperature, at least minimum."""
+    strength: float = Field(default=0.5, ge=0)
+    """adakd: temperatures lie within a factor of exp(strength) of distill.temperature."""
+    keep: float = Field(default=1.0, gt=0, le=1)
+    """adakd: fraction of each sequence's tokens that are distilled, the hardest ones, in (0, 1]."""
 
     @model_validator(mode="after")
     def _check(self) -> AdaptiveSection:
