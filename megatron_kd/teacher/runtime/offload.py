@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 
 import torch
 
@@ -31,12 +30,7 @@ class OffloadedWeights:
         for weight, cpu_copy in self._cpu_copies:
             weight.data = cpu_copy.to(self.device, non_blocking=True, copy=True)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._use_cpu_copies()
 
     def _use_cpu_copies(self) -> None:
