@@ -204,7 +204,7 @@ def linear_loss(  # noqa: PLR0913 (the functions above with their scalars in two
     return KDLoss(total, reported.pop("ce"), reported.pop("kd")), reported
 
 
-def _check_sparse(  # noqa: PLR0913 (the arguments of linear_loss)
+def _check_sparse(
     hidden: Tensor,
     weight: Tensor,
     inputs: LossInputs,
@@ -227,7 +227,7 @@ def _check_sparse(  # noqa: PLR0913 (the arguments of linear_loss)
     return shard
 
 
-def _check_dense(  # noqa: PLR0913 (the arguments of linear_loss)
+def _check_dense(
     hidden: Tensor,
     weight: Tensor,
     inputs: LossInputs,

@@ -137,10 +137,10 @@ def test_hard_label() -> None:
                 case.problem, teacher, hard, case.problem.upstream, None, torch.float64, **options
             )
             assert relative_error(actual.kd, expected) < 1e-12, say(seed, type(teacher), tail)
-    actual_outcome = select_targets(logits, TopSelection(1))
+    top_target = select_targets(logits, TopSelection(1))
     top = head_outcome(
         case.problem,
-        actual_outcome,
+        top_target,
         case.problem.upstream,
         None,
         torch.float64,
