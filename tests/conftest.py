@@ -1,4 +1,4 @@
-"""Collects what tests marked `fault(...)` found; `--fault-table FILE` writes it down (tests/helpers/faults.py)."""
+"""Collect the outcomes of tests marked `fault(...)`; --fault-table FILE writes them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.faults import CATALOGUE, Outcome, table
+from tests.helpers.faults import CATALOGUE, FaultOutcome, table
 
 _REPORTS: list[pytest.TestReport] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--fault-table", metavar="FILE", help="write what the tests of faults found, as Markdown"
+        "--fault-table",
+        metavar="FILE",
+        help="write the outcomes of the tests of faults, as Markdown",
     )
     parser.addoption(
         "--soak",
@@ -27,17 +29,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def measured(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Says for the table of faults what a test measured."""
+    """Return a function that reports a measurement for the table of faults."""
     return lambda text: record_property("measured", text)
 
 
 def numbers(item: pytest.Item) -> list[str]:
-    """The faults a test is of; a number that the catalogue lacks is an error."""
-    found = [str(number) for mark in item.iter_markers("fault") for number in mark.args]
-    for number in found:
+    """Return the faults that a test injects; a number outside the catalogue is an error."""
+    fault_numbers = [str(number) for mark in item.iter_markers("fault") for number in mark.args]
+    for number in fault_numbers:
         if number not in CATALOGUE:
             raise pytest.UsageError(f"{item.nodeid}: no fault {number} in tests/helpers/faults.py")
-    return found
+    return fault_numbers
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,16 +56,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--fault-table")
     if path is None:
         return
-    outcomes: defaultdict[str, list[Outcome]] = defaultdict(list)
+    outcomes: defaultdict[str, list[FaultOutcome]] = defaultdict(list)
     for report in _REPORTS:
-        said = dict(report.user_properties)
-        for number in said["faults"]:
+        properties = dict(report.user_properties)
+        for number in properties["faults"]:
             outcomes[number].append(
-                Outcome(
+                FaultOutcome(
                     report.nodeid.removeprefix("tests/"),
                     report.outcome,
                     report.duration,
-                    said.get("measured", ""),
+                    properties.get("measured", ""),
                 )
             )
     Path(path).write_text(table(outcomes), encoding="utf-8")

@@ -85,13 +85,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: One of the tools fails, or cannot read the tokenizer.
     """
-    own: list[ProcessTime] = []
+    project: list[ProcessTime] = []
     megatron: list[ProcessTime] = []
     equal = []
     for _ in range(arguments.rounds):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            own.append(_time(own_command(arguments, folder), FOLDER.parent))
+            project.append(_time(project_command(arguments, folder), FOLDER.parent))
             if arguments.megatron is None:
                 continue
             command = megatron_command(arguments, folder)
@@ -110,18 +110,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         **provenance("megatron-core", "sentencepiece", "tokenizers", "numpy"),
-        "seconds": _spread([times.clock for times in own]),
-        "cpu_seconds": _spread([times.cpu for times in own]),
-        "megabytes_per_second": round(megabytes / median(times.clock for times in own), 2),
+        "seconds": _spread([times.clock for times in project]),
+        "cpu_seconds": _spread([times.cpu for times in project]),
+        "megabytes_per_second": round(megabytes / median(times.clock for times in project), 2),
     }
     if megatron:
-        result |= _comparison(own, megatron) | {"same_bytes": all(equal)}
+        result |= _comparison(project, megatron) | {"same_bytes": all(equal)}
     return result
 
 
-def _comparison(own: Sequence[ProcessTime], megatron: Sequence[ProcessTime]) -> dict[str, Any]:
-    clock = [[times.clock for times in tool] for tool in (megatron, own)]
-    cpu = [[times.cpu for times in tool] for tool in (megatron, own)]
+def _comparison(project: Sequence[ProcessTime], megatron: Sequence[ProcessTime]) -> dict[str, Any]:
+    clock = [[times.clock for times in tool] for tool in (megatron, project)]
+    cpu = [[times.cpu for times in tool] for tool in (megatron, project)]
     return {
         "megatron_seconds": _spread(clock[0]),
         "megatron_cpu_seconds": _spread(cpu[0]),
@@ -151,7 +151,7 @@ def _time(command: list[str], checkout: Path) -> ProcessTime:
     return ProcessTime(seconds, cpu)
 
 
-def own_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
+def project_command(arguments: argparse.Namespace, folder: Path) -> list[str]:
     """Return the command of this project's tool."""
     return [
         *(sys.executable, str(FOLDER / "preprocess_data.py")),

@@ -60,9 +60,9 @@ class Verdict:
         return not (self.problems or self.silent_ranks or self.common_problem)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     try:
         rank, world_size, local_rank = world_from_environment()
     except ConfigError as error:

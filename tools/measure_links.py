@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _WARMUP_REPEATS = 3
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--mebibytes", type=float, default=4.0, help="size of the large all-reduce")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         rates = measure(arguments)
     except ConfigError as error:

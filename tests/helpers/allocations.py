@@ -1,4 +1,4 @@
-"""Peak memory on a CPU, from the allocator's own log."""
+"""Measure peak memory on a CPU from the log of the allocator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Most bytes that `call` had allocated at one time, beyond what lived before it."""
+    """Return the peak memory of `call` in bytes, beyond what was allocated before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     assert profiler.profiler is not None
@@ -19,7 +19,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def _allocations(roots: list[Any]) -> list[tuple[int, int]]:
-    """Address and bytes, negative where freed, of every event of the allocator's log in the order of time."""
+    """Return address and bytes of every event of the log, in order; freed bytes are negative."""
 
     def walk(events: list[Any]) -> Iterator[tuple[int, int, int]]:
         for event in events:
@@ -27,32 +27,33 @@ def _allocations(roots: list[Any]) -> list[tuple[int, int]]:
                 yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
             yield from walk(event.children)
 
-    return [(address, size) for _, address, size in sorted(walk(roots), key=lambda each: each[0])]
+    return [(address, size) for _, address, size in sorted(walk(roots), key=lambda event: event[0])]
 
 
 def most_bytes(log: Iterable[tuple[int, int]]) -> int:
-    """Most bytes held at one time, of (address, bytes: negative where freed).
+    """Return the peak of allocated bytes of a log of (address, bytes); freed bytes are negative.
 
-    The profiler sees only its own thread free something. A buffer of a collective is now and then freed by gloo's, and plain sums would
-    hold it for ever. So whatever overlaps a new allocation is taken as freed before it. What was there before the log is not counted.
+    The profiler records only what its own thread frees. Sometimes a thread of gloo frees the buffer
+    of a collective, and plain sums would count it for ever. So whatever overlaps a new allocation
+    counts as freed. Allocations from before the log are not counted.
     """
-    held: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     addresses: list[int] = []
     live = peak = 0
 
     def free(address: int) -> int:
         addresses.pop(bisect_left(addresses, address))
-        return held.pop(address)
+        return sizes.pop(address)
 
     for address, size in log:
         if size < 0:
-            live -= free(address) if address in held else 0
+            live -= free(address) if address in sizes else 0
             continue
-        while (below := bisect_left(addresses, address + size)) and addresses[below - 1] + held[
+        while (below := bisect_left(addresses, address + size)) and addresses[below - 1] + sizes[
             addresses[below - 1]
         ] > address:
             live -= free(addresses[below - 1])
-        held[address] = size
+        sizes[address] = size
         insort(addresses, address)
         live += size
         peak = max(peak, live)

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over WebDriver's protocol: pages as a reader has them, with what they ask the network for."""
+"""Drive a headless Chromium over the WebDriver protocol, and record its network requests."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from types import TracebackType
 from typing import Any
 
 _OPTIONS = (
-    "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync "
+    "headless=new no-sandbox disable-gpu disable-quic no-first-run "
+    "disable-background-networking disable-component-update disable-sync "
     "hide-scrollbars disable-dev-shm-usage"
 )
 
 
 def missing() -> str:
-    """What is not installed; "" where a browser is there."""
+    """Return what is not installed, "" if a browser is available."""
     names = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
     return (
         f"{' and '.join(names)} missing: apt-get install chromium chromium-driver" if names else ""
@@ -27,7 +28,7 @@ def missing() -> str:
 
 
 class Browser:
-    """A session with a fresh profile; no name is resolved."""
+    """Hold a session with a fresh profile, in which no host name is resolved."""
 
     def __init__(
         self, profile: Path, *, dark: bool = False, width: int = 1200, height: int = 900
@@ -40,9 +41,9 @@ class Browser:
         )
         assert self._driver.stdout is not None
         port = next(
-            found[1]
+            match[1]
             for line in self._driver.stdout
-            if (found := re.search(r"started successfully on port (\d+)", line))
+            if (match := re.search(r"started successfully on port (\d+)", line))
         )
         self._base = f"http://127.0.0.1:{port}/session"
         words = [f"--{word}" for word in _OPTIONS.split()] + [
@@ -98,42 +99,42 @@ class Browser:
         self._ask("/url", {"url": url})
 
     def run(self, script: str) -> Any:
-        """What a script in the page returns."""
+        """Run a script in the page and return its value."""
         return self._ask("/execute/sync", {"script": script, "args": []})
 
-    def each(self, selector: str, expression: str) -> list[Any]:
-        """What an expression of `e` is for each element."""
+    def evaluate_all(self, selector: str, expression: str) -> list[Any]:
+        """Return the value of an expression of `e` for each element."""
         return list(
             self.run(
-                f"return [...document.querySelectorAll({json.dumps(selector)})].map(e => {expression})"
+                f"return [...document.querySelectorAll({json.dumps(selector)})]"
+                f".map(e => {expression})"
             )
         )
 
     def click(self, selector: str, index: int = 0) -> None:
-        """On the element, as a reader does."""
-        (name,) = (
-            found := self._ask("/elements", {"using": "css selector", "value": selector})[index]
-        )
-        self._ask(f"/element/{found[name]}/click", {})
+        """Click on an element."""
+        elements = self._ask("/elements", {"using": "css selector", "value": selector})
+        (identifier,) = elements[index].values()
+        self._ask(f"/element/{identifier}/click", {})
 
     def picture(self) -> bytes:
-        """What is seen, as PNG."""
+        """Return a screenshot as PNG."""
         return base64.b64decode(self._ask("/screenshot", None))
 
     def messages(self) -> list[str]:
-        """Errors and warnings of the console since the last call."""
-        found = self._ask("/se/log", {"type": "browser"})
-        return [entry["message"] for entry in found if entry["level"] in ("SEVERE", "WARNING")]
+        """Return errors and warnings of the console since the last call."""
+        entries = self._ask("/se/log", {"type": "browser"})
+        return [entry["message"] for entry in entries if entry["level"] in ("SEVERE", "WARNING")]
 
     def requests(self) -> list[str]:
-        """Addresses that were asked for since the last call; not the browser's own pages, such as that of a new tab."""
+        """Return the requested addresses since the last call, without the browser's own pages."""
         events = [
             json.loads(entry["message"])["message"]
             for entry in self._ask("/se/log", {"type": "performance"})
         ]
-        found = [
+        addresses = [
             event["params"]["request"]["url"]
             for event in events
             if event["method"] == "Network.requestWillBeSent"
         ]
-        return [address for address in found if not address.startswith(("chrome", "data:"))]
+        return [address for address in addresses if not address.startswith(("chrome", "data:"))]

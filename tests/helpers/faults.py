@@ -1,7 +1,8 @@
-"""What a long run meets, and what must come of it: the catalogue that tests name with `pytest.mark.fault`, and the table they fill.
+"""Hold the catalogue of faults that tests inject, and write the table of their outcomes.
 
-`pytest -m fault --fault-table tests/operations/FAULTS.md` runs them all, the slow ones too, and writes what was measured. A test says
-what it measured with `record_property("measured", ...)`.
+Tests name faults with `pytest.mark.fault`. This runs all of them, also slow ones, and writes what was
+measured: `pytest -m fault --fault-table tests/operations/FAULTS.md`. A test reports a measurement
+with `record_property("measured", ...)`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from megatron_kd.storage.provenance import commit
 
 @dataclass(frozen=True)
 class Fault:
-    """injected: what happens to the run. criterion: when the project has stood it."""
+    """Hold what is injected, and the criterion of passing."""
 
     injected: str
     criterion: str
@@ -50,7 +51,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "7": Fault(
         "rank killed, stopped, hung in a collective, slow",
-        "every other ends within the time limit, naming rank and machine; the slowest is in every row",
+        "every other ends within the time limit, naming rank and machine; "
+        "the slowest is in every row",
     ),
     "8": Fault(
         "not-a-number in weights, gradients, the teacher, stored values",
@@ -105,7 +107,8 @@ SILENT: dict[str, Fault] = {
         "each checkpoint holds its own step's state",
     ),
     "S2": Fault(
-        "a background save that changes what training goes on with, or is changed by it (Megatron-LM 1713, 1570)",
+        "a background save that changes what training goes on with, or is changed by it "
+        "(Megatron-LM 1713, 1570)",
         "the files of a save in the foreground",
     ),
     "S3": Fault(
@@ -126,7 +129,8 @@ SILENT: dict[str, Fault] = {
         "only what a verified newer one replaces goes",
     ),
     "S8": Fault(
-        "data positions applied twice or in other units at resumption (Megatron-Bridge 4565, ms-swift 10099)",
+        "data positions applied twice or in other units at resumption "
+        "(Megatron-Bridge 4565, ms-swift 10099)",
         "the same microbatches from anywhere",
     ),
     "S9": Fault(
@@ -140,8 +144,8 @@ CATALOGUE = FAULTS | SILENT
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Of one test: its name, whether it passed ("skipped" with a reason), seconds, and what it measured."""
+class FaultOutcome:
+    """Hold the result of one test ("passed", "failed", "skipped"), and what it measured."""
 
     test: str
     result: str
@@ -149,38 +153,45 @@ class Outcome:
     measured: str
 
 
-def table(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
-    """The page: one row for each of the catalogue. outcomes: by number."""
+def table(outcomes: Mapping[str, Sequence[FaultOutcome]]) -> str:
+    """Return the page with one line for each fault.
+
+    Args:
+        outcomes: Outcomes of its tests by the number of the fault.
+    """
     lines = [
         "# Faults, and what came of them",
         "",
-        f"Written by `pytest -m fault --fault-table tests/operations/FAULTS.md` on {date.today()}: commit {commit()}, Python "
-        f"{platform.python_version()}, torch {version('torch')}, megatron-core {version('megatron-core')}, gloo, {platform.machine()}.",
+        f"Written by `pytest -m fault --fault-table tests/operations/FAULTS.md` on {date.today()}: "
+        f"commit {commit()}, Python {platform.python_version()}, torch {version('torch')}, "
+        f"megatron-core {version('megatron-core')}, gloo, {platform.machine()}.",
         "",
         "| | Fault | Criterion | Outcome | Measured | Tests |",
         "|---|---|---|---|---|---|",
     ]
     for number, fault in CATALOGUE.items():
-        found = outcomes.get(number, ())
-        results = {each.result for each in found}
-        verdict = (
-            "not run"
-            if not found
-            else "FAILED"
-            if "failed" in results
-            else "stood"
-            if results == {"passed"}
-            else ", ".join(sorted(results))
-        )
-        said = dict.fromkeys(each.measured for each in found if each.measured)
-        passed = sum(each.result == "passed" for each in found)
-        measured = "; ".join(
-            [*said, f"{passed} of {len(found)} cases, {sum(each.seconds for each in found):.0f} s"]
-            if found
-            else said
-        )
-        tests = ", ".join(dict.fromkeys(f"`{each.test.split('[')[0]}`" for each in found))
+        members = outcomes.get(number, ())
+        tests = ", ".join(dict.fromkeys(f"`{outcome.test.split('[')[0]}`" for outcome in members))
         lines.append(
-            f"| {number} | {fault.injected} | {fault.criterion} | {verdict} | {measured} | {tests} |"
+            f"| {number} | {fault.injected} | {fault.criterion} | {_verdict(members)} "
+            f"| {_measured(members)} | {tests} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _verdict(outcomes: Sequence[FaultOutcome]) -> str:
+    results = {outcome.result for outcome in outcomes}
+    if not outcomes:
+        return "not run"
+    if "failed" in results:
+        return "FAILED"
+    return "stood" if results == {"passed"} else ", ".join(sorted(results))
+
+
+def _measured(outcomes: Sequence[FaultOutcome]) -> str:
+    if not outcomes:
+        return ""
+    measurements = dict.fromkeys(outcome.measured for outcome in outcomes if outcome.measured)
+    num_passed = sum(outcome.result == "passed" for outcome in outcomes)
+    seconds = sum(outcome.seconds for outcome in outcomes)
+    return "; ".join([*measurements, f"{num_passed} of {len(outcomes)} cases, {seconds:.0f} s"])

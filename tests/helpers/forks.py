@@ -1,4 +1,4 @@
-"""Calls in processes of their own that cost milliseconds: forked from one that has imported everything and done nothing yet."""
+"""Call functions in forks of a process that has imported everything, in milliseconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 @dataclass
 class Ended:
-    """value: what the call returned, None where it did not. signal: that ended it, 0 for none. output: stdout and stderr."""
+    """Hold the end of a call.
+
+    Attributes:
+        value: Its result; None if it did not return.
+        signal: Signal that ended it; 0 for none.
+        output: stdout and stderr.
+    """
 
     value: Any
     signal: int
@@ -25,7 +31,7 @@ class Ended:
 
 
 def in_forks(rendezvous: str, calls: Sequence[Call]) -> list[Ended]:
-    """Each call in turn in a fork of this process. For `run_ranks` with one rank."""
+    """Run each call in turn in a fork of this process. For `run_ranks` with one rank."""
     import megatron_kd.train.loop  # noqa: F401  what takes the time
 
     with tempfile.TemporaryDirectory() as folder:
@@ -51,9 +57,9 @@ def _fork(function: Callable[..., Any], arguments: tuple[Any, ...], folder: Path
         finally:
             os._exit(code)
     _, status = os.waitpid(child, 0)
-    found = pickle.loads(value.read_bytes()) if value.exists() and os.WIFEXITED(status) else None
+    result = pickle.loads(value.read_bytes()) if value.exists() and os.WIFEXITED(status) else None
     return Ended(
-        found,
+        result,
         os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0,
         output.read_text(errors="replace"),
     )

@@ -1,4 +1,4 @@
-"""The program started as a cluster does it: one process a rank, no launcher that stops the others or changes their exit codes."""
+"""Start a program with one process a rank, without a launcher that stops ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 def start_ranks(
     world_size: int, arguments: list[str], *, module: str = "megatron_kd.pretrain"
 ) -> list[subprocess.Popen[str]]:
-    """`python -m module *arguments` on each rank; stderr is piped."""
+    """Start `python -m module *arguments` on each rank with stderr piped."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -40,12 +40,14 @@ def start_ranks(
 def finish_ranks(
     workers: list[subprocess.Popen[str]], *, timeout: float = 120
 ) -> list[tuple[int, str]]:
-    """Exit code and stderr of each; all are gone afterwards, whatever happens."""
+    """Return exit code and stderr of each rank. All have ended afterwards."""
     try:
-        return [(each.communicate(timeout=timeout)[1], each.returncode)[::-1] for each in workers]
+        return [
+            (worker.communicate(timeout=timeout)[1], worker.returncode)[::-1] for worker in workers
+        ]
     finally:
-        for each in workers:
-            each.kill()
-            each.wait()
-            if each.stderr is not None:
-                each.stderr.close()
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+            if worker.stderr is not None:
+                worker.stderr.close()

@@ -1,4 +1,4 @@
-"""A Slurm of one's own on this machine: a controller, and two nodes that are processes of one host and share its cores."""
+"""Run Slurm on this machine: a controller, and two nodes that are processes of one host."""
 
 from __future__ import annotations
 
@@ -45,20 +45,23 @@ MinJobAge=3600
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=2,sched_min_interval=100000
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-# Nodes that are never started: what asks for many is only tested against them.
+# Nodes that are never started: --test-only checks large jobs against them.
 SuspendProgram=/bin/true
 ResumeProgram=/bin/true
 SuspendTime=-1
-NodeName=node[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{second}] CPUs=16 RealMemory=2000 Gres=gpu:8
-NodeName=big[1-64] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[40001-40064] CPUs=128 RealMemory=2000 Gres=gpu:8 State=CLOUD
-PartitionName=batch Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+NodeName=node[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{second}] \\
+    CPUs=16 RealMemory=2000 Gres=gpu:8
+NodeName=big[1-64] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[40001-40064] \\
+    CPUs=128 RealMemory=2000 Gres=gpu:8 State=CLOUD
+PartitionName=batch Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP \\
+    PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=node[1-2] MaxTime=INFINITE State=UP PriorityTier=2
 PartitionName=big Nodes=big[1-64] MaxTime=INFINITE State=UP
 """
 
 
 def missing() -> str:
-    """What this machine lacks for a cluster, as a reason to skip; empty where it lacks nothing."""
+    """Return what this machine lacks for a cluster, as a reason to skip, or ""."""
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent:
         return f"Slurm is missing ({', '.join(absent)}): apt-get install slurm-wlm"
@@ -66,7 +69,7 @@ def missing() -> str:
 
 
 class Cluster:
-    """`with Cluster(folder) as cluster`: started, and stopped with everything that it started."""
+    """Hold a cluster that runs inside a `with` block, and ends with all of its jobs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -123,22 +126,22 @@ class Cluster:
             process.wait()
 
     def start_node(self, node: str) -> None:
-        """Start a node's daemon; a dead one comes back."""
+        """Start the daemon of a node."""
         self._start(node, ["slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf")])
 
     def kill_node(self, node: str) -> None:
-        """SIGKILL for the node's daemon and all tasks on it, as when a machine loses power."""
+        """Kill the daemon of a node and all tasks on it, as a power failure does."""
         import psutil
 
         self._processes[node].kill()
         self._processes[node].wait()
-        for each in psutil.process_iter():
+        for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if (
-                    each.environ().get("SLURMD_NODENAME") == node
-                    and each.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                    process.environ().get("SLURMD_NODENAME") == node
+                    and process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]
                 ):
-                    each.kill()
+                    process.kill()
 
     def _start(self, name: str, command: list[str]) -> None:
         with open(self.folder / f"{name}.out", "ab") as out:
@@ -148,8 +151,8 @@ class Cluster:
         time.sleep(0.3)
 
     def ask(self, *command: str, cwd: Path | None = None, **environment: str) -> str:
-        """stdout of a command of Slurm's; AssertionError with its stderr where it fails."""
-        done = subprocess.run(
+        """Run a command of Slurm; return its stdout, or raise AssertionError with its stderr."""
+        process = subprocess.run(
             command,
             capture_output=True,
             text=True,
@@ -157,25 +160,25 @@ class Cluster:
             cwd=cwd or self.folder,
             env={**self.environment, **environment},
         )
-        assert done.returncode == 0, (command, done.stdout, done.stderr)
-        return done.stdout.strip()
+        assert process.returncode == 0, (command, process.stdout, process.stderr)
+        return process.stdout.strip()
 
     def state(self, job: str) -> str:
-        """State of a job, such as RUNNING."""
+        """Return the state of a job, such as RUNNING."""
         for word in self.ask("scontrol", "show", "job", job).split():
             if word.startswith("JobState="):
                 return word.partition("=")[2]
         raise AssertionError(f"no job {job}")
 
     def hurry(self, job: str) -> None:
-        """A requeued job is held for two minutes, until its credentials have expired; here some seconds do."""
+        """Shorten the two minutes that Slurm delays a requeued job to some seconds."""
         if self.state(job) == "PENDING" and self.show(job, "Restarts") != "0":
-            held = datetime.fromisoformat(self.show(job, "EligibleTime")) - datetime.now()
-            if held.total_seconds() > 10:
+            delay = datetime.fromisoformat(self.show(job, "EligibleTime")) - datetime.now()
+            if delay.total_seconds() > 10:
                 self.ask("scontrol", "update", f"JobId={job}", "StartTime=now+3")
 
     def show(self, job: str, name: str) -> str:
-        """A field of `scontrol show job`."""
+        """Return a field of `scontrol show job`."""
         return next(
             word.partition("=")[2]
             for word in self.ask("scontrol", "show", "job", job).split()
@@ -183,7 +186,7 @@ class Cluster:
         )
 
     def wait(self, condition, what: str, *, seconds: float = 120, tell=lambda: "") -> None:  # type: ignore[no-untyped-def]
-        """Until it holds; AssertionError with `tell` after so long."""
+        """Wait until a condition is true; AssertionError with the text of `tell` on a timeout."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{tell()}"
@@ -192,35 +195,35 @@ class Cluster:
     def wait_for(
         self, job: str, *states: str, seconds: float = 120, log: Path | None = None
     ) -> str:
-        """Until the job is in one of these states, which is returned."""
+        """Wait until a job is in one of these states, and return the state."""
 
         def tell() -> str:
             return f"{self.state(job)}\n{log.read_text() if log and log.exists() else ''}"
 
-        def there() -> bool:
+        def reached() -> bool:
             self.hurry(job)
             return self.state(job) in states
 
-        self.wait(there, f"job {job} {states}", seconds=seconds, tell=tell)
+        self.wait(reached, f"job {job} {states}", seconds=seconds, tell=tell)
         return self.state(job)
 
 
 def _free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in sockets]
     finally:
-        for each in sockets:
-            each.close()
+        for listener in sockets:
+            listener.close()
 
 
 def _free_pair() -> int:
-    """The first of two free ports in a row."""
+    """Return the first of two consecutive free ports."""
     for first in _free_ports(50):
         with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as two:
             one.bind(("127.0.0.1", first))
             two.bind(("127.0.0.1", first + 1))
             return first
-    raise AssertionError("no two free ports in a row")
+    raise AssertionError("no two consecutive free ports")

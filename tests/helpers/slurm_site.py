@@ -1,4 +1,4 @@
-"""A checkout of one's own for jobs of a test cluster, with tiny data and the overrides that shrink the shipped run files."""
+"""Make a checkout for the jobs of a test cluster, with tiny data and small run files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.helpers.slurm import ROOT, Cluster
 from tests.helpers.tiny import write_tokens
 from tests.train.test_program import RATES, read_metrics
 
-# Of a folder: it would run commands if anything were pasted into a shell.
+# Name of a folder that runs commands if it is pasted into a shell.
 HOSTILE = 'it\'s a "site" $(touch sentinel-1);`touch sentinel-2` & b'
 TWO = ["--nodes=2", "--ntasks-per-node=1"]
 FOUR = ["--nodes=2", "--ntasks-per-node=2"]
@@ -25,7 +25,7 @@ NO_TEACHER: dict[str, object] = {
 
 
 class Checkout:
-    """What the shipped scripts need to be run from a folder: the program, tiny data, and the overrides that shrink the run files."""
+    """Provide the program, tiny data, and overrides that shrink the shipped run files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -62,13 +62,13 @@ class Checkout:
         }
 
     def overrides(self, **more: object) -> list[str]:
-        """As words; `a__b=1` is --a.b 1."""
+        """Return the overrides as options; `a__b=1` is --a.b 1."""
         values = {**self.small, **{name.replace("__", "."): value for name, value in more.items()}}
         return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
 class Site(Checkout):
-    """A checkout whose jobs a test cluster runs."""
+    """Run the jobs of a checkout on a test cluster."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         super().__init__(folder)
@@ -77,7 +77,7 @@ class Site(Checkout):
     def submit(
         self, script: str, options: list[str], overrides: list[str], **environment: str
     ) -> str:
-        """The number of the job."""
+        """Submit a job and return its number."""
         words = [
             "sbatch",
             "--parsable",
@@ -90,14 +90,14 @@ class Site(Checkout):
         return self.cluster.ask(*words, cwd=self.folder, **environment)
 
     def log(self, job: str) -> Path:
-        """Of the job."""
+        """Return the log file of a job."""
         return next(
             (path for path in self.folder.glob("*.log") if path.name.endswith(f"-{job}.log")),
             self.folder / f"-{job}.log",
         )
 
     def texts(self, array: str) -> str:
-        """All that the tasks of an array have logged."""
+        """Return the logs of all tasks of an array."""
         return "\n".join(
             path.read_text()
             for path in sorted(self.folder.glob("*.log"))
@@ -105,15 +105,15 @@ class Site(Checkout):
         )
 
     def ends(self, job: str, state: str = "COMPLETED", *, seconds: float = 200) -> str:
-        """Its log, once it is in that state."""
+        """Wait for a job to end in a state, and return its log."""
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        found = self.cluster.wait_for(job, *ends, seconds=seconds, log=self.log(job))
+        reached = self.cluster.wait_for(job, *ends, seconds=seconds, log=self.log(job))
         text = self.log(job).read_text() if self.log(job).exists() else ""
-        assert found == state, f"{found}\n{text}"
+        assert reached == state, f"{reached}\n{text}"
         return text
 
     def reaches(self, directory: str, step: int, job: str, *, seconds: float = 120) -> None:
-        """Until the run has logged this step."""
+        """Wait until a run has logged this step."""
         path = self.folder / directory / "metrics.jsonl"
 
         def logged() -> bool:
@@ -128,45 +128,45 @@ class Site(Checkout):
         )
 
     def processes(self, job: str, program: str) -> list[psutil.Process]:
-        """Those that srun started to run it for a job, or for any task of an array."""
-        found = []
-        for each in psutil.process_iter():
+        """Return the processes of a program that srun started for a job or an array."""
+        processes = []
+        for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                names, words = each.environ(), each.cmdline()
+                names, words = process.environ(), process.cmdline()
                 if (
                     names.get("SLURM_CONF") == self.cluster.environment["SLURM_CONF"]
                     and "SLURM_PROCID" in names
                     and program in words
                 ):
-                    ours = job in (names.get("SLURM_JOB_ID"), names.get("SLURM_ARRAY_JOB_ID"))
+                    is_of_job = job in (names.get("SLURM_JOB_ID"), names.get("SLURM_ARRAY_JOB_ID"))
                     if (
-                        ours
+                        is_of_job
                         and names.get("SLURM_STEP_ID", "").isdigit()
                         and Path(words[0]).name.startswith("python")
                     ):
-                        found.append(each)
-        return found
+                        processes.append(process)
+        return processes
 
     def status(self, directory: str) -> dict[str, Any]:
-        """status.json of a run."""
-        found: dict[str, Any] = json.loads((self.folder / directory / "status.json").read_text())
-        return found
+        """Return the content of status.json of a run."""
+        status: dict[str, Any] = json.loads((self.folder / directory / "status.json").read_text())
+        return status
 
     def curve(self, directory: str) -> list[dict[str, Any]]:
-        """Its rows, without what depends on the time of day."""
+        """Return the lines of its metrics without times and rates."""
         return [
             {k: v for k, v in row.items() if k not in RATES}
             for row in read_metrics(self.folder / directory)
         ]
 
     def weights(self, folder: str) -> bytes:
-        """Of an exported model: its only file of weights."""
+        """Return the weights of an exported model with one file."""
         (path,) = (self.folder / folder).glob("*.safetensors")
         return path.read_bytes()
 
     def untouched(self) -> None:
-        """Nothing in a name was run."""
-        places = [
+        """Assert that no name was run as a command."""
+        folders = [
             self.folder,
             self.folder.parent,
             ROOT,
@@ -175,12 +175,15 @@ class Site(Checkout):
             *self.cluster.folder.glob("spool-*"),
         ]
         assert [
-            path for place in places for path in place.iterdir() if path.name.startswith("sentinel")
+            path
+            for folder in folders
+            for path in folder.iterdir()
+            if path.name.startswith("sentinel")
         ] == []
 
 
 def whole_rows(path: Path) -> list[dict[str, Any]]:
-    """What a run that may be writing has written."""
+    """Return the complete lines of a metrics file that may be growing."""
     return [
         json.loads(line)
         for line in path.read_text().splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""Sweep files for tests, and tools/sweep.py started on them."""
+"""Write sweep files for tests, and start tools/sweep.py on them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ directory = "unused"
 
 
 def write_sweep(folder: Path, text: str, *, tokens: str = "nowhere") -> Path:
-    """A sweep file with the tiny run file student.toml beside it."""
+    """Write a sweep file with the tiny run file student.toml beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "student.toml").write_text(RUN.replace("{tokens}", tokens))
     path = folder / "sweep.toml"
@@ -62,7 +62,7 @@ def write_sweep(folder: Path, text: str, *, tokens: str = "nowhere") -> Path:
 
 
 def start_sweep(path: Path, out: Path, *words: str) -> subprocess.Popen[str]:
-    """The program, its output piped."""
+    """Start the program with its output piped."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TOOL), str(path), "--output", str(out), *words]
     return subprocess.Popen(
@@ -76,12 +76,12 @@ def start_sweep(path: Path, out: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def sweep(path: Path, out: Path, *words: str) -> tuple[int, str]:
-    """Exit code and all output of the program, in this process: nothing here sends it signals."""
+    """Run the program in this process; return exit code and output. It gets no signals."""
     return tool("sweep", str(path), "--output", str(out), *words)
 
 
 def tool(name: str, *words: str) -> tuple[int, str]:
-    """Exit code and all output of tools/NAME.py, in this process."""
+    """Run tools/NAME.py in this process; return exit code and output."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""Small tokenizers of all three kinds, awkward texts, and Megatron's way of writing them down, one document after the other."""
+"""Make small tokenizers of all kinds, unusual texts, and token files as Megatron-LM does."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _SPACES = [
 
 
 def load_tool(name: str) -> ModuleType:
-    """tools/<name>.py as a module."""
+    """Import tools/<name>.py as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -69,40 +69,49 @@ def load_tool(name: str) -> ModuleType:
 
 
 def awkward_text(rng: random.Random, words: int) -> str:
-    """Words, numbers, scripts, special names and every kind of whitespace, in no order."""
+    """Return random words, numbers, scripts, special tokens and whitespace of all kinds."""
     return "".join(rng.choice(_WORDS) + rng.choice(_SPACES) for _ in range(words)).lstrip(
         rng.choice(["", " "])
     )
 
 
 def source_texts(limit: int = 400_000) -> list[str]:
-    """Some of the standard library's own sources."""
-    found, size = [], 0
+    """Return sources of the standard library."""
+    texts, size = [], 0
     for path in sorted(STDLIB.parent.glob("*.py")):
-        found.append(path.read_text(encoding="utf-8"))
-        size += len(found[-1])
+        texts.append(path.read_text(encoding="utf-8"))
+        size += len(texts[-1])
         if size > limit:
             break
-    return found
+    return texts
 
 
 def make_tokenizers(folder: Path) -> dict[str, Path]:
-    """kind -> file: each trained here, in a second."""
+    """Train a tokenizer of each kind in a second; return the files by kind."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     from megatron_kd.data.tokenizer import load_tokenizer
 
     texts = source_texts(150_000)
-    found = {}
+    files = {}
     for name, prefix in (("sentencepiece", True), ("unigram", False)):
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(line for text in texts for line in text.splitlines()), model_writer=model, vocab_size=500,
-            model_type="bpe" if prefix else "unigram", byte_fallback=prefix, normalization_rule_name="identity", add_dummy_prefix=prefix,
-            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2, num_threads=1, hard_vocab_limit=False,
-        )  # fmt: skip
-        found[name] = folder / f"{name}.model"
-        found[name].write_bytes(model.getvalue())
+            sentence_iterator=iter(line for text in texts for line in text.splitlines()),
+            model_writer=model,
+            vocab_size=500,
+            model_type="bpe" if prefix else "unigram",
+            byte_fallback=prefix,
+            normalization_rule_name="identity",
+            add_dummy_prefix=prefix,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            minloglevel=2,
+            num_threads=1,
+            hard_vocab_limit=False,
+        )
+        files[name] = folder / f"{name}.model"
+        files[name].write_bytes(model.getvalue())
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PATTERNS["cl100k"]), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -114,18 +123,18 @@ def make_tokenizers(folder: Path) -> dict[str, Path]:
         texts, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
     )
     tokenizer.add_special_tokens([END])
-    found["huggingface"] = folder / "tokenizer.json"
-    tokenizer.save(str(found["huggingface"]))
-    tokens = load_tokenizer(found["huggingface"])[0].tokens[:-1]
-    found["tiktoken"] = folder / "ranks.tiktoken"
-    found["tiktoken"].write_text(
+    files["huggingface"] = folder / "tokenizer.json"
+    tokenizer.save(str(files["huggingface"]))
+    tokens = load_tokenizer(files["huggingface"])[0].tokens[:-1]
+    files["tiktoken"] = folder / "ranks.tiktoken"
+    files["tiktoken"].write_text(
         "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
     )
-    return found
+    return files
 
 
 def plain_encoder(kind: str, path: Path) -> tuple[Callable[[str], list[int]], int]:
-    """The library's own plain call for one text, and the id that ends documents."""
+    """Return the library's plain call for one text, and the id that ends documents."""
     if kind in ("sentencepiece", "unigram"):
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         return processor.encode, processor.eos_id()
@@ -154,7 +163,7 @@ def write_as_megatron(
     end: int | None,
     vocab_size: int,
 ) -> None:
-    """What Megatron-LM's tools/preprocess_data.py does with these texts: its builder, fed one document after the other."""
+    """Write texts with the builder of Megatron-LM's tools/preprocess_data.py, one by one."""
     from megatron_kd.data.prefix_samples import quiet_megatron
 
     with quiet_megatron():
@@ -171,7 +180,7 @@ def write_as_megatron(
 
 
 def same_tokens(first: Path, second: Path) -> bool:
-    """Whether two token files are equal, byte for byte."""
+    """Return True if two token files are byte-identical."""
     return all(
         Path(f"{first}{ending}").read_bytes() == Path(f"{second}{ending}").read_bytes()
         for ending in (".bin", ".idx")

@@ -1,4 +1,4 @@
-"""A tiny run: learnable tokens, a small GPT, and everything a test needs to compare two of them."""
+"""Make tiny runs with learnable tokens and a small GPT, and compare their weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ BASE: dict[str, Any] = {
 
 
 def write_tokens(folder: Path, *, tokens: int = 20_000, seed: int = 0, vocab: int = VOCAB) -> str:
-    """A token file whose next id is a function of the last one, two times in three; returns its prefix."""
+    """Write a token file whose next id is a function of the last one, two times in three.
+
+    Returns:
+        The prefix of the file.
+    """
     from megatron_kd.data.preparation.token_file_writer import TokenFileWriter
 
     rng = np.random.default_rng(seed)
@@ -56,7 +60,7 @@ def write_tokens(folder: Path, *, tokens: int = 20_000, seed: int = 0, vocab: in
 
 
 def tiny(directory: Path, tokens: str, /, **overrides: Any) -> RunConfig:
-    """A RunConfig from BASE with overrides such as parallel={"tensor": 2}; sections are merged key by key."""
+    """Return BASE with overrides such as parallel={"tensor": 2}, merged key by key."""
     content = copy.deepcopy(BASE)
     content["data"] = {"train": [tokens]}
     content["run"] = {"directory": str(directory)}
@@ -66,15 +70,19 @@ def tiny(directory: Path, tokens: str, /, **overrides: Any) -> RunConfig:
 
 
 def full_weights(models: Any) -> dict[str, torch.Tensor]:
-    """Every parameter of the model, unsharded, by its checkpoint name. Collective over the world."""
+    """Return every parameter of the model, unsharded, by its checkpoint name.
+
+    Collectives:
+        Over the world.
+    """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    mine = []
+    local_shards = []
     for model in models:
         state = model.sharded_state_dict()
         apply_factories(state)
-        mine += [
+        local_shards += [
             (
                 s.key,
                 tuple(s.global_shape),
@@ -85,11 +93,11 @@ def full_weights(models: Any) -> dict[str, torch.Tensor]:
             for s in nested_values(state)
             if isinstance(s, ShardedTensor)
         ]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    whole: dict[str, torch.Tensor] = {}
-    for key, shape, offset, prepended, data in (shard for shards in everyone for shard in shards):
-        target = whole.setdefault(key, torch.full(shape, torch.nan))
+    all_shards: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_shards, local_shards)
+    weights: dict[str, torch.Tensor] = {}
+    for key, shape, offset, prepended, data in (shard for shards in all_shards for shard in shards):
+        target = weights.setdefault(key, torch.full(shape, torch.nan))
         data = data.view(*[1] * prepended, *data.shape)
         target[tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))] = data
-    return whole
+    return weights

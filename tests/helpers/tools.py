@@ -1,4 +1,4 @@
-"""Many calls of the command-line tools in one process: what each prints and returns, without paying for the imports each time."""
+"""Call command-line tools many times in one process, which imports their libraries once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Done:
-    """What a call gave."""
+    """Hold exit code and output of a call."""
 
     code: int
     out: str
@@ -27,7 +27,7 @@ class Done:
 def run_tools(
     calls: dict[str, list[object]], *, cwd: Path, timeout: float = 300
 ) -> dict[str, Done]:
-    """Name -> [tool, argument, ...], in order, in one fresh process in `cwd`."""
+    """Run calls, [tool, argument, ...] by name, in order in one fresh process in `cwd`."""
     lines = {name: [str(word) for word in words] for name, words in calls.items()}
     environment = {
         **os.environ,
@@ -35,7 +35,7 @@ def run_tools(
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, __file__]
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         input=json.dumps(lines),
         capture_output=True,
@@ -44,8 +44,9 @@ def run_tools(
         cwd=cwd,
         env=environment,
     )
-    assert done.returncode == 0, done.stderr
-    return {name: Done(*found) for name, found in json.loads(done.stdout.splitlines()[-1]).items()}
+    assert process.returncode == 0, process.stderr
+    results = json.loads(process.stdout.splitlines()[-1])
+    return {name: Done(*result) for name, result in results.items()}
 
 
 def _call(words: list[str]) -> tuple[int, str, str]:

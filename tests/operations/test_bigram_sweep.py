@@ -32,20 +32,20 @@ def test_bigram_sandbox(tmp_path: Path) -> None:
     ]
     code, output = sweep(ROOT / "examples/bigram_sandbox/sweep.toml", out, *words, "--only", *cells)
     assert code == 0, output
-    found = {row.name: row for row in read_result(out).cells}
+    cells_by_name = {cell.name: cell for cell in read_result(out).cells}
     for name in cells[:2]:
-        samples = found[name].samples
+        samples = cells_by_name[name].samples
         assert all(
             samples[metric].n == 3
             for metric in ("high-entropy rows", "copied", "tokens until rows are learned")
         ), output
         assert 0 < (samples["copied"].mean or 0) < 0.5 < 1
-    apart = found[cells[1]].differences["high-entropy rows"]
-    assert apart is not None
-    assert apart.n == 3
-    assert apart.mean != 0
-    assert (found[cells[2]].samples["low-entropy rows"].mean or 1) < (
-        found[cells[2]].samples["high-entropy rows"].mean or 0
+    difference = cells_by_name[cells[1]].differences["high-entropy rows"]
+    assert difference is not None
+    assert difference.n == 3
+    assert difference.mean != 0
+    assert (cells_by_name[cells[2]].samples["low-entropy rows"].mean or 1) < (
+        cells_by_name[cells[2]].samples["high-entropy rows"].mean or 0
     )
     code, output = tool("report", str(out), "--html", str(out / "report.html"))
     assert code == 0, output

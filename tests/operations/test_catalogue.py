@@ -1,11 +1,11 @@
-"""The catalogue of faults: every one is injected by some test, and the table says what came of it."""
+"""The catalogue of faults: a test injects each of them, and the table has its outcome."""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
 
-from tests.helpers.faults import CATALOGUE, Outcome, table
+from tests.helpers.faults import CATALOGUE, FaultOutcome, table
 
 TESTS = Path(__file__).parents[1]
 
@@ -24,31 +24,34 @@ def marked(tree: ast.AST) -> set[str]:
 
 
 def test_every_fault_is_injected() -> None:
-    found = set().union(
+    injected = set().union(
         *(marked(ast.parse(path.read_text(encoding="utf-8"))) for path in TESTS.rglob("test_*.py"))
     )
-    assert set(CATALOGUE) - found == set()
-    assert found - set(CATALOGUE) == set()
+    assert set(CATALOGUE) - injected == set()
+    assert injected - set(CATALOGUE) == set()
 
 
 def test_the_table() -> None:
     text = table(
         {
             "1": [
-                Outcome("a.py::x[1]", "passed", 1.0, "5 kills, 0 lost"),
-                Outcome("a.py::x[2]", "passed", 1.0, "5 kills, 0 lost"),
+                FaultOutcome("a.py::x[1]", "passed", 1.0, "5 kills, 0 lost"),
+                FaultOutcome("a.py::x[2]", "passed", 1.0, "5 kills, 0 lost"),
             ],
-            "2": [Outcome("a.py::y", "passed", 1.0, ""), Outcome("a.py::z", "failed", 1.0, "")],
-            "4": [Outcome("a.py::w", "skipped", 0.0, "")],
+            "2": [
+                FaultOutcome("a.py::y", "passed", 1.0, ""),
+                FaultOutcome("a.py::z", "failed", 1.0, ""),
+            ],
+            "4": [FaultOutcome("a.py::w", "skipped", 0.0, "")],
         }
     )
-    rows = {
+    lines = {
         line.split(" | ")[0].strip("| "): line
         for line in text.splitlines()
         if line.startswith("| ")
     }
-    assert rows["1"].endswith("| stood | 5 kills, 0 lost; 2 of 2 cases, 2 s | `a.py::x` |")
-    assert "| FAILED |" in rows["2"]
-    assert "| not run |" in rows["3"]
-    assert "| skipped |" in rows["4"]
-    assert set(CATALOGUE) <= set(rows)
+    assert lines["1"].endswith("| stood | 5 kills, 0 lost; 2 of 2 cases, 2 s | `a.py::x` |")
+    assert "| FAILED |" in lines["2"]
+    assert "| not run |" in lines["3"]
+    assert "| skipped |" in lines["4"]
+    assert set(CATALOGUE) <= set(lines)

@@ -1,4 +1,4 @@
-"""tools/check_node.py on processes that say they are nodes: fit ones, bad ones, and one that never answers."""
+"""tools/check_node.py on processes that act as nodes: fit, unfit, and one without an answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tool() -> types.ModuleType:
 
 
 class Nodes:
-    """Ranks 0, 1, ... of which each is a node; `missing` ranks are not started."""
+    """Start ranks that are a node each, except the `missing` ones."""
 
     def __init__(
         self, folder: Path, world_size: int, *, missing: tuple[int, ...] = (), **options: list[str]
@@ -68,13 +68,13 @@ class Nodes:
         ]
 
     def ends(self) -> tuple[set[int], str]:
-        """Exit codes, and what was printed."""
-        texts = [each.communicate(timeout=100)[0] for each in self.processes]
-        return {each.returncode for each in self.processes}, "".join(texts)
+        """Return exit codes and output of all nodes."""
+        texts = [process.communicate(timeout=100)[0] for process in self.processes]
+        return {process.returncode for process in self.processes}, "".join(texts)
 
 
 def test_nodes(tmp_path: Path) -> None:
-    """Everyone's exit code is the verdict, so that a launcher does not blame the one that found something."""
+    """All ranks exit with the verdict, so that a launcher does not blame one of them."""
     fit = Nodes(tmp_path / "fit", 2)
     full = Nodes(
         tmp_path / "full", 2, rank0=["--directory", "/proc/nowhere"], rank1=["--min-free-gb", "1e9"]
@@ -103,18 +103,18 @@ def test_lists_of_nodes(tool: types.ModuleType) -> None:
 
 
 def test_a_clock_that_differs(tool: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what the answer's way there and back does not explain counts."""
+    """Only a difference beyond the time of request and answer counts."""
 
     class Store:
-        def __init__(self, told: float) -> None:
-            self.told = told
+        def __init__(self, clock: float) -> None:
+            self.clock = clock
 
         def set(self, name: str, value: str) -> None:
             assert name == "ask/3"
 
         def get(self, name: str) -> bytes:
-            return repr(self.told).encode()
+            return repr(self.clock).encode()
 
     times = iter([100.0, 104.0] * 3)
     monkeypatch.setattr(tool.time, "time", lambda: next(times))
-    assert [tool._skew(Store(told), 3) for told in (102.0, 90.0, 110.0)] == [0.0, 10.0, 6.0]
+    assert [tool._skew(Store(clock), 3) for clock in (102.0, 90.0, 110.0)] == [0.0, 10.0, 6.0]

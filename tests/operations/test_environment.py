@@ -1,4 +1,4 @@
-"""Around a run: what is not installed, and clocks that do not agree."""
+"""The environment of a run: missing packages, different clocks, changed settings."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ runpy.run_module("megatron_kd.pretrain", run_name="__main__")
 
 
 @pytest.mark.fault(20)
-def test_what_is_not_installed_is_named_at_the_start(tmp_path: Path) -> None:
+def test_missing_packages_are_named_at_the_start(tmp_path: Path) -> None:
     run = write_run(tmp_path, "run", write_tokens(tmp_path))
     for names in (["psutil"], ["zstandard", "pyarrow"]):
         command = [sys.executable, "-c", WITHOUT.replace("{names}", repr(set(names))), str(run)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-        told = done.stderr.splitlines()
+        errors = done.stderr.splitlines()
         assert done.returncode == 2, done.stderr
-        assert len(told) == 1, done.stderr
-        assert f"not installed here: {', '.join(sorted(names, key=order))}" in told[0], done.stderr
+        assert len(errors) == 1, done.stderr
+        assert f"not installed here: {', '.join(sorted(names, key=order))}" in errors[0], (
+            done.stderr
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -51,40 +53,41 @@ def order(name: str) -> int:
     return (ROOT / "setup.py").read_text().index(f'"{name}"')
 
 
-def asked_with_other_clocks(rendezvous: str, folder: Path) -> list[tuple[int, int]]:
-    """(own answer, answer of all) at six times; rank 1's clock is an hour off, and five times as fast."""
+def poll_with_other_clocks(rendezvous: str, folder: Path) -> list[tuple[int, int]]:
+    """Return (local action, agreed action) at six times; rank 1's clock is wrong and too fast."""
     import torch.distributed as dist
 
     rank, now = int(os.environ["RANK"]), [100.0]
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     time.monotonic = lambda: now[0] * (5 if rank else 1) + 3600 * rank  # type: ignore[assignment]
-    leaving = ShutdownRequest(folder, minutes=1.0, watches_file=False)
-    found = []
+    request = ShutdownRequest(folder, minutes=1.0, watches_file=False)
+    actions = []
     for _ in range(6):
-        found.append((int(leaving.poll()), int(leaving.agree(torch.device("cpu")))))
+        actions.append((int(request.poll()), int(request.agree(torch.device("cpu")))))
         now[0] += 5
     dist.destroy_process_group()
-    return found
+    return actions
 
 
 @pytest.mark.dist
 @pytest.mark.fault(19)
 def test_clocks_that_differ(tmp_path: Path, measured: Callable[[str], None]) -> None:
-    """The fast clock's rank thinks the minute is over after 12 seconds: all leave with it."""
-    slow, fast = run_ranks(asked_with_other_clocks, 2, tmp_path)
-    assert [own for own, _ in slow] == [Action.CONTINUE] * 6
-    assert Action.REQUEUE in [own for own, _ in fast]
-    measured(
-        f"one clock an hour off and five times as fast: all leave at look {[own for own, _ in fast].index(Action.REQUEUE) + 1} of 6"
-    )
+    """The minute of the fast clock ends after 12 seconds, and all ranks stop together."""
+    slow, fast = run_ranks(poll_with_other_clocks, 2, tmp_path)
+    assert [local for local, _ in slow] == [Action.CONTINUE] * 6
+    assert Action.REQUEUE in [local for local, _ in fast]
+    poll = [local for local, _ in fast].index(Action.REQUEUE) + 1
+    measured(f"one clock an hour off and five times as fast: all stop at poll {poll} of 6")
     assert (
-        [agreed for _, agreed in slow] == [agreed for _, agreed in fast] == [own for own, _ in fast]
+        [agreed for _, agreed in slow]
+        == [agreed for _, agreed in fast]
+        == [local for local, _ in fast]
     )
 
 
 @pytest.mark.dist
 @pytest.mark.fault(11)
-def test_a_run_does_not_go_on_with_other_settings(
+def test_a_run_does_not_resume_with_other_settings(
     tmp_path: Path, measured: Callable[[str], None]
 ) -> None:
     tokens, others = write_tokens(tmp_path), write_tokens(tmp_path, seed=1)
@@ -104,7 +107,7 @@ def test_a_run_does_not_go_on_with_other_settings(
     tries: dict[str, tuple[str, ...]] = {
         key: ("--train.steps", "3", key, value) for key, (value, _) in cases.items()
     }
-    # A longer run in another layout is the same run. What changes on request is what the run has from then on.
+    # A longer run in another layout is the same run. Allowed changes become the run's settings.
     tries["longer"] = (
         "--train.steps",
         "3",
@@ -129,20 +132,20 @@ def test_a_run_does_not_go_on_with_other_settings(
         *((main, (run, *words)) for words in tries.values()),
     ]
     ended = run_ranks(in_forks, 1, jobs, timeout=200)[0]
-    assert [each.value for each in ended[:2]] == [0, 0], ended[1].output
-    found = dict(zip(tries, ended[2:], strict=True))
+    assert [end.value for end in ended[:2]] == [0, 0], ended[1].output
+    ends = dict(zip(tries, ended[2:], strict=True))
     for key, (_, sentence) in cases.items():
-        assert found[key].value == 2, found[key].output
-        assert found[key].output.count("megatron_kd: error") == 1, found[key].output
-        assert sentence in found[key].output, found[key].output
-    assert [found[name].value for name in ("longer", "allowed", "as allowed", "as before")] == [
+        assert ends[key].value == 2, ends[key].output
+        assert ends[key].output.count("megatron_kd: error") == 1, ends[key].output
+        assert sentence in ends[key].output, ends[key].output
+    assert [ends[name].value for name in ("longer", "allowed", "as allowed", "as before")] == [
         0,
         0,
         0,
         2,
-    ], found["allowed"].output
+    ], ends["allowed"].output
     measured(f"{len(cases)} of {len(cases)} changes refused by name; one allowed and recorded")
     assert (
-        "continuing with other settings: distill.top_k: was 8, is now 4" in found["allowed"].output
+        "continuing with other settings: distill.top_k: was 8, is now 4" in ends["allowed"].output
     )
     assert "distill.top_k: was 8, is now 4" in (tmp_path / "run/checkpoints.jsonl").read_text()

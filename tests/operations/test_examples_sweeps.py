@@ -1,4 +1,4 @@
-"""The sweeps of examples/, at toy size: text, teachers, caches, captured logits, students of every kind, measurements, report."""
+"""The sweeps of examples/ at toy size: text, teachers, caches, students, and the report."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ TAUGHT = {"teacher_weak_short": 3, "teacher_equal_equal": 6}
 
 
 def run_toy(name: str, out: Path, cells: list[str], **settings: Any) -> dict[str, Any]:
-    """Seed 1 of these cells: the report's numbers by cell."""
+    """Run seed 1 of these cells; return the report's numbers by cell."""
     values = [
         word for key, value in (TOY | settings).items() for word in ("--set", f"{key}={value}")
     ]
-    code, told = sweep(
+    code, output = sweep(
         ROOT / f"examples/{name}/sweep.toml",
         out,
         "--jobs",
@@ -43,21 +43,21 @@ def run_toy(name: str, out: Path, cells: list[str], **settings: Any) -> dict[str
         "--only",
         *(f"{cell}, seed 1" for cell in cells),
     )
-    assert code == 0, told
-    assert "all done" in told, told
-    code, told = tool(
+    assert code == 0, output
+    assert "all done" in output, output
+    code, output = tool(
         "report", str(out), "--html", str(out / "report.html"), "--json", str(out / "report.json")
     )
-    assert code == 0, told
-    assert (out / "report.html").stat().st_size > 50_000, told
-    (found,) = json.loads((out / "report.json").read_text())
-    return {cell["name"]: cell for cell in found["cells"]}
+    assert code == 0, output
+    assert (out / "report.html").stat().st_size > 50_000, output
+    (report,) = json.loads((out / "report.json").read_text())
+    return {cell["name"]: cell for cell in report["cells"]}
 
 
 def test_design_space(tmp_path: Path) -> None:
-    """One cell of each way to a teacher: none, cached, cached in part, live and whole, drawn, captured early; rules by token."""
+    """One cell of each kind of teacher: none, cached, online, sampled, captured; token rules."""
     cells = ["LM", "KLD", "MSE", "PD* M", "NormKD", "WTTM", "AdaKD_H", "RS-12", "online late"]
-    found = run_toy(
+    numbers_by_cell = run_toy(
         "design_space",
         tmp_path,
         cells,
@@ -68,14 +68,16 @@ def test_design_space(tmp_path: Path) -> None:
         late_first=20,
     )
     names = ("held_out", "bits per byte", "ECE", "agreement", "prose", "other")
-    numbers = {cell: [found[cell]["metrics"][name]["mean"] for name in names] for cell in cells}
+    numbers = {
+        cell: [numbers_by_cell[cell]["metrics"][name]["mean"] for name in names] for cell in cells
+    }
     assert all(math.isfinite(number) for row in numbers.values() for number in row)
     losses = [row[0] for row in numbers.values()]
     assert len(set(losses)) == len(losses), "no two of them are one run"
     assert all(3 < loss < math.log(600) + 0.5 for loss in losses), "no two of them are one run"
-    assert found["KLD"]["metrics"]["held_out"]["difference"]["n"] == 1
-    assert found["KLD"]["metrics"]["average"]["paper"] == 38.7
-    assert found["LM"]["metrics"]["ECE"]["paper"] == 0.003
+    assert numbers_by_cell["KLD"]["metrics"]["held_out"]["difference"]["n"] == 1
+    assert numbers_by_cell["KLD"]["metrics"]["average"]["paper"] == 38.7
+    assert numbers_by_cell["LM"]["metrics"]["ECE"]["paper"] == 0.003
     late = [
         json.loads(path.read_text())
         for path in (tmp_path / "jobs/online_late/targets").glob("step-*.json")
@@ -83,12 +85,12 @@ def test_design_space(tmp_path: Path) -> None:
     assert sum(shard["records"] for shard in late) == 320
     assert min(shard["step"] for shard in late) == 20
     assert any("0 of 3 seeds" in note for note in read_result(tmp_path).notes()), (
-        "what did not run is told"
+        "what did not run is named"
     )
 
 
 def test_weak_teachers(tmp_path: Path) -> None:
-    """Teachers of two sizes and lengths, their caches, the grid and an ablation of each kind; the page has each teacher's line."""
+    """Teachers of two sizes and lengths, the grid, ablations, and a line for each teacher."""
     cells = [
         "no teacher",
         "weak_short alpha 0.2",
@@ -97,9 +99,11 @@ def test_weak_teachers(tmp_path: Path) -> None:
         "temperature 2.0 alpha 1.0",
     ]
     cells += ["hard label alpha 1.0", "top-20 alpha 1.0"]
-    found = run_toy("weak_teachers", tmp_path, cells, short=3, short_warmup=1)
+    numbers_by_cell = run_toy("weak_teachers", tmp_path, cells, short=3, short_warmup=1)
     names = ("held_out", "perplexity", "prose perplexity", "other perplexity", "ECE")
-    numbers = {cell: [found[cell]["metrics"][name]["mean"] for name in names] for cell in cells}
+    numbers = {
+        cell: [numbers_by_cell[cell]["metrics"][name]["mean"] for name in names] for cell in cells
+    }
     assert all(math.isfinite(number) for row in numbers.values() for number in row)
     losses = [row[0] for row in numbers.values()]
     assert len(set(losses)) == len(losses), "no two of them are one run"

@@ -1,4 +1,4 @@
-"""The images' files: what can be held without building them. docker/README.md says what was built."""
+"""The images' files, as far as they can be checked without building the images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from docker.keep_base import changed, kept
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
-# Of the environment that the tests run in, whatever is active.
+# The environment of the tests comes first.
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 FILES = [DOCKER / "Dockerfile", DOCKER / "Dockerfile.cpu"]
 
@@ -60,7 +60,7 @@ def test_scripts(name: str) -> None:
     assert os.access(DOCKER / name, os.X_OK)
 
 
-def test_the_entrypoint_names_what_is_there() -> None:
+def test_the_entrypoint_lists_the_tools() -> None:
     done = run("help")
     tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
     assert done.returncode == 0, done.stderr
@@ -70,7 +70,7 @@ def test_the_entrypoint_names_what_is_there() -> None:
     assert "--config" in run("pretrain", "--help").stdout
 
 
-def test_the_entrypoint_hands_on_words_signals_and_codes(tmp_path: Path) -> None:
+def test_the_entrypoint_passes_words_signals_and_codes(tmp_path: Path) -> None:
     words = ["a b", "$(touch x)", "'", "*", "\n"]
     assert run("printf", "%s|", *words).stdout == "".join(f"{word}|" for word in words)
     assert run("sh", "-c", "exit 85").returncode == 85
@@ -106,7 +106,7 @@ def test_build_says_what_is_missing() -> None:
 
 
 def test_the_base_image_s_torch_stays() -> None:
-    found = {
+    installed = {
         "torch": "2.10.0a0+b4e4",
         "pytorch-triton": "3.5",
         "transformer-engine-torch": "2.10",
@@ -114,16 +114,18 @@ def test_the_base_image_s_torch_stays() -> None:
         "tqdm": "4.0",
         "apex": "0.1",
     }
-    ours = list(
-        kept(["# about", "torch==2.13.0", "NumPy==2.4.6", "tqdm==4.70.1", "triton==3.9.0"], found)
+    constraints = list(
+        kept(
+            ["# about", "torch==2.13.0", "NumPy==2.4.6", "tqdm==4.70.1", "triton==3.9.0"], installed
+        )
     )
-    assert "torch==2.10.0a0+b4e4" in ours
-    assert "transformer-engine-torch==2.10" in ours
-    assert "tqdm==4.70.1" in ours
-    assert "# about" in ours
-    assert "torch==2.13.0" not in ours
-    assert "NumPy==2.4.6" not in ours
-    assert "numpy==1.26.4" in ours
-    assert changed(ours, found | {"tqdm": "5"}) == []
-    (sentence,) = changed(ours, found | {"torch": "2.13.0"})
+    assert "torch==2.10.0a0+b4e4" in constraints
+    assert "transformer-engine-torch==2.10" in constraints
+    assert "tqdm==4.70.1" in constraints
+    assert "# about" in constraints
+    assert "torch==2.13.0" not in constraints
+    assert "NumPy==2.4.6" not in constraints
+    assert "numpy==1.26.4" in constraints
+    assert changed(constraints, installed | {"tqdm": "5"}) == []
+    (sentence,) = changed(constraints, installed | {"torch": "2.13.0"})
     assert sentence.startswith("torch is 2.13.0, not 2.10.0a0")

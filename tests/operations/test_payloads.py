@@ -1,4 +1,4 @@
-"""Files from strangers that hold code or point elsewhere: nothing of them is run, and nothing is read or written outside their folder.
+"""Untrusted files with code or outside paths: no code is run, no outside file is touched.
 
 Checkpoints and their manifests: tests/checkpoint/. Job names and scripts: test_slurm_scripts.py.
 """
@@ -28,7 +28,7 @@ MODEL = ModelSection(
 
 
 class Payload:
-    """Makes a folder when it is unpickled."""
+    """Make a folder when it is unpickled."""
 
     def __init__(self, sentinel: Path) -> None:
         self.sentinel = sentinel
@@ -100,7 +100,7 @@ def test_tokenizers(sentinel: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="is no tokenizer"):
             load_tokenizer(tmp_path / name)
         (tmp_path / name).unlink()
-    folder = tmp_path / "theirs"
+    folder = tmp_path / "untrusted"
     folder.mkdir()
     (folder / "tokenizer.json").write_bytes(make_tokenizers(tmp_path)["huggingface"].read_bytes())
     (folder / "tokenization_stranger.py").write_text(code(sentinel))
@@ -186,7 +186,7 @@ directory = {directory}
     ],
 )
 def test_run_files(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values are values."""
+    """Values are never run or expanded."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.toml").write_text(
         RUN.replace("{data}", json.dumps(word)).replace("{directory}", json.dumps(f"runs/{word}"))

@@ -1,4 +1,7 @@
-"""A real Slurm in a minute: every script is accepted, and a run asked to leave is requeued and finishes. More: test_slurm_cluster.py."""
+"""A real Slurm in a minute: scripts are accepted, and an interrupted run is requeued.
+
+The longer tests are in test_slurm_cluster.py.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def test_every_script_would_be_accepted(site: Site) -> None:
     assert len(scripts) >= 8
     for script in scripts:
         words = ["sbatch", "--test-only", "--partition=big", f"examples/slurm/{script.name}"]
-        done = subprocess.run(
+        process = subprocess.run(
             words,
             cwd=site.folder,
             env=site.cluster.environment,
@@ -39,8 +42,8 @@ def test_every_script_would_be_accepted(site: Site) -> None:
             text=True,
             timeout=60,
         )
-        assert done.returncode == 0, (script, done.stderr)
-        assert "to start at" in done.stderr, (script, done.stderr)
+        assert process.returncode == 0, (script, process.stderr)
+        assert "to start at" in process.stderr, (script, process.stderr)
 
 
 def test_commands_of_the_page(site: Site) -> None:
@@ -56,7 +59,7 @@ def test_commands_of_the_page(site: Site) -> None:
             "--partition=big",
             *(word.replace("node17", "big17") for word in words[1:]),
         ]
-        done = subprocess.run(
+        process = subprocess.run(
             words,
             cwd=site.folder,
             env=site.cluster.environment,
@@ -64,13 +67,13 @@ def test_commands_of_the_page(site: Site) -> None:
             text=True,
             timeout=60,
         )
-        assert done.returncode == 0, (words, done.stderr)
-        assert "to start at" in done.stderr, (words, done.stderr)
+        assert process.returncode == 0, (words, process.stderr)
+        assert "to start at" in process.stderr, (words, process.stderr)
 
 
 @pytest.mark.fault(4, 14)
-def test_asked_to_leave(site: Site) -> None:
-    """SIGUSR1 to the tasks: saved, requeued, finished, exported; nothing in a name is run."""
+def test_a_signal_requeues_the_run(site: Site) -> None:
+    """On SIGUSR1 it is saved, requeued, finished and exported; names are not run."""
     words = site.overrides(
         **NO_TEACHER, train__steps=60, run__directory="runs/$(touch sentinel-3) 'x'"
     )

@@ -1,7 +1,7 @@
-"""The shipped Slurm scripts, shrunk by overrides alone, on a real Slurm with two nodes: pytest -m slow tests/operations
+"""The shipped Slurm scripts with small overrides on a real Slurm with two nodes.
 
-Everything happens in a folder whose name would run commands if anything were pasted into a shell. The short test of the plain suite is
-test_slurm.py.
+Run with pytest -m slow tests/operations. The name of the folder runs commands if it is pasted into
+a shell. The short test of the plain suite is test_slurm.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def teacher(site: Site) -> str:
-    """Trained by the shipped script."""
+    """Train a teacher with the shipped script."""
     words = site.overrides(train__steps=20, optimizer__decay_steps=5, run__directory=TEACHER)
     log = site.ends(site.submit("teacher.sbatch", FOUR, words))
     assert "4 ranks on 2 nodes are fit" in log
@@ -48,8 +48,10 @@ def teacher(site: Site) -> str:
 
 @pytest.mark.fault(4)
 def test_the_7b_student_through_a_preemption(site: Site, teacher: str) -> None:
-    """From sbatch to exported weights without a hand, on two nodes at TP2 x PP2, its teacher in its own layout: rows and weights of a run
-    that was left alone, which torchrun starts."""
+    """Metrics and exported weights equal those of an undisturbed run, which torchrun starts.
+
+    Two nodes at TP2 x PP2, with the teacher in a separate layout.
+    """
     shared = site.overrides(
         train__steps=30, distill__top_k=5, teacher__checkpoint=teacher, teacher__parallel__tensor=2
     )
@@ -99,7 +101,7 @@ def test_the_7b_student_through_a_preemption(site: Site, teacher: str) -> None:
 
 @pytest.mark.fault(4, 7)
 def test_time_limit_and_node_failure(site: Site) -> None:
-    """Both end as if nothing had happened: the time limit saves at its signal; a node that dies costs what follows the last checkpoint."""
+    """Both runs end equal to an undisturbed one; a dead node costs steps since the checkpoint."""
     shared = site.overrides(
         **NO_TEACHER, train__steps=150, checkpoint__interval=40, train__timeout_seconds=300
     )
@@ -112,7 +114,7 @@ def test_time_limit_and_node_failure(site: Site) -> None:
         KD_HEALTH_CHECK="no",
     )
     site.reaches("runs/limited", 10, job)
-    # The signal of a limit of whole minutes is late for so short a run: its tasks are held until it is there.
+    # The signal comes late for so short a run: its tasks are suspended until it arrives.
     tasks = site.processes(job, "megatron_kd.pretrain")
     for task in tasks:
         task.suspend()
@@ -121,7 +123,7 @@ def test_time_limit_and_node_failure(site: Site) -> None:
             "student_1b.sbatch", TWO, [*shared, "--run.directory", "runs/whole"], KD_EXPORTS="e3"
         )
     )
-    site.cluster.wait(lambda: not any(is_held(task) for task in tasks), "SIGUSR1", seconds=150)
+    site.cluster.wait(lambda: not any(is_suspended(task) for task in tasks), "SIGUSR1", seconds=150)
     for task in tasks:
         with contextlib.suppress(psutil.NoSuchProcess):
             task.resume()
@@ -150,8 +152,8 @@ def test_time_limit_and_node_failure(site: Site) -> None:
     assert site.weights("e3/student-1b") == site.weights("e5/student-1b")
 
 
-def is_held(task: psutil.Process) -> bool:
-    """Whether the process is stopped and no SIGUSR1 waits for it."""
+def is_suspended(task: psutil.Process) -> bool:
+    """Return True if the process is stopped and no SIGUSR1 is pending."""
     try:
         (mask,) = re.findall(
             r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{task.pid}/status").read_text(), re.M
@@ -166,7 +168,7 @@ def is_held(task: psutil.Process) -> bool:
 
 @pytest.mark.fault(3)
 def test_two_phases_with_a_killed_task(site: Site, teacher: str) -> None:
-    """The teacher's targets by an array, one task of which is killed; then students by an array that waited for all of it."""
+    """An array stores the targets, although a task is killed; an array of students follows."""
     words = site.overrides(
         teacher__checkpoint=teacher, distill__top_k=5, train__steps=6, parallel__tensor=1
     )
@@ -179,14 +181,14 @@ def test_two_phases_with_a_killed_task(site: Site, teacher: str) -> None:
         "--array=0-1",
     ]
     command = ["bash", "examples/slurm/two_phase.sh", *options, "--", *words]
-    told = site.cluster.ask(
+    output = site.cluster.ask(
         *command,
         cwd=site.folder,
         KD_CACHE="it's a cache",
         KD_RUNS="r$(touch sentinel-6)",
         KD_EXPORT="no",
     )
-    cache, students = (line.split()[1] for line in told.splitlines())
+    cache, students = (line.split()[1] for line in output.splitlines())
     site.cluster.wait(
         lambda: bool(site.processes(cache, "tools/cache_teacher.py")),
         "an extraction",
@@ -212,14 +214,14 @@ def test_two_phases_with_a_killed_task(site: Site, teacher: str) -> None:
 
 
 def test_text_and_measurement(site: Site, teacher: str) -> None:
-    """Token files by an array and a job that joins them; the perplexity of a run."""
+    """An array makes token files, a job joins them, and another measures perplexity."""
     (site.folder / "corpus").mkdir()
     for number, path in enumerate(sorted((ROOT / "megatron_kd").rglob("*.py"))[:40]):
         (site.folder / f"corpus/{number}.txt").write_text(path.read_text())
     tokenizer = make_tokenizers(site.folder / "data")["huggingface"]
     options = ["--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--array=1-2"]
     words = ["--pattern", "*.txt", "--tokenizer", str(tokenizer), "--output", "data/it's joined"]
-    told = site.cluster.ask(
+    output = site.cluster.ask(
         "bash",
         "examples/slurm/preprocess.sh",
         *options,
@@ -228,7 +230,7 @@ def test_text_and_measurement(site: Site, teacher: str) -> None:
         cwd=site.folder,
         KD_HOLDOUT="heldout=0.2",
     )
-    join = told.splitlines()[1].split()[1]
+    join = output.splitlines()[1].split()[1]
     measured = site.submit(
         "evaluate.sbatch",
         TWO,
@@ -245,7 +247,7 @@ def test_text_and_measurement(site: Site, teacher: str) -> None:
 
 @pytest.mark.fault(18)
 def test_a_chain_stops(site: Site) -> None:
-    """A loss that is not finite ends a chain (93); a run that finishes takes the links behind it out of the queue as well."""
+    """A loss that is not finite ends a chain (93); a finished run cancels the rest of it too."""
     bad = site.overrides(
         **NO_TEACHER,
         train__steps=50,
@@ -267,8 +269,8 @@ def test_a_chain_stops(site: Site) -> None:
             "--",
             *words,
         ]
-        told = site.cluster.ask(*command, cwd=site.folder, KD_EXPORT="no", KD_HEALTH_CHECK="no")
-        first, second, third = (line.split()[-1] for line in told.splitlines())
+        output = site.cluster.ask(*command, cwd=site.folder, KD_EXPORT="no", KD_HEALTH_CHECK="no")
+        first, second, third = (line.split()[-1] for line in output.splitlines())
         site.ends(first, "FAILED" if number == 0 else "COMPLETED")
         assert site.cluster.show(first, "ExitCode") == code
         assert site.status(f"runs/chain-{number}")["state"] == state

@@ -1,8 +1,9 @@
-"""Random kills for as long as asked: `pytest -m slow tests/operations/test_soak.py --soak 30` (minutes; 1 unless said).
+"""Random kills for some minutes: `pytest -m slow tests/operations/test_soak.py --soak 30` (1).
 
-Two ranks train a tensor-parallel student from a live teacher's targets. Again and again one rank or all are killed, stopped, or asked to
-leave, at random moments, saves included; the same command is started again. Survived is what ends with the rows and the weights of a
-run that nobody disturbed, to the bit; lost is any complete checkpoint that is gone or damaged afterwards, or a step that is not.
+Two ranks train a tensor-parallel student. Again and again one rank or all are killed, stopped, or
+asked to stop, at random moments, saves included, and the same command is started again. A run
+survives if its metrics and weights are bitwise those of an undisturbed run. A complete checkpoint
+that is gone or damaged afterwards is a loss.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ def kill_all(ranks: Ranks, draw: random.Random) -> None:
 
 
 def stop_one(ranks: Ranks, draw: random.Random) -> None:
-    """As a machine that hangs: the other ends by itself."""
+    """Stop a rank, as a machine that hangs. The other one ends by itself."""
     draw.choice(ranks).send_signal(signal.SIGSTOP)
 
 
-def ask(ranks: Ranks, draw: random.Random) -> None:
+def request_stop(ranks: Ranks, draw: random.Random) -> None:
     draw.choice(ranks).send_signal(draw.choice([signal.SIGUSR1, signal.SIGTERM]))
 
 
 BLOWS: dict[str, Callable[[Ranks, random.Random], None]] = {
-    each.__name__: each for each in (kill_one, kill_all, stop_one, ask)
+    function.__name__: function for function in (kill_one, kill_all, stop_one, request_stop)
 }
 
 
 def wait(ranks: Ranks, seconds: float) -> bool:
-    """Whether all ended by themselves within `seconds`."""
+    """Return True if all ranks end within `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if all(rank.poll() is not None for rank in ranks):
@@ -61,7 +62,10 @@ def wait(ranks: Ranks, seconds: float) -> bool:
 
 
 def strike(run: Path, directory: Path, draw: random.Random, longest: float) -> str:
-    """Start the run and disturb it: what was done, "" if it finished before. What can be seen afterwards is whole."""
+    """Start the run and disturb it; return how, or "" if it finished before.
+
+    All checkpoints are intact afterwards.
+    """
     before = intact_steps(directory)
     later = ["--checkpoint.asynchronous", draw.choice(["true", "false"])]
     ranks = start_ranks(2, ["--config", str(run), *later])
@@ -97,15 +101,16 @@ def test_soak(
         "train": {"steps": STEPS, "evaluate_interval": 0, "timeout_seconds": 10},
         "checkpoint": {"interval": INTERVAL, "keep_last": 2},
     }
-    whole = write_run(tmp_path, "whole", tokens, **settings)
-    began = time.monotonic()
+    undisturbed = write_run(tmp_path, "undisturbed", tokens, **settings)
+    start = time.monotonic()
     assert [
-        code for code, _ in finish_ranks(start_ranks(2, ["--config", str(whole)]), timeout=600)
+        code
+        for code, _ in finish_ranks(start_ranks(2, ["--config", str(undisturbed)]), timeout=600)
     ] == [0, 0]
-    longest = 1.2 * (time.monotonic() - began)
-    wanted = [
+    longest = 1.2 * (time.monotonic() - start)
+    expected = [
         {key: value for key, value in row.items() if key not in RATES}
-        for row in read_metrics(tmp_path / "whole")
+        for row in read_metrics(tmp_path / "undisturbed")
     ]
 
     blows: Counter[str] = Counter()
@@ -124,18 +129,23 @@ def test_soak(
                 code
                 for code, _ in finish_ranks(start_ranks(2, ["--config", str(run)]), timeout=600)
             ] == [0, 0], seed
-        found = [
+        metrics = [
             {key: value for key, value in row.items() if key not in RATES}
             for row in read_metrics(tmp_path / name)
         ]
-        assert found == wanted, (seed, name)
-        assert state_digests(tmp_path / name, STEPS) == state_digests(tmp_path / "whole", STEPS), (
+        assert metrics == expected, (seed, name)
+        assert state_digests(tmp_path / name, STEPS) == state_digests(
+            tmp_path / "undisturbed", STEPS
+        ), (
             seed,
             name,
         )
         survived += 1
-    said = ", ".join(f"{count} {blow.replace('_', ' ')}" for blow, count in sorted(blows.items()))
-    measured(
-        f"{minutes:g} minutes, {sum(blows.values())} blows ({said}), {survived} runs to their end, 0 lost"
+    summary = ", ".join(
+        f"{count} {blow.replace('_', ' ')}" for blow, count in sorted(blows.items())
     )
-    print(f"seed {seed}: {minutes:g} minutes, {said}; survived {survived}, lost 0")
+    measured(
+        f"{minutes:g} minutes, {sum(blows.values())} blows ({summary}), "
+        f"{survived} runs to their end, 0 lost"
+    )
+    print(f"seed {seed}: {minutes:g} minutes, {summary}; survived {survived}, lost 0")

@@ -1,4 +1,4 @@
-"""tools/sweep.py: disturbed at any moment nothing is lost or repeated; failures; changed definitions; Slurm's scripts."""
+"""tools/sweep.py: interruptions, failures, changed definitions, and Slurm scripts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import pytest
 from tests.helpers.sweeps import start_sweep, sweep, write_sweep
 from tests.losses.cases import fresh_seed
 
-# Notes its start and, unless it is killed before, its end. What stands in the log cannot be followed by a death: the signal is blocked.
+# Logs its start and, unless it is killed before, its end. After the end it cannot be killed by
+# SIGTERM, which is blocked.
 STUB = """
 import os, signal, sys, time
 name, log, seconds = sys.argv[1:]
@@ -39,7 +40,8 @@ def stubs(folder: Path, jobs: str) -> Path:
     (folder / "stub.py").write_text(STUB)
     return write_sweep(
         folder,
-        f'[sweep]\ntitle = "stubs"\nseeds = [1]\n[variables]\nlog = "{{here}}/log"\nseconds = "0.1"\n{jobs}{CELL}',
+        '[sweep]\ntitle = "stubs"\nseeds = [1]\n'
+        f'[variables]\nlog = "{{here}}/log"\nseconds = "0.1"\n{jobs}{CELL}',
     )
 
 
@@ -62,13 +64,13 @@ def test_disturbed_at_random(tmp_path: Path, kind: signal.Signals) -> None:
         stub(f"j{number}", needs=f'"j{(number - 1) // 2}"') for number in range(1, 7)
     )
     path, words = stubs(tmp_path, tree), ["--only", "j*", "--jobs", "2"]
-    if kind == signal.SIGKILL:  # long enough to be at work still when the next sweep starts
+    if kind == signal.SIGKILL:  # they must still run when the next sweep starts
         words += ["--set", "seconds=0.9"]
     disturbed = 0
     for _ in range(60):
         before = notes(tmp_path, "begin").total()
         process = start_sweep(path, tmp_path / "out", *words)
-        # Something is at work by then, but for one time in four: then the sweep itself is still starting.
+        # By then a task runs, except one time in four, when the sweep itself is still starting.
         while (
             disturbed < 3
             and process.poll() is None
@@ -90,7 +92,7 @@ def test_disturbed_at_random(tmp_path: Path, kind: signal.Signals) -> None:
             break
     ends = notes(tmp_path, "end")
     assert ends == Counter({f"j{number}": 1 for number in range(7)}), (seed, disturbed, ends)
-    if kind == signal.SIGKILL:  # what runs goes on without the sweep, and counts
+    if kind == signal.SIGKILL:  # running tasks go on without the sweep, and count
         assert notes(tmp_path, "begin") == ends, seed
     assert disturbed >= 2, "too quick to be disturbed"
     began = notes(tmp_path, "begin")
@@ -99,9 +101,10 @@ def test_disturbed_at_random(tmp_path: Path, kind: signal.Signals) -> None:
 
 
 def test_failures(tmp_path: Path) -> None:
-    """Independent work goes on; what failed is tried again as often as asked, bad input and 93 never; the log's last line is told."""
+    """Independent tasks go on; failures are retried, except bad input and 93."""
     fails = "".join(
-        f'[[job]]\nname = "{name}"\ncommand = ["{{python}}", "{{here}}/fail.py", "{name}", "{{here}}", "{code}"]\n'
+        f'[[job]]\nname = "{name}"\n'
+        f'command = ["{{python}}", "{{here}}/fail.py", "{name}", "{{here}}", "{code}"]\n'
         for name, code in (("one", 1), ("two", 2), ("stop", 93), ("second", 1), ("requeue", 85))
     )
     missing = '[[job]]\nname = "missing"\ncommand = ["/nowhere/program"]\n'
@@ -112,17 +115,18 @@ def test_failures(tmp_path: Path) -> None:
     (tmp_path / "fail.py").write_text(
         "import sys, pathlib\nname, here, code = sys.argv[1:]\nlog = pathlib.Path(here, name)\n"
         "log.write_text(log.read_text() + 'x' if log.exists() else 'x')\nprint('reason of', name)\n"
-        "sys.exit(0 if (name == 'second' or name == 'requeue') and len(log.read_text()) > 1 else int(code))"
+        "again = name in ('second', 'requeue') and len(log.read_text()) > 1\n"
+        "sys.exit(0 if again else int(code))"
     )
-    code, told = sweep(path, tmp_path / "out", "--retries", "2")
-    assert code == 1, told
+    code, output = sweep(path, tmp_path / "out", "--retries", "2")
+    assert code == 1, output
     tried = {
         name: len((tmp_path / name).read_text())
         for name in ("one", "two", "stop", "second", "requeue")
     }
-    assert tried == {"one": 3, "two": 1, "stop": 1, "second": 2, "requeue": 2}, told
+    assert tried == {"one": 3, "two": 1, "stop": 1, "second": 2, "requeue": 2}, output
     assert notes(tmp_path, "end") == Counter(["j0"])
-    summary = told[told.rindex("]") :]
+    summary = output[output.rindex("]") :]
     assert "failed: one: command ended with 1: reason of one" in summary
     assert "stopped: two: command ended with 2" in summary
     assert (
@@ -140,25 +144,25 @@ def test_changes_are_refused(tmp_path: Path) -> None:
         tmp_path / "out",
     )
     assert sweep(path, out, "--only", "j*")[0] == 0
-    code, told = sweep(path, out, "--only", "j*", "--set", "seconds=0.2")
+    code, output = sweep(path, out, "--only", "j*", "--set", "seconds=0.2")
     assert code == 2
-    assert told.count("\n") == 1
-    assert "'j0' is in" in told
-    assert "--redo 'j0'" in told
-    assert "2 more" in told
-    code, told = sweep(path, out, "--only", "j*", "--redo", "j0")
-    assert code == 0, told
-    assert notes(tmp_path, "end") == Counter({"j0": 2, "j1": 2, "j2": 1}), told
+    assert output.count("\n") == 1
+    assert "'j0' is in" in output
+    assert "--redo 'j0'" in output
+    assert "2 more" in output
+    code, output = sweep(path, out, "--only", "j*", "--redo", "j0")
+    assert code == 0, output
+    assert notes(tmp_path, "end") == Counter({"j0": 2, "j1": 2, "j2": 1}), output
     assert (out / "aside/jobs-j1-1/sweep/command.json").exists(), "what was redone is kept"
-    # A record that is damaged is no evidence; what was made from something that is gone is not taken for made from the new one.
+    # A damaged record is no evidence. What was made from a task that is gone has to be made again.
     (out / "jobs/j2/sweep/command.json").write_text('{"digest": ')
     assert sweep(path, out, "--only", "j2")[0] == 0
     assert notes(tmp_path, "end")["j2"] == 2
     shutil.rmtree(out / "jobs/j0")
-    code, told = sweep(path, out, "--only", "j*")
+    code, output = sweep(path, out, "--only", "j*")
     assert code == 2
-    assert "'j1' is in" in told
-    assert "has been made again since, or is gone" in told
+    assert "'j1' is in" in output
+    assert "has been made again since, or is gone" in output
 
 
 def test_two_at_once(tmp_path: Path) -> None:
@@ -166,19 +170,19 @@ def test_two_at_once(tmp_path: Path) -> None:
     words = ["--only", "j*", "--set", "seconds=go"]
     first = start_sweep(path, out, *words)
     _until(lambda: notes(tmp_path, "begin")["j0"] == 1)
-    code, told = sweep(path, out, *words)
+    code, output = sweep(path, out, *words)
     assert code == 2
-    assert "is held by process" in told
-    assert told.count("\n") == 1
+    assert "is held by process" in output
+    assert output.count("\n") == 1
     # A task of an array beside it works at once, but never on the same task.
     other = start_sweep(path, out, "--task", "0", *words[2:])
     assert other.stderr is not None
-    said = [other.stderr.readline() for _ in range(2)]
-    assert "waiting for it" in said[1], said
+    lines = [other.stderr.readline() for _ in range(2)]
+    assert "waiting for it" in lines[1], lines
     (tmp_path / "log-go").touch()
     for process in (first, other):
-        told = process.communicate(timeout=60)[1]
-        assert process.returncode == 0, told
+        output = process.communicate(timeout=60)[1]
+        assert process.returncode == 0, output
     assert notes(tmp_path, "begin") == notes(tmp_path, "end") == Counter(["j0", "j1"])
 
 
@@ -190,18 +194,19 @@ def _until(reached: object, seconds: float = 30) -> None:
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_leaving_waits_for_the_children(tmp_path: Path, signals: int) -> None:
-    """The first signal: they have all the time they need. The second ends them."""
+def test_shutdown_waits_for_the_children(tmp_path: Path, signals: int) -> None:
+    """On the first signal they have all the time they need. The second ends them."""
     (tmp_path / "slow.py").write_text(
         "import pathlib, signal, sys, time\nhere = pathlib.Path(sys.argv[1])\n"
-        "def save(*_):\n    (here / 'asked').touch()\n    time.sleep(1 if sys.argv[2] == '1' else 60)\n"
+        "def save(*_):\n    (here / 'asked').touch()\n"
+        "    time.sleep(1 if sys.argv[2] == '1' else 60)\n"
         "    (here / 'saved').touch()\n    sys.exit(85)\n"
         "signal.signal(signal.SIGTERM, save)\n(here / 'ready').touch()\ntime.sleep(60)\n"
     )
     path = stubs(
         tmp_path,
-        f'[[job]]\nname = "j"\ncommand = ["{{python}}", "{{here}}/slow.py", "{{here}}", "{signals}"]\n'
-        + stub("j1"),
+        '[[job]]\nname = "j"\n'
+        f'command = ["{{python}}", "{{here}}/slow.py", "{{here}}", "{signals}"]\n' + stub("j1"),
     )
     process = start_sweep(path, tmp_path / "out", "--only", "j*")
     _until((tmp_path / "ready").exists)
@@ -209,10 +214,10 @@ def test_leaving_waits_for_the_children(tmp_path: Path, signals: int) -> None:
     _until((tmp_path / "asked").exists)
     if signals == 2:
         process.send_signal(signal.SIGINT)
-    told = process.communicate(timeout=20)[1]
-    assert process.returncode == 85, told
-    assert "2 left to do" in told, told
-    assert (tmp_path / "saved").exists() == (signals == 1), told
+    output = process.communicate(timeout=20)[1]
+    assert process.returncode == 85, output
+    assert "2 left to do" in output, output
+    assert (tmp_path / "saved").exists() == (signals == 1), output
     assert not notes(tmp_path, "begin")
 
 
@@ -232,10 +237,10 @@ def test_slurm_dry_run_and_tasks(tmp_path: Path) -> None:
         "--sbatch-args",
         "--partition=a b",
     ]
-    code, told = sweep(path, out, *words)
-    assert code == 0, told
-    assert not out.exists(), told
-    lines = [line for line in told.splitlines() if line.startswith("sbatch")]
+    code, output = sweep(path, out, *words)
+    assert code == 0, output
+    assert not out.exists(), output
+    lines = [line for line in output.splitlines() if line.startswith("sbatch")]
     assert [
         f"--array={numbers} " in line
         for numbers, line in zip(("0", "1-2", "3"), lines, strict=True)
@@ -243,14 +248,14 @@ def test_slurm_dry_run_and_tasks(tmp_path: Path) -> None:
     assert "--dependency" not in lines[0]
     assert "--dependency=afterok:JOB1 --kill-on-invalid-dep=yes" in lines[2]
     assert "'--partition=a b'" in lines[2]
-    assert "--gpus" not in told, "every run is on CPUs"
+    assert "--gpus" not in output, "every run is on CPUs"
     assert "--cpus-per-task=8" in lines[2], "every run is on CPUs"
-    code, told = sweep(path, out, *words[:3], "--set", "seconds=a\nb", "--dry-run")
+    code, output = sweep(path, out, *words[:3], "--set", "seconds=a\nb", "--dry-run")
     assert code == 2
-    assert "newline" in told
-    code, told = sweep(path, out, "--task", "1")
+    assert "newline" in output
+    code, output = sweep(path, out, "--task", "1")
     assert code == 2
-    assert "started or submitted" in told
+    assert "started or submitted" in output
     # Submitted to programs that only note how they are called, then worked off as Slurm would.
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -260,13 +265,13 @@ def test_slurm_dry_run_and_tasks(tmp_path: Path) -> None:
     (programs / "sbatch").chmod(0o755)
     os.environ["PATH"], before = f"{programs}:{os.environ['PATH']}", os.environ["PATH"]
     try:
-        code, told = sweep(path, out, *words[:1], "--only", "j*")
+        code, output = sweep(path, out, *words[:1], "--only", "j*")
     finally:
         os.environ["PATH"] = before
     scripts = (programs / "sbatch.calls").read_text().splitlines()
-    assert code == 0, told
-    assert len(scripts) == 2, told
-    assert "level-1 7" in told, told
+    assert code == 0, output
+    assert len(scripts) == 2, output
+    assert "level-1 7" in output, output
     for script, task in ((scripts[0], "0"), (scripts[1], "2"), (scripts[1], "1")):
         done = subprocess.run(
             ["bash", script],
@@ -278,9 +283,9 @@ def test_slurm_dry_run_and_tasks(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     assert notes(hostile, "end") == Counter(["j0", "j1", "j2"])
     assert not list(tmp_path.rglob("sentinel"))
-    code, told = sweep(path, out, "--task", "1", "--set", "seconds=9")
+    code, output = sweep(path, out, "--task", "1", "--set", "seconds=9")
     assert code == 2
-    assert "has changed since" in told
+    assert "has changed since" in output
     record = json.loads((out / "jobs/j1/sweep/command.json").read_text())
     assert record["commit"]
     assert "cores" in record["machine"]

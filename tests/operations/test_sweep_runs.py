@@ -1,4 +1,4 @@
-"""A real sweep: two cells with two seeds of a tiny model, asked to leave in the middle, measured, and shown."""
+"""A sweep of two cells with two seeds of a tiny model: interrupted, measured, and reported."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ json.dump({"rows": len(rows)}, open(sys.argv[1] + "/count.json", "w"))
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_sweep_of_runs(tmp_path: Path) -> None:
-    here, out = tmp_path / "here", tmp_path / "out"
-    here.mkdir()
-    (here / "count.py").write_text(COUNT)
-    path = write_sweep(here, SWEEP, tokens=write_tokens(tmp_path))
-    # Asked to leave while the first run is at work: it saves, and the next start goes on.
+    folder, out = tmp_path / "here", tmp_path / "out"
+    folder.mkdir()
+    (folder / "count.py").write_text(COUNT)
+    path = write_sweep(folder, SWEEP, tokens=write_tokens(tmp_path))
+    # Interrupted while the first run trains: it saves, and the next start resumes it.
     first = start_sweep(path, out)
     deadline = time.monotonic() + 120
     rows = out / "runs/rate-0.001/seed-1/metrics.jsonl"
@@ -67,50 +67,50 @@ def test_a_sweep_of_runs(tmp_path: Path) -> None:
         assert first.poll() is None, first.communicate()
         time.sleep(0.01)
     first.send_signal(signal.SIGTERM)
-    told = first.communicate(timeout=60)[1]
-    assert first.returncode == 85, told
-    assert "left to do" in told, told
-    code, told = sweep(path, out, "--jobs", "2")
-    assert code == 0, told
-    assert "all done" in told, told
-    for folder in out.glob("runs/*/seed-*"):
+    output = first.communicate(timeout=60)[1]
+    assert first.returncode == 85, output
+    assert "left to do" in output, output
+    code, output = sweep(path, out, "--jobs", "2")
+    assert code == 0, output
+    assert "all done" in output, output
+    for run in out.glob("runs/*/seed-*"):
         steps = [
             json.loads(line)["step"]
-            for line in (folder / "metrics.jsonl").read_text().splitlines()
+            for line in (run / "metrics.jsonl").read_text().splitlines()
             if "split" not in line
         ]
         assert steps == [1, 2, 3, 4, 5, 6]
-        assert json.loads((folder / "count.json").read_text()) == {"rows": 8}
+        assert json.loads((run / "count.json").read_text()) == {"rows": 8}
     seeds = [read_result(out).cells[0].samples["held-out"].values[seed] for seed in (1, 2)]
     assert seeds[0] != seeds[1]
     assert all(3 < loss < 5 for loss in seeds)
     _again(path, out)
-    code, told = tool("report", str(out), "--html", str(out / "report.html"))
+    code, output = tool("report", str(out), "--html", str(out / "report.html"))
     assert code == 0
-    assert "rate 0.01 - rate" not in told
-    assert "held-out - rate 0.001" in told
+    assert "rate 0.01 - rate" not in output
+    assert "held-out - rate 0.001" in output
     assert (out / "report.html").stat().st_size > 20_000
     assert not read_result(out).notes()
 
 
 def _again(path: Path, out: Path) -> None:
-    """Nothing is repeated; a changed run file, or a folder that somebody else trained in, is refused; a lost record is no lost run."""
+    """Nothing is repeated; changed settings are refused; a finished run needs no record."""
     run = out / "runs/rate-0.01/seed-2"
     before = (run / "status.json").read_bytes()
     (run / "sweep/run.json").rename(run / "sweep/lost")
-    code, told = sweep(path, out)
-    assert code == 0, told
-    assert "4 done before" in told, told
-    assert (run / "status.json").read_bytes() == before, told
+    code, output = sweep(path, out)
+    assert code == 0, output
+    assert "4 done before" in output, output
+    assert (run / "status.json").read_bytes() == before, output
     student = path.parent / "student.toml"
     student.write_text(student.read_text().replace("warmup_steps = 2", "warmup_steps = 3"))
-    code, told = sweep(path, out)
-    assert code == 2, told
-    assert "(optimizer.warmup_steps: 2 then, 3 now) (3 more are changed too)" in told, told
-    assert told.count("\n") == 1, told
+    code, output = sweep(path, out)
+    assert code == 2, output
+    assert "(optimizer.warmup_steps: 2 then, 3 now) (3 more are changed too)" in output, output
+    assert output.count("\n") == 1, output
     student.write_text(student.read_text().replace("warmup_steps = 3", "warmup_steps = 2"))
     shutil.copy(out / "runs/rate-0.001/seed-1/config.toml", run / "config.toml")
-    code, told = sweep(path, out, "--list")
-    assert code == 0, told
-    assert told.count("changed ") == 1, told
-    assert told.count("done ") == 3, told
+    code, output = sweep(path, out, "--list")
+    assert code == 0, output
+    assert output.count("changed ") == 1, output
+    assert output.count("done ") == 3, output

@@ -1,4 +1,4 @@
-"""tools/sweep.py --slurm on a real Slurm: arrays in order, a run asked to leave and brought back, and nothing submitted twice."""
+"""tools/sweep.py --slurm on a real Slurm: arrays in order, a requeued run, no repetition."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ overrides = {{ "train.steps" = {STEPS}, "train.evaluate_interval" = 0 }}
 name = "table {{n}}"
 group = "tables"
 vary = {{ n = [1, 2] }}
-command = ["{{python}}", "-S", "{{here}}/write.py", "{{run}}/n.json", "{{n}}", "{{out}}/jobs/number/n.json"]
+command = ["{{python}}", "-S", "{{here}}/write.py", "{{run}}/n.json", "{{n}}",
+    "{{out}}/jobs/number/n.json"]
 needs = ["number"]
 [[metric]]
 name = "n"
@@ -52,7 +53,7 @@ name = "loss"
 key = "ce_loss"
 groups = ["runs"]
 """
-# Adds what stands in the other files: a cell that came before its job would have none.
+# Adds the numbers of the other files. A cell that ran before its job would have none.
 WRITE = """
 import json, sys
 total = int(sys.argv[2]) + sum(json.load(open(path))["n"] for path in sys.argv[3:])
@@ -61,14 +62,14 @@ json.dump({"n": total}, open(sys.argv[1], "w"))
 
 
 def test_arrays_in_order_and_a_run_brought_back(tmp_path: Path) -> None:
-    here, out = tmp_path / "here", tmp_path / HOSTILE
-    here.mkdir()
-    (here / "write.py").write_text(WRITE)
-    path = write_sweep(here, SWEEP, tokens=write_tokens(tmp_path))
+    folder, out = tmp_path / "here", tmp_path / HOSTILE
+    folder.mkdir()
+    (folder / "write.py").write_text(WRITE)
+    path = write_sweep(folder, SWEEP, tokens=write_tokens(tmp_path))
     with Cluster(tmp_path / "c") as cluster:
 
         def submit() -> list[str]:
-            """Numbers of the arrays."""
+            """Submit the sweep; return the numbers of the arrays."""
             command = [
                 sys.executable,
                 str(TOOL),
@@ -106,17 +107,20 @@ def test_arrays_in_order_and_a_run_brought_back(tmp_path: Path) -> None:
             lambda: "requeue" in finished.read_text(), "the run left", tell=lambda: logs(out)
         )
 
-        def whole() -> bool:
+        def all_ended() -> bool:
             cluster.hurry(f"{second}_1")
             return not cluster.ask("squeue", "--noheader", "--jobs", second)
 
         cluster.wait(
-            whole, "all tasks ended", seconds=300, tell=lambda: cluster.ask("squeue") + logs(out)
+            all_ended,
+            "all tasks ended",
+            seconds=300,
+            tell=lambda: cluster.ask("squeue") + logs(out),
         )
         assert submit() == [], "all is done"
     result = read_result(out)
     assert not result.notes()
-    assert [row.samples["n"].values for row in result.cells[1:]] == [
+    assert [cell.samples["n"].values for cell in result.cells[1:]] == [
         {1: 8.0, 2: 8.0},
         {1: 9.0, 2: 9.0},
     ]
@@ -130,14 +134,14 @@ def test_arrays_in_order_and_a_run_brought_back(tmp_path: Path) -> None:
     assert json.loads(finished.read_text())["state"] == "finished"
     assert [
         path
-        for place in (out, tmp_path, here)
-        for path in place.iterdir()
+        for parent in (out, tmp_path, folder)
+        for path in parent.iterdir()
         if path.name.startswith("sentinel")
     ] == []
 
 
 def logs(out: Path) -> str:
-    """All that tasks have printed."""
+    """Return the output of all tasks."""
     return "\n".join(
         f"{path.name}\n{path.read_text()}" for path in sorted((out / "slurm").glob("*.log"))
     )

@@ -137,13 +137,13 @@ def _check_plots(browser: Browser) -> None:
 
 def _check_sorting(browser: Browser) -> None:
     column = ("tbody tr", "e.cells[3].textContent")
-    unsorted = browser.each(*column)
+    unsorted = browser.evaluate_all(*column)
     browser.click("thead button", 3)
-    assert browser.each(*column) == sorted(unsorted) != unsorted
+    assert browser.evaluate_all(*column) == sorted(unsorted) != unsorted
     browser.click("thead button", 3)
-    assert browser.each(*column) == sorted(unsorted, reverse=True)
+    assert browser.evaluate_all(*column) == sorted(unsorted, reverse=True)
     browser.click("thead button", 5)
-    papers = browser.each("tbody tr", "e.cells[5].textContent")
+    papers = browser.evaluate_all("tbody tr", "e.cells[5].textContent")
     assert papers == ["2.5", "3.5", "-", "-"], "missing numbers come last"
     assert (
         browser.run("return document.querySelectorAll('th')[5].getAttribute('aria-sort')")

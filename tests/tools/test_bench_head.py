@@ -62,7 +62,7 @@ def bench() -> Iterator[ModuleType]:
 
 
 def own_names(bench: ModuleType) -> list[str]:
-    return [variant.name for variant in bench.VARIANTS if variant.own]
+    return [variant.name for variant in bench.VARIANTS if variant.internal]
 
 
 def variants_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -190,14 +190,14 @@ def test_a_wrong_gradient_gets_no_time(
 
         return call
 
-    use(bench, monkeypatch, "torch-ce", make=make, own=True)
+    use(bench, monkeypatch, "torch-ce", make=make, internal=True)
     assert bench.main([*TINY, "--seed", str(fresh_seed())]) == 1
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("torch-ce"))
     assert "wrong gradient: error " in line
     assert "limit 1.0e-04" in line
     assert ".." not in line
     assert len(runs) == 1
-    use(bench, monkeypatch, "torch-ce", make=make, own=False)
+    use(bench, monkeypatch, "torch-ce", make=make, internal=False)
     assert bench.main([*TINY, "--json"]) == 0  # another library's mistake is not this project's
     (variant,) = json.loads(capsys.readouterr().out)["variants"]
     assert variant["status"] == "wrong gradient"

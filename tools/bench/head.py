@@ -171,7 +171,7 @@ def _prepare(
             "name": variant.name,
             "computes": variant.computes,
             "teacher": variant.teacher,
-            "own": variant.own,
+            "own": variant.internal,
             "status": "measured",
             "reason": "",
             "seconds": None,

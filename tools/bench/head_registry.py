@@ -21,7 +21,7 @@ MEGATRON, LIGER, MODELOPT, CCE = "megatron", "liger_kernel", "modelopt", "cut_cr
 VARIANTS: list[HeadVariant] = [
     HeadVariant(BASELINE, "CE", "none", peer_losses.megatron_ce, ROUNDED_GRADIENT, MEGATRON),
     HeadVariant(PLAIN, "CE", "none", torch_losses.torch_ce, ROUNDED_LOGITS),
-    HeadVariant("head-ce", "CE", "none", own_losses.head_ce, own=True),
+    HeadVariant("head-ce", "CE", "none", own_losses.head_ce, internal=True),
     HeadVariant(
         "liger-ce", "CE", "none", peer_losses.liger_ce(None), EXACT | {"bf16": 0.1}, LIGER, True
     ),
@@ -50,13 +50,13 @@ VARIANTS: list[HeadVariant] = [
             TOP_K_LOSS,
             "cached",
             own_losses.head(schedule),
-            own=True,
+            internal=True,
             main_grad=schedule == "direct",
         )
         for schedule in ("save", "chunk", "direct", "recompute")
     ),
     HeadVariant(
-        "given-logits", TOP_K_LOSS, "cached", own_losses.given_logits, ROUNDED_LOGITS, own=True
+        "given-logits", TOP_K_LOSS, "cached", own_losses.given_logits, ROUNDED_LOGITS, internal=True
     ),
     HeadVariant("torch-top-k", TOP_K_LOSS, "cached", torch_losses.torch_top_k, ROUNDED_LOGITS),
     HeadVariant(
@@ -67,7 +67,7 @@ VARIANTS: list[HeadVariant] = [
         ROUNDED_GRADIENT,
         MEGATRON,
     ),
-    HeadVariant("online", TOP_K_LOSS, "online", own_losses.online, own=True),
+    HeadVariant("online", TOP_K_LOSS, "online", own_losses.online, internal=True),
     HeadVariant(
         "modelopt-top-k",
         "KL within top-k",
@@ -76,7 +76,7 @@ VARIANTS: list[HeadVariant] = [
         ROUNDED_LOGITS,
         MODELOPT,
     ),
-    HeadVariant("dense-kl", "KL", "online", own_losses.dense("forward_kl"), own=True),
+    HeadVariant("dense-kl", "KL", "online", own_losses.dense("forward_kl"), internal=True),
     HeadVariant("torch-kl", "KL", "online", torch_losses.torch_kl, ROUNDED_LOGITS),
     HeadVariant(
         "modelopt-kl",
@@ -89,7 +89,7 @@ VARIANTS: list[HeadVariant] = [
     HeadVariant(
         "liger-kl", "KL", "online", peer_losses.liger_jsd(0.0), ROUNDED_LOGITS, LIGER, True
     ),
-    HeadVariant("dense-jsd", "JSD", "online", own_losses.dense("jensen_shannon"), own=True),
+    HeadVariant("dense-jsd", "JSD", "online", own_losses.dense("jensen_shannon"), internal=True),
     HeadVariant(
         "liger-jsd", "JSD", "online", peer_losses.liger_jsd(0.5), ROUNDED_LOGITS, LIGER, True
     ),
@@ -109,8 +109,8 @@ VARIANTS: list[HeadVariant] = [
         ROUNDED_LOGITS,
         LIGER,
     ),
-    HeadVariant(PRODUCT, "product", "online", own_losses.teacher_product, own=True),
-    HeadVariant("targets", "targets", "online", own_losses.targets, own=True),
+    HeadVariant(PRODUCT, "product", "online", own_losses.teacher_product, internal=True),
+    HeadVariant("targets", "targets", "online", own_losses.targets, internal=True),
     HeadVariant("torch-targets", "targets", "online", torch_losses.torch_targets, ROUNDED_LOGITS),
 ]
 

@@ -83,7 +83,7 @@ class HeadVariant:
         limits: Largest relative error of a gradient, by the type of the inputs.
         module: Module that must be importable.
         main_grad: Adds the gradient of the weight to weight.main_grad, which is an input.
-        own: Belongs to this project.
+        internal: Belongs to this project.
     """
 
     name: str
@@ -94,7 +94,7 @@ class HeadVariant:
     module: str | None = None
     needs_cuda: bool = False
     main_grad: bool = False
-    own: bool = False
+    internal: bool = False
 
     def limit(self, dtype: str, near: float) -> float:
         """Return the largest relative error of a gradient.
