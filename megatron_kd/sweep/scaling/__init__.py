@@ -1,1 +1,1 @@
-"""Scaling laws fitted to finished runs."""
+"""Fit scaling laws of plain and distilled pretraining to finished runs, and predict with them."""
