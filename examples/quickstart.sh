@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Distillation from an empty machine to a table and a picture, on two CPU cores in about ten minutes.
-# What it does and how to change it: examples/README.md. Options: bash examples/quickstart.sh --help
+# Distill a student on an empty machine with two CPU cores in about ten minutes.
+# examples/README.md explains it. Options: bash examples/quickstart.sh --help
 set -euo pipefail
 
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -9,23 +9,25 @@ usage() {
     cat <<END
 usage: bash examples/quickstart.sh [--directory DIR] [--steps-scale X] [--smoke] [--fresh] [--help]
 
-Installs the package into .venv (or uses the active environment, if everything is installed there), makes a tokenizer and token
-files from the Python standard library's own sources, trains a teacher, then a smaller student twice: alone, and distilled from the teacher. Ends with a table and DIR/curves.png. Nothing is
-downloaded but Python packages. Finished stages are kept: after an interruption, run the same command again.
+Installs the package into .venv (or uses the active environment if everything is installed there),
+makes a tokenizer and token files from the sources of the Python standard library, trains a teacher,
+then a smaller student twice: alone, and distilled from the teacher. Ends with a table and
+DIR/curves.png. Only Python packages are downloaded. Finished stages are kept: after an interruption,
+run the same command again.
 
-  --directory DIR    where everything is written (runs/quickstart; with --smoke, runs/quickstart-smoke)
+  --directory DIR    output folder (runs/quickstart; with --smoke, runs/quickstart-smoke)
   --steps-scale X    multiply all steps by X, X > 0 (1)
-  --seed N           seed of the students' weights and data order (that in student.toml)
+  --seed N           seed of the students' weights and data order (default: in student.toml)
   --smoke            a minute of training, to see that everything works; its losses mean nothing
-  --fresh            delete what an earlier run wrote in DIR and start over
+  --fresh            delete the results of an earlier run in DIR and start over
   --help             print this
 
-PYTHON=/path/to/python chooses the interpreter that .venv is made with (3.11 or newer).
+PYTHON=/path/to/python chooses the interpreter of .venv (3.11 or newer).
 END
 }
 
 say() { printf '%s\n' "$*"; }
-die() { # the reason says what to do, so the trap below adds nothing
+die() { # the reason has the remedy, so the trap below must print nothing
     trap - EXIT
     printf 'quickstart: %s\n' "$*" >&2
     exit 1
@@ -61,7 +63,7 @@ scale="${scale:-1}"
 [[ $directory != *[\"\\]* ]] || die "--directory must be a name without quotes and backslashes"
 cd "$repo"
 
-# --- stages -------------------------------------------------------------------------------------------------------------------
+# --- stages -----------------------------------------------------------------------------------------
 
 stage="starting"
 explain() {
@@ -80,7 +82,7 @@ begin() {
 }
 end() { say "== done: $stage, $((SECONDS - stage_start)) s"; }
 
-# kept STAMP SETTINGS: true when the stage that left STAMP is finished. Settings that have changed since are refused, not mixed.
+# kept STAMP SETTINGS: succeed if the stage with this STAMP is finished. Changed settings are refused.
 kept() {
     [[ -e $1 ]] || return 1
     [[ $(<"$1") == "$2" ]] || die "$1 was left by other settings: start over with --fresh, or choose another --directory"
@@ -98,7 +100,7 @@ find_python() {
     die "no Python 3.11 or newer with the venv module found (tried: ${PYTHON:-python3.11 python3.12 python3.13 python3 python}): install one (Debian and Ubuntu: python3 and python3-venv), or set PYTHON"
 }
 
-# installed: true when this checkout and everything it asks for is in .venv. pip installs the package itself last.
+# installed: succeed if this checkout and its requirements are installed. pip installs the package last.
 installed() {
     (cd / && "$python" - "$repo") >/dev/null 2>&1 <<'END'
 import sys
@@ -109,9 +111,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 assert Path(find_spec("megatron_kd").origin).resolve().parents[1] == Path(sys.argv[1]).resolve()
-for wanted in map(Requirement, requires("megatron-kd")):
-    if wanted.marker is None or wanted.marker.evaluate({"extra": "report"}):
-        assert wanted.specifier.contains(version(wanted.name), prereleases=True), wanted
+for requirement in map(Requirement, requires("megatron-kd")):
+    if requirement.marker is None or requirement.marker.evaluate({"extra": "report"}):
+        assert requirement.specifier.contains(version(requirement.name), prereleases=True), requirement
 END
 }
 
@@ -135,8 +137,9 @@ install() {
     end
 }
 
-# The corpus: the sources of Python's own library, which every machine has. Left out: tests, what the package manager installed,
-# and tables and texts that are not code. Whole files are held out, so validation never sees a neighbouring line of training.
+# text: choose the corpus, the sources of Python's standard library, which every machine has. It leaves
+# out tests, installed packages, and tables and texts that are not code. Whole files are held out, so
+# that validation has no text next to training text.
 text() {
     local corpus
     corpus="$("$python" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
@@ -161,7 +164,7 @@ tokens() {
     end
 }
 
-# scaled FILE: overrides that multiply the step counts in a run file by --steps-scale; none for 1.
+# scaled FILE: print overrides that multiply the steps of a run file by --steps-scale; none for 1.
 scaled() {
     "$python" - "$1" "$scale" "$smoke" <<'END'
 import sys
@@ -171,30 +174,32 @@ with open(sys.argv[1], "rb") as stream:
     run, scale = tomllib.load(stream), float(sys.argv[2])
 if scale != 1:
     steps = max(4, round(run["train"]["steps"] * scale))
-    print("--train.steps", steps, "--optimizer.warmup_steps", round(run["optimizer"]["warmup_steps"] * steps / run["train"]["steps"]))
-    print("--train.evaluate_interval", max(1, round(run["train"]["evaluate_interval"] * steps / run["train"]["steps"])))
+    total = run["train"]["steps"]
+    print("--train.steps", steps)
+    print("--optimizer.warmup_steps", round(run["optimizer"]["warmup_steps"] * steps / total))
+    print("--train.evaluate_interval", max(1, round(run["train"]["evaluate_interval"] * steps / total)))
     print("--telemetry.log_interval", min(run["telemetry"]["log_interval"], max(1, steps // 20)))
 if sys.argv[3] == "yes":
     print("--train.evaluate_batches", 4)
 END
 }
 
-# train TITLE NAME FILE [OVERRIDE ...]: one run on two processes, each with one thread. An interrupted run continues from its
-# last checkpoint: that is what the program does by itself.
+# train TITLE NAME FILE [OVERRIDE ...]: train one run on two processes with one thread each. The program
+# itself resumes an interrupted run from its last checkpoint.
 train() {
     local title="$1" name="$2" file="$3" settings overrides
     shift 3
     begin "$title"
     overrides="$(scaled "$file")"
     settings="$(cksum <"$file") $overrides $*"
-    # One stamp from before the run, against continuing under other settings, and one from after it.
+    # One stamp is written before the run, to refuse other settings, and one after it.
     if [[ -e $directory/$name/settings ]]; then
         kept "$directory/$name/settings" "$settings" >/dev/null
     fi
     kept "$directory/$name/done" "$settings" && return
     mkdir -p "$directory/$name"
     printf '%s\n' "$settings" >"$directory/$name/settings"
-    # shellcheck disable=SC2086  # the overrides are words
+    # shellcheck disable=SC2086  # the overrides are several words
     OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_kd.pretrain --config "$file" \
         --data.tokenizer "$data/tokenizer.model" --data.train "[\"$data/train\"]" --data.valid "{\"heldout\": \"$data/heldout\"}" \
         --data.index_cache "$data/index_cache" --run.directory "$directory/$name" $overrides "$@"
@@ -213,14 +218,14 @@ report() {
     say "all stages together: $SECONDS s"
 }
 
-# An active environment that has this checkout and all it needs, as in the images, is used as it is.
+# Use an active environment with this checkout and its requirements, such as that of the images.
 python="${VIRTUAL_ENV:-$repo/.venv}/bin/python"
 installed || python="$repo/.venv/bin/python"
 data="$directory/data"
 vocabulary=1024
 install
 if [[ $fresh == yes ]]; then
-    # Only what this script writes: the folder may be the user's own.
+    # Delete only what this script writes: the folder may have other files.
     rm -rf "$data" "$directory"/{teacher,student,distilled} "$directory"/{curves.png,report.json}
 fi
 mkdir -p "$data"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Plans of a 1B, a 3B and a 7B student on 100 billion tokens, on a login node: no GPU is needed. Arguments go to each of them.
+# Plan a 1B, a 3B and a 7B student on 100 billion tokens. This needs no GPU and runs on a login node.
+# Arguments are passed to each plan.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python="${PYTHON:-python}"

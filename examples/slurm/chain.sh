@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# For clusters that do not requeue: several jobs of one name, of which Slurm runs one after the other (--dependency=singleton). Each goes on
-# from the last checkpoint; one that finishes, or that must not be started again, takes the rest out of the queue.
+# Submit a chain of jobs, for clusters that do not requeue. They have one name, so that Slurm runs one
+# after the other (--dependency=singleton). Each resumes from the last checkpoint. A job that finishes,
+# or that must not be started again, cancels the rest.
 #   bash examples/slurm/chain.sh COUNT SCRIPT [--dry-run] [option of sbatch ...] [-- --section.key value ...]
 # shellcheck source=examples/slurm/submit.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/submit.sh"
@@ -8,7 +9,8 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/submit.sh"
 count="$1" script="$2"
 shift 2
 split "$@"
-# The name is the chain's own: what is taken out of the queue is found by it, in a list that commas separate.
+# The name is unique, because the rest of a chain is cancelled by name. scancel separates names with
+# commas.
 KD_CHAIN="$(basename -- "$script" .sbatch)"
 KD_CHAIN="${KD_CHAIN//[^A-Za-z0-9_-]/_}-$(date +%Y%m%d-%H%M%S)-$$"
 export KD_CHAIN

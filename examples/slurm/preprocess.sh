@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Token files from text: an array of jobs makes the pieces, and one more joins them when all are there.
+# Make token files from text: an array of jobs makes pieces, and one more job joins them.
 #   bash examples/slurm/preprocess.sh [--dry-run] [option of sbatch ...] [-- option of tools/preprocess_data.py ...]
 # shellcheck source=examples/slurm/submit.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/submit.sh"

@@ -1,5 +1,6 @@
-# shellcheck shell=bash disable=SC2034  # read by who sources it
-# What the scripts share that submit several jobs: options of sbatch before --, overrides of the run file after it.
+# shellcheck shell=bash disable=SC2034  # read by the scripts that source it
+# Functions of the scripts that submit several jobs. Options of sbatch come before --, overrides of the
+# run file after it.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
 
@@ -8,7 +9,8 @@ refuse() {
     exit 2
 }
 
-# split ARGUMENT...: sets options and overrides, and `sbatch`, the command; with --dry-run first, one that only prints.
+# split ARGUMENT...: set `options`, `overrides` and the command `sbatch`, which only prints if the first
+# argument is --dry-run.
 split() {
     local value
     for value in "$@"; do
@@ -29,7 +31,7 @@ split() {
     fi
 }
 
-# print_command WORD...: the command as it could be typed, and a number in the place of the job's.
+# print_command WORD...: print the command, quoted for a shell, and 0 as the number of the job.
 print_command() {
     printf ' %q' "$@" >&2
     printf '\n' >&2

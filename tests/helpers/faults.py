@@ -1,8 +1,8 @@
 """Hold the catalogue of faults that tests inject, and write the table of their outcomes.
 
-Tests name faults with `pytest.mark.fault`. This runs all of them, also slow ones, and writes what was
-measured: `pytest -m fault --fault-table tests/operations/FAULTS.md`. A test reports a measurement
-with `record_property("measured", ...)`.
+Tests name faults with `pytest.mark.fault`. `pytest -m fault --fault-table FILE` runs all of them,
+also slow ones, and writes what was measured to FILE, tests/operations/FAULTS.md. A test reports a
+measurement with `record_property("measured", ...)`.
 """
 
 from __future__ import annotations
