@@ -85,7 +85,8 @@ def optimal_table(
         if routed is None
         else np.where(routed, 0.0, alpha)[:, None]
     )
-    return np.where(totals > 0, (1 - weight) * shares + weight * teacher, 1 / len(counts))
+    table: Floats = np.where(totals > 0, (1 - weight) * shares + weight * teacher, 1 / len(counts))
+    return table
 
 
 def row_errors(table: Floats, rows: Floats) -> Floats:
