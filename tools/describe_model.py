@@ -21,9 +21,9 @@ import sys
 from typing import Any
 
 from megatron_kd.config import ConfigError, RunConfig
-from megatron_kd.planning.config_words import load_run_file, load_with_defaults
-from megatron_kd.planning.describe import describe_presets, describe_run
 from megatron_kd.planning.planned_run import PlannedRun
+from megatron_kd.planning.reports.config_words import load_run_file, load_with_defaults
+from megatron_kd.planning.reports.describe import describe_presets, describe_run
 from megatron_kd.storage.exit_codes import BAD_INPUT
 from megatron_kd.teacher.source import teacher_source
 

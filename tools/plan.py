@@ -33,8 +33,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kd.config import ConfigError, ModelSection, RunConfig
-from megatron_kd.planning.budget import Prices
-from megatron_kd.planning.config_words import load_run_file, load_with_defaults, overridden_keys
 from megatron_kd.planning.hardware import (
     FRAMEWORK_BYTES,
     GIB,
@@ -51,9 +49,15 @@ from megatron_kd.planning.machine_rates import (
     calibration_content,
     read_calibration,
 )
-from megatron_kd.planning.plan import Machine, TrainingOptions, make_plan
 from megatron_kd.planning.planned_run import PlannedRun
-from megatron_kd.planning.report import PlanReport, as_numbers, as_text
+from megatron_kd.planning.reports.budget import Prices
+from megatron_kd.planning.reports.config_words import (
+    load_run_file,
+    load_with_defaults,
+    overridden_keys,
+)
+from megatron_kd.planning.reports.plan import Machine, TrainingOptions, make_plan
+from megatron_kd.planning.reports.plan_text import PlanReport, as_numbers, as_text
 from megatron_kd.planning.step_time import ComputeRates
 from megatron_kd.storage.atomic_files import write_atomically
 from megatron_kd.storage.exit_codes import BAD_INPUT
@@ -72,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments, overrides = _arguments(words)
         report = _plan(arguments, overrides)
         if arguments.picture is not None:
-            from megatron_kd.planning.picture import draw_plan
+            from megatron_kd.planning.reports.plan_picture import draw_plan
 
             draw_plan(report, Path(arguments.picture), arguments.show)
     except ConfigError as error:

@@ -43,7 +43,7 @@ from megatron_kd.sweep.scaling.compute import TrainingFlops, forward_flops
 from megatron_kd.sweep.scaling.fit import fit_distillation, fit_supervised
 from megatron_kd.sweep.scaling.laws import PUBLISHED_DISTILLATION, PUBLISHED_SUPERVISED
 from megatron_kd.sweep.scaling.points import read_run, read_table
-from megatron_kd.sweep.scaling.report import (
+from megatron_kd.sweep.scaling.scaling_report import (
     DistillationResult,
     ScalingQuery,
     SupervisedResult,
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             "predictions": predictions(supervised, distilled, query),
         }
         if arguments.picture is not None:
-            from megatron_kd.sweep.scaling.picture import draw_laws
+            from megatron_kd.sweep.scaling.scaling_picture import draw_laws
 
             draw_laws(supervised, distilled, arguments.picture, query)
         if arguments.json is not None:

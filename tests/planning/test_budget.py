@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_kd.planning.budget import Prices, StepSeconds, TrainingPlan, make_budget
+from megatron_kd.planning.reports.budget import Prices, StepSeconds, TrainingPlan, make_budget
 from tests.planning.cases import CLUSTER as SMALL_CLUSTER
 
 SECONDS = StepSeconds(tokens=1000, online=3.0, teacher=2.0, cached=1.0, extraction=3.5)

@@ -9,10 +9,10 @@ import pytest
 from megatron_kd.config import ModelSection, RunConfig
 from megatron_kd.config.hidden_state_pairs import projections_of
 from megatron_kd.config.sections.hidden_states_pair import HiddenStatesPair
-from megatron_kd.planning.describe import describe_run
 from megatron_kd.planning.flops import projection_flops_per_token
 from megatron_kd.planning.parameters import parameter_count, rank_parameters
 from megatron_kd.planning.planned_run import PlannedRun
+from megatron_kd.planning.reports.describe import describe_run
 
 TINY = {
     "hidden_size": 64,

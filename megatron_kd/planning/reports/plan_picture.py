@@ -8,7 +8,7 @@ from typing import Any
 from megatron_kd.config import ConfigError
 from megatron_kd.planning.hardware import GIB
 from megatron_kd.planning.memory import PARTS
-from megatron_kd.planning.report import PlanReport, layout_text, teacher_text
+from megatron_kd.planning.reports.plan_text import PlanReport, layout_text, teacher_text
 from megatron_kd.planning.step_time import STEP_PARTS
 
 # Okabe and Ito's colours and lighter shades of them: related parts are alike, and neighbours differ

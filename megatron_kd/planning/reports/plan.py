@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_kd.planning.budget import (
+from megatron_kd.planning.hardware import GIB, Cluster
+from megatron_kd.planning.machine_rates import Calibration
+from megatron_kd.planning.planned_run import PlannedRun
+from megatron_kd.planning.reports.budget import (
     Budget,
     Prices,
     StepSeconds,
@@ -12,10 +15,7 @@ from megatron_kd.planning.budget import (
     assumed_bytes_per_token,
     make_budget,
 )
-from megatron_kd.planning.hardware import GIB, Cluster
-from megatron_kd.planning.machine_rates import Calibration
-from megatron_kd.planning.planned_run import PlannedRun
-from megatron_kd.planning.report import PlanReport
+from megatron_kd.planning.reports.plan_text import PlanReport
 from megatron_kd.planning.search import LayoutPlan, SearchResult, evaluate, search
 from megatron_kd.planning.step_time import ComputeRates
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_kd.planning.budget import TIB, Budget
 from megatron_kd.planning.hardware import GIB, Cluster
 from megatron_kd.planning.memory import PARTS
+from megatron_kd.planning.reports.budget import TIB, Budget
 from megatron_kd.planning.search import LayoutPlan, SearchResult
 from megatron_kd.planning.step_time import STEP_PARTS
 

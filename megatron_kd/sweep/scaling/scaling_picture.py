@@ -12,7 +12,11 @@ import numpy as np
 from megatron_kd.config import ConfigError
 from megatron_kd.sweep.scaling.fit import Fit
 from megatron_kd.sweep.scaling.forms import Array
-from megatron_kd.sweep.scaling.report import DistillationResult, ScalingQuery, SupervisedResult
+from megatron_kd.sweep.scaling.scaling_report import (
+    DistillationResult,
+    ScalingQuery,
+    SupervisedResult,
+)
 
 BLUE, ORANGE = "#0072B2", "#D55E00"
 # Drawn where neither a query nor points give a value: the middle of the published runs.

@@ -1,0 +1,1 @@
+"""Report plans: the layouts as text and pictures, budgets, and descriptions of models."""
