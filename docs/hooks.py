@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 def divergences_reference() -> str:
     """Return a Markdown table of the declared divergences."""
-    from megatron_kd.config.divergences import DIVERGENCES
+    from megatron_kd.config.declarations.divergences import DIVERGENCES
 
     lines = ["| Name | Sum over ids | Direction | Source | Parameters |", "|---|---|---|---|---|"]
     for name, divergence in DIVERGENCES.items():
@@ -36,7 +36,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     if "<!-- contributing -->" in markdown:
         markdown = markdown.replace("<!-- contributing -->", contributing())
     if "<!-- run file reference -->" in markdown:
-        from megatron_kd.config.reference import run_file_reference
+        from megatron_kd.config.key_reference import run_file_reference
 
         markdown = markdown.replace("<!-- run file reference -->", run_file_reference())
     if "<!-- divergences -->" in markdown:

@@ -97,7 +97,7 @@ def targets_of_teacher(config: RunConfig, samples: int) -> dict[str, list[Sparse
     from megatron_kd.parallel.groups import start_groups, stop_groups
     from megatron_kd.parallel.platform import start_platform
     from megatron_kd.teacher.extract import ShardPlan, make_microbatches
-    from megatron_kd.teacher.runtime.online import build_online_teacher
+    from megatron_kd.teacher.runtime.online_teacher import build_online_teacher
     from megatron_kd.teacher.runtime.targets import SelectTargets
     from megatron_kd.train.datasets import TokenFiles, token_dataset
     from megatron_kd.train.startup.input_checks import check_inputs

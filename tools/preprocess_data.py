@@ -31,8 +31,8 @@ from megatron_kd.data.preparation.command_line import (
 )
 from megatron_kd.data.preparation.documents import FORMAT_CHOICES
 from megatron_kd.data.preparation.jobs.execution import existing_output, make_output, make_share
-from megatron_kd.data.preparation.jobs.plan import JobPlan
-from megatron_kd.data.preparation.jobs.slurm import SlurmOptions, submit
+from megatron_kd.data.preparation.jobs.job_plan import JobPlan
+from megatron_kd.data.preparation.jobs.slurm_execution import SlurmOptions, submit
 from megatron_kd.data.preparation.jobs.text_job import TextRequest, plan_text
 from megatron_kd.data.vocabularies.patterns import PATTERNS
 

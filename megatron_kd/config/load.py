@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_kd.config.command_line import USAGE, decode_overrides, print_help, split_arguments
+from megatron_kd.config.arguments import USAGE, decode_overrides, print_help, split_arguments
 from megatron_kd.config.dump import dump_toml
 from megatron_kd.config.errors import ConfigError
 from megatron_kd.config.run_config import RunConfig

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from megatron_kd.config.declarations.schedules import LEARNING_RATE_SCHEDULES
 from megatron_kd.config.hidden_state_pairs import pair_problems
-from megatron_kd.config.schedules import LEARNING_RATE_SCHEDULES
 
 if TYPE_CHECKING:
     from megatron_kd.config.run_config import RunConfig

@@ -19,7 +19,7 @@ from typing import Any
 from megatron_kd.config import ConfigError
 from megatron_kd.data import vocabularies
 from megatron_kd.data.discovery import implementations
-from megatron_kd.data.vocabularies.base import TokenizerFileError, Vocabulary
+from megatron_kd.data.vocabularies.vocabulary import TokenizerFileError, Vocabulary
 
 KINDS: list[type[Vocabulary]] = implementations(vocabularies, Vocabulary)
 

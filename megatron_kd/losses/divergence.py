@@ -1,4 +1,4 @@
-"""Evaluate a divergence and its derivatives, as declared in config/divergences.py."""
+"""Evaluate a divergence and its derivatives, as declared in config/declarations/divergences.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from megatron_kd.config.divergences import DIVERGENCES, PARAMETERS, DivergenceDeclaration
+from megatron_kd.config.declarations.divergences import (
+    DIVERGENCES,
+    PARAMETERS,
+    DivergenceDeclaration,
+)
 from megatron_kd.losses.sparse_comparison import ABSENT, Slopes, SparseComparison
 
 

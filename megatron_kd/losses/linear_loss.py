@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_kd.config.divergences import sparse_problem
+from megatron_kd.config.declarations.divergences import sparse_problem
 from megatron_kd.head.chunked_head import run_head
 from megatron_kd.head.options import HeadOptions, check_head
 from megatron_kd.head.output_weight import LogitChunks, compute_dtype, linear_logits
@@ -108,7 +108,7 @@ def linear_divergence(  # noqa: PLR0913 (public signature)
 
     total = ((1 - alpha) ce + alpha kd + z_loss logsumexp^2) loss_mask, where kd is the divergence
     at the temperature, times temperature^2 if requested. Formulas, directions and sources:
-    `config/divergences.py`. The student is always normalised over the whole vocabulary.
+    `config/declarations/divergences.py`. The student is always normalised over the whole vocabulary.
 
     Args:
         hidden: as in `linear_kd_cross_entropy`.

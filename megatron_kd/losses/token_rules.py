@@ -27,7 +27,7 @@ takes the median over a batch and adapts the share to the loss; here it is each 
 that no layout and no restart changes it.
 
 A new method of `distill.adaptive` is an entry of TEMPERATURE_RULES here and its declaration in
-config/token_rules.py.
+config/declarations/adaptive_methods.py.
 """
 
 from __future__ import annotations

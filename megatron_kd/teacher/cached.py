@@ -61,13 +61,13 @@ class Source(TeacherSource):
 
     def weights_digest(self, inputs: TeacherInputs) -> str | None:
         """See TeacherSource."""
-        from megatron_kd.teacher.runtime.online import digest_on_rank_zero
+        from megatron_kd.teacher.runtime.online_teacher import digest_on_rank_zero
 
         return None if inputs.folder is None else digest_on_rank_zero(inputs.folder)
 
     def build(self, inputs: TeacherInputs, groups: Groups) -> Teacher:
         """See TeacherSource."""
-        from megatron_kd.teacher.runtime.cached import CachedTeacher, open_cache
+        from megatron_kd.teacher.runtime.cached_teacher import CachedTeacher, open_cache
         from megatron_kd.teacher.runtime.separate_layout import build_in_layout
 
         reader, selection = open_cache(self.config, inputs, self.weights_digest(inputs))

@@ -85,14 +85,14 @@ class Source(TeacherSource):
 
     def weights_digest(self, inputs: TeacherInputs) -> str | None:
         """Return the digest of the model's files; the folder may hold anything beside them."""
-        from megatron_kd.teacher.runtime.online import digest_on_rank_zero
+        from megatron_kd.teacher.runtime.online_teacher import digest_on_rank_zero
 
         assert inputs.folder is not None
         return digest_on_rank_zero(inputs.folder, ("config.json", "*.safetensors"))
 
     def build(self, inputs: TeacherInputs, groups: Groups) -> Teacher:
         """See TeacherSource."""
-        from megatron_kd.teacher.runtime.huggingface import build_huggingface_teacher
+        from megatron_kd.teacher.runtime.huggingface_teacher import build_huggingface_teacher
 
         zero3 = use_zero3(self.config.teacher.shard_parameters, groups.world_size)
         return build_huggingface_teacher(self.config, inputs, groups, zero3=zero3)

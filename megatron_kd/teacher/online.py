@@ -55,7 +55,7 @@ class Source(TeacherSource):
 
     def weights_digest(self, inputs: TeacherInputs) -> str | None:
         """See TeacherSource."""
-        from megatron_kd.teacher.runtime.online import digest_on_rank_zero
+        from megatron_kd.teacher.runtime.online_teacher import digest_on_rank_zero
 
         assert inputs.folder is not None
         return digest_on_rank_zero(inputs.folder)
@@ -64,7 +64,7 @@ class Source(TeacherSource):
         """See TeacherSource."""
         from megatron_kd.parallel.groups import can_reverse_stages
         from megatron_kd.teacher.runtime.drain import DrainTeacher
-        from megatron_kd.teacher.runtime.online import check_same_padding
+        from megatron_kd.teacher.runtime.online_teacher import check_same_padding
         from megatron_kd.teacher.runtime.separate_layout import build_in_layout
 
         check_same_padding(self.config, inputs)
@@ -76,7 +76,7 @@ class Source(TeacherSource):
 
     def build_for_extraction(self, inputs: TeacherInputs, groups: Groups) -> Teacher:
         """See TeacherSource."""
-        from megatron_kd.teacher.runtime.online import build_online_teacher
+        from megatron_kd.teacher.runtime.online_teacher import build_online_teacher
 
         return build_online_teacher(self.config, inputs, groups)
 

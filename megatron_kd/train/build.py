@@ -27,11 +27,11 @@ from megatron_kd.teacher.teacher import Teacher
 from megatron_kd.train.capture import Capture, build_capture
 from megatron_kd.train.datasets import build_train_data, build_valid_data
 from megatron_kd.train.guards import RankTimes
-from megatron_kd.train.hidden_state_loss import HiddenStates, build_hidden_states
+from megatron_kd.train.hidden_states.hidden_state_loss import HiddenStates, build_hidden_states
 from megatron_kd.train.optimizer import Optimizer
 from megatron_kd.train.routing import RoutingThreshold, token_rules
 from megatron_kd.train.run_progress import RunProgress
-from megatron_kd.train.schedules import alpha_at, learning_rate_at
+from megatron_kd.train.schedule_values import alpha_at, learning_rate_at
 from megatron_kd.train.startup.input_checks import Inputs, check_inputs, checkpoints_folder
 from megatron_kd.train.startup.resume import attach_settings, choose_checkpoint
 

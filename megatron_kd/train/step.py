@@ -19,7 +19,7 @@ from megatron_kd.telemetry.metrics import reduce_reports
 from megatron_kd.train.build import Run
 from megatron_kd.train.capture import Capture, NoCapture
 from megatron_kd.train.forward import StudentInput
-from megatron_kd.train.hidden_state_loss import HiddenStates, NoHiddenStates
+from megatron_kd.train.hidden_states.hidden_state_loss import HiddenStates, NoHiddenStates
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,10 @@ MEGATRON = {"parallel", "data", "models", "teacher", "checkpoint", "train", "inf
 WITHOUT_TORCH = {"config", "storage", "planning", "sweep", "cli"}
 # The loss needs torch and a process group, and of the run file only the declared divergences.
 LOSS_ROOMS = {"head", "targets", "losses"}
-DECLARATIONS = {"megatron_kd.config.divergences", "megatron_kd.config.token_rules"}
+DECLARATIONS = {
+    "megatron_kd.config.declarations.divergences",
+    "megatron_kd.config.declarations.adaptive_methods",
+}
 MOST_FILES, MOST_LINES = 14, 2500
 FUNCTION_P90 = 25
 

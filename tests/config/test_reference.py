@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_kd.config.key_reference import run_file_reference
 from megatron_kd.config.keys import KEYS, SECTIONS, allowed_values
-from megatron_kd.config.reference import run_file_reference
 from megatron_kd.config.sections.hidden_states_pair import HiddenStatesPair
 
 PAGE = run_file_reference()

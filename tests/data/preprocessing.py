@@ -51,7 +51,7 @@ def run_tool(source: Path | str, tokenizer: Path, output: Path, *options: str) -
 def cut_pieces(monkeypatch: Any, piece_bytes: int) -> None:
     """Cut work into pieces of this size."""
     from megatron_kd.data.preparation.documents import make_pieces
-    from megatron_kd.data.preparation.jobs import plan
+    from megatron_kd.data.preparation.jobs import job_plan as plan
 
     def make(files: Any, format_choice: str, _: int | None) -> Any:
         return make_pieces(files, format_choice, piece_bytes)

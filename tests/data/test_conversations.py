@@ -16,7 +16,7 @@ from megatron_kd.data.preparation.jobs.conversations import (
     MessageKeys,
     parse_messages,
 )
-from megatron_kd.data.preparation.jobs.packing import Packer
+from megatron_kd.data.preparation.jobs.sample_packing import Packer
 from megatron_kd.data.token_files import COUNTS_FOR_LOSS, STARTS_DOCUMENT
 from megatron_kd.data.tokenizer import load_tokenizer
 from tests.helpers.text import ROOT, load_tool, make_tokenizers

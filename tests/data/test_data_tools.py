@@ -18,7 +18,7 @@ from megatron_kd.config import ConfigError
 from megatron_kd.data.preparation.documents import find_text_files
 from megatron_kd.data.token_file_checks import check_token_file
 from megatron_kd.data.tokenizer import load_tokenizer
-from megatron_kd.data.vocabularies.base import Vocabulary
+from megatron_kd.data.vocabularies.vocabulary import Vocabulary
 from tests.data.preprocessing import cut_pieces
 from tests.helpers.text import ROOT, STDLIB, load_tool
 

@@ -11,13 +11,13 @@ import pytest
 from megatron_kd.data import tokenizer, vocabularies
 from megatron_kd.data.discovery import implementations
 from megatron_kd.data.preparation import documents, formats
-from megatron_kd.data.preparation.formats.base import DocumentFormat
-from megatron_kd.data.vocabularies.base import Vocabulary
+from megatron_kd.data.preparation.formats.document_format import DocumentFormat
+from megatron_kd.data.vocabularies.vocabulary import Vocabulary
 
 PACKAGE = Path(tokenizer.__file__).parents[1]
 
 KIND = """
-from megatron_kd.data.vocabularies.base import Vocabulary
+from megatron_kd.data.vocabularies.vocabulary import Vocabulary
 
 
 class AlphabetVocabulary(Vocabulary):
@@ -37,7 +37,7 @@ class AlphabetVocabulary(Vocabulary):
 """
 
 FORMAT = """
-from megatron_kd.data.preparation.formats.base import Document, DocumentFormat, open_file
+from megatron_kd.data.preparation.formats.document_format import Document, DocumentFormat, open_file
 
 
 class Paragraphs(DocumentFormat):

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_kd.config import ConfigError
 from megatron_kd.data.preparation.jobs.execution import join_pieces, locked, make_share
-from megatron_kd.data.preparation.jobs.slurm import ignore_report
+from megatron_kd.data.preparation.jobs.slurm_execution import ignore_report
 from megatron_kd.data.preparation.jobs.text_job import TextRequest, plan_text
 from megatron_kd.data.token_file_checks import check_token_file
 from tests.data.preprocessing import command, environment, run_process, run_tool, write_lines

@@ -21,7 +21,7 @@ COPIED = ("megatron_kd", "tools", "examples", "tests", "docs")
 TOYS: dict[str, list[tuple[str, str | None, str]]] = {
     "A divergence": [
         (
-            "megatron_kd/config/divergences.py",
+            "megatron_kd/config/declarations/divergences.py",
             '    "forward_kl": DivergenceDeclaration(\n',
             """    "scaled_kl": DivergenceDeclaration(
         "factor q (log q - log p)",
@@ -61,7 +61,7 @@ def term(log_q: Tensor, log_p: Tensor, *, toy_factor: float) -> Tensor:
     ],
     "A token rule": [
         (
-            "megatron_kd/config/token_rules.py",
+            "megatron_kd/config/declarations/adaptive_methods.py",
             '    "normkd": AdaptiveMethod(\n',
             '    "doubled": AdaptiveMethod("2 x distill.temperature"),\n',
         ),
@@ -86,7 +86,7 @@ def term(log_q: Tensor, log_p: Tensor, *, toy_factor: float) -> Tensor:
     ],
     "A schedule": [
         (
-            "megatron_kd/config/schedules.py",
+            "megatron_kd/config/declarations/schedules.py",
             "LEARNING_RATE_SCHEDULES: dict",
             """def _halved(step: int, steps: int, section: OptimizerSection) -> float:
     return 0.5 * section.learning_rate
@@ -95,7 +95,7 @@ def term(log_q: Tensor, log_p: Tensor, *, toy_factor: float) -> Tensor:
 """,
         ),
         (
-            "megatron_kd/config/schedules.py",
+            "megatron_kd/config/declarations/schedules.py",
             '    "cosine": LearningRateSchedule(',
             '    "halved": LearningRateSchedule("half the peak", _halved),\n',
         ),
@@ -154,7 +154,7 @@ class Source(TeacherSource):
 
 from typing import ClassVar
 
-from megatron_kd.data.preparation.formats.base import Document, DocumentFormat, open_file
+from megatron_kd.data.preparation.formats.document_format import Document, DocumentFormat, open_file
 
 
 class Paragraphs(DocumentFormat):

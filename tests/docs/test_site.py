@@ -29,7 +29,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pages_hold_what_is_generated(site: Path) -> None:
-    from megatron_kd.config.divergences import DIVERGENCES
+    from megatron_kd.config.declarations.divergences import DIVERGENCES
     from megatron_kd.telemetry.metrics import METRICS
 
     run_file = (site / "run_file/index.html").read_text(encoding="utf-8")

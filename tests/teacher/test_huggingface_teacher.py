@@ -131,7 +131,10 @@ def targets_on_rank(rendezvous: str, folder: Path, zero3: bool, offload: bool) -
     from megatron_kd.parallel.groups import start_groups, stop_groups
     from megatron_kd.targets import TopSelection
     from megatron_kd.targets.sample_keys import sample_keys
-    from megatron_kd.teacher.runtime.huggingface import HuggingFaceSettings, HuggingFaceTeacher
+    from megatron_kd.teacher.runtime.huggingface_teacher import (
+        HuggingFaceSettings,
+        HuggingFaceTeacher,
+    )
     from megatron_kd.teacher.runtime.targets import SelectTargets
 
     groups = start_groups(

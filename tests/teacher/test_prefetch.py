@@ -15,7 +15,7 @@ from megatron_kd.config import ConfigError
 from megatron_kd.data.batches import Microbatch
 from megatron_kd.targets.sample_keys import key_from_words
 from megatron_kd.targets.sparse import SparseTarget
-from megatron_kd.teacher.runtime.cached import CachedTeacher
+from megatron_kd.teacher.runtime.cached_teacher import CachedTeacher
 from megatron_kd.teacher.runtime.drain import DrainTeacher
 from megatron_kd.teacher.teacher import Teacher
 

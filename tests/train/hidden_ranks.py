@@ -31,7 +31,7 @@ def run_masked(
 ) -> Ran:
     """`run_all`, then `engine_steps`, on data where every third id takes no part in the loss."""
     from megatron_kd.parallel.groups import stop_groups
-    from megatron_kd.train import layer_exchange
+    from megatron_kd.train.hidden_states import layer_exchange
 
     whole, exchange, ran = BatchSource.microbatches, layer_exchange.exchange, Ran()
 

@@ -8,9 +8,9 @@ from typing import get_args
 
 import pytest
 
-from megatron_kd.config.schedules import ALPHA_SCHEDULES, LEARNING_RATE_SCHEDULES
+from megatron_kd.config.declarations.schedules import ALPHA_SCHEDULES, LEARNING_RATE_SCHEDULES
 from megatron_kd.config.sections import DistillSection, OptimizerSection
-from megatron_kd.train.schedules import alpha_at, learning_rate_at
+from megatron_kd.train.schedule_values import alpha_at, learning_rate_at
 
 PEAK, FLOOR = 8e-3, 2e-3
 KEYS = ("schedule", "alpha_schedule")

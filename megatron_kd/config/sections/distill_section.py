@@ -6,13 +6,17 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_kd.config.divergences import sparse_problem
-from megatron_kd.config.schedules import ALPHA_SCHEDULES, AlphaScheduleName, describe_schedules
+from megatron_kd.config.declarations.adaptive_methods import ADAPTIVE_METHODS
+from megatron_kd.config.declarations.divergences import sparse_problem
+from megatron_kd.config.declarations.schedules import (
+    ALPHA_SCHEDULES,
+    AlphaScheduleName,
+    describe_schedules,
+)
 from megatron_kd.config.sections.divergence_section import DivergenceSection, divergence_parameters
 from megatron_kd.config.sections.hidden_states_pair import HiddenStatesPair
 from megatron_kd.config.sections.section import Section
 from megatron_kd.config.sections.token_rules_section import AdaptiveSection, RoutingSection
-from megatron_kd.config.token_rules import ADAPTIVE_METHODS
 
 
 class AlphaSection(Section):

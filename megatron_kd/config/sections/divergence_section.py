@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, create_model
 
-from megatron_kd.config.divergences import (
+from megatron_kd.config.declarations.divergences import (
     DIVERGENCES,
     PARAMETERS,
     DivergenceName,
@@ -41,7 +41,7 @@ else:
             DivergenceName,
             Field(
                 default="forward_kl",
-                description="Divergence of teacher and student (formulas: config/divergences.py). "
+                description="Divergence of teacher and student (formulas: config/declarations/divergences.py). "
                 f"{describe_divergences()}. All but forward_kl take tail bucket, some of them "
                 "renormalize; mse_logits needs dense.",
             ),

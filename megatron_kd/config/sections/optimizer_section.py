@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from megatron_kd.config.schedules import (
+from megatron_kd.config.declarations.schedules import (
     LEARNING_RATE_SCHEDULES,
     LearningRateScheduleName,
     describe_schedules,

@@ -6,8 +6,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from megatron_kd.config.declarations.adaptive_methods import (
+    AdaptiveMethodName,
+    describe_adaptive_methods,
+)
 from megatron_kd.config.sections.section import Section
-from megatron_kd.config.token_rules import AdaptiveMethodName, describe_adaptive_methods
 
 
 class RoutingSection(Section):

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.preparation.jobs.base import PieceSummary
+from megatron_kd.data.preparation.jobs.job import PieceSummary
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_kd.config import ConfigError
 from megatron_kd.data.discovery import implementations
 from megatron_kd.data.preparation import formats
-from megatron_kd.data.preparation.formats.base import (
+from megatron_kd.data.preparation.formats.document_format import (
     Document,
     DocumentFormat,
     LineCounter,

@@ -13,7 +13,7 @@ from megatron_kd.config import ConfigError
 from megatron_kd.data.token_file_checks import check_token_file
 from megatron_kd.data.token_files import TokenIndex, read_index
 from megatron_kd.data.tokenizer import TokenizerInfo
-from megatron_kd.data.vocabularies.base import Vocabulary
+from megatron_kd.data.vocabularies.vocabulary import Vocabulary
 
 _BLOCK_TOKENS = 1 << 24
 _SHOWN_IDS = 16

@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceTrainer
 
 from megatron_kd.config import ConfigError
 from megatron_kd.data.preparation.documents import find_text_files
-from megatron_kd.data.preparation.formats.base import TextFile
+from megatron_kd.data.preparation.formats.document_format import TextFile
 from megatron_kd.data.tokenizer import load_tokenizer
 from megatron_kd.storage.atomic_files import write_atomically
 

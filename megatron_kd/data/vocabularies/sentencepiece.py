@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-from megatron_kd.data.vocabularies.base import Vocabulary
+from megatron_kd.data.vocabularies.vocabulary import Vocabulary
 
 
 class SentencePieceVocabulary(Vocabulary):

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.vocabularies.base import EncodingError, Vocabulary, import_library
 from megatron_kd.data.vocabularies.patterns import PATTERNS
+from megatron_kd.data.vocabularies.vocabulary import EncodingError, Vocabulary, import_library
 
 _END = "<|endoftext|>"
 

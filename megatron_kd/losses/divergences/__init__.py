@@ -1,4 +1,4 @@
-"""Define the term of each divergence, one file per divergence, named as in config/divergences.py.
+"""Define the term of each divergence, one file per divergence, named as in config/declarations/divergences.py.
 
 A file has a function `term(log_q, log_p, **parameters)`: the logarithms of the teacher's and of the
 student's probabilities, [..., M] of the same float type, and the divergence's parameters, to the

@@ -20,14 +20,14 @@ from megatron_kd.data.batches import Microbatch
 from megatron_kd.parallel.collectives import all_gather, exchange
 from megatron_kd.parallel.groups import Groups, start_separate_layout
 from megatron_kd.targets import Target
-from megatron_kd.teacher.runtime.online import OnlineTeacher, build_online_teacher
-from megatron_kd.teacher.runtime.packing import (
+from megatron_kd.teacher.runtime.message_packing import (
     KEY_WORDS,
     TargetLayout,
     agree_on_layout,
     pack_targets,
     unpack_targets,
 )
+from megatron_kd.teacher.runtime.online_teacher import OnlineTeacher, build_online_teacher
 from megatron_kd.teacher.runtime.split import Split
 from megatron_kd.teacher.source import TeacherInputs
 from megatron_kd.teacher.teacher import Teacher

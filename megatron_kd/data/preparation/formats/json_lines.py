@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import IO, Any, ClassVar
 
-from megatron_kd.data.preparation.formats.base import (
+from megatron_kd.data.preparation.formats.document_format import (
     Document,
     DocumentFormat,
     LineCounter,

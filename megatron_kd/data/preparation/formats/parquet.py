@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.preparation.formats.base import (
+from megatron_kd.data.preparation.formats.document_format import (
     Document,
     DocumentFormat,
     LineCounter,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-from megatron_kd.data.preparation.formats.base import (
+from megatron_kd.data.preparation.formats.document_format import (
     Document,
     DocumentFormat,
     LineCounter,

@@ -17,9 +17,8 @@ from typing import IO, Any, ClassVar
 import numpy as np
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.preparation.formats.base import Unit
+from megatron_kd.data.preparation.formats.document_format import Unit
 from megatron_kd.data.preparation.formats.json_lines import json_parser
-from megatron_kd.data.preparation.jobs.base import Job, PieceSummary, SplitOutput, piece_path
 from megatron_kd.data.preparation.jobs.conversations import (
     ChatTemplate,
     ConversationEncoder,
@@ -27,8 +26,9 @@ from megatron_kd.data.preparation.jobs.conversations import (
     MessageKeys,
     parse_messages,
 )
-from megatron_kd.data.preparation.jobs.packing import PackedSample, Packer
-from megatron_kd.data.preparation.jobs.plan import JobPlan, PlanRequest, make_plan
+from megatron_kd.data.preparation.jobs.job import Job, PieceSummary, SplitOutput, piece_path
+from megatron_kd.data.preparation.jobs.job_plan import JobPlan, PlanRequest, make_plan
+from megatron_kd.data.preparation.jobs.sample_packing import PackedSample, Packer
 from megatron_kd.data.preparation.publish import publish
 from megatron_kd.data.token_files import COUNTS_FOR_LOSS
 from megatron_kd.data.tokenizer import load_tokenizer

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_kd.config import ConfigError
 from megatron_kd.data.token_files import COUNTS_FOR_LOSS, STARTS_DOCUMENT
-from megatron_kd.data.vocabularies.base import Vocabulary
+from megatron_kd.data.vocabularies.vocabulary import Vocabulary
 
 Message = dict[str, str]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from megatron_kd.data.vocabularies.base import Vocabulary
+from megatron_kd.data.vocabularies.vocabulary import Vocabulary
 
 # A run of whitespace; its last space is searched for separately. One expression for both would try
 # every character of a run without spaces as its beginning.

@@ -17,14 +17,14 @@ from typing import Any
 
 from megatron_kd.config import ConfigError
 from megatron_kd.data.preparation.documents import unchanged
-from megatron_kd.data.preparation.jobs.base import PieceSummary, SplitOutput
+from megatron_kd.data.preparation.jobs.job import PieceSummary, SplitOutput
+from megatron_kd.data.preparation.jobs.job_plan import JobPlan
 from megatron_kd.data.preparation.jobs.pieces import (
     Report,
     list_problems,
     read_summary,
     run_pieces,
 )
-from megatron_kd.data.preparation.jobs.plan import JobPlan
 from megatron_kd.data.token_files import read_index
 
 

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import IO
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.preparation.formats.base import Unit
-from megatron_kd.data.preparation.jobs.base import (
+from megatron_kd.data.preparation.formats.document_format import Unit
+from megatron_kd.data.preparation.jobs.job import (
     MAX_LISTED_PROBLEMS,
     Job,
     PieceSummary,
     piece_path,
 )
-from megatron_kd.data.preparation.jobs.plan import JobPlan
+from megatron_kd.data.preparation.jobs.job_plan import JobPlan
 from megatron_kd.storage.atomic_files import write_atomically
 
 # Called for each piece with its summary and whether an earlier run had made it.

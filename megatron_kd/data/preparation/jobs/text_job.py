@@ -10,19 +10,19 @@ from typing import IO, Any, ClassVar
 import numpy as np
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.preparation.formats.base import Unit
-from megatron_kd.data.preparation.jobs.base import (
+from megatron_kd.data.preparation.formats.document_format import Unit
+from megatron_kd.data.preparation.jobs.encoding import DocumentEncoder
+from megatron_kd.data.preparation.jobs.job import (
     Job,
     PieceSummary,
     SourceDocument,
     SplitOutput,
     piece_path,
 )
-from megatron_kd.data.preparation.jobs.encoding import DocumentEncoder
-from megatron_kd.data.preparation.jobs.plan import JobPlan, PlanRequest, make_plan
+from megatron_kd.data.preparation.jobs.job_plan import JobPlan, PlanRequest, make_plan
 from megatron_kd.data.preparation.publish import publish
 from megatron_kd.data.tokenizer import load_tokenizer
-from megatron_kd.data.vocabularies.base import EncodingError
+from megatron_kd.data.vocabularies.vocabulary import EncodingError
 
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 2_000_000
 _MAX_DOCUMENT_TOKENS = 2**31 - 1

@@ -1,9 +1,9 @@
-"""Evaluate the learning-rate and alpha schedules that config/schedules.py declares."""
+"""Evaluate the learning-rate and alpha schedules that config/declarations/schedules.py declares."""
 
 from __future__ import annotations
 
 from megatron_kd.config import DistillSection, OptimizerSection
-from megatron_kd.config.schedules import ALPHA_SCHEDULES, LEARNING_RATE_SCHEDULES
+from megatron_kd.config.declarations.schedules import ALPHA_SCHEDULES, LEARNING_RATE_SCHEDULES
 
 
 def learning_rate_at(step: int, steps: int, section: OptimizerSection) -> float:

@@ -19,9 +19,9 @@ import numpy as np
 
 from megatron_kd.config import ConfigError
 from megatron_kd.data.preparation.documents import documents, lines_before
-from megatron_kd.data.preparation.formats.base import Document, LineCounter, Unit
+from megatron_kd.data.preparation.formats.document_format import Document, LineCounter, Unit
 from megatron_kd.data.tokenizer import TokenizerInfo, encoding_digest, load_tokenizer
-from megatron_kd.data.vocabularies.base import Vocabulary
+from megatron_kd.data.vocabularies.vocabulary import Vocabulary
 
 MAX_LISTED_PROBLEMS = 20
 

@@ -38,7 +38,7 @@ from megatron_kd.parallel.groups import Groups
 from megatron_kd.parallel.pipeline_stages import stage_of_layer
 from megatron_kd.teacher.teacher import Teacher, TeacherLayers
 from megatron_kd.train.forward import StudentInput, run_chunk
-from megatron_kd.train.layer_exchange import LayerExchange, LayerPair
+from megatron_kd.train.hidden_states.layer_exchange import LayerExchange, LayerPair
 
 
 class HiddenStates:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.preparation.jobs.base import PieceSummary
 from megatron_kd.data.preparation.jobs.execution import join_pieces, locked, make_share
-from megatron_kd.data.preparation.jobs.plan import JobPlan
+from megatron_kd.data.preparation.jobs.job import PieceSummary
+from megatron_kd.data.preparation.jobs.job_plan import JobPlan
 
 
 @dataclass(frozen=True)

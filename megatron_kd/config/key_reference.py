@@ -9,7 +9,7 @@ from typing import get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megatron_kd.config.command_line import default_text
+from megatron_kd.config.arguments import default_text
 from megatron_kd.config.keys import KEYS, SECTIONS, allowed_values, is_section, value_type
 
 _INTRODUCTION = """\

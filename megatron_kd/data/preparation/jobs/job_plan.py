@@ -12,10 +12,10 @@ import numpy as np
 
 from megatron_kd.config import ConfigError
 from megatron_kd.data.preparation.documents import find_text_files, make_pieces
-from megatron_kd.data.preparation.formats.base import TextFile, Unit
-from megatron_kd.data.preparation.jobs.base import Job
+from megatron_kd.data.preparation.formats.document_format import TextFile, Unit
+from megatron_kd.data.preparation.jobs.job import Job
 from megatron_kd.data.tokenizer import TokenizerInfo, encoding_digest
-from megatron_kd.data.vocabularies.base import Vocabulary
+from megatron_kd.data.vocabularies.vocabulary import Vocabulary
 
 _MAX_DESCRIPTION_BYTES = 1_000_000
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_kd.config import ConfigError
-from megatron_kd.data.vocabularies.base import TokenizerFileError, Vocabulary, import_library
 from megatron_kd.data.vocabularies.patterns import PATTERNS
 from megatron_kd.data.vocabularies.sentencepiece import piece_bytes
+from megatron_kd.data.vocabularies.vocabulary import TokenizerFileError, Vocabulary, import_library
 
 _END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|end▁of▁sentence|>", "[EOS]")
 

@@ -1,0 +1,1 @@
+"""Declare what a run file can name: divergences, adaptive methods, schedules."""

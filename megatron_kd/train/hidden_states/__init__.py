@@ -1,0 +1,1 @@
+"""Compare hidden states of student and teacher layers, on whatever stages they are."""
