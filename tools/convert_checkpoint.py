@@ -183,8 +183,8 @@ def _to_huggingface(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--shard-gigabytes ({arguments.shard_gigabytes}) must be > 0 and finite")
     if arguments.max_positions is not None and arguments.max_positions < 1:
         raise ConfigError(f"--max-positions ({arguments.max_positions}) must be at least 1")
-    folder = find_checkpoint(arguments.input, what="input")
-    info = read_info(folder, what="input")
+    folder = find_checkpoint(arguments.input, setting="input")
+    info = read_info(folder, setting="input")
     saved = _saved_config(folder)
     if arguments.tokenizer is not None:
         digest = _digest(arguments.tokenizer, info.vocab_size)
@@ -268,7 +268,7 @@ def _report(output: Path, folder: Path, digest: str | None) -> None:
     from megatron_kd.checkpoint.store import read_info
     from megatron_kd.planning.parameters import parameter_count
 
-    info = read_info(folder, what="output")
+    info = read_info(folder, setting="output")
     model = info.model_section()
     print((output / MODEL_FILE).read_text(encoding="utf-8"))
     print(
@@ -336,7 +336,7 @@ def _check(checkpoint: Path, huggingface: Path) -> int:
     )
     from megatron_kd.parallel.groups import start_groups, stop_groups
 
-    info: CheckpointInfo = read_info(checkpoint, what="check")
+    info: CheckpointInfo = read_info(checkpoint, setting="check")
     tokens = random_tokens(info, seed=0)
     expected = huggingface_logits(huggingface, tokens)
     layout = ParallelSection()

@@ -117,8 +117,8 @@ def _generate(
     from megatron_kd.checkpoint.store import find_checkpoint, read_info
     from megatron_kd.parallel.platform import start_platform
 
-    folder = find_checkpoint(arguments.checkpoint, what="checkpoint")
-    info = read_info(folder, what="checkpoint")
+    folder = find_checkpoint(arguments.checkpoint, setting="checkpoint")
+    info = read_info(folder, setting="checkpoint")
     _, world_size, local_rank = world_from_environment()
     # Before any other import of megatron-core: on a CPU it must be prepared first.
     platform = start_platform(arguments.device, local_rank)
@@ -184,7 +184,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _unescape(text: str, what: str) -> str:
+def _unescape(text: str, setting: str) -> str:
     r"""Decode \n, \t, \" and \uXXXX as in a JSON string; other quotes need no backslash."""
     try:
         return str(
@@ -192,7 +192,7 @@ def _unescape(text: str, what: str) -> str:
         )
     except ValueError as error:
         raise ConfigError(
-            f"{what}: {text!r} is not text with JSON escapes ({error}): write a backslash as two"
+            f"{setting}: {text!r} is not text with JSON escapes ({error}): write a backslash as two"
         ) from error
 
 

@@ -158,8 +158,8 @@ def _find_models(arguments: argparse.Namespace, description: dict[str, Any]) -> 
     digest = description["tokenizer_digest"]
     checkpoints = {}
     for name in ("teacher", "reference"):
-        folder = find_checkpoint(getattr(arguments, name), what=f"--{name}")
-        info = read_info(folder, what=f"--{name}")
+        folder = find_checkpoint(getattr(arguments, name), setting=f"--{name}")
+        info = read_info(folder, setting=f"--{name}")
         if info.tokenizer is not None and info.tokenizer != digest:
             raise ConfigError(
                 f"--{name} was trained with another tokenizer than {arguments.data} was made with "

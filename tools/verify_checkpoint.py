@@ -80,7 +80,7 @@ def verify_step(folder: Path) -> dict[str, Any]:
     begin = time.perf_counter()
     result: dict[str, Any] = {"folder": str(folder), "state": "damaged", "files": 0, "bytes": 0}
     try:
-        if not has_digests(folder, read_info(folder, what="checkpoint")):
+        if not has_digests(folder, read_info(folder, setting="checkpoint")):
             return {
                 **result,
                 "state": "no digests",

@@ -87,7 +87,7 @@ def checkpoint_probabilities(run: Path, tokens: Ids) -> Iterator[tuple[int, Floa
     try:
         for step in complete_steps(run / "checkpoints"):
             folder = step_folder(run / "checkpoints", step)
-            info = read_info(folder, what="run")
+            info = read_info(folder, setting="run")
             model = FrozenModel(
                 folder, info, groups, layout, precision="fp32", sequence_length=tokens.shape[1]
             )

@@ -101,8 +101,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from megatron_kd.checkpoint.store import find_checkpoint, read_info
     from megatron_kd.parallel.platform import start_platform
 
-    folder = find_checkpoint(arguments.run, what="checkpoint")
-    info = read_info(folder, what="checkpoint")
+    folder = find_checkpoint(arguments.run, setting="checkpoint")
+    info = read_info(folder, setting="checkpoint")
     if info.vocab_size != len(WORDS):
         raise ConfigError(
             f"the model has {info.vocab_size} ids and the language {len(WORDS)}: it was not "

@@ -55,12 +55,12 @@ class ShardedLoadStrategy(TorchDistLoadShardedStrategy):
     """Load sharded tensors with a reader and a planner that unpickle nothing.
 
     Args:
-        what: the run-file key that an error names.
+        setting: the run-file key that an error names.
     """
 
-    def __init__(self, *, what: str) -> None:
+    def __init__(self, *, setting: str) -> None:
         super().__init__()
-        self._what = what
+        self._what = setting
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Path) -> Any:
         """Fill a sharded state.
@@ -87,7 +87,7 @@ class ShardedLoadStrategy(TorchDistLoadShardedStrategy):
             },
         )
         folder = Path(checkpoint_dir)
-        reader = _Reader(folder, read_metadata(folder, what=self._what))
+        reader = _Reader(folder, read_metadata(folder, setting=self._what))
         with warnings.catch_warnings():
             # The newer function gathers the keys of all ranks again, and requires equal ones.
             warnings.simplefilter("ignore", FutureWarning)

@@ -83,7 +83,7 @@ def find_damage(folder: Path, info: CheckpointInfo) -> list[str]:
     )
 
 
-def check_together(folder: Path, info: CheckpointInfo, *, what: str) -> None:
+def check_together(folder: Path, info: CheckpointInfo, *, setting: str) -> None:
     """Raise ConfigError on every rank where a file of the checkpoint is damaged.
 
     Collectives:
@@ -91,10 +91,10 @@ def check_together(folder: Path, info: CheckpointInfo, *, what: str) -> None:
     """
     problems = find_damage(folder, info)
     if problems:
-        raise ConfigError(f"{what}: {damage_message(problems)}")
+        raise ConfigError(f"{setting}: {damage_message(problems)}")
 
 
-def load_weights(folder: Path, models: Sequence[GPTModel], *, what: str) -> None:
+def load_weights(folder: Path, models: Sequence[GPTModel], *, setting: str) -> None:
     """Fill the models' parameters from a checkpoint of any layout, after verifying its files.
 
     Projections to a teacher's layers keep their values, whether the checkpoint holds some or not:
@@ -103,7 +103,7 @@ def load_weights(folder: Path, models: Sequence[GPTModel], *, what: str) -> None
     Args:
         folder: the step folder.
         models: this rank's model chunks.
-        what: the run-file key that an error names.
+        setting: the run-file key that an error names.
 
     Raises:
         ConfigError: the checkpoint is damaged or does not fit.
@@ -111,16 +111,16 @@ def load_weights(folder: Path, models: Sequence[GPTModel], *, what: str) -> None
     Collectives:
         Over the world.
     """
-    check_together(folder, read_info(folder, what=what), what=what)
+    check_together(folder, read_info(folder, setting=setting), setting=setting)
     state = _without_extra(_model_state(models))
     for model in state.values():
         for name in [name for name in model if not _is_weight(name)]:
             del model[name]
-    _fill_models(models, _load(state, folder, what), folder, what, needed=_is_weight)
+    _fill_models(models, _load(state, folder, setting), folder, setting, needed=_is_weight)
 
 
 def load_training_state(
-    folder: Path, models: Sequence[GPTModel], optimizer: OptimizerState, *, what: str
+    folder: Path, models: Sequence[GPTModel], optimizer: OptimizerState, *, setting: str
 ) -> None:
     """Fill parameters and optimizer state from a checkpoint of any layout, verified before.
 
@@ -128,7 +128,7 @@ def load_training_state(
         folder: the step folder.
         models: this rank's model chunks.
         optimizer: their optimizer.
-        what: the run-file key that an error names.
+        setting: the run-file key that an error names.
 
     Raises:
         ConfigError: the checkpoint does not fit.
@@ -141,8 +141,8 @@ def load_training_state(
         state["optimizer"] = optimizer.inner.sharded_state_dict(
             state, is_loading=True, metadata=_metadata()
         )
-        loaded = _load(_without_extra(state), folder, what)
-        _fill_models(models, loaded, folder, what, needed=lambda name: not name.endswith(_EXTRA))
+        loaded = _load(_without_extra(state), folder, setting)
+        _fill_models(models, loaded, folder, setting, needed=lambda name: not name.endswith(_EXTRA))
         optimizer.inner.load_state_dict(loaded["optimizer"])
 
 
@@ -168,28 +168,28 @@ def _without_extra(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fill_models(
-    models: Sequence[GPTModel], loaded: dict[str, Any], folder: Path, what: str, *, needed: Any
+    models: Sequence[GPTModel], loaded: dict[str, Any], folder: Path, setting: str, *, needed: Any
 ) -> None:
     for index, model in enumerate(models):
         missing, unexpected = model.load_state_dict(loaded[f"model{index}"], strict=False)
         problems = [*filter(needed, missing), *unexpected]
         if problems:
             raise ConfigError(
-                f"{what}: checkpoint {folder} does not fit the model: {problems[0]} is in only "
+                f"{setting}: checkpoint {folder} does not fit the model: {problems[0]} is in only "
                 "one of them"
             )
 
 
-def _load(state: dict[str, Any], folder: Path, what: str) -> dict[str, Any]:
+def _load(state: dict[str, Any], folder: Path, setting: str) -> dict[str, Any]:
     problem = None
     try:
-        read_metadata(folder, what=what)
+        read_metadata(folder, setting=setting)
     except ConfigError as error:
         problem = str(error)
     raise_together(problem, ConfigError)
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(
-            state, str(folder), ShardedLoadStrategy(what=what), CommonLoadStrategy()
+            state, str(folder), ShardedLoadStrategy(setting=setting), CommonLoadStrategy()
         )
     except (
         CheckpointingException,
@@ -205,7 +205,7 @@ def _load(state: dict[str, Any], folder: Path, what: str) -> dict[str, Any]:
             raise
         lines = str(error).strip().splitlines() or [""]
         raise ConfigError(
-            f"{what}: checkpoint {folder} cannot be loaded ({type(error).__name__}: "
+            f"{setting}: checkpoint {folder} cannot be loaded ({type(error).__name__}: "
             f"{lines[0][:200]})"
         ) from error
     return loaded

@@ -107,12 +107,12 @@ def complete_steps(checkpoints: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in names if match)
 
 
-def find_checkpoint(path: Path, *, what: str) -> Path:
+def find_checkpoint(path: Path, *, setting: str) -> Path:
     """Return the newest complete checkpoint at `path`.
 
     Args:
         path: a run directory, its checkpoints folder or one step folder.
-        what: the run-file key that an error names.
+        setting: the run-file key that an error names.
 
     Raises:
         ConfigError: there is no checkpoint.
@@ -124,33 +124,33 @@ def find_checkpoint(path: Path, *, what: str) -> Path:
         if steps:
             return step_folder(folder, steps[-1])
     raise ConfigError(
-        f"{what}: no checkpoint at {path} "
+        f"{setting}: no checkpoint at {path} "
         "(expected a run directory, its checkpoints folder, or a step-* folder)"
     )
 
 
-def read_info(folder: Path, *, what: str) -> CheckpointInfo:
+def read_info(folder: Path, *, setting: str) -> CheckpointInfo:
     """Return state.json of a checkpoint; raise ConfigError where it is invalid."""
     try:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         version = content["format"]
         if version not in range(1, FORMAT + 1):
             raise ConfigError(
-                f"{what}: {folder} has checkpoint format {version}, this version reads formats 1 "
+                f"{setting}: {folder} has checkpoint format {version}, this version reads formats 1 "
                 f"to {FORMAT}"
             )
         return CheckpointInfo(**content)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{what}: {folder / 'state.json'} cannot be read ({error})") from error
+        raise ConfigError(f"{setting}: {folder / 'state.json'} cannot be read ({error})") from error
 
 
-def check_digests(folder: Path, info: CheckpointInfo, *, what: str) -> None:
+def check_digests(folder: Path, info: CheckpointInfo, *, setting: str) -> None:
     """Raise ConfigError where a file of the checkpoint is damaged. Reads all; no collective."""
     problems = verify(folder) if has_digests(folder, info) else []
     if problems:
-        raise ConfigError(f"{what}: {damage_message(problems)}")
+        raise ConfigError(f"{setting}: {damage_message(problems)}")
 
 
 def has_digests(folder: Path, info: CheckpointInfo) -> bool:
@@ -174,7 +174,7 @@ def check_same_model(
     vocab_size: int,
     tokenizer: str | None,
     folder: Path,
-    what: str,
+    setting: str,
 ) -> None:
     """Raise ConfigError unless the checkpoint holds this model: shape, vocabulary and tokenizer.
 
@@ -184,23 +184,23 @@ def check_same_model(
         vocab_size: the run's true number of ids.
         tokenizer: digest of the run's vocabulary, or None.
         folder: of the checkpoint.
-        what: the run-file key that an error names.
+        setting: the run-file key that an error names.
     """
     saved_model = info.model_section()
     for name in _SHAPE:
         current, saved = _effective(model, name), _effective(saved_model, name)
         if current != saved:
             raise ConfigError(
-                f"{what}: {folder} holds another model: "
+                f"{setting}: {folder} holds another model: "
                 f"model.{name} is {saved} there and {current} here"
             )
     check_same_vocabulary(
-        info, vocab_size=vocab_size, tokenizer=tokenizer, folder=folder, what=what
+        info, vocab_size=vocab_size, tokenizer=tokenizer, folder=folder, setting=setting
     )
 
 
 def check_same_vocabulary(
-    info: CheckpointInfo, *, vocab_size: int, tokenizer: str | None, folder: Path, what: str
+    info: CheckpointInfo, *, vocab_size: int, tokenizer: str | None, folder: Path, setting: str
 ) -> None:
     """Raise ConfigError unless the checkpoint's ids mean the same as this run's.
 
@@ -209,16 +209,16 @@ def check_same_vocabulary(
         vocab_size: the run's true number of ids.
         tokenizer: digest of the run's vocabulary, or None.
         folder: of the checkpoint.
-        what: the run-file key that an error names.
+        setting: the run-file key that an error names.
     """
     if info.vocab_size != vocab_size:
         raise ConfigError(
-            f"{what}: {folder} has a vocabulary of {info.vocab_size} ids, this run has "
+            f"{setting}: {folder} has a vocabulary of {info.vocab_size} ids, this run has "
             f"{vocab_size}: use the same tokenizer"
         )
     if info.tokenizer is not None and tokenizer is not None and info.tokenizer != tokenizer:
         raise ConfigError(
-            f"{what}: {folder} was made with another tokenizer (digest {info.tokenizer}, this "
+            f"{setting}: {folder} was made with another tokenizer (digest {info.tokenizer}, this "
             f"run's is {tokenizer})"
         )
 

@@ -111,7 +111,7 @@ def _member(kind: Any, name: Any) -> Any:
     raise pickle.UnpicklingError(f"it asks for {name!r} of {kind!r}, which no checkpoint needs")
 
 
-def read_metadata(folder: Path, *, what: str) -> Metadata:
+def read_metadata(folder: Path, *, setting: str) -> Metadata:
     """Return the table of contents of a distributed checkpoint.
 
     Raises:
@@ -131,7 +131,7 @@ def read_metadata(folder: Path, *, what: str) -> Metadata:
                 )
     except FileNotFoundError:
         raise ConfigError(
-            f"{what}: {folder} holds no megatron-core distributed checkpoint "
+            f"{setting}: {folder} holds no megatron-core distributed checkpoint "
             "(no .metadata file in it)"
         ) from None
     except (
@@ -145,7 +145,7 @@ def read_metadata(folder: Path, *, what: str) -> Metadata:
         KeyError,
     ) as error:
         raise ConfigError(
-            f"{what}: {path} cannot be read as the metadata of a checkpoint ({error}): "
+            f"{setting}: {path} cannot be read as the metadata of a checkpoint ({error}): "
             "use another copy"
         ) from error
     return metadata
@@ -164,7 +164,7 @@ class TensorReader:
 
     Args:
         folder: of the checkpoint.
-        what: name of the checkpoint in error messages.
+        setting: name of the checkpoint in error messages.
 
     Attributes:
         tensors: the stored tensors, by name.
@@ -173,9 +173,9 @@ class TensorReader:
         ConfigError: files are missing or damaged; also raised by `read`.
     """
 
-    def __init__(self, folder: Path, *, what: str) -> None:
-        self.folder, self._what = folder, what
-        self._metadata = read_metadata(folder, what=what)
+    def __init__(self, folder: Path, *, setting: str) -> None:
+        self.folder, self._what = folder, setting
+        self._metadata = read_metadata(folder, setting=setting)
         self._stored = {
             name: stored
             for name, stored in self._metadata.state_dict_metadata.items()

@@ -101,7 +101,7 @@ def record_scoring(folder: Path, scoring: Scoring) -> None:
     """
     path = folder / ABOUT
     if path.exists():
-        stored, current = read_json(path, what="scores"), asdict(scoring)
+        stored, current = read_json(path, setting="scores"), asdict(scoring)
         differences = [
             f"{key} ({stored.get(key)} there, {current[key]} here)"
             for key in current

@@ -129,7 +129,7 @@ class FrozenModel:
             vocab_size=info.vocab_size,
             sequence_length=sequence_length,
         )
-        load_weights(folder, [self.chunk], what="checkpoint")
+        load_weights(folder, [self.chunk], setting="checkpoint")
         self.chunk.requires_grad_(False)
         self.chunk.eval()
 

@@ -134,8 +134,8 @@ def _load_model(folder: Path, options: TaskOptions) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
-    model = load_causal_lm(folder, dtype, what="model").to(options.device)
-    tokenizer = load_text_tokenizer(folder, what="model")
+    model = load_causal_lm(folder, dtype, setting="model").to(options.device)
+    tokenizer = load_text_tokenizer(folder, setting="model")
     return HFLM(
         pretrained=model,
         tokenizer=tokenizer,

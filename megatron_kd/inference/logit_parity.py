@@ -83,7 +83,7 @@ def huggingface_logits(folder: Path, tokens: Tensor) -> Tensor:
     Raises:
         ConfigError: transformers cannot load the folder.
     """
-    model = load_causal_lm(folder, torch.float32, what="check")
+    model = load_causal_lm(folder, torch.float32, setting="check")
     logits: Tensor = model(input_ids=tokens).logits
     return logits.float()
 

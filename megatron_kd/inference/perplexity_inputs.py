@@ -53,13 +53,13 @@ def find_perplexity_inputs(
     Raises:
         ConfigError: Something is missing, or does not fit the model.
     """
-    folder = find_checkpoint(checkpoint, what="checkpoint")
-    info = read_info(folder, what="checkpoint")
+    folder = find_checkpoint(checkpoint, setting="checkpoint")
+    info = read_info(folder, setting="checkpoint")
     run = _read_run_file(folder)
     teacher_checkpoint = None
     if teacher is not None:
-        teacher_folder = find_checkpoint(teacher, what="--teacher")
-        teacher_checkpoint = teacher_folder, read_info(teacher_folder, what="--teacher")
+        teacher_folder = find_checkpoint(teacher, setting="--teacher")
+        teacher_checkpoint = teacher_folder, read_info(teacher_folder, setting="--teacher")
     data = data or dict(run.get("data", {}).get("valid", {}))
     if sequence_length is None:
         sequence_length = run.get("batch", {}).get("sequence_length")

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_kd.config import ConfigError
 
 
-def read_json(path: Path, *, what: str) -> dict[str, Any]:
+def read_json(path: Path, *, setting: str) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
@@ -20,7 +20,7 @@ def read_json(path: Path, *, what: str) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
     except FileNotFoundError:
-        raise ConfigError(f"{what}: {path} does not exist") from None
+        raise ConfigError(f"{setting}: {path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{what}: {path} cannot be read as JSON ({error})") from error
+        raise ConfigError(f"{setting}: {path} cannot be read as JSON ({error})") from error
     return content

@@ -26,8 +26,8 @@ class Source(TeacherSource):
         folder = self.config.teacher.checkpoint
         assert folder is not None
         try:
-            content = read_json(folder / "config.json", what=CHECKPOINT_KEY)
-            return model_from_config(content, what=CHECKPOINT_KEY)
+            content = read_json(folder / "config.json", setting=CHECKPOINT_KEY)
+            return model_from_config(content, setting=CHECKPOINT_KEY)
         except ConfigError:
             return None
 
@@ -70,7 +70,7 @@ class Source(TeacherSource):
                 f"{CHECKPOINT_KEY}: {folder} is not a folder (a Hugging Face teacher is read from "
                 "a local folder; nothing is downloaded)"
             )
-        read_json(folder / "config.json", what=CHECKPOINT_KEY)
+        read_json(folder / "config.json", setting=CHECKPOINT_KEY)
         if not any(folder.glob("*.safetensors")):
             raise ConfigError(
                 f"{CHECKPOINT_KEY}: {folder} holds no .safetensors file (pickled weights are never "
@@ -103,7 +103,7 @@ class Source(TeacherSource):
 
 
 def _check_vocabulary_size(folder: Path, vocab_size: int, tokenizer_digest: str | None) -> None:
-    size = read_json(folder / "config.json", what=CHECKPOINT_KEY).get("vocab_size")
+    size = read_json(folder / "config.json", setting=CHECKPOINT_KEY).get("vocab_size")
     if not isinstance(size, int):
         raise ConfigError(f"{CHECKPOINT_KEY}: {folder / 'config.json'} does not say vocab_size")
     if tokenizer_digest is None and size != vocab_size:

@@ -134,11 +134,15 @@ def check_checkpoint(
             of distill.hidden_states.
     """
     assert config.teacher.checkpoint is not None
-    folder = find_checkpoint(config.teacher.checkpoint, what=CHECKPOINT_KEY)
-    info = read_info(folder, what=CHECKPOINT_KEY)
+    folder = find_checkpoint(config.teacher.checkpoint, setting=CHECKPOINT_KEY)
+    info = read_info(folder, setting=CHECKPOINT_KEY)
     model = info.model_section()
     check_same_vocabulary(
-        info, vocab_size=vocab_size, tokenizer=tokenizer_digest, folder=folder, what=CHECKPOINT_KEY
+        info,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer_digest,
+        folder=folder,
+        setting=CHECKPOINT_KEY,
     )
     window = model.window_problem(config.batch.sequence_length)
     if window is not None:
@@ -165,5 +169,5 @@ def read_checkpoint_model(path: Path | None) -> ModelSection | None:
     """Return the shape of the model in a checkpoint of this program; None without a path."""
     if path is None:
         return None
-    folder = find_checkpoint(path, what=CHECKPOINT_KEY)
-    return read_info(folder, what=CHECKPOINT_KEY).model_section()
+    folder = find_checkpoint(path, setting=CHECKPOINT_KEY)
+    return read_info(folder, setting=CHECKPOINT_KEY).model_section()

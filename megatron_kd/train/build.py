@@ -171,12 +171,12 @@ def _build_student(
     """Build student and optimizer, and load what the run starts from."""
     student = Student(config, groups, vocab_size=inputs.vocab_size, projections=inputs.projections)
     if inputs.initial is not None:
-        load_weights(inputs.initial, student.models, what="checkpoint.initialize_from")
+        load_weights(inputs.initial, student.models, setting="checkpoint.initialize_from")
     optimizer = Optimizer(config, student)
     if inputs.resume is None:
         return student, optimizer, RunProgress()
     folder, info = inputs.resume
-    load_training_state(folder, student.models, optimizer, what="run.directory")
+    load_training_state(folder, student.models, optimizer, setting="run.directory")
     progress = RunProgress(
         info.step, info.consumed_samples, info.consumed_tokens, info.nonfinite_steps
     )

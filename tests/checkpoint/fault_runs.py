@@ -267,7 +267,7 @@ def poison(folder: Path, name: str, target: Path) -> None:
     elif name == "common.pt":
         torch.save({"optimizer": Payload(target)}, folder / name)
     elif name == "tensors":
-        entries = read_metadata(folder, what="test").storage_data.values()
+        entries = read_metadata(folder, setting="test").storage_data.values()
         with open(folder / "__0_0.distcp", "r+b") as stream:
             for entry in entries:
                 stream.seek(entry.offset)

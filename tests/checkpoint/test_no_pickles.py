@@ -135,9 +135,9 @@ def test_metadata_of_another_python(tmp_path: Path) -> None:
     metadata.storage_meta = [WriteItemType.TENSOR]
     with open(tmp_path / ".metadata", "wb") as stream:
         AsPython3112(stream).dump(metadata)
-    assert read_metadata(tmp_path, what="x").storage_meta == [WriteItemType.TENSOR]
+    assert read_metadata(tmp_path, setting="x").storage_meta == [WriteItemType.TENSOR]
     AsPython3112.member = "__subclasses__"
     with open(tmp_path / ".metadata", "wb") as stream:
         AsPython3112(stream).dump(metadata)
     with pytest.raises(ConfigError, match="it asks for '__subclasses__' of <enum 'WriteItemType'>"):
-        read_metadata(tmp_path, what="x")
+        read_metadata(tmp_path, setting="x")

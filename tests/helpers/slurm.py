@@ -185,11 +185,11 @@ class Cluster:
             if word.startswith(f"{name}=")
         )
 
-    def wait(self, condition, what: str, *, seconds: float = 120, tell=lambda: "") -> None:  # type: ignore[no-untyped-def]
+    def wait(self, condition, setting: str, *, seconds: float = 120, tell=lambda: "") -> None:  # type: ignore[no-untyped-def]
         """Wait until a condition is true; AssertionError with the text of `tell` on a timeout."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{tell()}"
+            assert time.monotonic() < deadline, f"not within {seconds} s: {setting}\n{tell()}"
             time.sleep(0.2)
 
     def wait_for(

@@ -99,8 +99,8 @@ def test_tasks_of_the_harness(
     ]
     assert run_tools({"tasks": call}, cwd=tmp_path)["tasks"].code == 0
     result = json.loads((tmp_path / "scores.json").read_text())["results"]["piqa"]
-    model = load_causal_lm(exported, torch.float32, what="model")
-    tokenizer = load_text_tokenizer(exported, what="model")
+    model = load_causal_lm(exported, torch.float32, setting="model")
+    tokenizer = load_text_tokenizer(exported, setting="model")
     is_correct = []
     for item in items:
         scores = [

@@ -85,8 +85,8 @@ def train_and_use(
     run = build_run(config, rendezvous=rendezvous)
     train(run)
     results = StudentResults(validation=evaluate(run)["held_out"])
-    student_folder = find_checkpoint(config.run.directory, what="test")
-    teacher_folder = find_checkpoint(config.teacher.checkpoint, what="test")
+    student_folder = find_checkpoint(config.run.directory, setting="test")
+    teacher_folder = find_checkpoint(config.teacher.checkpoint, setting="test")
     platform = start_platform("cpu")
     for layout_name, sizes in LAYOUTS.items():
         layout = ParallelSection(**sizes)
@@ -94,7 +94,7 @@ def train_and_use(
         student, teacher, near = (
             FrozenModel(
                 folder,
-                read_info(folder, what="test"),
+                read_info(folder, setting="test"),
                 groups,
                 layout,
                 precision="fp32",

@@ -135,10 +135,10 @@ def _convert(folder: Path, name: str, seed: int, tokens: torch.Tensor) -> Conver
     torch.save(expected, folder / "expected.pt")
     source = open_huggingface(folder / "huggingface", vocab_size_multiple=8)
     checkpoint = write_checkpoint(folder / "checkpoint", source, tokenizer=None)
-    info = read_info(checkpoint, what="test")
+    info = read_info(checkpoint, setting="test")
     write_huggingface(folder / "exported", checkpoint, info, max_positions=256, shard_bytes=20_000)
     original, exported = (
-        SafetensorsFolder(folder / name, what="test") for name in ("huggingface", "exported")
+        SafetensorsFolder(folder / name, setting="test") for name in ("huggingface", "exported")
     )
     same_weights = original.tensors.keys() == exported.tensors.keys() and all(
         torch.equal(original.read(key), exported.read(key)) for key in original.tensors
@@ -158,8 +158,8 @@ def _difference(folder: Path, groups: Any, parallel: Any, tokens: torch.Tensor) 
     from megatron_kd.inference.frozen_model import FrozenModel, KeyValueCache
     from megatron_kd.planning.parameters import rank_parameters
 
-    checkpoint = find_checkpoint(folder / "checkpoint", what="test")
-    info = read_info(checkpoint, what="test")
+    checkpoint = find_checkpoint(folder / "checkpoint", setting="test")
+    info = read_info(checkpoint, setting="test")
     model = FrozenModel(
         checkpoint, info, groups, parallel, precision="fp32", sequence_length=TOKENS
     )

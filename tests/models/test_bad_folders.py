@@ -190,11 +190,11 @@ def test_checkpoint_metadata_runs_no_code(tmp_path: Path, monkeypatch: pytest.Mo
     )
     (folder / ".metadata").write_bytes(pickle.dumps(Payload()))
     with pytest.raises(ConfigError, match="which no checkpoint needs"):
-        TensorReader(folder, what="test")
+        TensorReader(folder, setting="test")
     assert not Path("ran").exists()
     (folder / ".metadata").unlink()
     with pytest.raises(ConfigError, match="no .metadata file"):
-        TensorReader(folder, what="test")
+        TensorReader(folder, setting="test")
 
 
 @pytest.mark.fault(5)
@@ -210,6 +210,6 @@ def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         ConfigError, match=r"__0_0.distcp has \d+ bytes, expected \d+: the checkpoint is damaged"
     ):
         write_huggingface(
-            tmp_path / "back", folder, read_info(folder, what="test"), max_positions=64
+            tmp_path / "back", folder, read_info(folder, setting="test"), max_positions=64
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "huggingface"]

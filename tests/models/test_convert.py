@@ -36,10 +36,10 @@ def test_vocabulary_is_cut_and_padded(tmp_path: Path) -> None:
         vocab_size_multiple=16,
     )
     folder = write_checkpoint(tmp_path / "checkpoint", source, tokenizer="0" * 64)
-    info = read_info(folder, what="test")
+    info = read_info(folder, setting="test")
     assert (info.vocab_size, info.tokenizer, info.precision, info.step) == (45, "0" * 64, "fp32", 0)
     original = load_file(tmp_path / "huggingface/model.safetensors")
-    reader = TensorReader(folder, what="test")
+    reader = TensorReader(folder, setting="test")
     for megatron_name, name in (
         ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
         ("output_layer.weight", "lm_head.weight"),
@@ -61,7 +61,7 @@ def test_types(tmp_path: Path) -> None:
     for dtype, precision in ((torch.bfloat16, "bf16"), (torch.float16, "fp32")):
         source = open_huggingface(write_small_folder(tmp_path / str(dtype), dtype=dtype))
         folder = write_checkpoint(tmp_path / precision, source, tokenizer=None)
-        info = read_info(folder, what="test")
+        info = read_info(folder, setting="test")
         assert info.precision == precision
         write_huggingface(tmp_path / f"{precision}_back", folder, info, max_positions=64)
         original, exported = (
@@ -81,7 +81,7 @@ def test_megatron_checkpoint(tmp_path: Path) -> None:
     (source / "state.json").unlink()
     folder = adopt_checkpoint(source, MODEL, tmp_path / "adopted", tokenizer=None)
     source_weights, adopted = (
-        CheckpointWeights(path, MODEL, 50, what="test") for path in (source, folder)
+        CheckpointWeights(path, MODEL, 50, setting="test") for path in (source, folder)
     )
     assert all(
         torch.equal(source_weights.read(*key), adopted.read(*key)) for key in tensor_mappings(MODEL)
@@ -176,7 +176,7 @@ def test_conversion_holds_a_few_tensors_in_memory(tmp_path: Path) -> None:
 
 
 def _info(folder: Path) -> Any:
-    return read_info(folder / "checkpoints/step-00000000", what="test")
+    return read_info(folder / "checkpoints/step-00000000", setting="test")
 
 
 def test_exported_tokenizer_keeps_its_rules(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_exported_tokenizer_keeps_its_rules(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config))
         for file, content in huggingface_files(tmp_path / name).items():
             (folder / file).write_bytes(content)
-        exported = load_text_tokenizer(folder, what="model")
+        exported = load_text_tokenizer(folder, setting="model")
         assert exported(text).input_ids == tokenizer.encode(text).ids
         assert len(tokenizer.encode(" 1234567").ids) == 1
         assert exported.decode(exported(text).input_ids) == text
@@ -212,4 +212,4 @@ def test_exported_tokenizer_keeps_its_rules(tmp_path: Path) -> None:
             json.dumps(config_from_model(MODEL, vocab_size=300, dtype="float32", max_positions=64))
         )
         with pytest.raises(ConfigError, match="does not read .*tokenizer.json as it is written"):
-            load_text_tokenizer(folder, what="model")
+            load_text_tokenizer(folder, setting="model")

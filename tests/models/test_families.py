@@ -47,7 +47,7 @@ def test_model_section_survives_config_json() -> None:
             {**MODEL.model_dump(), "vocab_size_multiple": 128, "head_dim": 4, **changes}
         )
         config = config_from_model(model, vocab_size=50, dtype="float32", max_positions=64)
-        assert model_from_config(json.loads(json.dumps(config)), what="test") == model
+        assert model_from_config(json.loads(json.dumps(config)), setting="test") == model
 
 
 def test_models_that_no_family_has() -> None:

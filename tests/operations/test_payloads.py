@@ -59,7 +59,7 @@ def test_pickled_weights(sentinel: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="only pickled weights"):
             open_huggingface(folder)
         with pytest.raises(ConfigError, match="transformers cannot load"):
-            load_causal_lm(folder, torch.float32, what="teacher.checkpoint")
+            load_causal_lm(folder, torch.float32, setting="teacher.checkpoint")
         (folder / name).unlink()
     (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(sentinel)))
     with pytest.raises(ConfigError, match="truncated or damaged"):
@@ -84,11 +84,11 @@ def test_a_model_s_own_code(sentinel: Path, tmp_path: Path) -> None:
         )
     )
     with pytest.raises(ConfigError, match="transformers cannot load"):
-        load_causal_lm(folder, torch.float32, what="teacher.checkpoint")
+        load_causal_lm(folder, torch.float32, setting="teacher.checkpoint")
     (folder / "config.json").write_text(
         json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling_stranger.Stranger"}})
     )
-    assert load_causal_lm(folder, torch.float32, what="teacher.checkpoint")
+    assert load_causal_lm(folder, torch.float32, setting="teacher.checkpoint")
     with pytest.raises(ConfigError, match="which is never run"):
         open_huggingface(folder)
     assert not sentinel.exists()
@@ -114,7 +114,7 @@ def test_tokenizers(sentinel: Path, tmp_path: Path) -> None:
     )
     assert load_tokenizer(folder)[1].vocab_size > 0
     with pytest.raises(ConfigError, match="holds no tokenizer that transformers loads"):
-        load_text_tokenizer(folder, what="--tokenizer")
+        load_text_tokenizer(folder, setting="--tokenizer")
     assert not sentinel.exists()
 
 

@@ -262,7 +262,7 @@ def test_training_equals_plain_torch(bench: Bench, single: dict[str, Any], name:
     assert ("wide" == teacher) == any(key.startswith("hidden_projections") for key in weights)
     theirs = {name: value.double() for name, value in single[teacher].weights.items()}
     their_model = read_info(
-        find_checkpoint(bench.folder / teacher, what="test"), what="test"
+        find_checkpoint(bench.folder / teacher, setting="test"), setting="test"
     ).model_section()
     adam = plain_adamw(weights, weight_decay=0.1, lr=1.0, eps=1e-4)
     for step, row in enumerate(engine["rows"]):
@@ -410,21 +410,21 @@ def test_four_ranks_equal_one(bench: Bench, single: dict[str, Any]) -> None:
 
 
 def test_no_projection_leaves_the_run(bench: Bench, single: dict[str, Any]) -> None:
-    folder = find_checkpoint(bench.folder / "one", what="test")
-    info = read_info(folder, what="test")
+    folder = find_checkpoint(bench.folder / "one", setting="test")
+    info = read_info(folder, setting="test")
     stored = [
         name
-        for name in TensorReader(folder, what="test").tensors
+        for name in TensorReader(folder, setting="test").tensors
         if name.startswith("hidden_projections")
     ]
     assert len(stored) == len(info.hidden_projections) == 4
     write_huggingface(bench.folder / "exported", folder, info, max_positions=64)
-    names = set(SafetensorsFolder(bench.folder / "exported", what="test").tensors)
-    plain = find_checkpoint(bench.folder / "same", what="test")
+    names = set(SafetensorsFolder(bench.folder / "exported", setting="test").tensors)
+    plain = find_checkpoint(bench.folder / "same", setting="test")
     write_huggingface(
-        bench.folder / "exported_plain", plain, read_info(plain, what="test"), max_positions=64
+        bench.folder / "exported_plain", plain, read_info(plain, setting="test"), max_positions=64
     )
-    assert names == set(SafetensorsFolder(bench.folder / "exported_plain", what="test").tensors)
+    assert names == set(SafetensorsFolder(bench.folder / "exported_plain", setting="test").tensors)
     assert single["pupil"].records[0]["hidden_loss"] == 0.0, "a student that is its own teacher"
     projections = {
         name for name in single["restart"].weights if name.startswith("hidden_projections")

@@ -26,15 +26,15 @@ class CheckpointWeights:
         folder: the checkpoint folder.
         model: the model that it must hold.
         vocab_size: true number of ids; the stored vocabulary may be padded.
-        what: name of the checkpoint in error messages.
+        setting: name of the checkpoint in error messages.
 
     Raises:
         ConfigError: a tensor of the model is missing or has another shape.
     """
 
-    def __init__(self, folder: Path, model: ModelSection, vocab_size: int, *, what: str) -> None:
-        self.model, self.vocab_size, self._what = model, vocab_size, what
-        self.reader = TensorReader(folder, what=what)
+    def __init__(self, folder: Path, model: ModelSection, vocab_size: int, *, setting: str) -> None:
+        self.model, self.vocab_size, self._what = model, vocab_size, setting
+        self.reader = TensorReader(folder, setting=setting)
         for mapping, layer in tensor_mappings(model):
             self._check(mapping, layer)
 

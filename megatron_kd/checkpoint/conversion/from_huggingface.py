@@ -62,7 +62,7 @@ def open_huggingface(
     vocab_size: int | None = None,
     vocab_size_multiple: int = 128,
     precision: str | None = None,
-    what: str = "input",
+    setting: str = "input",
 ) -> HuggingFaceSource:
     """Read config.json and the headers of the safetensors files, and check that they agree.
 
@@ -72,7 +72,7 @@ def open_huggingface(
             uses. None: all rows.
         vocab_size_multiple: what the padded vocabulary of the checkpoint is a multiple of.
         precision: type of the checkpoint. None: bf16 where all weights are bf16, else fp32.
-        what: name of the folder in error messages.
+        setting: name of the folder in error messages.
 
     Returns:
         The checked folder. No weight has been read yet, except a tied output weight.
@@ -80,17 +80,17 @@ def open_huggingface(
     Raises:
         ConfigError: the folder is incomplete or is not of one supported model.
     """
-    weights = SafetensorsFolder(folder, what=what)
-    config = read_json(folder / "config.json", what=what)
-    model = model_from_config(config, what=what)
+    weights = SafetensorsFolder(folder, setting=setting)
+    config = read_json(folder / "config.json", setting=setting)
+    model = model_from_config(config, setting=setting)
     embedding_rows = model.vocab_size
     assert embedding_rows is not None
     if vocab_size is not None and not 1 < vocab_size <= embedding_rows:
         raise ConfigError(
-            f"{what}: the requested vocabulary size ({vocab_size}) must be in "
+            f"{setting}: the requested vocabulary size ({vocab_size}) must be in "
             f"[2, {embedding_rows}], the rows of the embedding"
         )
-    _check_tensors(weights, model, embedding_rows, what)
+    _check_tensors(weights, model, embedding_rows, setting)
     model = model.model_copy(
         update={
             "vocab_size": vocab_size or embedding_rows,
@@ -108,12 +108,12 @@ def open_huggingface(
 
 
 def _check_tensors(
-    weights: SafetensorsFolder, model: ModelSection, vocab_size: int, what: str
+    weights: SafetensorsFolder, model: ModelSection, vocab_size: int, setting: str
 ) -> None:
     if model.num_layers > len(weights.tensors):
         # Checked before anything is allocated per layer: config.json may hold any number.
         raise ConfigError(
-            f"{what}: config.json says {model.num_layers} layers, but {weights.folder} holds only "
+            f"{setting}: config.json says {model.num_layers} layers, but {weights.folder} holds only "
             f"{len(weights.tensors)} tensors: they are not of one model, or files are missing"
         )
     expected = {
@@ -125,22 +125,22 @@ def _check_tensors(
             strict=True,
         )
     }
-    _check_names(weights, expected, tied=model.tied_embeddings, what=what)
+    _check_names(weights, expected, tied=model.tied_embeddings, setting=setting)
     for name, shape in expected.items():
         tensor = weights.tensors[name]
         if tensor.shape != shape:
             raise ConfigError(
-                f"{what}: {name} has shape {list(tensor.shape)}, but config.json says {list(shape)}"
+                f"{setting}: {name} has shape {list(tensor.shape)}, but config.json says {list(shape)}"
             )
         if tensor.dtype is None:
             raise ConfigError(
-                f"{what}: {name} has type {tensor.type_name}: "
+                f"{setting}: {name} has type {tensor.type_name}: "
                 "convert the bf16, fp16 or fp32 original of the model"
             )
 
 
 def _check_names(
-    weights: SafetensorsFolder, expected: Mapping[str, tuple[int, ...]], *, tied: bool, what: str
+    weights: SafetensorsFolder, expected: Mapping[str, tuple[int, ...]], *, tied: bool, setting: str
 ) -> None:
     extra = [
         name
@@ -150,23 +150,23 @@ def _check_names(
     missing = [name for name in expected if name not in weights.tensors]
     if missing:
         raise ConfigError(
-            f"{what}: {_summarize(missing)} missing in {weights.folder}: "
+            f"{setting}: {_summarize(missing)} missing in {weights.folder}: "
             "config.json describes another model, or files are missing"
         )
     if tied and "lm_head.weight" in extra:
-        _check_tied(weights, what)
+        _check_tied(weights, setting)
         extra.remove("lm_head.weight")
     if extra:
         raise ConfigError(
-            f"{what}: {weights.folder} holds {_summarize(extra)}, "
+            f"{setting}: {weights.folder} holds {_summarize(extra)}, "
             "which a model of its config.json does not have"
         )
 
 
-def _check_tied(weights: SafetensorsFolder, what: str) -> None:
+def _check_tied(weights: SafetensorsFolder, setting: str) -> None:
     if not torch.equal(weights.read("lm_head.weight"), weights.read("model.embed_tokens.weight")):
         raise ConfigError(
-            f"{what}: config.json says tie_word_embeddings, "
+            f"{setting}: config.json says tie_word_embeddings, "
             "but lm_head.weight differs from model.embed_tokens.weight"
         )
 

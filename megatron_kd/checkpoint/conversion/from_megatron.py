@@ -24,7 +24,7 @@ def adopt_checkpoint(
     *,
     tokenizer: str | None,
     files: Mapping[str, bytes] | None = None,
-    what: str = "input",
+    setting: str = "input",
 ) -> Path:
     """Write the weights of another program's megatron-core checkpoint as one of this package.
 
@@ -36,7 +36,7 @@ def adopt_checkpoint(
         output: new run directory; must not exist.
         tokenizer: digest of the vocabulary, or None.
         files: further files of `output`, name -> content.
-        what: name of `folder` in error messages.
+        setting: name of `folder` in error messages.
 
     Returns:
         The step folder, `output`/checkpoints/step-00000000.
@@ -45,7 +45,7 @@ def adopt_checkpoint(
         ConfigError: the checkpoint does not hold this model, or `output` exists.
     """
     assert model.vocab_size is not None
-    weights = CheckpointWeights(folder, model, model.vocab_size, what=what)
+    weights = CheckpointWeights(folder, model, model.vocab_size, setting=setting)
     precision = "bf16" if weights.dtypes() == {torch.bfloat16} else "fp32"
     slices = [
         _tensor_slice(weights, mapping, layer, PRECISIONS[precision])

@@ -30,7 +30,7 @@ def write_huggingface(  # noqa: PLR0913 (independent options of one export)
     special_ids: Mapping[str, int] | None = None,
     shard_bytes: int = 2 * 10**9,
     files: Mapping[str, bytes] | None = None,
-    what: str = "input",
+    setting: str = "input",
 ) -> dict[str, Any]:
     """Write a checkpoint of this package as a Hugging Face folder.
 
@@ -42,7 +42,7 @@ def write_huggingface(  # noqa: PLR0913 (independent options of one export)
         special_ids: ids of special tokens for config.json, such as bos_token_id.
         shard_bytes: largest size of a safetensors file.
         files: further files of `output` (the tokenizer's), name -> content.
-        what: name of `folder` in error messages.
+        setting: name of `folder` in error messages.
 
     Returns:
         The content of config.json.
@@ -51,9 +51,9 @@ def write_huggingface(  # noqa: PLR0913 (independent options of one export)
         ConfigError: the checkpoint is damaged, or `output` exists.
     """
     check_is_new(output)
-    check_digests(folder, info, what=what)
+    check_digests(folder, info, setting=setting)
     model = info.model_section()
-    weights = CheckpointWeights(folder, model, info.vocab_size, what=what)
+    weights = CheckpointWeights(folder, model, info.vocab_size, setting=setting)
     dtypes = weights.dtypes()
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     config = config_from_model(

@@ -15,26 +15,26 @@ from megatron_kd.models.huggingface.families import FAMILIES, Family, family_of
 from megatron_kd.models.huggingface.tensor_names import head_dim
 
 
-def model_from_config(config: Mapping[str, Any], *, what: str) -> ModelSection:
+def model_from_config(config: Mapping[str, Any], *, setting: str) -> ModelSection:
     """Return the model section that a config.json describes.
 
     Args:
         config: content of config.json.
-        what: beginning of error messages.
+        setting: beginning of error messages.
 
     Raises:
         ConfigError: the model is of no known family, or has parts that are not supported.
     """
     try:
-        return _model_from_config(config, what)
+        return _model_from_config(config, setting)
     except KeyError as error:
-        raise ConfigError(f"{what}: config.json lacks {error.args[0]}") from error
+        raise ConfigError(f"{setting}: config.json lacks {error.args[0]}") from error
     except ValidationError as error:
         reason = "; ".join(map(_validation_message, error.errors()))
-        raise ConfigError(f"{what}: config.json describes no usable model ({reason})") from error
+        raise ConfigError(f"{setting}: config.json describes no usable model ({reason})") from error
     except (TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{what}: config.json describes no usable model (a value has the wrong type: {error})"
+            f"{setting}: config.json describes no usable model (a value has the wrong type: {error})"
         ) from error
 
 
@@ -43,9 +43,9 @@ def _validation_message(error: Any) -> str:
     return f"{key}: {message}" if key else message
 
 
-def _model_from_config(config: Mapping[str, Any], what: str) -> ModelSection:
-    family = _read_family(config, what)
-    _refuse_unsupported(config, what)
+def _model_from_config(config: Mapping[str, Any], setting: str) -> ModelSection:
+    family = _read_family(config, setting)
+    _refuse_unsupported(config, setting)
     values = {**family.defaults, **config}
     heads = config["num_attention_heads"]
     return ModelSection.model_validate(
@@ -61,61 +61,61 @@ def _model_from_config(config: Mapping[str, Any], what: str) -> ModelSection:
             "qk_norm": family.qk_norm,
             "qkv_bias": family.qkv_bias,
             "norm_eps": values.get("rms_norm_eps"),
-            "sliding_window": _read_window(config, family, what),
-            **_read_rope(config, what),
+            "sliding_window": _read_window(config, family, setting),
+            **_read_rope(config, setting),
         }
     )
 
 
-def _read_family(config: Mapping[str, Any], what: str) -> Family:
+def _read_family(config: Mapping[str, Any], setting: str) -> Family:
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise ConfigError(
-            f"{what}: config.json says model_type {model_type!r}: only {', '.join(FAMILIES)} "
+            f"{setting}: config.json says model_type {model_type!r}: only {', '.join(FAMILIES)} "
             "(dense) can be converted"
         )
     if config.get("auto_map"):
         raise ConfigError(
-            f"{what}: config.json asks for model code of its own (auto_map), which is never run: "
+            f"{setting}: config.json asks for model code of its own (auto_map), which is never run: "
             f"convert a plain {model_type} model"
         )
     architecture = FAMILIES[model_type].architecture
     architectures = config.get("architectures") or [architecture]
     if architectures != [architecture]:
         raise ConfigError(
-            f"{what}: config.json says architectures {architectures}: only {architecture} can be "
+            f"{setting}: config.json says architectures {architectures}: only {architecture} can be "
             "converted"
         )
     return FAMILIES[model_type]
 
 
-def _refuse_unsupported(config: Mapping[str, Any], what: str) -> None:
+def _refuse_unsupported(config: Mapping[str, Any], setting: str) -> None:
     if config.get("quantization_config"):
         raise ConfigError(
-            f"{what}: the weights are quantized (quantization_config): convert the bf16, fp16 or "
+            f"{setting}: the weights are quantized (quantization_config): convert the bf16, fp16 or "
             "fp32 original"
         )
     if config.get("hidden_act", "silu") != "silu":
         raise ConfigError(
-            f"{what}: config.json says hidden_act {config['hidden_act']!r}: only silu (SwiGLU) is "
+            f"{setting}: config.json says hidden_act {config['hidden_act']!r}: only silu (SwiGLU) is "
             "supported"
         )
     for name in ("attention_bias", "mlp_bias"):
         if config.get(name):
             raise ConfigError(
-                f"{what}: config.json says {name}, a bias that models here do not have"
+                f"{setting}: config.json says {name}, a bias that models here do not have"
             )
     if config.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-        _refuse_partial_rotary(config["partial_rotary_factor"], what)
+        _refuse_partial_rotary(config["partial_rotary_factor"], setting)
 
 
-def _refuse_partial_rotary(factor: float, what: str) -> None:
+def _refuse_partial_rotary(factor: float, setting: str) -> None:
     raise ConfigError(
-        f"{what}: config.json says partial_rotary_factor {factor}: only 1 is supported"
+        f"{setting}: config.json says partial_rotary_factor {factor}: only 1 is supported"
     )
 
 
-def _read_window(config: Mapping[str, Any], family: Family, what: str) -> int | None:
+def _read_window(config: Mapping[str, Any], family: Family, setting: str) -> int | None:
     """Return the attention window of all layers, or None. Refuse a window of some layers."""
     window = {**family.defaults, **config}.get("sliding_window")
     if family.window == "always":
@@ -129,13 +129,13 @@ def _read_window(config: Mapping[str, Any], family: Family, what: str) -> int | 
         without_window = min(config.get("max_window_layers", 28), layers)
     if 0 < without_window < layers:
         raise ConfigError(
-            f"{what}: config.json gives a sliding window to {layers - without_window} of {layers} "
+            f"{setting}: config.json gives a sliding window to {layers - without_window} of {layers} "
             "layers: only all or none are supported"
         )
     return window if without_window == 0 else None
 
 
-def _read_rope(config: Mapping[str, Any], what: str) -> dict[str, Any]:
+def _read_rope(config: Mapping[str, Any], setting: str) -> dict[str, Any]:
     """Return the keys of the model section for the rotary embedding.
 
     config.json spells them `rope_scaling`, and since transformers 5 `rope_parameters`.
@@ -144,12 +144,12 @@ def _read_rope(config: Mapping[str, Any], what: str) -> dict[str, Any]:
     base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        _refuse_partial_rotary(rope["partial_rotary_factor"], what)
+        _refuse_partial_rotary(rope["partial_rotary_factor"], setting)
     if rope_type == "default":
         return {"rope_base": base}
     if rope_type != "llama3":
         raise ConfigError(
-            f"{what}: config.json asks for rotary scaling of type {rope_type!r}: only "
+            f"{setting}: config.json asks for rotary scaling of type {rope_type!r}: only "
             '"default" and "llama3" are supported'
         )
     return {

@@ -45,7 +45,7 @@ class SafetensorsFolder:
 
     Args:
         folder: the model folder.
-        what: beginning of error messages.
+        setting: beginning of error messages.
 
     Attributes:
         tensors: the tensors of its files, by name.
@@ -54,11 +54,11 @@ class SafetensorsFolder:
         ConfigError: the folder is missing, incomplete, ambiguous or damaged.
     """
 
-    def __init__(self, folder: Path, *, what: str) -> None:
-        self.folder, self._what = folder, what
+    def __init__(self, folder: Path, *, setting: str) -> None:
+        self.folder, self._what = folder, setting
         if not folder.is_dir():
             raise ConfigError(
-                f"{what}: {folder} is not a folder (models are read from local folders only)"
+                f"{setting}: {folder} is not a folder (models are read from local folders only)"
             )
         self.tensors: dict[str, StoredTensor] = {}
         index = self._read_index()
@@ -68,7 +68,7 @@ class SafetensorsFolder:
             tensor = self.tensors.get(name)
             if tensor is None or tensor.file.name != file_name:
                 raise ConfigError(
-                    f"{what}: {INDEX} says that {file_name} holds {name}, but it does not: "
+                    f"{setting}: {INDEX} says that {file_name} holds {name}, but it does not: "
                     "complete the download"
                 )
 
@@ -89,7 +89,7 @@ class SafetensorsFolder:
         index = self.folder / INDEX
         if not index.exists():
             return {}
-        weights = read_json(index, what=self._what).get("weight_map")
+        weights = read_json(index, setting=self._what).get("weight_map")
         if not isinstance(weights, dict) or any(
             not isinstance(name, str) or Path(name).name != name for name in weights.values()
         ):

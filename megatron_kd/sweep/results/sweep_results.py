@@ -146,7 +146,7 @@ def read_result(out: Path) -> SweepResult:
         ConfigError: The folder has no readable sweep.json.
     """
     path = out / SWEEP_FILE
-    content = read_json(path, what="sweep")
+    content = read_json(path, setting="sweep")
     if content.get("format") != FORMAT:
         raise ConfigError(
             f"{path} is of format {content.get('format')!r}, and this program reads {FORMAT}"

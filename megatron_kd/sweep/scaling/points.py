@@ -174,7 +174,7 @@ def _last_validation(directory: Path, split: str | None, step: int | None = None
 def _evaluated_loss(checkpoint: Path, split: str, evaluations: Iterable[Path]) -> float | None:
     """Return the loss of a checkpoint on a validation set by its evaluations, or None."""
     for path in evaluations:
-        evaluation = read_json(path, what="--evaluation")
+        evaluation = read_json(path, setting="--evaluation")
         evaluated = Path(str(evaluation.get("checkpoint", ""))).resolve()
         if evaluated != checkpoint and checkpoint not in evaluated.parents:
             continue

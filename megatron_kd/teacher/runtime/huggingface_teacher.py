@@ -80,7 +80,7 @@ class HuggingFaceTeacher(Teacher):
             return _load_spread(folder, self._dtype, self.groups, self.settings.offload)
         model, problem = None, None
         try:
-            model = load_causal_lm(folder, self._dtype, what=CHECKPOINT_KEY)
+            model = load_causal_lm(folder, self._dtype, setting=CHECKPOINT_KEY)
             model = model.to(self.groups.platform.device)
         except ConfigError as error:
             problem = str(error)
@@ -214,7 +214,7 @@ def _load_spread(
     settings = _zero3_settings(dtype, offload, groups.platform.is_cuda)
     # transformers spreads weights while it reads them for as long as this object lives.
     spreading = HfDeepSpeedConfig(settings)
-    model = load_causal_lm(folder, dtype, what=CHECKPOINT_KEY)
+    model = load_causal_lm(folder, dtype, setting=CHECKPOINT_KEY)
     del spreading
     engine, *_ = deepspeed.initialize(model=model, config=settings)
     module: torch.nn.Module = engine.module

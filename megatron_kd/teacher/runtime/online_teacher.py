@@ -205,7 +205,7 @@ def build_online_teacher(
     assert inputs.folder is not None
     _check_device(config, groups)
     teacher = OnlineTeacher(config, inputs, groups, layers=layers)
-    load_weights(inputs.folder, teacher.models, what=CHECKPOINT_KEY)
+    load_weights(inputs.folder, teacher.models, setting=CHECKPOINT_KEY)
     if config.teacher.offload:
         teacher.resident = OffloadedWeights(teacher.models, groups.platform.device)
     return teacher

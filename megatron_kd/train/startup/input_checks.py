@@ -152,14 +152,14 @@ def _initial_checkpoint(config: RunConfig, vocab_size: int, digest: str | None) 
     """Return the checkpoint that a new run starts from, if it names one."""
     if config.checkpoint.initialize_from is None:
         return None
-    folder = find_checkpoint(config.checkpoint.initialize_from, what=_INITIAL)
+    folder = find_checkpoint(config.checkpoint.initialize_from, setting=_INITIAL)
     check_same_model(
-        read_info(folder, what=_INITIAL),
+        read_info(folder, setting=_INITIAL),
         config.model,
         vocab_size=vocab_size,
         tokenizer=digest,
         folder=folder,
-        what=_INITIAL,
+        setting=_INITIAL,
     )
     return folder
 
@@ -183,7 +183,7 @@ def _checkpoint_to_resume(
     for step in reversed(steps):
         folder = step_folder(checkpoints_folder(config), step)
         try:
-            info = read_info(folder, what="run.directory")
+            info = read_info(folder, setting="run.directory")
         except ConfigError as error:
             problems.append(str(error))
             continue
@@ -227,7 +227,7 @@ def check_resume(
         vocab_size=vocab_size,
         tokenizer=digest,
         folder=folder,
-        what="run.directory",
+        setting="run.directory",
     )
     if info.distributed_optimizer != config.optimizer.distributed:
         raise ConfigError(

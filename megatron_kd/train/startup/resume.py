@@ -109,7 +109,7 @@ def _inspect(folder: Path) -> tuple[CheckpointInfo | None, list[str]]:
 
     def read() -> tuple[CheckpointInfo | None, list[str]]:
         try:
-            return read_info(folder, what="run.directory"), []
+            return read_info(folder, setting="run.directory"), []
         except ConfigError as error:
             return None, [str(error).removeprefix("run.directory: ")]
 

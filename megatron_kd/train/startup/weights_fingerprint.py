@@ -105,5 +105,5 @@ def _initial_weights(config: RunConfig, inputs: Inputs, directory: Path) -> dict
     if inputs.resume is not None and path.exists():
         settings = _read(path).settings
         return {_INITIAL: settings[_INITIAL]} if _INITIAL in settings else {}
-    folder = inputs.initial or find_checkpoint(config.checkpoint.initialize_from, what=_INITIAL)
+    folder = inputs.initial or find_checkpoint(config.checkpoint.initialize_from, setting=_INITIAL)
     return {_INITIAL: checkpoint_digest(folder)}
