@@ -10,7 +10,7 @@ VERSION = next(
     for line in (HERE / "megatron_kd/__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
-# The programs are installed as a sub-package. Images install the requirements before they copy them.
+# The programs are installed as a sub-package. Images install requirements before they copy them.
 PROGRAMS = {
     package: folder
     for package, folder in (
@@ -36,7 +36,7 @@ setup(
         "megatron_kd.sweep.pages": ["page.css", "page.js"],
     },
     install_requires=[
-        # 2.10 repairs a hole in reading checkpoints (CVE-2026-24747); NGC images call theirs 2.10.0a0.
+        # 2.10 repairs a hole in reading checkpoints (CVE-2026-24747); NGC images have 2.10.0a0.
         "torch>=2.10.0a0",
         "megatron-core>=0.16.1,<0.20",
         "numpy",

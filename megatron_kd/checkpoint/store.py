@@ -136,8 +136,8 @@ def read_info(folder: Path, *, setting: str) -> CheckpointInfo:
         version = content["format"]
         if version not in range(1, FORMAT + 1):
             raise ConfigError(
-                f"{setting}: {folder} has checkpoint format {version}, this version reads formats 1 "
-                f"to {FORMAT}"
+                f"{setting}: {folder} has checkpoint format {version}, this version reads formats "
+                f"1 to {FORMAT}"
             )
         return CheckpointInfo(**content)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

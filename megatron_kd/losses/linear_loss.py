@@ -108,7 +108,8 @@ def linear_divergence(  # noqa: PLR0913 (public signature)
 
     total = ((1 - alpha) ce + alpha kd + z_loss logsumexp^2) loss_mask, where kd is the divergence
     at the temperature, times temperature^2 if requested. Formulas, directions and sources:
-    `config/declarations/divergences.py`. The student is always normalised over the whole vocabulary.
+    `config/declarations/divergences.py`. The student is always normalised over the whole
+    vocabulary.
 
     Args:
         hidden: as in `linear_kd_cross_entropy`.

@@ -1,4 +1,4 @@
-"""Hold the shape of the house: who imports whom, where megatron-core may appear, how long things are."""
+"""Hold the shape of the house: who imports whom, and how long things are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hold the language of the code: names that say what they hold, docstrings that begin with a verb."""
+"""Hold the language of the code: names that say what they hold, docstrings with a verb first."""
 
 from __future__ import annotations
 

@@ -113,8 +113,8 @@ def _check_tensors(
     if model.num_layers > len(weights.tensors):
         # Checked before anything is allocated per layer: config.json may hold any number.
         raise ConfigError(
-            f"{setting}: config.json says {model.num_layers} layers, but {weights.folder} holds only "
-            f"{len(weights.tensors)} tensors: they are not of one model, or files are missing"
+            f"{setting}: config.json says {model.num_layers} layers, but {weights.folder} holds "
+            f"only {len(weights.tensors)} tensors: they are not of one model, or files are missing"
         )
     expected = {
         name: shape
@@ -130,7 +130,8 @@ def _check_tensors(
         tensor = weights.tensors[name]
         if tensor.shape != shape:
             raise ConfigError(
-                f"{setting}: {name} has shape {list(tensor.shape)}, but config.json says {list(shape)}"
+                f"{setting}: {name} has shape {list(tensor.shape)}, but config.json says "
+                f"{list(shape)}"
             )
         if tensor.dtype is None:
             raise ConfigError(

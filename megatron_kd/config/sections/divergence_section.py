@@ -41,7 +41,8 @@ else:
             DivergenceName,
             Field(
                 default="forward_kl",
-                description="Divergence of teacher and student (formulas: config/declarations/divergences.py). "
+                description="Divergence of teacher and student (formulas: "
+                "config/declarations/divergences.py). "
                 f"{describe_divergences()}. All but forward_kl take tail bucket, some of them "
                 "renormalize; mse_logits needs dense.",
             ),

@@ -34,7 +34,8 @@ def model_from_config(config: Mapping[str, Any], *, setting: str) -> ModelSectio
         raise ConfigError(f"{setting}: config.json describes no usable model ({reason})") from error
     except (TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{setting}: config.json describes no usable model (a value has the wrong type: {error})"
+            f"{setting}: config.json describes no usable model (a value has the wrong type: "
+            f"{error})"
         ) from error
 
 
@@ -76,15 +77,15 @@ def _read_family(config: Mapping[str, Any], setting: str) -> Family:
         )
     if config.get("auto_map"):
         raise ConfigError(
-            f"{setting}: config.json asks for model code of its own (auto_map), which is never run: "
-            f"convert a plain {model_type} model"
+            f"{setting}: config.json asks for model code of its own (auto_map), which is never "
+            f"run: convert a plain {model_type} model"
         )
     architecture = FAMILIES[model_type].architecture
     architectures = config.get("architectures") or [architecture]
     if architectures != [architecture]:
         raise ConfigError(
-            f"{setting}: config.json says architectures {architectures}: only {architecture} can be "
-            "converted"
+            f"{setting}: config.json says architectures {architectures}: only {architecture} can "
+            "be converted"
         )
     return FAMILIES[model_type]
 
@@ -92,13 +93,13 @@ def _read_family(config: Mapping[str, Any], setting: str) -> Family:
 def _refuse_unsupported(config: Mapping[str, Any], setting: str) -> None:
     if config.get("quantization_config"):
         raise ConfigError(
-            f"{setting}: the weights are quantized (quantization_config): convert the bf16, fp16 or "
-            "fp32 original"
+            f"{setting}: the weights are quantized (quantization_config): convert the bf16, fp16 "
+            "or fp32 original"
         )
     if config.get("hidden_act", "silu") != "silu":
         raise ConfigError(
-            f"{setting}: config.json says hidden_act {config['hidden_act']!r}: only silu (SwiGLU) is "
-            "supported"
+            f"{setting}: config.json says hidden_act {config['hidden_act']!r}: only silu (SwiGLU) "
+            "is supported"
         )
     for name in ("attention_bias", "mlp_bias"):
         if config.get(name):
@@ -129,8 +130,8 @@ def _read_window(config: Mapping[str, Any], family: Family, setting: str) -> int
         without_window = min(config.get("max_window_layers", 28), layers)
     if 0 < without_window < layers:
         raise ConfigError(
-            f"{setting}: config.json gives a sliding window to {layers - without_window} of {layers} "
-            "layers: only all or none are supported"
+            f"{setting}: config.json gives a sliding window to {layers - without_window} of "
+            f"{layers} layers: only all or none are supported"
         )
     return window if without_window == 0 else None
 

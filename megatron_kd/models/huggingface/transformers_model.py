@@ -85,7 +85,8 @@ def load_text_tokenizer(folder: Path, *, setting: str) -> Any:
         ids = tokenizer(_PROBE, add_special_tokens=False).input_ids
         if ids != expected:
             raise ConfigError(
-                f"{setting}: transformers does not read {file} as it is written: it makes {len(ids)} "
+                f"{setting}: transformers does not read {file} as it is written: it makes "
+                f"{len(ids)} "
                 f"ids of a text of which the file makes {len(expected)}, so it would score other "
                 "ids than the model was trained on (it has rules of its own for "
                 f"{type(tokenizer).__name__}): use a tokenizer of that kind, or evaluate with "
