@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up what the tests need and run them: `bash tests/run.sh [pytest arguments]`. About 25 minutes on 2 cores, set-up included.
+# Install what the tests need and run them: `bash tests/run.sh [pytest arguments]`.
+# Without arguments: lint, types and the plain tests, about 10 minutes on 2 cores with two workers.
 # The longer tests: bash tests/run.sh -m slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,7 +24,7 @@ if [ ! -x .venv/bin/python ]; then
     say "Making .venv with $($python --version)"
     "$python" -m venv .venv
 fi
-# One stamp for what is installed: nothing is done again until the requirements change.
+# A stamp of the installed requirements: nothing is installed again until they change.
 wanted=$(cat setup.py constraints.txt | cksum)
 if [ "$(cat .venv/tests-installed 2>/dev/null)" != "$wanted" ]; then
     say "Installing the package and its test tools with constraints.txt (1-3 minutes)"
@@ -40,4 +41,9 @@ if [ $# -eq 0 ]; then
     .venv/bin/mypy
 fi
 say "Tests (pytest)"
+if [ $# -eq 0 ]; then
+    # Tests that measure the machine run after the others, alone.
+    .venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not study and not alone"
+    exec .venv/bin/python -m pytest -m "alone and not slow and not study"
+fi
 exec .venv/bin/python -m pytest "$@"
