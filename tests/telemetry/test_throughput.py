@@ -11,6 +11,7 @@ from megatron_kd.telemetry.throughput import Stopwatch, measure_peak_tflops
 from tests.telemetry.clock import Clock
 
 
+@pytest.mark.alone
 def test_measured_peak_is_plausible_and_short() -> None:
     start = time.monotonic()
     peak = measure_peak_tflops(torch.float32, seconds=0.05)

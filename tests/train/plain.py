@@ -15,7 +15,7 @@ def plain_logits(
     tokens: Tensor,
     layers: list[Tensor] | None = None,
 ) -> Tensor:
-    """tokens [B, S] -> logits [B, S, vocab_size], from whole weights under their checkpoint names; layers: gets each layer's output."""
+    """Tokens [B, S] -> logits [B, S, vocab_size], from whole weights under their checkpoint names; layers: gets each layer's output."""
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
     size = model.head_dim or model.hidden_size // heads
     x = weights["embedding.word_embeddings.weight"][tokens]

@@ -16,7 +16,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import full_weights, tiny, write_tokens
 from tests.train.test_program import command, finish, read_metrics, start, write_run
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.dist, pytest.mark.alone, pytest.mark.timeout(200)]
 
 
 def guards() -> Any:

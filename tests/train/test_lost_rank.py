@@ -17,7 +17,7 @@ from tests.helpers.tiny import tiny, write_tokens
 from tests.layouts.layouts import run_all
 from tests.train.test_program import write_run
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.dist, pytest.mark.alone, pytest.mark.timeout(300)]
 
 WORLD, LIMIT_SECONDS = 3, 15
 BATCH = {"global_batch_size": WORLD, "micro_batch_size": 1}

@@ -16,7 +16,7 @@ from tests.helpers.program import finish_ranks, start_ranks
 from tests.helpers.tiny import write_tokens
 from tests.train.test_program import RATES, read_metrics, write_run
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.dist, pytest.mark.alone, pytest.mark.timeout(300)]
 
 
 def wait_for_step(directory: Path, step: int) -> None:
