@@ -91,7 +91,8 @@ def optimal_table(
 
 def row_errors(table: Floats, rows: Floats) -> Floats:
     """Return the total variation distance of each row, fp64 [V]."""
-    return 0.5 * np.abs(table - rows).sum(1)
+    distance: Floats = 0.5 * np.abs(table - rows).sum(1)
+    return distance
 
 
 def draw_counts(chain: Chain, count: int, rng: np.random.Generator) -> Ids:

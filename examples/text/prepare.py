@@ -1,14 +1,19 @@
-"""Tokenizer and token files for sweeps of language models, from texts that a machine has; nothing is downloaded.
+r"""Write a tokenizer and token files for sweeps of language models, without any download.
 
     python examples/text/prepare.py OUTPUT --vocab-size 2048 --tokens 1310721
-    python examples/text/prepare.py OUTPUT --vocab-size 2048 --tokens 1310721 --text corpus/ --pattern '*.txt' --ood FILE
+    python examples/text/prepare.py OUTPUT --vocab-size 2048 --tokens 1310721 \
+        --text corpus/ --pattern '*.txt' --ood FILE
 
-Writes, each as .bin, .idx and .json:
-    OUTPUT/train    exactly --tokens tokens of the text, so that a pass over them is a known number of steps
-    OUTPUT/heldout  whole documents of the same text that are not in it: in-domain
+Files:
+    OUTPUT/tokenizer.model  the tokenizer
+
+Token files, each as .bin, .idx and .json:
+    OUTPUT/train    exactly --tokens tokens of the text, so that a pass has a known number of steps
+    OUTPUT/heldout  whole documents of the same text that are not in train: in-domain
     OUTPUT/prose    the language reference that Python's help() shows: out-of-domain
-    OUTPUT/other    --ood FILE; without it, this repository's own documents and licence
-and OUTPUT/tokenizer.model. Without --text the text is the sources of Python's own library. The same inputs give the same files.
+    OUTPUT/other    --ood FILE, or without it this repository's documents and licence
+
+Without --text the text is the sources of Python's library. The same inputs give the same files.
 """
 
 from __future__ import annotations
@@ -29,8 +34,8 @@ from megatron_kd.data.preparation.token_file_writer import TokenFileWriter
 from megatron_kd.data.token_files import read_index
 
 ROOT = Path(__file__).resolve().parents[2]
-# Tests, what a package manager installed, and tables and texts that are not code.
-NOT_SOURCES = (
+# Tests, installed packages, and tables and texts that are not code.
+EXCLUDED = (
     "test",
     "tests",
     "idle_test",
@@ -41,11 +46,12 @@ NOT_SOURCES = (
     "__pycache__",
     "config-*",
 )
-_COPIED = ("tokenizer_digest", "vocab_size", "end_of_document", "append_eod")
+# Keys of a token file's description that stay true when documents are cut.
+_COPIED_KEYS = ("tokenizer_digest", "vocab_size", "end_of_document", "append_eod")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 after one sentence."""
+    """Prepare the files and return 0, or 2 after an error message."""
     parsed = _parser().parse_args(arguments)
     try:
         print(json.dumps(prepare(parsed), indent=2))
@@ -56,32 +62,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare(parsed: argparse.Namespace) -> dict[str, int]:
-    """Everything; tokens by the name of the file. ConfigError, or what a tool says."""
+    """Write all files and return the number of tokens of each token file.
+
+    Raises:
+        ConfigError: An argument is invalid, the text is too short, or a tool failed.
+    """
     output: Path = parsed.output
     if parsed.tokens < 2:
         raise ConfigError(f"--tokens ({parsed.tokens}) must be at least 2")
     if parsed.text:
-        chosen = ["--input", parsed.text, "--pattern", *parsed.pattern]
+        source_options = ["--input", parsed.text, "--pattern", *parsed.pattern]
     else:
-        chosen = [
+        source_options = [
             "--input",
             sysconfig.get_path("stdlib"),
             "--pattern",
             "*.py",
             "--exclude",
-            *NOT_SOURCES,
+            *EXCLUDED,
         ]
     model = str(output / "tokenizer.model")
-    _tool("train_tokenizer", *chosen, "--vocab-size", str(parsed.vocab_size), "--output", model)
-    _encode(chosen, model, output / "all", "--holdout", f"heldout={parsed.holdout}")
+    _tool(
+        "train_tokenizer",
+        *source_options,
+        "--vocab-size",
+        str(parsed.vocab_size),
+        "--output",
+        model,
+    )
+    _encode(source_options, model, output / "all", "--holdout", f"heldout={parsed.holdout}")
     cut(output / "all", output / "train", parsed.tokens)
     write_prose(output / "texts/prose", parsed.prose_bytes)
     _encode(["--input", str(output / "texts/prose")], model, output / "prose")
-    _encode(
-        ["--input", *(map(str, own_documents()) if not parsed.ood else [parsed.ood])],
-        model,
-        output / "other",
-    )
+    other = [parsed.ood] if parsed.ood else [str(path) for path in repository_documents()]
+    _encode(["--input", *other], model, output / "other")
     return {
         name: read_index(output / name).num_tokens
         for name in ("train", "heldout", "prose", "other")
@@ -89,39 +103,54 @@ def prepare(parsed: argparse.Namespace) -> dict[str, int]:
 
 
 def cut(source: Path, output: Path, tokens: int) -> None:
-    """Whole documents of `source` in an order drawn once and for all, the last one cut, so that exactly `tokens` are in `output`."""
+    """Write exactly `tokens` tokens of a token file, in a fixed random order of documents.
+
+    All documents are whole but the last, which is cut.
+
+    Args:
+        source: Path of the token file to read, without its suffix.
+        output: Path of the token file to write, without its suffix.
+        tokens: Number of tokens to write.
+
+    Raises:
+        ConfigError: The source has fewer tokens.
+    """
     index = read_index(source)
     if index.num_tokens < tokens:
         raise ConfigError(
-            f"the text has {index.num_tokens} tokens outside the held-out ones, fewer than --tokens {tokens}: give more text"
+            f"the text has {index.num_tokens} tokens outside the held-out ones, fewer than "
+            f"--tokens {tokens}: give more text"
         )
     ids = np.memmap(f"{source}.bin", dtype=index.dtype, mode="r")
     description = json.loads(Path(f"{source}.json").read_text(encoding="utf-8"))
     with TokenFileWriter(output, index.dtype) as writer:
-        # By files' names, neighbours would be of one package.
+        # In the order of file names, neighbours would be of one package.
         for document in np.random.default_rng(0).permutation(len(index.lengths)):
             start = int(index.offsets[document]) // index.dtype.itemsize
             length = min(int(index.lengths[document]), tokens - writer.num_tokens)
             writer.add(np.array(ids[start : start + length]), np.array([length]))
-        writer.commit(**{key: description[key] for key in _COPIED})
+        writer.commit(**{key: description[key] for key in _COPIED_KEYS})
 
 
-def write_prose(folder: Path, most_bytes: int) -> None:
-    """Topics of Python's language reference, a file each, in an order drawn from their names, until `most_bytes` are together."""
+def write_prose(folder: Path, min_bytes: int) -> None:
+    """Write topics of Python's language reference, a file each, until they have `min_bytes` bytes.
+
+    Topics are taken in the order of the digests of their names.
+    """
     from pydoc_data.topics import topics
 
     folder.mkdir(parents=True, exist_ok=True)
     total = 0
     for name in sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        if total >= most_bytes:
+        if total >= min_bytes:
             break
         text = topics[name].encode()
         (folder / f"{name}.txt").write_bytes(text)
         total += len(text)
 
 
-def own_documents() -> list[Path]:
-    """Prose about programs, and a licence."""
+def repository_documents() -> list[Path]:
+    """Return this repository's pages about programs, and its licence."""
     return [
         ROOT / "LICENSE",
         *sorted(
@@ -132,7 +161,7 @@ def own_documents() -> list[Path]:
     ]
 
 
-def _encode(inputs: Sequence[str], tokenizer: str, prefix: Path, *more: str) -> None:
+def _encode(inputs: Sequence[str], tokenizer: str, prefix: Path, *options: str) -> None:
     _tool(
         "preprocess_data",
         *inputs,
@@ -141,18 +170,18 @@ def _encode(inputs: Sequence[str], tokenizer: str, prefix: Path, *more: str) -> 
         "--output",
         str(prefix),
         "--overwrite",
-        *more,
+        *options,
     )
 
 
 def _tool(name: str, *words: str) -> None:
-    """One of the tools; what it has to say about a failure is on standard error."""
-    done = subprocess.run(
+    # A tool writes the reason of a failure to standard error.
+    process = subprocess.run(
         [sys.executable, str(ROOT / f"tools/{name}.py"), *words], stdout=subprocess.PIPE, text=True
     )
-    if done.returncode:
+    if process.returncode:
         raise ConfigError(
-            f"tools/{name}.py stopped with exit code {done.returncode}; the reason is above"
+            f"tools/{name}.py stopped with exit code {process.returncode}; the reason is above"
         )
 
 
@@ -166,12 +195,12 @@ def _parser() -> argparse.ArgumentParser:
         "--tokens",
         type=int,
         required=True,
-        help="tokens of OUTPUT/train: one more than whole samples have",
+        help="tokens of OUTPUT/train: one more than in whole samples",
     )
     parser.add_argument(
         "--text",
         default="",
-        help='folder or file, as tools/preprocess_data.py takes it; "": the library of Python',
+        help='folder or file, as for tools/preprocess_data.py; "": the library of Python',
     )
     parser.add_argument(
         "--pattern", nargs="+", default=["*"], help="names of the files to take from --text (all)"
@@ -185,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         "--holdout", type=float, default=0.03, help="share of the documents that is held out (0.03)"
     )
     parser.add_argument(
-        "--prose-bytes", type=int, default=200_000, help="of the language reference (200000)"
+        "--prose-bytes", type=int, default=200_000, help="bytes of the language reference (200000)"
     )
     return parser
 

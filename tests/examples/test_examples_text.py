@@ -1,11 +1,9 @@
-"""Token files for the sweeps of examples/: exactly so many tokens, the same ones every time; and the grids that read them."""
+"""Test the token files of the example sweeps, their grids, and the commands of their pages."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import re
-import shlex
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +18,6 @@ from megatron_kd.data.token_file_checks import check_token_file
 from megatron_kd.data.token_files import read_index
 from megatron_kd.sweep.definition.grid import resolve
 from tests.helpers.program import ROOT
-from tests.helpers.sweeps import tool
 from tests.losses.cases import fresh_seed
 
 SWEEPS = ("design_space", "weak_teachers")
@@ -29,6 +26,7 @@ BATCH, LENGTH = 16, 128
 
 @pytest.fixture(scope="module")
 def prepare() -> ModuleType:
+    """Return examples/text/prepare.py as a module."""
     spec = importlib.util.spec_from_file_location("prepare_text", ROOT / "examples/text/prepare.py")
     assert spec is not None
     assert spec.loader is not None
@@ -37,55 +35,55 @@ def prepare() -> ModuleType:
     return module
 
 
-def write(prefix: Path, lengths: list[int]) -> list[list[int]]:
-    """Documents that say where they are from: id 10 * document + position, with what a token file's description holds."""
+def write_documents(prefix: Path, lengths: list[int]) -> list[list[int]]:
+    """Write and return documents whose ids are 50 * document + position, with a description."""
     documents = [
-        [50 * number + place for place in range(length)] for number, length in enumerate(lengths)
+        [50 * number + position for position in range(length)]
+        for number, length in enumerate(lengths)
     ]
     with TokenFileWriter(prefix, np.dtype("<u2")) as writer:
-        writer.add(np.concatenate([np.array(each) for each in documents]), np.array(lengths))
+        writer.add(
+            np.concatenate([np.array(document) for document in documents]), np.array(lengths)
+        )
         writer.commit(
             tokenizer_digest="d", vocab_size=5000, end_of_document=2, append_eod=True, bytes=99
         )
     return documents
 
 
-def test_exactly_so_many_tokens(prepare: ModuleType, tmp_path: Path) -> None:
+def test_exact_number_of_tokens(prepare: ModuleType, tmp_path: Path) -> None:
     lengths = np.random.default_rng(fresh_seed()).integers(1, 50, 40).tolist()
-    documents, wanted = write(tmp_path / "all", lengths), sum(lengths) // 2
+    documents, tokens = write_documents(tmp_path / "all", lengths), sum(lengths) // 2
     for name in ("one", "two"):
-        prepare.cut(tmp_path / "all", tmp_path / name, wanted)
+        prepare.cut(tmp_path / "all", tmp_path / name, tokens)
     index = read_index(tmp_path / "one")
-    assert (
-        check_token_file(tmp_path / "one", vocab_size=5000, tokenizer_digest="d").num_tokens
-        == wanted
-    )
+    checked = check_token_file(tmp_path / "one", vocab_size=5000, tokenizer_digest="d")
+    assert checked.num_tokens == tokens
     assert (tmp_path / "one.bin").read_bytes() == (tmp_path / "two.bin").read_bytes()
     ids = np.fromfile(tmp_path / "one.bin", "<u2")
     pieces = np.split(ids, np.cumsum(index.lengths)[:-1])
-    kept = [int(piece[0]) // 50 for piece in pieces]
-    assert all(
-        documents[number][: len(piece)] == piece.tolist()
-        for number, piece in zip(kept, pieces, strict=True)
-    )
-    assert all(
-        len(piece) == lengths[number] for number, piece in zip(kept[:-1], pieces, strict=False)
-    ), "only the last one is cut"
-    assert len(set(kept)) == len(kept), "none twice, and not in the order of their names"
-    assert kept != sorted(kept), "none twice, and not in the order of their names"
-    about = json.loads((tmp_path / "one.json").read_text())
-    assert about["tokenizer_digest"] == "d", "the text of a cut document has no known length"
-    assert "bytes" not in about, "the text of a cut document has no known length"
-    with pytest.raises(
-        ConfigError,
-        match=rf"has {sum(lengths)} tokens .* fewer than --tokens {sum(lengths) + 1}: give more text",
-    ):
-        prepare.cut(tmp_path / "all", tmp_path / "more", sum(lengths) + 1)
+    order = [int(piece[0]) // 50 for piece in pieces]
+    for number, piece in zip(order, pieces, strict=True):
+        assert documents[number][: len(piece)] == piece.tolist()
+    for number, piece in zip(order[:-1], pieces, strict=False):
+        assert len(piece) == lengths[number], "only the last document may be cut"
+    assert len(set(order)) == len(order), "a document occurs twice"
+    assert order != sorted(order), "documents are in the order of their names"
+    description = json.loads((tmp_path / "one.json").read_text())
+    assert description["tokenizer_digest"] == "d"
+    assert "bytes" not in description, "the text of a cut document has no known length"
+
+
+def test_too_few_tokens(prepare: ModuleType, tmp_path: Path) -> None:
+    write_documents(tmp_path / "all", [20, 30, 10])
+    message = r"has 60 tokens .* fewer than --tokens 61: give more text"
+    with pytest.raises(ConfigError, match=message):
+        prepare.cut(tmp_path / "all", tmp_path / "more", 61)
     assert not list(tmp_path.glob("more*"))
 
 
 def test_prose(prepare: ModuleType, tmp_path: Path) -> None:
-    """Whole topics of the language reference; and documents that this repository has."""
+    """Check that topics are complete, and the same ones at a second call."""
     prepare.write_prose(tmp_path / "texts", 60_000)
     texts = {path.name: path.read_text() for path in (tmp_path / "texts").iterdir()}
     assert 60_000 <= sum(len(text.encode()) for text in texts.values()) < 300_000
@@ -93,8 +91,11 @@ def test_prose(prepare: ModuleType, tmp_path: Path) -> None:
     assert "".join(texts.values()).count(" the ") > 300
     prepare.write_prose(tmp_path / "again", 60_000)
     assert {path.name for path in (tmp_path / "again").iterdir()} == set(texts)
-    assert all(path.is_file() for path in prepare.own_documents())
-    assert len(prepare.own_documents()) > 4
+
+
+def test_repository_documents(prepare: ModuleType) -> None:
+    assert all(path.is_file() for path in prepare.repository_documents())
+    assert len(prepare.repository_documents()) > 4
 
 
 def test_bad_arguments(
@@ -104,32 +105,47 @@ def test_bad_arguments(
     assert capfd.readouterr().err == "prepare: error: --tokens (1) must be at least 2\n"
 
 
-def test_passes_are_whole_and_shares_are_the_papers() -> None:
-    """In variables, which cannot compute: steps of a pass, 10 % and 1 % of design_space, 5 % of weak_teachers, whole and small."""
-    for name in SWEEPS:
-        file = tomllib.loads((ROOT / f"examples/{name}/sweep.toml").read_text())
-        for values in (file["variables"], file["variables"] | file["small"]):
-            per_pass, rest = divmod(values["train_tokens"] - 1, BATCH * LENGTH)
-            assert rest == 0
-            if name == "design_space":
-                assert values["teacher_steps"] % per_pass == 0
-                assert values["early_last"] == per_pass - 1
-                assert values["late_first"] == values["teacher_steps"] - per_pass
-                assert (values["warmup"], values["decay"]) == (
-                    values["steps"] // 10,
-                    values["steps"] // 100,
-                )
-            else:
-                assert values["short"] * 5 == values["steps"]
-                assert values["warmup"] * 20 == values["steps"]
-                assert values["long_warmup"] * 20 == values["long"]
-                assert values["short_warmup"] * 20 == values["short"]
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("name", SWEEPS)
+def test_variables_agree(name: str, small: bool) -> None:
+    """Check passes and shares by hand, since variables of a sweep cannot compute.
+
+    A pass has whole steps. The shares are the papers': 10 % and 1 % of the steps in design_space,
+    5 % in weak_teachers.
+    """
+    file = tomllib.loads((ROOT / f"examples/{name}/sweep.toml").read_text())
+    values = file["variables"] | (file["small"] if small else {})
+    steps_per_pass, remainder = divmod(values["train_tokens"] - 1, BATCH * LENGTH)
+    assert remainder == 0
+    if name == "design_space":
+        assert values["teacher_steps"] % steps_per_pass == 0
+        assert values["early_last"] == steps_per_pass - 1
+        assert values["late_first"] == values["teacher_steps"] - steps_per_pass
+        assert values["warmup"] == values["steps"] // 10
+        assert values["decay"] == values["steps"] // 100
+    else:
+        assert values["short"] * 5 == values["steps"]
+        assert values["warmup"] * 20 == values["steps"]
+        assert values["long_warmup"] * 20 == values["long"]
+        assert values["short_warmup"] * 20 == values["short"]
 
 
-def test_cells_are_what_their_rows_say(tmp_path: Path) -> None:
-    """PD* is pd_star.toml's loss; vanilla is a point of every grid; MSE, RS and full are not cut off; figures are the paper's."""
-    sweep = resolve(ROOT / "examples/design_space/sweep.toml", tmp_path)
-    configs: dict[str, Any] = {cell.name: cell.runs[1].steps[0].config for cell in sweep.cells}
+@pytest.fixture(scope="module")
+def design_space(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return the sweep of the design space."""
+    return resolve(
+        ROOT / "examples/design_space/sweep.toml", tmp_path_factory.mktemp("design_space")
+    )
+
+
+@pytest.fixture(scope="module")
+def configs(design_space: Any) -> dict[str, Any]:
+    """Return the configuration of each cell's run with seed 1."""
+    return {cell.name: cell.runs[1].steps[0].config for cell in design_space.cells}
+
+
+def test_recommended_cells(configs: dict[str, Any]) -> None:
+    """Compare PD* with its run file, and learning-rate schedules with the paper's."""
     star = load_config(["--config", str(ROOT / "examples/design_space/pd_star.toml")])
     assert configs["PD* M"].distill == star.distill
     assert configs["WSD-alpha + WSD-LR"].distill != star.distill
@@ -140,131 +156,47 @@ def test_cells_are_what_their_rows_say(tmp_path: Path) -> None:
         "0-alpha + WSD-LR",
         "WSD-beta + WSD-LR",
     ):
-        assert (configs[cell].optimizer.schedule, configs[cell].optimizer.decay_steps) == ("wsd", 5)
+        optimizer = configs[cell].optimizer
+        assert (optimizer.schedule, optimizer.decay_steps) == ("wsd", 5)
+
+
+def test_cells_change_one_setting_of_vanilla(design_space: Any, configs: dict[str, Any]) -> None:
     vanilla = configs["NLL"].distill
-    assert (vanilla.divergence, vanilla.alpha, vanilla.temperature) == (
-        "soft_cross_entropy",
-        1.0,
-        1.0,
-    )
-    assert (vanilla.top_k, vanilla.top_p, vanilla.truncate, vanilla.temperature_on) == (
-        100,
-        0.95,
-        "untempered",
-        "teacher",
-    )
-    for key, name in (
-        ("alpha", "alpha"),
-        ("temperature", "temperature"),
-        ("top_p", "p"),
-        ("top_k", "k"),
-    ):
-        cells = [cell for cell in sweep.cells if cell.group == name]
-        changed = [
-            configs[cell.name].distill.model_copy(update={key: getattr(vanilla, key)})
-            for cell in cells
-        ]
-        assert len(cells) >= 6, "one thing at a time"
-        assert all(each == vanilla for each in changed), "one thing at a time"
+    assert vanilla.divergence == "soft_cross_entropy"
+    assert (vanilla.alpha, vanilla.temperature) == (1.0, 1.0)
+    assert (vanilla.top_k, vanilla.top_p) == (100, 0.95)
+    assert (vanilla.truncate, vanilla.temperature_on) == ("untempered", "teacher")
+    groups = {"alpha": "alpha", "temperature": "temperature", "top_p": "p", "top_k": "k"}
+    for key, group in groups.items():
+        cells = [cell for cell in design_space.cells if cell.group == group]
+        assert len(cells) >= 6
+        for cell in cells:
+            distill = configs[cell.name].distill
+            restored = distill.model_copy(update={key: getattr(vanilla, key)})
+            assert restored == vanilla, cell.name
+
+
+def test_targets_of_cells(configs: dict[str, Any]) -> None:
+    """Check that MSE and full keep all ids, RS draws, and three cells have no teacher."""
     assert configs["MSE"].distill.dense
     assert configs["full"].distill.dense
     assert configs["RS-12"].distill.num_draws == 20
-    assert {configs[name].teacher.source for name in ("LM", "LM XL", "0-alpha + WSD-LR")} == {
-        "none"
+    for name in ("LM", "LM XL", "0-alpha + WSD-LR"):
+        assert configs[name].teacher.source == "none"
+
+
+def test_figures_of_the_paper(design_space: Any) -> None:
+    figures = {cell.name: cell.paper.get("average") for cell in design_space.cells}
+    expected = {
+        "alpha 0.9": 39.1,
+        "temperature 5.0": 37.7,
+        "k 50": 39.6,
+        "p 0.6": 38.3,
+        "LM XS": 32.6,
+        "medium to XL": 48.0,
+        "large to L": 42.9,
+        "large to M": 37.9,
     }
-    figures = {cell.name: cell.paper.get("average") for cell in sweep.cells}
-    assert (
-        figures["alpha 0.9"],
-        figures["temperature 5.0"],
-        figures["k 50"],
-        figures["p 0.6"],
-    ) == (39.1, 37.7, 39.6, 38.3)
-    assert (
-        figures["LM XS"],
-        figures["medium to XL"],
-        figures["large to L"],
-        figures["large to M"],
-    ) == (32.6, 48.0, 42.9, 37.9)
-    assert sum(figure is not None for figure in figures.values()) == len(figures) - 2 - 4, (
-        "but for two mirrored rules and sparse"
-    )
-
-
-def commands(text: str) -> list[list[str]]:
-    """Lines that start a program, lines that go on joined, comments and variables of the shell taken out."""
-    lines = text.replace("\\\n", " ").splitlines()
-    return [
-        shlex.split(line, comments=True)
-        for line in lines
-        if line.startswith(("python ", "torchrun "))
-    ]
-
-
-def test_commands_of_the_pages(tmp_path: Path) -> None:
-    """What the two pages say to type is understood; the paper's grids, with all their options, are sweeps."""
-    spoken = 0
-    for name in SWEEPS:
-        page = (ROOT / f"examples/{name}/README.md").read_text()
-        for words in commands(page):
-            assert words[1] in ("tools/sweep.py", "tools/report.py")
-            assert words[0] == "python"
-            assert not words[2].endswith(".toml") or (ROOT / words[2]).is_file(), words[2]
-            if "paper_scale.toml" in words[2]:
-                code, told = tool(
-                    "sweep", str(ROOT / words[2]), "--output", str(tmp_path), "--list", *words[5:]
-                )
-                assert code == 0, told
-                assert told.count("open ") >= 29, told
-            spoken += 1
-    assert spoken == 8
-    rows = [
-        row.split("|")[2] for row in page.splitlines() if row.startswith("| ") and ("`--set" in row)
-    ]
-    options = [" ".join(re.findall(r"`([^`]+)`", row)) for row in rows]
-    assert len(options) == 3
-    assert all("the line above" in row for row in rows[1:])
-    for number in range(3):
-        given = shlex.split(" ".join(options[: number + 1]))
-        settings = [word for word in given if word != "--set"]
-        sweep = resolve(
-            ROOT / "examples/weak_teachers/paper_scale.toml", tmp_path, settings=settings
-        )
-        jobs = [
-            task.steps[0].config for name, task in sweep.tasks.items() if name.startswith("teacher")
-        ]
-        students = {cell.runs[43].steps[0].config.train.steps for cell in sweep.cells}
-        assert students == {25000}
-        assert {job.train.steps for job in jobs} == {150000 if number == 2 else 25000}
-        assert len(jobs) == 4
-        assert all(("qwen" in job.model.preset) == (number == 0) for job in jobs)
-
-
-def test_commands_of_the_run_files() -> None:
-    """The first lines of the files at the papers' sizes: their overrides make complete runs."""
-    found = []
-    for name in ("design_space/pd_star", "weak_teachers/recipe"):
-        text = (ROOT / f"examples/{name}.toml").read_text()
-        text = "\n".join(
-            line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")
-        )
-        for words in commands(text):
-            start = next(place for place, word in enumerate(words) if word == "--config") + 2
-            rest = [word.replace("--output", "--run.directory") for word in words[start:]]
-            found.append(load_config(["--config", str(ROOT / f"examples/{name}.toml"), *rest]))
-    stored, star, teacher, student = found
-    assert (stored.teacher.source, stored.distill.top_k, stored.distill.top_p) == (
-        "huggingface",
-        100,
-        1.0,
-    )
-    assert (
-        star.batch.global_batch_size * star.batch.sequence_length * star.train.steps
-        == pytest.approx(100e9, rel=1e-4)
-    )
-    assert (teacher.teacher.source, teacher.train.steps, teacher.train.seed) == (
-        "none",
-        6 * student.train.steps,
-        42,
-    )
-    assert student.teacher.checkpoint == teacher.run.directory
-    assert student.optimizer.warmup_steps * 20 == student.train.steps
+    assert {name: figures[name] for name in expected} == expected
+    # Two mirrored rules and four cells of the group `sparse` have none.
+    assert sum(figure is not None for figure in figures.values()) == len(figures) - 2 - 4
