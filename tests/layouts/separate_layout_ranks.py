@@ -1,4 +1,4 @@
-"""What the tests of a teacher's own layout run on each rank."""
+"""Train with a teacher in a separate layout. Spawned ranks import this module."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from megatron_kd.config import RunConfig
 
 
 @dataclass
-class Asked:
-    """targets: sample -> its numbers [S, ...], as this rank got them in the first step; expected: the samples it trains on in it;
-    sent: bytes to other ranks in it. records: metrics of each step.
+class TeacherRun:
+    """Hold the teacher's targets of the first step on this rank, and the metrics of the run.
+
+    Attributes:
+        targets: Sample -> the tensors of its target, [S, ...] each, as this rank received them.
+        expected: Samples that this rank trains on in the first step.
+        sent: Bytes sent to other ranks for the targets of the first step.
+        records: Metrics of each step.
     """
 
     targets: dict[int, list[torch.Tensor]] = field(default_factory=dict)
@@ -22,82 +27,107 @@ class Asked:
     records: list[dict[str, Any]] = field(default_factory=list)
 
 
-def ask_all(rendezvous: str, configs: list[RunConfig], steps: int) -> list[Asked]:
-    """Each run in turn in one world: the first step's targets, then `steps` steps."""
+@dataclass
+class OverlapRun:
+    """Hold the numbers of a run, and how its teacher was placed.
+
+    Attributes:
+        prefetches: The teacher computes the targets of the next step during this one.
+        reversed_stages: The teacher's pipeline stages are in reverse order of ranks.
+        numbers: Losses and gradient norm of every step, and the losses of a validation.
+    """
+
+    prefetches: bool
+    reversed_stages: bool
+    numbers: list[float]
+
+
+def train_all(rendezvous: str, configs: list[RunConfig], steps: int) -> list[TeacherRun]:
+    """Collect the first step's targets of each run, then train it; all in one world."""
     from megatron_kd.parallel.groups import seed_step, stop_groups
     from megatron_kd.train.build import build_run
     from megatron_kd.train.step import train_step
 
-    found = []
+    results = []
     for number, config in enumerate(configs):
         run = build_run(config, rendezvous=f"{rendezvous}-{number}")
-        asked = first_targets(run)
+        result = first_targets(run)
         while run.progress.step < steps:
             seed_step(config.train.seed, run.progress.step, run.groups)
-            asked.records.append({**train_step(run).metrics, "step": run.progress.step})
+            result.records.append({**train_step(run).metrics, "step": run.progress.step})
         stop_groups()
-        found.append(asked)
-    return found
+        results.append(result)
+    return results
 
 
-def ask_unevenly(rendezvous: str, config: RunConfig, counts: list[list[int]]) -> list[Asked]:
-    """What replicas get who ask for other numbers of microbatches, as where a cache lacks some: counts[time][replica]."""
+def request_unevenly(
+    rendezvous: str, config: RunConfig, counts: list[list[int]]
+) -> list[TeacherRun]:
+    """Request targets of different numbers of microbatches on each replica, as a cache may.
+
+    Args:
+        rendezvous: Name of the world.
+        config: Run whose first microbatches are requested.
+        counts: Number of microbatches of each data-parallel rank, one list for each request.
+
+    Returns:
+        What this rank received for each request.
+    """
     from megatron_kd.parallel.groups import stop_groups
     from megatron_kd.train.build import build_run
 
     run = build_run(config, rendezvous=rendezvous)
     run.teacher.equal_counts = False
-    found = [first_targets(run, each[run.groups.data_rank]) for each in counts]
+    results = [first_targets(run, by_replica[run.groups.data_rank]) for by_replica in counts]
     stop_groups()
-    return found
+    return results
 
 
-def first_targets(run: Any, count: int | None = None) -> Asked:
-    """The targets of the first step (of its first `count` microbatches), and what was sent for them."""
+def first_targets(run: Any, count: int | None = None) -> TeacherRun:
+    """Return the targets of the first step's first `count` microbatches, and the bytes sent."""
     from megatron_kd.targets import SparseTarget
-    from megatron_kd.teacher.runtime import separate_layout as own_layout
+    from megatron_kd.teacher.runtime import separate_layout
 
-    asked, exchange = Asked(), own_layout.exchange
+    result, exchange = TeacherRun(), separate_layout.exchange
 
-    def counted(
+    def exchange_and_count(
         sends: dict[int, torch.Tensor], sizes: dict[int, int], *, like: torch.Tensor
     ) -> dict[int, torch.Tensor]:
-        asked.sent += sum(
+        result.sent += sum(
             tensor.numel() * tensor.element_size()
             for rank, tensor in sends.items()
             if rank != run.groups.rank
         )
         return exchange(sends, sizes, like=like)
 
-    own_layout.exchange = counted
+    separate_layout.exchange = exchange_and_count
     try:
         microbatches = run.train_data.microbatches(0)[:count]
         targets = run.teacher.targets(microbatches)
     finally:
-        own_layout.exchange = exchange
+        separate_layout.exchange = exchange
     for microbatch, target in zip(microbatches, targets, strict=True):
-        asked.expected |= set(microbatch.sample_ids.tolist()) if run.groups.is_last_stage else set()
+        samples = microbatch.sample_ids.tolist()
+        result.expected |= set(samples) if run.groups.is_last_stage else set()
         if isinstance(target, SparseTarget):
-            for place, sample in enumerate(microbatch.sample_ids.tolist()):
-                asked.targets[sample] = [tensor[:, place].clone() for tensor in target.tensors()]
-    return asked
+            for index, sample in enumerate(samples):
+                result.targets[sample] = [tensor[:, index].clone() for tensor in target.tensors()]
+    return result
 
 
-def run_ahead(
-    rendezvous: str, configs: list[RunConfig], steps: int
-) -> list[tuple[bool, bool, list[float]]]:
-    """Each run in turn in one world: whether its teacher runs ahead, whether with its stages reversed, and every step's numbers."""
+def train_with_overlap(rendezvous: str, configs: list[RunConfig], steps: int) -> list[OverlapRun]:
+    """Train each run in one world, with a validation after the second step."""
     from megatron_kd.parallel.groups import seed_step, stop_groups
     from megatron_kd.teacher.runtime.drain import DrainTeacher
     from megatron_kd.train.build import build_run
     from megatron_kd.train.evaluate import evaluate
     from megatron_kd.train.step import train_step
 
-    found = []
+    results = []
     for number, config in enumerate(configs):
         run = build_run(config, rendezvous=f"{rendezvous}-{number}")
-        ahead = isinstance(run.teacher, DrainTeacher)
-        inner = run.teacher.model if ahead else run.teacher
+        prefetches = isinstance(run.teacher, DrainTeacher)
+        inner = run.teacher.model if prefetches else run.teacher
         reversed_stages = getattr(inner, "groups", run.groups).reversed_stages
         numbers = []
         while run.progress.step < steps:
@@ -105,7 +135,7 @@ def run_ahead(
             report = train_step(run)
             numbers += [report.metrics["total_loss"], report.metrics["kd_loss"], report.grad_norm]
             if run.progress.step == 2:
-                numbers += [each["kd_loss"] for each in evaluate(run).values()]
+                numbers += [metrics["kd_loss"] for metrics in evaluate(run).values()]
         stop_groups()
-        found.append((ahead, reversed_stages, numbers))
-    return found
+        results.append(OverlapRun(prefetches, reversed_stages, numbers))
+    return results

@@ -17,7 +17,7 @@ from megatron_kd.train.startup.input_checks import check_inputs
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import VOCAB, tiny, write_tokens
 from tests.layouts.layouts import worst_loss
-from tests.layouts.separate_layout_ranks import Asked, ask_all
+from tests.layouts.separate_layout_ranks import TeacherRun, train_all
 from tests.losses.cases import fresh_seed
 from tests.models.folders import write_folder
 
@@ -79,20 +79,20 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.fixture(scope="module")
-def trained(bench: Bench) -> dict[str, list[Asked]]:
+def trained(bench: Bench) -> dict[str, list[TeacherRun]]:
     """Of each run what each rank saw."""
     configs = {
         key: config
         for name, layout in LAYOUTS.items()
         for key, config in bench.pair(name, **layout).items()
     }
-    by_rank = run_ranks(ask_all, 2, list(configs.values()), STEPS)
+    by_rank = run_ranks(train_all, 2, list(configs.values()), STEPS)
     return {key: [rank[number] for rank in by_rank] for number, key in enumerate(configs)}
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_same_student_run(trained: dict[str, list[Asked]], name: str) -> None:
+def test_same_student_run(trained: dict[str, list[TeacherRun]], name: str) -> None:
     converted, huggingface = trained[f"{name}_o"][0], trained[f"{name}_h"][0]
     assert len(huggingface.records) == STEPS
     assert all(record["kd_loss"] > 1e-3 for record in huggingface.records)
@@ -101,7 +101,7 @@ def test_same_student_run(trained: dict[str, list[Asked]], name: str) -> None:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("name", ["tp2", "pp2"])
-def test_same_targets(trained: dict[str, list[Asked]], name: str) -> None:
+def test_same_targets(trained: dict[str, list[TeacherRun]], name: str) -> None:
     samples = 0
     for converted, huggingface in zip(trained[f"{name}_o"], trained[f"{name}_h"], strict=True):
         assert converted.targets.keys() == huggingface.targets.keys() == huggingface.expected
