@@ -33,6 +33,9 @@ from megatron_kd.parallel.world import world_from_environment
 from megatron_kd.storage.exit_codes import BAD_INPUT
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from megatron_kd.data.preparation.selection import SelectionRule
     from megatron_kd.inference.document_scores import ScoringJob
     from megatron_kd.inference.frozen_model import FrozenModel
@@ -198,7 +201,6 @@ def _score(
     platform = start_platform(arguments.device, local_rank)
     import torch.distributed as dist
 
-    from megatron_kd.data.preparation.selection import write_selection
     from megatron_kd.data.token_files import read_index
     from megatron_kd.inference import document_scores as scoring
     from megatron_kd.inference.frozen_model import FrozenModel, inference_layout
@@ -234,16 +236,23 @@ def _score(
             _score_missing(pair, job, missing, groups)
         dist.barrier()
         return from_rank_zero(
-            lambda: write_selection(
-                Path(arguments.data),
-                arguments.output,
-                scoring.read_scores(folder, shards),
-                rule,
-                models.paths,
+            lambda: _write_selection(
+                arguments, rule, models.paths, scoring.read_scores(folder, shards)
             )
         )
     finally:
         stop_groups()
+
+
+def _write_selection(
+    arguments: argparse.Namespace,
+    rule: SelectionRule,
+    paths: dict[str, str],
+    scores: NDArray[np.float64],
+) -> dict[str, Any]:
+    from megatron_kd.data.preparation.selection import write_selection
+
+    return write_selection(Path(arguments.data), arguments.output, scores, rule, paths)
 
 
 def _score_missing(

@@ -83,6 +83,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    _add_definition_options(parser)
+    _add_execution_options(parser)
+    _add_action_options(parser)
+    return parser
+
+
+def _add_definition_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the sweep consists of."""
     parser.add_argument("file", type=Path, help="sweep file (TOML)")
     parser.add_argument(
         "--output", type=Path, required=True, help="folder of everything that the sweep writes"
@@ -99,6 +107,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="replace a value of [variables]; may be repeated",
     )
+
+
+def _add_execution_options(parser: argparse.ArgumentParser) -> None:
+    """Add which tasks run and how."""
     parser.add_argument(
         "--jobs",
         type=int,
@@ -131,6 +143,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="GLOB",
         help="move these and what was made from them aside, and do them again",
     )
+
+
+def _add_action_options(parser: argparse.ArgumentParser) -> None:
+    """Add what to do instead of running the sweep here; --sbatch-args must be the last option."""
     parser.add_argument(
         "--list", action="store_true", help="print every task and its state, and exit"
     )
@@ -157,7 +173,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OPTION",
         help="further options of sbatch; must come last",
     )
-    return parser
 
 
 def _show(sweep: Sweep, options: argparse.Namespace) -> int:

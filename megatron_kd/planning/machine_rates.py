@@ -160,9 +160,9 @@ def _geometric_mean(values: list[float]) -> float:
 
 def _device_of(content: Mapping[str, Any]) -> str:
     """Return "cuda" or "cpu"."""
-    asked_for_cuda = "cuda" in str(content["settings"].get("device"))
+    cuda_requested = "cuda" in str(content["settings"].get("device"))
     is_cpu = str(content.get("device", "")).startswith("CPU")
-    return "cuda" if asked_for_cuda or not is_cpu else "cpu"
+    return "cuda" if cuda_requested or not is_cpu else "cpu"
 
 
 def measured_cluster(content: Mapping[str, Any], device: str) -> Cluster:

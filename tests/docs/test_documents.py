@@ -1,4 +1,4 @@
-"""What a reader types: the README's commands and code, the run files, the quickstart."""
+"""Check the documented commands, code and run files of the README, examples and quickstart."""
 
 from __future__ import annotations
 
@@ -63,17 +63,17 @@ def test_run_files_are_valid(path: Path) -> None:
 
 
 def test_sweep_files_are_valid(tmp_path: Path) -> None:
-    """Those of the examples, and the one that the page about them shows, whole and small."""
+    """Resolve the sweeps of the examples and of their page, in full size and with [small]."""
     page = (ROOT / "examples/README.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
-    (tmp_path / "grid.toml").write_text(shown)
+    (sweep_text,) = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "grid.toml").write_text(sweep_text)
     (tmp_path / "run.toml").write_text((ROOT / "examples/quickstart/student.toml").read_text())
     for path in (*SWEEP_FILES, tmp_path / "grid.toml"):
-        whole, small = (resolve(path, tmp_path / "out", small=small) for small in (False, True))
-        assert len(whole.cells) >= len(small.cells) > 0
+        full, small = (resolve(path, tmp_path / "out", small=small) for small in (False, True))
+        assert len(full.cells) >= len(small.cells) > 0
         assert small.seeds
     assert [cell.name for cell in small.cells] == ["alpha 0.0", "alpha 0.5"]
-    assert len(whole.tasks) == 3 + 9
+    assert len(full.tasks) == 3 + 9
     block = next(
         block
         for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
@@ -207,7 +207,7 @@ def test_help(tool: Path) -> None:
     assert len(done.stdout) > 200
 
 
-def test_foreign_apex_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apex_of_another_project_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex/__init__.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))

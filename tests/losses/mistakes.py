@@ -44,8 +44,12 @@ def _changed(tensor: Tensor, *places: tuple[int, float]) -> Tensor:
 
 def _wrong_targets(vocab_size: int) -> list[tuple[SparseTarget, dict[str, Any], str]]:
     """Return (target, scalars, message)."""
+    return [*_wrong_tensors(), *_wrong_values(vocab_size), *_wrong_temperatures()]
+
+
+def _wrong_tensors() -> list[tuple[SparseTarget, dict[str, Any], str]]:
+    """Return targets with tensors of another shape or type."""
     good = good_target()
-    sampled = replace(good, sampled=True, temperature=2.0)
     return [
         (replace(good, indices=good.indices[:-1]), {}, "must both be (8, 2, 'K')"),
         (replace(good, logprobs=good.logprobs[..., :2]), {}, "must both be (8, 2, 'K')"),
@@ -69,6 +73,13 @@ def _wrong_targets(vocab_size: int) -> list[tuple[SparseTarget, dict[str, Any], 
             {},
             "target.indices must be int32 and target.logprobs fp32",
         ),
+    ]
+
+
+def _wrong_values(vocab_size: int) -> list[tuple[SparseTarget, dict[str, Any], str]]:
+    """Return targets with ids or log-probabilities that no selection gives."""
+    good = good_target()
+    return [
         (
             replace(good, indices=_changed(good.indices, (1, vocab_size))),
             {},
@@ -94,6 +105,14 @@ def _wrong_targets(vocab_size: int) -> list[tuple[SparseTarget, dict[str, Any], 
             {},
             "a token of target has no kept entry",
         ),
+    ]
+
+
+def _wrong_temperatures() -> list[tuple[SparseTarget, dict[str, Any], str]]:
+    """Return targets whose temperature does not fit the loss."""
+    good = good_target()
+    sampled = replace(good, sampled=True, temperature=2.0)
+    return [
         (
             good,
             {"temperature": 2.0, "tail": "bucket"},

@@ -33,65 +33,88 @@ pytestmark = pytest.mark.usefixtures("small_sizes")
 CHUNK = 17  # does not divide the 40 tokens
 
 
-def test_known_relations() -> None:
-    """Check limits of the parameters and relations of divergences, in values and gradients."""
-    seed = fresh_seed()
-    case = dense_problem(seed)
-    problem = replace(case.problem, labels=case.problem.labels.clamp(min=0))
+class RelationCase:
+    """Hold a problem with a dense teacher, and compare the outcomes of its divergences."""
 
-    def run(divergence: Divergence, temperature: float = 1.0) -> Outcome:
+    def __init__(self) -> None:
+        self.seed = fresh_seed()
+        self.case = dense_problem(self.seed)
+        problem = self.case.problem
+        self.problem = replace(problem, labels=problem.labels.clamp(min=0))
+
+    def run(self, divergence: Divergence, temperature: float = 1.0) -> Outcome:
         options = dict(alpha=1.0, temperature=temperature, schedule="save")
         return divergence_outcome(
-            problem,
-            case.teacher(torch.float64),
+            self.problem,
+            self.case.teacher(torch.float64),
             divergence,
-            problem.upstream,
+            self.problem.upstream,
             None,
             torch.float64,
             **options,
         )
 
     def check_equal(
-        actual_outcome: Outcome, expected_outcome: Outcome, limit: float, *, factor: float = 1.0
+        self,
+        actual_outcome: Outcome,
+        expected_outcome: Outcome,
+        limit: float,
+        *,
+        factor: float = 1.0,
     ) -> None:
         actual = {
             n: relative_error(getattr(actual_outcome, n) * factor, getattr(expected_outcome, n))
             for n in ("total", "kd", "hidden", "weight")
         }
-        assert max(actual.values()) < limit, say(seed, actual)
+        assert max(actual.values()) < limit, say(self.seed, actual)
 
-    forward, reverse = run(Divergence("forward_kl")), run(Divergence("reverse_kl"))
-    check_equal(run(Divergence("alpha_beta", ab_alpha=1.0, ab_beta=0.0)), forward, 1e-12)
-    check_equal(run(Divergence("alpha_beta", ab_alpha=0.0, ab_beta=1.0)), reverse, 1e-12)
+
+def test_limits_of_parameters() -> None:
+    """Compare limits of the parameters with other divergences, in values and gradients."""
+    case = RelationCase()
+    forward, reverse = case.run(Divergence("forward_kl")), case.run(Divergence("reverse_kl"))
+    case.check_equal(case.run(Divergence("alpha_beta", ab_alpha=1.0, ab_beta=0.0)), forward, 1e-12)
+    case.check_equal(case.run(Divergence("alpha_beta", ab_alpha=0.0, ab_beta=1.0)), reverse, 1e-12)
     # A parameter's distance from its limit counts times the largest ratio of two probabilities:
     # 1e7 at times, a hundred at temperature 4.
     warm_forward, warm_reverse = (
-        run(Divergence("forward_kl"), 4.0),
-        run(Divergence("reverse_kl"), 4.0),
+        case.run(Divergence("forward_kl"), 4.0),
+        case.run(Divergence("reverse_kl"), 4.0),
     )
-    check_equal(run(Divergence("alpha_beta", ab_alpha=1.0, ab_beta=1e-9), 4.0), warm_forward, 1e-7)
-    check_equal(run(Divergence("alpha_beta", ab_alpha=1e-9, ab_beta=1.0), 4.0), warm_reverse, 1e-7)
-    check_equal(run(Divergence("skew_kl", skew=1e-12), 4.0), warm_forward, 1e-9)
-    check_equal(run(Divergence("skew_reverse_kl", skew=1e-12), 4.0), warm_reverse, 1e-9)
-    check_equal(
-        run(Divergence("jensen_shannon", js_beta=1e-11), 4.0), warm_forward, 1e-4, factor=1e11
+    case.check_equal(
+        case.run(Divergence("alpha_beta", ab_alpha=1.0, ab_beta=1e-9), 4.0), warm_forward, 1e-7
     )
+    case.check_equal(
+        case.run(Divergence("alpha_beta", ab_alpha=1e-9, ab_beta=1.0), 4.0), warm_reverse, 1e-7
+    )
+    case.check_equal(case.run(Divergence("skew_kl", skew=1e-12), 4.0), warm_forward, 1e-9)
+    case.check_equal(case.run(Divergence("skew_reverse_kl", skew=1e-12), 4.0), warm_reverse, 1e-9)
+    case.check_equal(
+        case.run(Divergence("jensen_shannon", js_beta=1e-11), 4.0), warm_forward, 1e-4, factor=1e11
+    )
+    hot, flat = case.run(Divergence("forward_kl"), 1e4), case.run(Divergence("mse_logits"), 1e4)
+    case.check_equal(flat, hot, 1e-3, factor=0.5)
+
+
+def test_known_relations() -> None:
+    """Compare divergences with their closed forms and with each other."""
+    case = RelationCase()
+    seed, problem = case.seed, case.problem
+    forward = case.run(Divergence("forward_kl"))
     logits, q = problem.logits(), problem.teacher.softmax(1)
-    soft = run(Divergence("soft_cross_entropy"))
+    soft = case.run(Divergence("soft_cross_entropy"))
     assert relative_error(soft.kd - forward.kd, -(q * q.log()).sum(1)) < 1e-12, say(seed)
     assert relative_error(soft.hidden, forward.hidden) < 1e-12, say(seed)
     hellinger = 4 * (1 - (q * logits.softmax(1)).sqrt().sum(1))
     assert (
-        relative_error(run(Divergence("alpha_beta", ab_alpha=0.5, ab_beta=0.5)).kd, hellinger)
+        relative_error(case.run(Divergence("alpha_beta", ab_alpha=0.5, ab_beta=0.5)).kd, hellinger)
         < 1e-12
     ), say(seed)
-    hot, flat = run(Divergence("forward_kl"), 1e4), run(Divergence("mse_logits"), 1e4)
-    check_equal(flat, hot, 1e-3, factor=0.5)
     raw = logits - problem.teacher
-    assert relative_error(run(Divergence("mse_logits")).kd, raw.var(1, unbiased=False)) < 1e-12, (
-        say(seed)
-    )
-    shannon = run(Divergence("jensen_shannon")).kd
+    assert (
+        relative_error(case.run(Divergence("mse_logits")).kd, raw.var(1, unbiased=False)) < 1e-12
+    ), say(seed)
+    shannon = case.run(Divergence("jensen_shannon")).kd
     assert bool((shannon > 0).all() and (shannon < torch.tensor(2.0).log()).all()), say(seed)
 
 

@@ -85,6 +85,43 @@ def test_clocks_that_differ(tmp_path: Path, measured: Callable[[str], None]) -> 
     )
 
 
+def refused_changes(other_tokens: str) -> dict[str, tuple[str, str]]:
+    """Return key -> (value, message) of the changes that a run refuses."""
+    return {
+        "--distill.top_k": ("4", "distill.top_k: was 8, is now 4"),
+        "--distill.temperature": ("2.0", "distill.temperature: was the default, is now 2.0"),
+        "--batch.sequence_length": ("16", "batch.sequence_length: was 24, is now 16"),
+        "--batch.global_batch_size": ("2", "batch.global_batch_size: was 4, is now 2"),
+        "--train.seed": ("9", "train.seed: was 7, is now 9"),
+        "--data.train": (other_tokens, "data.train: "),
+    }
+
+
+def accepted_changes() -> dict[str, tuple[str, ...]]:
+    """Return name -> options of runs in order; the last one lacks a change allowed before."""
+    # A longer run in another layout is the same run. Allowed changes become the run's settings.
+    return {
+        "longer": (
+            "--train.steps",
+            "3",
+            "--batch.micro_batch_size",
+            "1",
+            "--distill.head_schedule",
+            "chunk",
+        ),
+        "allowed": (
+            "--train.steps",
+            "4",
+            "--distill.top_k",
+            "4",
+            "--checkpoint.allow_changes",
+            "true",
+        ),
+        "as allowed": ("--train.steps", "5", "--distill.top_k", "4"),
+        "as before": ("--train.steps", "6"),
+    }
+
+
 @pytest.mark.dist
 @pytest.mark.fault(11)
 def test_a_run_does_not_resume_with_other_settings(
@@ -96,36 +133,11 @@ def test_a_run_does_not_resume_with_other_settings(
     run = write_run(
         tmp_path, "run", tokens, train={"steps": 2}, teacher=online, distill={"top_k": 8}
     )
-    cases = {
-        "--distill.top_k": ("4", "distill.top_k: was 8, is now 4"),
-        "--distill.temperature": ("2.0", "distill.temperature: was the default, is now 2.0"),
-        "--batch.sequence_length": ("16", "batch.sequence_length: was 24, is now 16"),
-        "--batch.global_batch_size": ("2", "batch.global_batch_size: was 4, is now 2"),
-        "--train.seed": ("9", "train.seed: was 7, is now 9"),
-        "--data.train": (others, "data.train: "),
-    }
+    cases = refused_changes(others)
     tries: dict[str, tuple[str, ...]] = {
         key: ("--train.steps", "3", key, value) for key, (value, _) in cases.items()
     }
-    # A longer run in another layout is the same run. Allowed changes become the run's settings.
-    tries["longer"] = (
-        "--train.steps",
-        "3",
-        "--batch.micro_batch_size",
-        "1",
-        "--distill.head_schedule",
-        "chunk",
-    )
-    tries["allowed"] = (
-        "--train.steps",
-        "4",
-        "--distill.top_k",
-        "4",
-        "--checkpoint.allow_changes",
-        "true",
-    )
-    tries["as allowed"] = ("--train.steps", "5", "--distill.top_k", "4")
-    tries["as before"] = ("--train.steps", "6")
+    tries |= accepted_changes()
     jobs = [
         (main, (teacher,)),
         (main, (run,)),

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,6 +86,33 @@ def strike(run: Path, directory: Path, draw: random.Random, longest: float) -> s
     return blow
 
 
+def finish_undisturbed(run: Path) -> list[int]:
+    """Run to the end; return the exit codes."""
+    ranks = start_ranks(2, ["--config", str(run)])
+    return [code for code, _ in finish_ranks(ranks, timeout=600)]
+
+
+def curve(directory: Path) -> list[dict[str, Any]]:
+    """Return the metrics of a run without its rates."""
+    return [
+        {key: value for key, value in record.items() if key not in RATES}
+        for record in read_metrics(directory)
+    ]
+
+
+def disturb(
+    run: Path, directory: Path, draw: random.Random, longest: float, deadline: float, seed: int
+) -> list[str]:
+    """Disturb a run until it finishes, undisturbed once time is up; return the blows."""
+    blows: list[str] = []
+    while blow := strike(run, directory, draw, longest):
+        blows.append(blow)
+        if time.monotonic() >= deadline:
+            assert finish_undisturbed(run) == [0, 0], seed
+            break
+    return blows
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.fault(1, 2, 4, 7)
@@ -103,15 +131,9 @@ def test_soak(
     }
     undisturbed = write_run(tmp_path, "undisturbed", tokens, **settings)
     start = time.monotonic()
-    assert [
-        code
-        for code, _ in finish_ranks(start_ranks(2, ["--config", str(undisturbed)]), timeout=600)
-    ] == [0, 0]
+    assert finish_undisturbed(undisturbed) == [0, 0]
     longest = 1.2 * (time.monotonic() - start)
-    expected = [
-        {key: value for key, value in row.items() if key not in RATES}
-        for row in read_metrics(tmp_path / "undisturbed")
-    ]
+    expected = curve(tmp_path / "undisturbed")
 
     blows: Counter[str] = Counter()
     survived = 0
@@ -119,20 +141,8 @@ def test_soak(
     while time.monotonic() < deadline:
         name = f"run{survived}"
         run = write_run(tmp_path, name, tokens, **settings)
-        while (
-            blow := strike(run, tmp_path / name, draw, longest / 2)
-        ) and time.monotonic() < deadline:
-            blows[blow] += 1
-        if blow:
-            blows[blow] += 1
-            assert [
-                code
-                for code, _ in finish_ranks(start_ranks(2, ["--config", str(run)]), timeout=600)
-            ] == [0, 0], seed
-        metrics = [
-            {key: value for key, value in row.items() if key not in RATES}
-            for row in read_metrics(tmp_path / name)
-        ]
+        blows.update(disturb(run, tmp_path / name, draw, longest / 2, deadline, seed))
+        metrics = curve(tmp_path / name)
         assert metrics == expected, (seed, name)
         assert state_digests(tmp_path / name, STEPS) == state_digests(
             tmp_path / "undisturbed", STEPS

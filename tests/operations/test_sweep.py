@@ -221,12 +221,31 @@ def test_shutdown_waits_for_the_children(tmp_path: Path, signals: int) -> None:
     assert not notes(tmp_path, "begin")
 
 
-def test_slurm_dry_run_and_tasks(tmp_path: Path) -> None:
+def hostile_stubs(tmp_path: Path) -> tuple[Path, Path]:
+    """Write three jobs below a folder with shell characters; return sweep file and output."""
     hostile = tmp_path / "it's $(touch sentinel) `x`"
-    path, out = (
-        stubs(hostile, stub("j0") + stub("j1", needs='"j0"') + stub("j2", needs='"j0"')),
-        hostile / "out",
+    jobs = stub("j0") + stub("j1", needs='"j0"') + stub("j2", needs='"j0"')
+    return stubs(hostile, jobs), hostile / "out"
+
+
+def submit_to_stub(tmp_path: Path, path: Path, out: Path) -> tuple[int, str, list[str]]:
+    """Submit to an sbatch that only records its calls; return exit code, output and scripts."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text(
+        '#!/bin/bash\nfor last; do :; done\nprintf "%s\\n" "$last" >>"$0.calls"\necho "7;cluster"\n'
     )
+    (programs / "sbatch").chmod(0o755)
+    os.environ["PATH"], before = f"{programs}:{os.environ['PATH']}", os.environ["PATH"]
+    try:
+        code, output = sweep(path, out, "--slurm", "--only", "j*")
+    finally:
+        os.environ["PATH"] = before
+    return code, output, (programs / "sbatch.calls").read_text().splitlines()
+
+
+def test_slurm_dry_run(tmp_path: Path) -> None:
+    path, out = hostile_stubs(tmp_path)
     words = [
         "--slurm",
         "--ranks",
@@ -253,22 +272,16 @@ def test_slurm_dry_run_and_tasks(tmp_path: Path) -> None:
     code, output = sweep(path, out, *words[:3], "--set", "seconds=a\nb", "--dry-run")
     assert code == 2
     assert "newline" in output
+    assert not list(tmp_path.rglob("sentinel"))
+
+
+def test_slurm_tasks(tmp_path: Path) -> None:
+    path, out = hostile_stubs(tmp_path)
     code, output = sweep(path, out, "--task", "1")
     assert code == 2
     assert "started or submitted" in output
-    # Submitted to programs that only note how they are called, then worked off as Slurm would.
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "sbatch").write_text(
-        '#!/bin/bash\nfor last; do :; done\nprintf "%s\\n" "$last" >>"$0.calls"\necho "7;cluster"\n'
-    )
-    (programs / "sbatch").chmod(0o755)
-    os.environ["PATH"], before = f"{programs}:{os.environ['PATH']}", os.environ["PATH"]
-    try:
-        code, output = sweep(path, out, *words[:1], "--only", "j*")
-    finally:
-        os.environ["PATH"] = before
-    scripts = (programs / "sbatch.calls").read_text().splitlines()
+    # Submitted to a program that only records its calls, then worked off as Slurm would.
+    code, output, scripts = submit_to_stub(tmp_path, path, out)
     assert code == 0, output
     assert len(scripts) == 2, output
     assert "level-1 7" in output, output
@@ -281,7 +294,7 @@ def test_slurm_dry_run_and_tasks(tmp_path: Path) -> None:
             text=True,
         )
         assert done.returncode == 0, done.stderr
-    assert notes(hostile, "end") == Counter(["j0", "j1", "j2"])
+    assert notes(path.parent, "end") == Counter(["j0", "j1", "j2"])
     assert not list(tmp_path.rglob("sentinel"))
     code, output = sweep(path, out, "--task", "1", "--set", "seconds=9")
     assert code == 2

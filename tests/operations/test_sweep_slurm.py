@@ -61,38 +61,53 @@ json.dump({"n": total}, open(sys.argv[1], "w"))
 """
 
 
+def submit(cluster: Cluster, path: Path, out: Path) -> list[str]:
+    """Submit the sweep; return the numbers of the arrays."""
+    command = [
+        sys.executable,
+        str(TOOL),
+        str(path),
+        "--output",
+        str(out),
+        "--slurm",
+        "--sbatch-args",
+        "--cpus-per-task=1",
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, **cluster.environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return [line.split()[1] for line in done.stdout.splitlines() if line.startswith("level-")]
+
+
+def check_results(out: Path) -> None:
+    """Check that every cell has its numbers and every step of a run is there once."""
+    result = read_result(out)
+    assert not result.notes()
+    assert [cell.samples["n"].values for cell in result.cells[1:]] == [
+        {1: 8.0, 2: 8.0},
+        {1: 9.0, 2: 9.0},
+    ]
+    for seed in (1, 2):
+        steps = [
+            row["step"]
+            for row in whole_rows(out / f"runs/run/seed-{seed}/metrics.jsonl")
+            if "split" not in row
+        ]
+        assert steps == list(range(1, STEPS + 1)), seed
+
+
 def test_arrays_in_order_and_a_run_brought_back(tmp_path: Path) -> None:
     folder, out = tmp_path / "here", tmp_path / HOSTILE
     folder.mkdir()
     (folder / "write.py").write_text(WRITE)
     path = write_sweep(folder, SWEEP, tokens=write_tokens(tmp_path))
     with Cluster(tmp_path / "c") as cluster:
-
-        def submit() -> list[str]:
-            """Submit the sweep; return the numbers of the arrays."""
-            command = [
-                sys.executable,
-                str(TOOL),
-                str(path),
-                "--output",
-                str(out),
-                "--slurm",
-                "--sbatch-args",
-                "--cpus-per-task=1",
-            ]
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=100,
-                env={**os.environ, **cluster.environment},
-            )
-            assert done.returncode == 0, done.stderr
-            return [
-                line.split()[1] for line in done.stdout.splitlines() if line.startswith("level-")
-            ]
-
-        first, second = submit()
+        first, second = submit(cluster, path, out)
         rows = out / "runs/run/seed-1/metrics.jsonl"
         cluster.wait(
             lambda: rows.exists() and len(whole_rows(rows)) > 20,
@@ -117,20 +132,8 @@ def test_arrays_in_order_and_a_run_brought_back(tmp_path: Path) -> None:
             seconds=300,
             tell=lambda: cluster.ask("squeue") + logs(out),
         )
-        assert submit() == [], "all is done"
-    result = read_result(out)
-    assert not result.notes()
-    assert [cell.samples["n"].values for cell in result.cells[1:]] == [
-        {1: 8.0, 2: 8.0},
-        {1: 9.0, 2: 9.0},
-    ]
-    for seed in (1, 2):
-        steps = [
-            row["step"]
-            for row in whole_rows(out / f"runs/run/seed-{seed}/metrics.jsonl")
-            if "split" not in row
-        ]
-        assert steps == list(range(1, STEPS + 1)), seed
+        assert submit(cluster, path, out) == [], "all is done"
+    check_results(out)
     assert json.loads(finished.read_text())["state"] == "finished"
     assert [
         path

@@ -53,7 +53,7 @@ def end(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def foreign_lock(directory: Path, age: float) -> Owner:
+def write_remote_lock(directory: Path, age: float) -> Owner:
     """Write the lock of a process on another machine, `age` seconds after its last heartbeat."""
     owner = Owner(4711, time.time(), "somebody", "another-host", "2026-01-01 00:00:00")
     path = directory / LOCK_FILE
@@ -90,7 +90,7 @@ def test_second_run_is_told_who_holds_it(tmp_path: Path) -> None:
 
 
 def test_zombie_process_has_ended(tmp_path: Path) -> None:
-    """Where no parent waits for it, as in a container without an init, a killed run stays."""
+    """Treat a killed process as ended though no parent reaps it, as in a container without init."""
     other = hold(tmp_path)
     try:
         other.kill()
@@ -111,13 +111,13 @@ def test_zombie_process_has_ended(tmp_path: Path) -> None:
 
 @pytest.mark.fault(15)
 def test_other_machine_by_its_sign_of_life(tmp_path: Path) -> None:
-    owner = foreign_lock(tmp_path, 100.0)
+    owner = write_remote_lock(tmp_path, 100.0)
     with pytest.raises(
         ConfigError,
         match=r"process 4711 of somebody on another-host .*last sign of life 1\d\d s ago",
     ):
         DirectoryLock(tmp_path, heartbeat=Heartbeat(stale_seconds=600.0))
-    foreign_lock(tmp_path, 700.0)
+    write_remote_lock(tmp_path, 700.0)
     lock = DirectoryLock(tmp_path, heartbeat=Heartbeat(0.05, stale_seconds=600.0))
     assert lock.took_over is not None
     assert replace(lock.took_over, born=0) == replace(owner, born=0)
@@ -128,18 +128,18 @@ def test_other_machine_by_its_sign_of_life(tmp_path: Path) -> None:
     assert (tmp_path / LOCK_FILE).stat().st_mtime > time.time() - 60, "no heartbeat"
     lock.check()
     # From outside, only a new heartbeat proves that the owner lives.
-    foreign_lock(tmp_path, 1.0)
+    write_remote_lock(tmp_path, 1.0)
     reports: list[str] = []
     assert lock_conflict(tmp_path, stale_seconds=3.0, report=reports.append) is None
     assert "waiting up to 2 s for a sign of life" in reports[0]
-    foreign_lock(tmp_path, 1.0)
+    write_remote_lock(tmp_path, 1.0)
     heartbeat = threading.Timer(0.7, os.utime, [tmp_path / LOCK_FILE])
     heartbeat.start()
     assert "process 4711 of somebody on another-host" in (
         lock_conflict(tmp_path, stale_seconds=30.0) or ""
     )
     # A machine that slept for longer than the limit wakes up after another owner took over.
-    foreign_lock(tmp_path, 0.0)
+    write_remote_lock(tmp_path, 0.0)
     with pytest.raises(
         LostLockError, match="taken over by process 4711 of somebody on another-host"
     ):

@@ -73,7 +73,7 @@ def resolved(folder: Path, text: str, **options: Any) -> Sweep:
     return resolve(write_sweep(folder / "here", text), folder / "out", **options)
 
 
-def test_a_grid(tmp_path: Path) -> None:
+def test_cells_and_levels_of_a_grid(tmp_path: Path) -> None:
     sweep = resolved(tmp_path, GRID)
     assert [cell.name for cell in sweep.cells] == [
         f"alpha {a} k {k}" for a in (0.0, 0.5) for k in (8, 16)
@@ -92,6 +92,10 @@ def test_a_grid(tmp_path: Path) -> None:
     assert list(sweep.tasks)[:3] == ["data", "teacher_64", "teacher_128"]
     assert len(sweep.tasks) == 3 + 6 * 2
     assert [[len(level)] for level in sweep.levels()] == [[1], [2], [12]]
+
+
+def test_tasks_of_a_grid(tmp_path: Path) -> None:
+    sweep = resolved(tmp_path, GRID)
     data, out = sweep.tasks["data"], tmp_path / "out"
     assert data.steps[0].argv == (
         sys.executable,
@@ -125,6 +129,10 @@ def test_a_grid(tmp_path: Path) -> None:
         teacher.model.hidden_size,
     ) == (400, 7, 128)
     assert str(teacher.run.directory) == f"{out}/jobs/teacher_128"
+
+
+def test_tasks_of_a_grid_by_name(tmp_path: Path) -> None:
+    sweep = resolved(tmp_path, GRID)
     assert list(select(sweep, ["pair*"])) == [
         f"pair {a}, seed {seed}" for a in (1, 3) for seed in (1, 2)
     ]
