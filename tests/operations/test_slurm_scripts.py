@@ -107,55 +107,75 @@ def dry_runs(
     ]
 
 
-@pytest.mark.fault(14)
-def test_dry_runs(checkout: Checkout) -> None:
-    """The plan and every command are printed, even if inputs are missing; nothing is started."""
-    small = checkout.overrides(
+IMAGE = "it's a $(touch sentinel-7).sif"
+
+
+def small_overrides(checkout: Checkout) -> list[str]:
+    """Return the options of a tiny student without a teacher."""
+    return checkout.overrides(
         teacher__source="none", teacher__parallel__tensor="null", teacher__parallel__pipeline="null"
     )
-    image = "it's a $(touch sentinel-7).sif"
-    jobs: list[tuple[str, list[str], dict[str, str]]] = [
-        ("student_7b.sbatch", ["--dry-run", *small, "--batch.global_batch_size", "1024"], {}),
-        (
+
+
+@pytest.fixture(scope="module")
+def outputs(checkout: Checkout) -> dict[str, tuple[int, str]]:
+    """Return exit code and output of a dry run of every script."""
+    jobs: dict[str, tuple[str, list[str], dict[str, str]]] = {
+        "student": (
+            "student_7b.sbatch",
+            ["--dry-run", *small_overrides(checkout), "--batch.global_batch_size", "1024"],
+            {},
+        ),
+        "torchrun": (
             "student_7b.sbatch",
             ["--dry-run"],
-            {"KD_CONTAINER": "pyxis", "KD_IMAGE": image, "KD_LAUNCHER": "torchrun"},
+            {"KD_CONTAINER": "pyxis", "KD_IMAGE": IMAGE, "KD_LAUNCHER": "torchrun"},
         ),
-        ("cache.sbatch", ["--dry-run"], {"KD_CONTAINER": "apptainer", "KD_IMAGE": image}),
-        ("students_from_cache.sbatch", ["--dry-run"], {}),
-        ("evaluate.sbatch", ["--dry-run"], {}),
-        ("preprocess.sbatch", ["--dry-run"], {}),
-        ("preprocess.sh", ["--dry-run", "--nodes=1", "--", "--text-key", "it's"], {}),
-        ("two_phase.sh", ["--dry-run"], {}),
-        ("chain.sh", ["2", "examples/slurm/student_1b.sbatch", "--dry-run"], {}),
-    ]
-    student, torchrun, cache, students, evaluate, pieces, preprocess, two_phase, chain = dry_runs(
-        checkout, jobs
-    )
-    assert student[0] == 0, student
-    assert "16 nodes x 8 tasks = 128 ranks" in student[1], student
-    assert "tensor 2 x pipeline 2 x data 32" in student[1], student
-    training = printed_command(student[1], "training")
+        "cache": ("cache.sbatch", ["--dry-run"], {"KD_CONTAINER": "apptainer", "KD_IMAGE": IMAGE}),
+        "students": ("students_from_cache.sbatch", ["--dry-run"], {}),
+        "evaluate": ("evaluate.sbatch", ["--dry-run"], {}),
+        "pieces": ("preprocess.sbatch", ["--dry-run"], {}),
+        "preprocess": ("preprocess.sh", ["--dry-run", "--nodes=1", "--", "--text-key", "it's"], {}),
+        "two_phase": ("two_phase.sh", ["--dry-run"], {}),
+        "chain": ("chain.sh", ["2", "examples/slurm/student_1b.sbatch", "--dry-run"], {}),
+    }
+    return dict(zip(jobs, dry_runs(checkout, list(jobs.values())), strict=True))
+
+
+@pytest.mark.fault(14)
+def test_dry_run_of_a_student(checkout: Checkout, outputs: dict[str, tuple[int, str]]) -> None:
+    """Print the plan and every command."""
+    code, output = outputs["student"]
+    assert code == 0, output
+    assert "16 nodes x 8 tasks = 128 ranks" in output, output
+    assert "tensor 2 x pipeline 2 x data 32" in output, output
+    training = printed_command(output, "training")
     assert training[training.index("--config") + 2 :] == [
-        *small,
+        *small_overrides(checkout),
         "--batch.global_batch_size",
         "1024",
     ]
     assert "--ntasks=128" in training
-    assert "tools/check_node.py" in printed_command(student[1], "health check")
-    assert "exported/student-7b" in printed_command(student[1], "export")
-    words = printed_command(torchrun[1], "training")
+    assert "tools/check_node.py" in printed_command(output, "health check")
+    assert "exported/student-7b" in printed_command(output, "export")
+
+
+@pytest.mark.fault(14)
+def test_dry_run_in_a_container(checkout: Checkout, outputs: dict[str, tuple[int, str]]) -> None:
+    """Print the commands even if inputs are missing."""
+    code, output = outputs["torchrun"]
+    words = printed_command(output, "training")
     folder = str(checkout.folder)
-    assert torchrun[0] == 2
+    assert code == 2
     assert "--ntasks=16" in words
     assert "--nproc-per-node=8" in words
-    assert "teachers/llama-3.1-70b" in torchrun[1]
+    assert "teachers/llama-3.1-70b" in output
     assert {
-        f"--container-image={image}",
+        f"--container-image={IMAGE}",
         f"--container-mounts={folder}:{folder}",
         f"--container-workdir={folder}",
     } <= set(words)
-    words = printed_command(cache[1], "extraction")
+    words = printed_command(outputs["cache"][1], "extraction")
     container_command = [
         "apptainer",
         "exec",
@@ -164,12 +184,21 @@ def test_dry_runs(checkout: Checkout) -> None:
         f"{folder}:{folder}",
         "--pwd",
         folder,
-        image,
+        IMAGE,
         sys.executable,
         "tools/cache_teacher.py",
     ]
     assert words[words.index("apptainer") :][: len(container_command)] == container_command
     assert words[words.index("--worker") + 1] == "0"
+
+
+@pytest.mark.fault(14)
+def test_dry_runs_of_the_other_scripts(outputs: dict[str, tuple[int, str]]) -> None:
+    """Print the commands and the dependencies of the jobs."""
+    students, evaluate, pieces, preprocess, two_phase, chain = (
+        outputs[name]
+        for name in ("students", "evaluate", "pieces", "preprocess", "two_phase", "chain")
+    )
     assert "caches/llama-3.1-70b" in printed_command(students[1], "training")
     assert "tasks" in printed_command(evaluate[1], "tasks")
     assert "runs/student-7b" in printed_command(evaluate[1], "perplexity")
@@ -180,6 +209,11 @@ def test_dry_runs(checkout: Checkout) -> None:
     assert "it\\'s" in preprocess[1]
     assert "afterok:0" in two_phase[1]
     assert chain[1].count("--dependency=singleton") == 2
+
+
+@pytest.mark.fault(14)
+@pytest.mark.usefixtures("outputs")
+def test_dry_runs_start_nothing(checkout: Checkout) -> None:
     assert sorted(path.name for path in checkout.folder.iterdir()) == [
         "data",
         "examples",

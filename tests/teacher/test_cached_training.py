@@ -19,72 +19,89 @@ from tests.train.test_program import command, finish, start
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
 
+class StudentRuns:
+    """Train students of one teacher in a folder: of the live one, and of its caches."""
+
+    def __init__(self, folder: Path, teacher: tuple[Path, str]) -> None:
+        self.folder = folder
+        self.teacher = teacher
+        online = student(folder, "online", teacher)
+        for encoding in ("fp32", "quantized"):
+            code, output = finish(
+                start(
+                    extraction(
+                        online,
+                        folder / encoding,
+                        "--value-encoding",
+                        encoding,
+                        "--shard-samples",
+                        "50",
+                    )
+                )
+            )
+            assert code == 0, output
+        assert finish(start(command(online)))[0] == 0
+
+    def cached(
+        self, name: str, encoding: str = "fp32", *, ranks: int = 1, **overrides: Any
+    ) -> list[tuple[float, float, float]]:
+        source = {"source": "cached", "cache": str(self.folder / encoding)}
+        code, output = finish(
+            start(
+                command(
+                    student(self.folder, name, self.teacher, teacher=source, **overrides),
+                    ranks=ranks,
+                )
+            )
+        )
+        assert code == 0, output
+        return losses(self.folder / name)
+
+
 @pytest.mark.parametrize(
-    "whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"]
+    "other_layouts", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"]
 )
 def test_a_stored_teacher_teaches_like_the_live_one(
-    teacher: tuple[Path, str], tmp_path: Path, whole: bool
+    teacher: tuple[Path, str], tmp_path: Path, other_layouts: bool
 ) -> None:
     """Compare curves: fp32 is equal to the bit in one process, quantised values are close.
 
     Other layouts, micro-batch sizes and seeds differ by no more than layouts do.
     """
-    online = student(tmp_path, "online", teacher)
-    for encoding in ("fp32", "quantized"):
-        code, output = finish(
-            start(
-                extraction(
-                    online,
-                    tmp_path / encoding,
-                    "--value-encoding",
-                    encoding,
-                    "--shard-samples",
-                    "50",
-                )
-            )
-        )
-        assert code == 0, output
-    assert finish(start(command(online)))[0] == 0
-
-    def cached(
-        name: str, encoding: str = "fp32", *, ranks: int = 1, **overrides: Any
-    ) -> list[tuple[float, float, float]]:
-        source = {"source": "cached", "cache": str(tmp_path / encoding)}
-        code, output = finish(
-            start(
-                command(student(tmp_path, name, teacher, teacher=source, **overrides), ranks=ranks)
-            )
-        )
-        assert code == 0, output
-        return losses(tmp_path / name)
-
+    runs = StudentRuns(tmp_path, teacher)
     live = losses(tmp_path / "online")
     assert len(live) == 6
     assert all(kd > 0 for _, _, kd in live)
     torch.testing.assert_close(
-        torch.tensor(cached("close", "quantized")), torch.tensor(live), rtol=2e-3, atol=2e-4
+        torch.tensor(runs.cached("close", "quantized")), torch.tensor(live), rtol=2e-3, atol=2e-4
     )
-    assert cached("same") == live
-    if not whole:
-        return
+    assert runs.cached("same") == live
+    if other_layouts:
+        check_other_layouts(runs, live)
+        check_another_seed(runs, live)
+
+
+def check_other_layouts(runs: StudentRuns, live: list[tuple[float, float, float]]) -> None:
     for name, ranks, overrides in (
         ("tensor", 2, {"parallel": {"tensor": 2}}),
         ("pipeline", 2, {"parallel": {"pipeline": 2}}),
         ("data", 2, {"batch": {"micro_batch_size": 1}}),
     ):
         torch.testing.assert_close(
-            torch.tensor(cached(name, ranks=ranks, **overrides)),
+            torch.tensor(runs.cached(name, ranks=ranks, **overrides)),
             torch.tensor(live),
             rtol=1e-5,
             atol=1e-6,
         )
 
+
+def check_another_seed(runs: StudentRuns, live: list[tuple[float, float, float]]) -> None:
     other = {"train": {"seed": 8}}
-    assert finish(start(command(student(tmp_path, "online8", teacher, **other))))[0] == 0
-    assert cached("other8", **other) != live
+    assert finish(start(command(student(runs.folder, "online8", runs.teacher, **other))))[0] == 0
+    assert runs.cached("other8", **other) != live
     torch.testing.assert_close(
-        torch.tensor(losses(tmp_path / "other8")),
-        torch.tensor(losses(tmp_path / "online8")),
+        torch.tensor(losses(runs.folder / "other8")),
+        torch.tensor(losses(runs.folder / "online8")),
         rtol=1e-5,
         atol=1e-6,
     )
