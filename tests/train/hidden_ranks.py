@@ -1,4 +1,4 @@
-"""What the tests of hidden states run on each rank. A module of its own, because spawned ranks import it."""
+"""Train runs that compare hidden states. Spawned ranks import this module."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from tests.train.plain_run import engine_steps
 
 
 @dataclass
-class Ran:
-    """trained: of each job; sent: bytes that this rank sent to others for hidden states in each job, None where it did not even
-    meet them; steps: `engine_steps` of jobs.
+class RankResult:
+    """Hold the results of all jobs on one rank.
+
+    Attributes:
+        trained: Result of each job.
+        sent: For each job, the bytes of hidden states that this rank sent to others; None where
+            it did not take part in an exchange.
+        steps: Results of `engine_steps`.
     """
 
     trained: list[Trained] = field(default_factory=list)
@@ -27,30 +32,42 @@ class Ran:
 def run_masked(
     rendezvous: str,
     jobs: list[tuple[RunConfig, int, bool]],
-    stepped: list[tuple[RunConfig, int]] | None = None,
-) -> Ran:
-    """`run_all`, then `engine_steps`, on data where every third id takes no part in the loss."""
+    repeated: list[tuple[RunConfig, int]] | None = None,
+) -> RankResult:
+    """Call `run_all`, then `engine_steps`, with every third id masked out of the loss.
+
+    Args:
+        rendezvous: Name of the world.
+        jobs: Jobs of `run_all`.
+        repeated: Runs and their numbers of steps for `engine_steps`.
+    """
     from megatron_kd.parallel.groups import stop_groups
     from megatron_kd.train.hidden_states import layer_exchange
 
-    whole, exchange, ran = BatchSource.microbatches, layer_exchange.exchange, Ran()
+    read_microbatches, exchange = BatchSource.microbatches, layer_exchange.exchange
+    result = RankResult()
 
-    def counted(sends: dict[int, torch.Tensor], *rest: Any, **named: Any) -> Any:
-        here = torch.distributed.get_rank(named["group"])
-        ran.sent[-1] = (ran.sent[-1] or 0) + sum(
-            tensor.numel() * tensor.element_size() for rank, tensor in sends.items() if rank != here
+    def exchange_and_count(sends: dict[int, torch.Tensor], *rest: Any, **options: Any) -> Any:
+        own_rank = torch.distributed.get_rank(options["group"])
+        result.sent[-1] = (result.sent[-1] or 0) + sum(
+            tensor.numel() * tensor.element_size()
+            for rank, tensor in sends.items()
+            if rank != own_rank
         )
-        return exchange(sends, *rest, **named)
+        return exchange(sends, *rest, **options)
 
-    BatchSource.microbatches = lambda self, *where: [_mask(each) for each in whole(self, *where)]  # type: ignore[method-assign]
-    layer_exchange.exchange = counted
+    def masked_microbatches(source: BatchSource, consumed_samples: int) -> list[Microbatch]:
+        return [_mask(microbatch) for microbatch in read_microbatches(source, consumed_samples)]
+
+    BatchSource.microbatches = masked_microbatches  # type: ignore[method-assign]
+    layer_exchange.exchange = exchange_and_count
     for number, job in enumerate(jobs):
-        ran.sent.append(None)
-        ran.trained += run_all(f"{rendezvous}-{number}", [job])
-    for number, (config, steps) in enumerate(stepped or []):
-        ran.steps.append(engine_steps(f"{rendezvous}-stepped{number}", config, steps))
+        result.sent.append(None)
+        result.trained += run_all(f"{rendezvous}-{number}", [job])
+    for number, (config, steps) in enumerate(repeated or []):
+        result.steps.append(engine_steps(f"{rendezvous}-repeated{number}", config, steps))
         stop_groups()
-    return ran
+    return result
 
 
 def _mask(microbatch: Microbatch) -> Microbatch:

@@ -1,4 +1,4 @@
-"""The engine's side of the comparison with plain torch, in a process of its own."""
+"""Run the engine for the comparison with plain torch. Spawned ranks import this module."""
 
 from __future__ import annotations
 
@@ -9,24 +9,29 @@ from tests.helpers.tiny import full_weights
 
 
 def engine_steps(rendezvous: str, config: RunConfig, steps: int) -> dict[str, Any]:
-    """Initial weights, each step's data, targets and metrics, and the weights after `steps` updates."""
+    """Train `steps` steps and return everything that plain torch needs to repeat them.
+
+    Returns:
+        "before", "after": full weights by name. For each step: "batches", (tokens, labels, mask)
+        of each microbatch; "targets", of each microbatch; "learning_rates"; "records", metrics.
+    """
     from megatron_kd.train.build import build_run
     from megatron_kd.train.step import train_step
 
     run = build_run(config, rendezvous=rendezvous)
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "before": full_weights(run.student.models),
         "batches": [],
         "targets": [],
-        "rows": [],
+        "records": [],
         "learning_rates": [],
     }
     for _ in range(steps):
         microbatches = run.train_data.microbatches(run.progress.consumed_samples)
-        found["batches"].append([(m.tokens, m.labels, m.loss_mask) for m in microbatches])
-        found["targets"].append(run.teacher.targets(microbatches))
-        found["learning_rates"].append(run.learning_rate)
+        result["batches"].append([(m.tokens, m.labels, m.loss_mask) for m in microbatches])
+        result["targets"].append(run.teacher.targets(microbatches))
+        result["learning_rates"].append(run.learning_rate)
         report = train_step(run)
-        found["rows"].append({**report.metrics, "grad_norm": report.grad_norm})
-    found["after"] = full_weights(run.student.models)
-    return found
+        result["records"].append({**report.metrics, "grad_norm": report.grad_norm})
+    result["after"] = full_weights(run.student.models)
+    return result

@@ -1,4 +1,4 @@
-"""Runs with other divergences than the fast one: from sparse targets, and from the whole teacher in any layout."""
+"""Train with other divergences than the fast one: from sparse targets and from all logits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DISTILLS: dict[str, dict[str, Any]] = {
         "head_schedule": "chunk",
         "chunk_tokens": 30,
     },
-    # Forward KL twice: all ids as a sparse target, and the whole teacher.
+    # The same forward KL as "dense", from a sparse target that holds all ids.
     "all_ids": {"top_k": 101, "tail": "bucket", "temperature": 2.0},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -36,22 +36,22 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_pairs(rendezvous: str, jobs: list[Any], refused: RunConfig) -> tuple[list[Trained], str]:
-    """What `run_all` gives, and the sentence that `refused` ends with before a group is made."""
+def run_pairs(rendezvous: str, jobs: list[Any], invalid: RunConfig) -> tuple[list[Trained], str]:
+    """Return the trained jobs, and the error that rejects `invalid` before a group is made."""
     from megatron_kd.train.build import build_run
 
     try:
-        build_run(refused, rendezvous=f"{rendezvous}-refused")
+        build_run(invalid, rendezvous=f"{rendezvous}-refused")
     except ConfigError as error:
         return run_all(rendezvous, jobs), str(error)
     return [], "not refused"
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Trained], str]:
+def runs_and_error(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Trained], str]:
     folder = tmp_path_factory.mktemp("divergences")
     data, valid = write_tokens(folder), write_tokens(folder, tokens=1_500, seed=1)
-    # The teacher pads its vocabulary otherwise, to the same size.
+    # The teacher pads its vocabulary by another multiple than the student.
     wide = {"hidden_size": 48, "ffn_hidden_size": 96, "vocab_size_multiple": 2 * 52}
 
     def config(name: str, distill: dict[str, Any], **overrides: Any) -> RunConfig:
@@ -63,42 +63,44 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Trained], 
         }
         return tiny(folder / name, data, **shared, **overrides)
 
-    alone = {name: (config(name, distill), STEPS, False) for name, distill in DISTILLS.items()}
     first = {
         "teacher": (tiny(folder / "teacher", data, model=wide, train={"steps": 40}), 40, True),
-        **alone,
+        **{name: (config(name, distill), STEPS, False) for name, distill in DISTILLS.items()},
     }
-    found = dict(zip(first, run_ranks(run_all, 1, list(first.values()))[0], strict=True))
+    single = dict(zip(first, run_ranks(run_all, 1, list(first.values()))[0], strict=True))
     pairs = {
         name: (config(name, DISTILLS["dense"], **layout), STEPS, False)
         for name, layout in LAYOUTS.items()
     }
-    refused = config(
+    invalid = config(
         "refused", DISTILLS["dense"], parallel={"tensor": 2}, model={"vocab_size_multiple": 2}
     )
-    pair, sentence = run_ranks(run_pairs, 2, list(pairs.values()), refused)[0]
-    return found | dict(zip(pairs, pair, strict=True)), sentence
+    trained, error = run_ranks(run_pairs, 2, list(pairs.values()), invalid)[0]
+    return single | dict(zip(pairs, trained, strict=True)), error
 
 
 @pytest.fixture(scope="module")
-def runs(both: tuple[dict[str, Trained], str]) -> dict[str, Trained]:
-    return both[0]
+def runs(runs_and_error: tuple[dict[str, Trained], str]) -> dict[str, Trained]:
+    return runs_and_error[0]
 
 
-def test_vocabularies_padded_otherwise_are_refused(both: tuple[dict[str, Trained], str]) -> None:
-    """101 ids on two ranks: 51 rows each are not 52 each."""
-    assert "set model.vocab_size_multiple (2) to the teacher's 104" in both[1]
+def test_vocabularies_padded_differently_are_refused(
+    runs_and_error: tuple[dict[str, Trained], str],
+) -> None:
+    """Reject shards of 51 rows for a teacher with 52, both of 101 ids on two ranks."""
+    assert "set model.vocab_size_multiple (2) to the teacher's 104" in runs_and_error[1]
 
 
 @pytest.mark.parametrize("name", DISTILLS)
 def test_the_distillation_loss_falls(runs: dict[str, Trained], name: str) -> None:
-    rows = runs[name].records
-    assert all(row["updated"] for row in rows)
-    assert rows[-1]["kd_loss"] < 0.8 * rows[0]["kd_loss"], (rows[0]["kd_loss"], rows[-1]["kd_loss"])
+    records = runs[name].records
+    assert all(record["updated"] for record in records)
+    first, last = records[0], records[-1]
+    assert last["kd_loss"] < 0.8 * first["kd_loss"], (first["kd_loss"], last["kd_loss"])
     if name in ("reverse_kl", "dense_js"):
-        assert abs(rows[0]["kd_loss"] / rows[0]["kl"] - 1) > 0.03, "this is the forward KL"
+        assert abs(first["kd_loss"] / first["kl"] - 1) > 0.03, "this is the forward KL"
     held_out = runs[name].validation["held_out"]
-    for report in (rows[0], held_out):
+    for metrics in (first, held_out):
         for column in (
             "teacher_mass",
             "teacher_entropy",
@@ -107,16 +109,16 @@ def test_the_distillation_loss_falls(runs: dict[str, Trained], name: str) -> Non
             "kl",
             "kd_loss",
         ):
-            assert report[column] is not None, column
-            assert 0 <= report[column] < 10, column
+            assert metrics[column] is not None, column
+            assert 0 <= metrics[column] < 10, column
 
 
-def test_whole_teacher_equals_all_ids_of_it(runs: dict[str, Trained]) -> None:
+def test_dense_teacher_equals_sparse_target_of_all_ids(runs: dict[str, Trained]) -> None:
     assert worst_loss(runs["dense"], runs["all_ids"]) <= 1e-5
     assert worst_weight(runs["dense"], runs["all_ids"]) <= 1e-4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_whole_teacher_in_another_layout(runs: dict[str, Trained], layout: str) -> None:
+def test_dense_teacher_in_another_layout(runs: dict[str, Trained], layout: str) -> None:
     assert worst_loss(runs[layout], runs["dense"]) <= 1e-5
     assert worst_weight(runs[layout], runs["dense"]) <= 1e-4

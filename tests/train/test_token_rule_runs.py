@@ -1,7 +1,8 @@
-"""Runs whose tokens differ in weight and temperature: the same curve in every layout, and across a restart."""
+"""Train with weights and temperatures per token: one curve in all layouts and after a restart."""
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -54,7 +55,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"batch": {"micro_batch_size": 1}},
     "tp2_sp": {"parallel": {"tensor": 2, "sequence_parallel": True}},
 }
-ACROSS = ("routed", "adakd")
+# Variants trained in every layout.
+IN_LAYOUTS = ("routed", "adakd")
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +66,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
 
     def config(name: str, distill: dict[str, Any], **overrides: Any) -> RunConfig:
         teacher = {"source": "online", "checkpoint": str(folder / "teacher")}
-        temperature = {"alpha": 0.8, "temperature": 1.5} | (
-            {} if "num_draws" in distill else {"top_k": 8}
-        )
+        support = {} if "num_draws" in distill else {"top_k": 8}
         return tiny(
             folder / name,
             data,
             teacher=teacher,
-            distill=temperature | distill,
+            distill={"alpha": 0.8, "temperature": 1.5} | support | distill,
             **{"train": {"steps": STEPS}, **overrides},
         )
 
@@ -85,17 +85,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
         f"{name} again": (config(f"{name} again", distill), STEPS, False)
         for name, distill in DISTILLS.items()
     }
-    found = dict(zip(first, run_ranks(run_all, 1, list(first.values()))[0], strict=True))
+    single = dict(zip(first, run_ranks(run_all, 1, list(first.values()))[0], strict=True))
     pairs = {
-        f"{name} {at}": (config(f"{name} {at}", DISTILLS[name], **layout), STEPS, False)
-        for name in ACROSS
-        for at, layout in LAYOUTS.items()
+        f"{name} {layout}": (config(f"{name} {layout}", DISTILLS[name], **sizes), STEPS, False)
+        for name in IN_LAYOUTS
+        for layout, sizes in LAYOUTS.items()
     }
-    return found | dict(zip(pairs, run_ranks(run_all, 2, list(pairs.values()))[0], strict=True))
+    return single | dict(zip(pairs, run_ranks(run_all, 2, list(pairs.values()))[0], strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ACROSS)
+@pytest.mark.parametrize("name", IN_LAYOUTS)
 def test_every_layout_equals_one_process(runs: dict[str, Trained], name: str, layout: str) -> None:
     assert worst_loss(runs[f"{name} {layout}"], runs[name]) <= 1e-5
     assert worst_weight(runs[f"{name} {layout}"], runs[name]) <= 1e-4
@@ -103,22 +103,20 @@ def test_every_layout_equals_one_process(runs: dict[str, Trained], name: str, la
 
 @pytest.mark.parametrize("name", DISTILLS)
 def test_a_restart_changes_nothing(runs: dict[str, Trained], name: str) -> None:
-    again = runs[f"{name} again"]
-    assert [row["step"] for row in again.records] == list(range(8, STEPS + 1))
-    assert worst_loss(again, runs[name]) == 0
-    assert worst_weight(again, runs[name]) == 0
+    resumed = runs[f"{name} again"]
+    assert [record["step"] for record in resumed.records] == list(range(8, STEPS + 1))
+    assert worst_loss(resumed, runs[name]) == 0
+    assert worst_weight(resumed, runs[name]) == 0
 
 
-def test_what_rows_say(runs: dict[str, Trained]) -> None:
-    """The share of routed tokens is what was asked for, of 96 in a step; every variant moves the weights its own way."""
-    assert {round(row["routed_share"] * 96) for row in runs["routed"].records} >= {29}
+def test_metrics_of_variants(runs: dict[str, Trained]) -> None:
+    """Check the share of routed tokens, of 96 in a step, and that variants train other weights."""
+    assert {round(record["routed_share"] * 96) for record in runs["routed"].records} >= {29}
     assert runs["routed"].records[0]["routed_share"] == 29 / 96
-    assert all(0.2 < row["routed_share"] < 0.6 for row in runs["adakd"].records)
-    assert all(0.5 <= row["teacher_temperature"] <= 2 for row in runs["routed"].records)
+    assert all(0.2 < record["routed_share"] < 0.6 for record in runs["adakd"].records)
+    assert all(0.5 <= record["teacher_temperature"] <= 2 for record in runs["routed"].records)
     assert 0 <= runs["label"].records[0]["routed_share"] < 1
     assert runs["label"].records[0]["teacher_mass"] == pytest.approx(1.0, abs=1e-5)
     assert runs["drawn"].records[0]["routed_share"] is None
-    names = list(DISTILLS)
-    for place, name in enumerate(names):
-        for other in names[place + 1 :]:
-            assert worst_weight(runs[name], runs[other]) > 1e-3, (name, other)
+    for name, other in combinations(DISTILLS, 2):
+        assert worst_weight(runs[name], runs[other]) > 1e-3, (name, other)
