@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -157,54 +158,9 @@ def _wrong_arguments(vocab_size: int) -> list[tuple[dict[str, Any], str]]:
     ]
 
 
-def loss_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake]:
-    """Return mistakes in calls of the three losses.
-
-    The last rank has padding, and under `group` the vocabulary is split.
-    """
-    size = group_size(group)
-    vocab_size = ROWS * size - 1
-    lines = S // size if sequence_parallel else S
-    good: dict[str, Any] = {
-        "labels": torch.zeros((S, B), dtype=torch.long),
-        "target": good_target(),
-        "alpha": 0.5,
-    }
-    hidden, weight = (
-        torch.randn(lines, B, H).requires_grad_(),
-        torch.randn(ROWS, H).requires_grad_(),
-    )
-    layout: dict[str, Any] = {"tp_group": group, "vocab_size": vocab_size}
-
-    def head(**changes: Any) -> object:
-        arguments = {
-            "hidden": hidden,
-            "weight": weight,
-            **good,
-            **layout,
-            "sequence_parallel": sequence_parallel,
-            **changes,
-        }
-        return linear_kd_cross_entropy(**arguments)
-
-    def logits_loss(**changes: Any) -> object:
-        return kd_cross_entropy(**{"logits": torch.randn(S, B, ROWS), **good, **layout, **changes})
-
-    def reference(**changes: Any) -> object:
-        return reference_kd_cross_entropy(
-            **{"logits": torch.randn(S, B, vocab_size), **good, **changes}
-        )
-
-    mistakes = [
-        Mistake(
-            f"{loss.__name__} {message}",
-            lambda loss=loss, changes=changes: loss(**changes),
-            message,
-        )  # type: ignore[misc]
-        for loss in (head, logits_loss, reference)
-        for changes, message in _wrong_arguments(vocab_size)
-    ]
-    only_head: list[tuple[dict[str, Any], str]] = [
+def _wrong_head_arguments(size: int) -> list[tuple[dict[str, Any], str]]:
+    """Return (changed arguments, message) that only the loss of hidden states refuses."""
+    return [
         (
             {"schedule": "eager"},
             "schedule must be one of auto, save, chunk, direct, recompute, not 'eager'",
@@ -231,10 +187,67 @@ def loss_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake]:
             f"vocab_size ({ROWS * size + 1}) must be in [1, {ROWS * size}]",
         ),
     ]
-    mistakes += [
-        Mistake(f"head {message}", lambda changes=changes: head(**changes), message)
-        for changes, message in only_head
-    ]  # type: ignore[misc]
+
+
+def _mistakes_of(
+    loss: Callable[..., object], cases: list[tuple[dict[str, Any], str]]
+) -> list[Mistake]:
+    """Return the calls of a loss with changed arguments."""
+    return [
+        Mistake(f"{loss.__name__} {message}", partial(loss, **changes), message)
+        for changes, message in cases
+    ]
+
+
+def _good_arguments() -> dict[str, Any]:
+    """Return arguments that every loss accepts."""
+    return {
+        "labels": torch.zeros((S, B), dtype=torch.long),
+        "target": good_target(),
+        "alpha": 0.5,
+    }
+
+
+def loss_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake]:
+    """Return mistakes in calls of the three losses.
+
+    The last rank has padding, and under `group` the vocabulary is split.
+    """
+    size = group_size(group)
+    vocab_size = ROWS * size - 1
+    lines = S // size if sequence_parallel else S
+    good = _good_arguments()
+    hidden, weight = (
+        torch.randn(lines, B, H).requires_grad_(),
+        torch.randn(ROWS, H).requires_grad_(),
+    )
+    layout: dict[str, Any] = {"tp_group": group, "vocab_size": vocab_size}
+
+    def head(**changes: Any) -> object:
+        arguments = {
+            "hidden": hidden,
+            "weight": weight,
+            **good,
+            **layout,
+            "sequence_parallel": sequence_parallel,
+            **changes,
+        }
+        return linear_kd_cross_entropy(**arguments)
+
+    def logits_loss(**changes: Any) -> object:
+        return kd_cross_entropy(**{"logits": torch.randn(S, B, ROWS), **good, **layout, **changes})
+
+    def reference(**changes: Any) -> object:
+        return reference_kd_cross_entropy(
+            **{"logits": torch.randn(S, B, vocab_size), **good, **changes}
+        )
+
+    mistakes = [
+        mistake
+        for loss in (head, logits_loss, reference)
+        for mistake in _mistakes_of(loss, _wrong_arguments(vocab_size))
+    ]
+    mistakes += _mistakes_of(head, _wrong_head_arguments(size))
     return [
         *mistakes,
         Mistake(
