@@ -263,6 +263,34 @@ def loss_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake]:
     ]
 
 
+def _wrong_selections() -> list[Mistake]:
+    """Return selections of top ids that cannot be made."""
+    return [
+        Mistake(
+            "top_k 0", lambda: TopSelection(0), "need 1 <= min_k <= top_k, not min_k=1, top_k=0"
+        ),
+        Mistake(
+            "min_k 0",
+            lambda: TopSelection(4, min_k=0),
+            "need 1 <= min_k <= top_k, not min_k=0, top_k=4",
+        ),
+        Mistake(
+            "min_k past top_k",
+            lambda: TopSelection(4, min_k=5),
+            "need 1 <= min_k <= top_k, not min_k=5, top_k=4",
+        ),
+        Mistake("top_p 0", lambda: TopSelection(4, top_p=0.0), "top_p must be in (0, 1], not 0.0"),
+        Mistake(
+            "top_p 1.5", lambda: TopSelection(4, top_p=1.5), "top_p must be in (0, 1], not 1.5"
+        ),
+        Mistake(
+            "temperature 0",
+            lambda: TopSelection(4, temperature=0.0),
+            "temperature must be > 0, not 0.0",
+        ),
+    ]
+
+
 def selection_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake]:
     """Return mistakes in selecting targets."""
     size = group_size(group)
@@ -293,28 +321,7 @@ def selection_mistakes(group: Group, *, sequence_parallel: bool) -> list[Mistake
     past = f"top_k ({vocab_size + 1}) is past the vocabulary ({vocab_size} ids)"
     rows = f"vocab_size ({ROWS * size + 1}) must be in [1, {ROWS * size}]"
     return [
-        Mistake(
-            "top_k 0", lambda: TopSelection(0), "need 1 <= min_k <= top_k, not min_k=1, top_k=0"
-        ),
-        Mistake(
-            "min_k 0",
-            lambda: TopSelection(4, min_k=0),
-            "need 1 <= min_k <= top_k, not min_k=0, top_k=4",
-        ),
-        Mistake(
-            "min_k past top_k",
-            lambda: TopSelection(4, min_k=5),
-            "need 1 <= min_k <= top_k, not min_k=5, top_k=4",
-        ),
-        Mistake("top_p 0", lambda: TopSelection(4, top_p=0.0), "top_p must be in (0, 1], not 0.0"),
-        Mistake(
-            "top_p 1.5", lambda: TopSelection(4, top_p=1.5), "top_p must be in (0, 1], not 1.5"
-        ),
-        Mistake(
-            "temperature 0",
-            lambda: TopSelection(4, temperature=0.0),
-            "temperature must be > 0, not 0.0",
-        ),
+        *_wrong_selections(),
         Mistake("select top_k", lambda: select(top_k=vocab_size + 1), past),
         Mistake("linear top_k", lambda: linear(top_k=vocab_size + 1), past),
         Mistake("select vocab_size", lambda: select(vocab_size=ROWS * size + 1), rows),
