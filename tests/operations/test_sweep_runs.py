@@ -94,7 +94,7 @@ def test_a_sweep_of_runs(tmp_path: Path) -> None:
 
 
 def _again(path: Path, out: Path) -> None:
-    """Nothing is repeated; changed settings are refused; a finished run needs no record."""
+    """Repeat nothing; changed settings are refused; a finished run needs no record."""
     run = out / "runs/rate-0.01/seed-2"
     before = (run / "status.json").read_bytes()
     (run / "sweep/run.json").rename(run / "sweep/lost")

@@ -55,7 +55,7 @@ def test_published_coefficients_come_back(fits: tuple[Fit, Fit, int]) -> None:
 
 
 def test_noiseless_points_give_the_coefficients_exactly() -> None:
-    """The same points with the same seed also give the same intervals.
+    """Give identical results: the same points with the same seed also give the same intervals.
 
     With some coefficients held, fewer points are enough.
     """

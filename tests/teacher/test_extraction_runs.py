@@ -33,8 +33,8 @@ def test_extraction_killed_and_resumed_with_other_processes(
     run_file = student(
         tmp_path, "student", many, batch={"global_batch_size": 12, "micro_batch_size": 2}
     )
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    code, output = finish(start(extraction(run_file, whole, "--shard-samples", "4")))
+    uninterrupted, broken = tmp_path / "uninterrupted", tmp_path / "broken"
+    code, output = finish(start(extraction(run_file, uninterrupted, "--shard-samples", "4")))
     assert code == 0, output
     for ranks in (2, 1, 3):
         process = start(extraction(run_file, broken, "--shard-samples", "4", ranks=ranks))
@@ -47,15 +47,17 @@ def test_extraction_killed_and_resumed_with_other_processes(
         time.sleep(0.2 * random.random())
         kill_tree(process)
         process.communicate()
-    assert 0 < len(records(broken)) < len(records(whole))
+    assert 0 < len(records(broken)) < len(records(uninterrupted))
     measured(
-        f"killed on 2, 1 and 3 processes with {len(records(broken))} of {len(records(whole))} "
+        f"killed on 2, 1 and 3 processes with {len(records(broken))} of {len(records(uninterrupted))} "
         "records; then the same bytes"
     )
     code, output = finish(start(extraction(run_file, broken, "--shard-samples", "4", ranks=2)))
     assert code == 0, output
-    assert records(broken) == records(whole)
-    assert {p.name for p in broken.glob("shard-*")} == {p.name for p in whole.glob("shard-*")}
+    assert records(broken) == records(uninterrupted)
+    assert {p.name for p in broken.glob("shard-*")} == {
+        p.name for p in uninterrupted.glob("shard-*")
+    }
 
 
 @pytest.mark.slow

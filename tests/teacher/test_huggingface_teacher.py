@@ -80,7 +80,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture(scope="module")
 def trained(bench: Bench) -> dict[str, list[TeacherRun]]:
-    """Of each run what each rank saw."""
+    """Return what each rank saw of each run."""
     configs = {
         key: config
         for name, layout in LAYOUTS.items()
