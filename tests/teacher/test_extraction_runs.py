@@ -26,15 +26,15 @@ def test_extraction_killed_and_resumed_with_other_processes(
 ) -> None:
     """Kill at random moments with 2, then 1, then 3 processes.
 
-    In the end there are the records of an uninterrupted run, bit for bit.
+    In the end there are the records of an complete run, bit for bit.
     """
     # Enough samples that a fast machine is not done when the signal arrives.
     many = (teacher[0], write_tokens(tmp_path, tokens=40_000))
     run_file = student(
         tmp_path, "student", many, batch={"global_batch_size": 12, "micro_batch_size": 2}
     )
-    uninterrupted, broken = tmp_path / "uninterrupted", tmp_path / "broken"
-    code, output = finish(start(extraction(run_file, uninterrupted, "--shard-samples", "4")))
+    complete, broken = tmp_path / "complete", tmp_path / "broken"
+    code, output = finish(start(extraction(run_file, complete, "--shard-samples", "4")))
     assert code == 0, output
     for ranks in (2, 1, 3):
         process = start(extraction(run_file, broken, "--shard-samples", "4", ranks=ranks))
@@ -47,17 +47,15 @@ def test_extraction_killed_and_resumed_with_other_processes(
         time.sleep(0.2 * random.random())
         kill_tree(process)
         process.communicate()
-    assert 0 < len(records(broken)) < len(records(uninterrupted))
+    assert 0 < len(records(broken)) < len(records(complete))
     measured(
-        f"killed on 2, 1 and 3 processes with {len(records(broken))} of {len(records(uninterrupted))} "
+        f"killed on 2, 1 and 3 processes with {len(records(broken))} of {len(records(complete))} "
         "records; then the same bytes"
     )
     code, output = finish(start(extraction(run_file, broken, "--shard-samples", "4", ranks=2)))
     assert code == 0, output
-    assert records(broken) == records(uninterrupted)
-    assert {p.name for p in broken.glob("shard-*")} == {
-        p.name for p in uninterrupted.glob("shard-*")
-    }
+    assert records(broken) == records(complete)
+    assert {p.name for p in broken.glob("shard-*")} == {p.name for p in complete.glob("shard-*")}
 
 
 @pytest.mark.slow
