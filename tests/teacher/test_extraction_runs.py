@@ -26,7 +26,7 @@ def test_extraction_killed_and_resumed_with_other_processes(
 ) -> None:
     """Kill at random moments with 2, then 1, then 3 processes.
 
-    In the end there are the records of an complete run, bit for bit.
+    In the end there are the records of a complete run, bit for bit.
     """
     # Enough samples that a fast machine is not done when the signal arrives.
     many = (teacher[0], write_tokens(tmp_path, tokens=40_000))
