@@ -187,7 +187,7 @@ def check_run(run: Trained, reference: Trained, name: str) -> None:
         other, case = records[record["step"]], (name, record["step"])
         assert record["hidden_loss"] == pytest.approx(other["hidden_loss"], rel=1e-5), case
         assert record["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4), case
-        assert record["tokens"] == other["tokens"], case
+        assert record["loss_tokens"] == other["loss_tokens"], case
     if run.records[-1]["step"] == reference.records[-1]["step"]:
         assert worst_weight(run, reference) <= 1e-4, name
         for metric, value in reference.validation["held_out"].items():
