@@ -7,21 +7,18 @@ their problems are reported.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from megatron_kd.config.declarations.schedules import LEARNING_RATE_SCHEDULES
 from megatron_kd.config.hidden_state_pairs import pair_problems
-
-if TYPE_CHECKING:
-    from megatron_kd.config.run_config import RunConfig
+from megatron_kd.config.run_sections import RunSections
 
 
-def relation_problems(config: RunConfig) -> list[str]:
+def relation_problems(config: RunSections) -> list[str]:
     """Return one sentence for each pair of values that do not fit together."""
     return [problem for check in RELATIONS for problem in check(config)]
 
 
-def _indivisible_sizes(config: RunConfig) -> Iterator[str]:
+def _indivisible_sizes(config: RunSections) -> Iterator[str]:
     parallel, batch = config.parallel, config.batch
     axes = {
         "tensor": "parallel.tensor",
@@ -43,18 +40,18 @@ def _indivisible_sizes(config: RunConfig) -> Iterator[str]:
         yield f"{name} ({size}) must be a multiple of {divisor} ({value})"
 
 
-def _sequence_length(config: RunConfig) -> Iterator[str]:
+def _sequence_length(config: RunSections) -> Iterator[str]:
     problem = config.model.window_problem(config.batch.sequence_length)
     if problem is not None:
         yield f"batch.sequence_length {problem}"
 
 
-def _vocabulary(config: RunConfig) -> Iterator[str]:
+def _vocabulary(config: RunSections) -> Iterator[str]:
     if config.model.vocab_size is None and config.data.tokenizer is None:
         yield "set model.vocab_size or data.tokenizer: one of them must give the vocabulary size"
 
 
-def _top_k(config: RunConfig) -> Iterator[str]:
+def _top_k(config: RunSections) -> Iterator[str]:
     distill, vocab_size = config.distill, config.model.vocab_size
     has_targets = config.teacher.enabled or config.capture.directory is not None
     uses_top_k = has_targets and distill.num_draws is None and not distill.dense
@@ -62,7 +59,7 @@ def _top_k(config: RunConfig) -> Iterator[str]:
         yield f"distill.top_k ({distill.top_k}) must be at most model.vocab_size ({vocab_size})"
 
 
-def _dense_targets(config: RunConfig) -> Iterator[str]:
+def _dense_targets(config: RunSections) -> Iterator[str]:
     if not config.distill.dense:
         return
     if config.teacher.reads_cache:
@@ -77,7 +74,7 @@ def _dense_targets(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _overlap(config: RunConfig) -> Iterator[str]:
+def _overlap(config: RunSections) -> Iterator[str]:
     distill = config.distill
     if (distill.dense or distill.hidden_states) and config.teacher.overlap == "drain":
         yield (
@@ -86,7 +83,7 @@ def _overlap(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _learning_rate_schedule(config: RunConfig) -> Iterator[str]:
+def _learning_rate_schedule(config: RunSections) -> Iterator[str]:
     optimizer, steps = config.optimizer, config.train.steps
     warmup, decay = optimizer.warmup_steps, optimizer.decay_steps
     if warmup > steps:
@@ -99,7 +96,7 @@ def _learning_rate_schedule(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _overlap_param_gather(config: RunConfig) -> Iterator[str]:
+def _overlap_param_gather(config: RunSections) -> Iterator[str]:
     parallel = config.parallel
     possible = config.optimizer.distributed and parallel.overlap_grad_reduce
     if parallel.overlap_param_gather and not possible:
@@ -109,7 +106,7 @@ def _overlap_param_gather(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _hidden_states(config: RunConfig) -> Iterator[str]:
+def _hidden_states(config: RunSections) -> Iterator[str]:
     pairs, teacher = config.distill.hidden_states, config.teacher
     if not pairs:
         return
@@ -132,7 +129,7 @@ def _hidden_states(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _capture(config: RunConfig) -> Iterator[str]:
+def _capture(config: RunSections) -> Iterator[str]:
     capture, steps = config.capture, config.train.steps
     if capture.directory is None:
         return
@@ -157,7 +154,7 @@ def _capture(config: RunConfig) -> Iterator[str]:
         )
 
 
-RELATIONS: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+RELATIONS: tuple[Callable[[RunSections], Iterator[str]], ...] = (
     _indivisible_sizes,
     _sequence_length,
     _vocabulary,

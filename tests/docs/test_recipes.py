@@ -88,7 +88,7 @@ def term(log_q: Tensor, log_p: Tensor, *, toy_factor: float) -> Tensor:
         (
             "megatron_kd/config/declarations/schedules.py",
             "LEARNING_RATE_SCHEDULES: dict",
-            """def _halved(step: int, steps: int, section: OptimizerSection) -> float:
+            """def _halved(step: int, steps: int, section: OptimizerSettings) -> float:
     return 0.5 * section.learning_rate
 
 

@@ -13,11 +13,40 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
-if TYPE_CHECKING:
-    from megatron_kd.config.sections.distill_section import DistillSection
-    from megatron_kd.config.sections.optimizer_section import OptimizerSection
+
+# The sections take their allowed values from here, so this file describes what it needs of them.
+class OptimizerSettings(Protocol):
+    """Describe the keys of [optimizer] that learning-rate formulas use."""
+
+    @property
+    def learning_rate(self) -> float: ...  # noqa: D102
+
+    @property
+    def min_learning_rate(self) -> float: ...  # noqa: D102
+
+    @property
+    def warmup_steps(self) -> int: ...  # noqa: D102
+
+    @property
+    def decay_steps(self) -> int: ...  # noqa: D102
+
+
+class DistillSettings(Protocol):
+    """Describe the keys of [distill] that formulas of alpha use."""
+
+    @property
+    def alpha(self) -> float: ...  # noqa: D102
+
+    @property
+    def alpha_period_fraction(self) -> float: ...  # noqa: D102
+
+    @property
+    def alpha_warmup_fraction(self) -> float: ...  # noqa: D102
+
+    @property
+    def alpha_decay_fraction(self) -> float: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -31,7 +60,7 @@ class LearningRateSchedule:
     """
 
     description: str
-    formula: Callable[[int, int, OptimizerSection], float]
+    formula: Callable[[int, int, OptimizerSettings], float]
     uses_decay_steps: bool = False
 
 
@@ -45,7 +74,7 @@ class AlphaSchedule:
     """
 
     description: str
-    formula: Callable[[int, int, DistillSection], float]
+    formula: Callable[[int, int, DistillSettings], float]
 
 
 def _progress(step: int, steps: int, start: int) -> float:
@@ -56,7 +85,7 @@ def _progress(step: int, steps: int, start: int) -> float:
     return min(1.0, (step - start + 1) / max(1, steps - start))
 
 
-def _cosine_from(start: int, step: int, steps: int, section: OptimizerSection) -> float:
+def _cosine_from(start: int, step: int, steps: int, section: OptimizerSettings) -> float:
     peak, floor = section.learning_rate, section.min_learning_rate
     if step < start:
         return peak
@@ -64,20 +93,20 @@ def _cosine_from(start: int, step: int, steps: int, section: OptimizerSection) -
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def _cosine(step: int, steps: int, section: OptimizerSection) -> float:
+def _cosine(step: int, steps: int, section: OptimizerSettings) -> float:
     return _cosine_from(section.warmup_steps, step, steps, section)
 
 
-def _linear(step: int, steps: int, section: OptimizerSection) -> float:
+def _linear(step: int, steps: int, section: OptimizerSettings) -> float:
     peak, floor = section.learning_rate, section.min_learning_rate
     return peak + (floor - peak) * _progress(step, steps, section.warmup_steps)
 
 
-def _constant(step: int, steps: int, section: OptimizerSection) -> float:
+def _constant(step: int, steps: int, section: OptimizerSettings) -> float:
     return section.learning_rate
 
 
-def _warmup_stable_decay(step: int, steps: int, section: OptimizerSection) -> float:
+def _warmup_stable_decay(step: int, steps: int, section: OptimizerSettings) -> float:
     return _cosine_from(steps - section.decay_steps, step, steps, section)
 
 
@@ -93,33 +122,33 @@ LEARNING_RATE_SCHEDULES: dict[str, LearningRateSchedule] = {
 }
 
 
-def _alpha_constant(step: int, steps: int, section: DistillSection) -> float:
+def _alpha_constant(step: int, steps: int, section: DistillSettings) -> float:
     return section.alpha
 
 
-def _alpha_linear_up(step: int, steps: int, section: DistillSection) -> float:
+def _alpha_linear_up(step: int, steps: int, section: DistillSettings) -> float:
     return section.alpha * step / max(1, steps - 1)
 
 
-def _alpha_linear_down(step: int, steps: int, section: DistillSection) -> float:
+def _alpha_linear_down(step: int, steps: int, section: DistillSettings) -> float:
     return section.alpha * (1.0 - step / max(1, steps - 1))
 
 
-def _alpha_period(step: int, steps: int, section: DistillSection) -> float:
+def _alpha_period(step: int, steps: int, section: DistillSettings) -> float:
     # Whole steps, so that no rounding moves the start of a half period.
     half = max(1, round(section.alpha_period_fraction * steps / 2))
     return section.alpha if step // half % 2 == 0 else 0.0
 
 
-def _alpha_wsd(step: int, steps: int, section: DistillSection) -> float:
+def _alpha_wsd(step: int, steps: int, section: DistillSettings) -> float:
     return section.alpha * _alpha_wsd_shape(step, steps, section)
 
 
-def _alpha_wsd_ce(step: int, steps: int, section: DistillSection) -> float:
+def _alpha_wsd_ce(step: int, steps: int, section: DistillSettings) -> float:
     return 1.0 - section.alpha * _alpha_wsd_shape(step, steps, section)
 
 
-def _alpha_wsd_shape(step: int, steps: int, section: DistillSection) -> float:
+def _alpha_wsd_shape(step: int, steps: int, section: DistillSettings) -> float:
     """Return linear warm-up to 1, a plateau, and cosine decay to 0."""
     warmup = round(section.alpha_warmup_fraction * steps)
     decay = round(section.alpha_decay_fraction * steps)
