@@ -121,14 +121,16 @@ def test_documented_commands(teacher: tuple[Path, str], tmp_path: Path) -> None:
     ]
     lines = block.splitlines()
     assert len(lines) == 3
+    paths = {
+        "run.toml": str(run_file),
+        "cache/": str(tmp_path / "cache"),
+        "runs/second": str(tmp_path / "run"),
+    }
     for line in lines:
         words = shlex.split(
             line.replace("--nproc-per-node 8", "--standalone --nproc-per-node 2"), comments=True
         )
-        words = [
-            {"run.toml": str(run_file), "cache/": str(tmp_path / "cache")}.get(word, word)
-            for word in words
-        ]
+        words = [paths.get(word, word) for word in words]
         module = (
             ["-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words[1:]
         )
