@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 from tests.helpers.faults import CATALOGUE, FaultOutcome, table
@@ -55,3 +56,9 @@ def test_the_table() -> None:
     assert "| not run |" in lines["3"]
     assert "| skipped |" in lines["4"]
     assert set(CATALOGUE) <= set(lines)
+
+
+def test_the_kept_table_names_tests_that_exist() -> None:
+    kept = (TESTS / "operations/FAULTS.md").read_text(encoding="utf-8")
+    for name, test in set(re.findall(r"`([\w/]+\.py)::(\w+)`", kept)):
+        assert f"def {test}(" in (TESTS / name).read_text(encoding="utf-8"), f"{name}::{test}"
