@@ -170,7 +170,7 @@ def uniform(seed: int, keys: Tensor, draws: int) -> Tensor:
 
     Args:
         seed: any int64.
-        keys: int64 [C], see `keys.token_keys`.
+        keys: int64 [C], see `sample_keys.token_keys`.
         draws: samples per key.
 
     Returns:

@@ -167,7 +167,7 @@ def select_targets(
     *,
     vocab_size: int | None = None,
     tp_group: Group = None,
-    token_keys: Tensor | None = None,
+    row_keys: Tensor | None = None,
 ) -> SparseTarget:
     """Return a SparseTarget from the teacher's logits.
 
@@ -178,7 +178,7 @@ def select_targets(
         vocab_size: true vocabulary size; later columns are padding and take no probability. None:
             all columns are real.
         tp_group: ranks that hold the other shards; None: unsharded.
-        token_keys: int64 [...], what the random samples of a token depend on besides the seed. With
+        row_keys: int64 [...], what the random samples of a token depend on besides the seed. With
             a key made of its sample and position a token is sampled alike in any batch and layout.
             None: its position in this call.
 
@@ -201,12 +201,12 @@ def select_targets(
     )
     selection.check(shard.vocab_size)
     shape = teacher_logits.shape[:-1]
-    _check_keys(token_keys, shape)
+    _check_keys(row_keys, shape)
     chunks = TokenChunks(
         logits.shape[0], 1, chunk_size(None, shard.share, logits.shape[0], on_cuda=logits.is_cuda)
     )
     rows = split_logits(logits, shard, chunks)
-    targets = _chunk_targets(rows, chunks, token_keys, selection, shard, tp_group)
+    targets = _chunk_targets(rows, chunks, row_keys, selection, shard, tp_group)
     return _join(targets, chunks, shape)
 
 
@@ -219,7 +219,7 @@ def linear_targets(  # noqa: PLR0913 (public signature)
     tp_group: Group = None,
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
-    token_keys: Tensor | None = None,
+    row_keys: Tensor | None = None,
 ) -> SparseTarget:
     """Return a SparseTarget from the teacher's final hidden states and output weight.
 
@@ -234,7 +234,7 @@ def linear_targets(  # noqa: PLR0913 (public signature)
         tp_group: ranks that hold the other shards; None: unsharded.
         sequence_parallel: hidden is a slice; it is gathered chunk by chunk.
         chunk_tokens: tokens per chunk; None: from the shard's width.
-        token_keys: int64 [S, B] (or [N]) of the full sequence, as in `select_targets`.
+        row_keys: int64 [S, B] (or [N]) of the full sequence, as in `select_targets`.
 
     Returns:
         SparseTarget with leading shape [S, B] (or [N]) of the full sequence, identical on every
@@ -262,30 +262,30 @@ def linear_targets(  # noqa: PLR0913 (public signature)
         slices,
         chunk_size(chunk_tokens, shard.share, shape.numel(), on_cuda=hidden.is_cuda),
     )
-    _check_keys(token_keys, shape)
+    _check_keys(row_keys, shape)
     rows = linear_logits(hidden.reshape(-1, hidden.shape[-1]), weight, shard, chunks, tp_group)
-    targets = _chunk_targets(rows, chunks, token_keys, selection, shard, tp_group)
+    targets = _chunk_targets(rows, chunks, row_keys, selection, shard, tp_group)
     return _join(targets, chunks, shape)
 
 
-def _check_keys(token_keys: Tensor | None, shape: torch.Size) -> None:
-    if token_keys is not None and (token_keys.shape != shape or token_keys.dtype != torch.int64):
+def _check_keys(row_keys: Tensor | None, shape: torch.Size) -> None:
+    if row_keys is not None and (row_keys.shape != shape or row_keys.dtype != torch.int64):
         raise ValueError(
-            f"token_keys must be int64 {tuple(shape)}, one for each token, not "
-            f"{token_keys.dtype} {tuple(token_keys.shape)}"
+            f"row_keys must be int64 {tuple(shape)}, one for each token, not "
+            f"{row_keys.dtype} {tuple(row_keys.shape)}"
         )
 
 
 def _chunk_targets(
     rows: LogitChunks,
     chunks: TokenChunks,
-    token_keys: Tensor | None,
+    row_keys: Tensor | None,
     selection: Selection,
     shard: VocabShard,
     group: Group,
 ) -> Iterator[tuple[Chunk, SparseTarget]]:
     """Yield each chunk and its target."""
-    keys = None if token_keys is None else token_keys.flatten()
+    keys = None if row_keys is None else row_keys.flatten()
     for chunk, logits in rows:
         if keys is None:
             keys = torch.arange(chunks.tokens, device=logits.buffer.device)

@@ -62,7 +62,7 @@ class Teacher:
         def target(batch: Microbatch) -> SparseTarget:
             logits = self.table[batch.tokens.t()]
             keys = token_keys(batch.sample_keys, S)
-            return select_targets(logits, self.selection, token_keys=keys)
+            return select_targets(logits, self.selection, row_keys=keys)
 
         return [target(batch) for batch in microbatches]
 

@@ -79,7 +79,7 @@ def test_samples_depend_on_seed_and_key_alone() -> None:
     hidden, weight = problem.hidden, problem.weight
     keys = torch.randint(-(2**62), 2**62, (40,))
     selection = SampleSelection(32, seed)
-    full = linear_targets(hidden, weight, selection, vocab_size=90, token_keys=keys)
+    full = linear_targets(hidden, weight, selection, vocab_size=90, row_keys=keys)
     order = torch.randperm(40)[:23]
     for chunk_tokens in (None, 7):
         part = linear_targets(
@@ -87,7 +87,7 @@ def test_samples_depend_on_seed_and_key_alone() -> None:
             weight,
             selection,
             vocab_size=90,
-            token_keys=keys[order],
+            row_keys=keys[order],
             chunk_tokens=chunk_tokens,
         )
         assert torch.equal(part.indices, full.indices[order]), say(seed)
@@ -97,7 +97,7 @@ def test_samples_depend_on_seed_and_key_alone() -> None:
         (selection, keys + 1),
     ):
         changed = linear_targets(
-            hidden, weight, changed_selection, vocab_size=90, token_keys=changed_keys
+            hidden, weight, changed_selection, vocab_size=90, row_keys=changed_keys
         )
         assert not torch.equal(changed.indices, full.indices), say(seed)
 
@@ -244,5 +244,5 @@ def test_bad_selections() -> None:
         SampleSelection(0, 1)
     with pytest.raises(ValueError, match="temperature must be > 0, not 0"):
         SampleSelection(4, 1, temperature=0.0)
-    with pytest.raises(ValueError, match=r"token_keys must be int64 \(3,\)"):
-        select_targets(torch.zeros(3, 8), SampleSelection(4, 1), token_keys=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"row_keys must be int64 \(3,\)"):
+        select_targets(torch.zeros(3, 8), SampleSelection(4, 1), row_keys=torch.zeros(3))

@@ -58,7 +58,7 @@ class SelectTargets(TargetMaker):
             tp_group=self.groups.tp,
             sequence_parallel=self.sequence_parallel,
             chunk_tokens=self.chunk_tokens,
-            token_keys=token_keys,
+            row_keys=token_keys,
         )
 
 
