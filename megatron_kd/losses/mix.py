@@ -52,13 +52,13 @@ class LossMix:
         labels: int [N], or [C] of a chunk.
         weight: [N], of the token in `total`; 0 if its label is ignored.
         terms: weights and temperatures.
-        z_loss: weight of the squared logsumexp.
+        spec: scalars of the loss, of which the weight of the z-loss is used here.
     """
 
     labels: Tensor
     weight: Tensor
     terms: TokenTerms
-    z_loss: float
+    spec: LossSpec
 
     @classmethod
     def of(cls, inputs: LossInputs, spec: LossSpec) -> LossMix:
@@ -68,14 +68,12 @@ class LossMix:
         weight = torch.ones_like(labels, dtype=torch.float32) if mask is None else mask.flatten()
         weight = torch.where(labels != IGNORED_LABEL, weight, 0.0)
         terms = (inputs.terms or spec.terms()).map(Tensor.flatten)
-        return cls(labels, weight, terms, spec.z_loss)
+        return cls(labels, weight, terms, spec)
 
     def take(self, chunk: Chunk, dtype: torch.dtype) -> LossMix:
         """Return the mix of a chunk's tokens, in the type of the logits."""
         terms = self.terms.map(lambda tensor: chunk.take(tensor).to(dtype))
-        return LossMix(
-            chunk.take(self.labels), chunk.take(self.weight).to(dtype), terms, self.z_loss
-        )
+        return LossMix(chunk.take(self.labels), chunk.take(self.weight).to(dtype), terms, self.spec)
 
     @property
     def counted(self) -> Tensor:
@@ -94,7 +92,7 @@ class LossMix:
         ce = torch.where(counted, ce, 0.0)
         kd = torch.where(counted, terms.kd_scale * divergence, 0.0)
         total = self.weight * (
-            terms.ce_weight * ce + terms.kd_weight * kd + self.z_loss * logsumexp**2
+            terms.ce_weight * ce + terms.kd_weight * kd + self.spec.z_loss * logsumexp**2
         )
         return MixedLosses(torch.where(counted, total, 0.0), ce, kd)
 
@@ -109,7 +107,7 @@ class LossMix:
         if upstream is not None:
             weight = weight * torch.where(self.counted, upstream, 0.0).to(weight.dtype)
         return MixGradient(
-            weight * (terms.ce_weight + 2.0 * self.z_loss * logsumexp),
+            weight * (terms.ce_weight + 2.0 * self.spec.z_loss * logsumexp),
             weight * (terms.kd_weight * terms.kd_scale / terms.temperature),
             -terms.ce_weight * weight,
         )

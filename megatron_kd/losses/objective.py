@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class Objective:
             report: name -> fp32 [2] = (sum, count).
         """
         mask, labels = loss_mask.t().contiguous(), labels.t().contiguous()
-        spec = self.spec if target is not None else LossSpec(alpha=0.0, z_loss=self.spec.z_loss)
+        spec = self.spec if target is not None else replace(self.spec, alpha=0.0, weights="mix")
         terms = None
         if isinstance(target, SparseTarget):
             if self.tail_to_label:
