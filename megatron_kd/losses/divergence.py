@@ -23,7 +23,7 @@ class Divergence:
     """Choose a divergence by name, with its parameters.
 
     Attributes:
-        name: key of `config.divergences.DIVERGENCES`.
+        name: key of `config.declarations.divergences.DIVERGENCES`.
         parameters: every declared parameter by name; a divergence ignores those of others. Each is
             also an attribute, such as `js_beta`.
 

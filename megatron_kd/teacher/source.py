@@ -3,7 +3,7 @@
 A source is everything about a teacher that a run needs before and besides its targets: the checks
 of its inputs, its part of the fingerprints, the model that the planner counts, and the building of
 the object that gives targets. The module `megatron_kd.teacher.<name>` holds the class `Source` of
-the source that is declared as <name> in config/teacher_section.py. Neither it nor this module
+the source that is declared as <name> in config/sections/teacher_section.py. Neither it nor this module
 imports torch, so that bad input is found before the seconds which that takes.
 """
 

@@ -22,8 +22,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {
     "python -m venv .venv": "tests/run.sh",
     "python3 -m venv .venv && . .venv/bin/activate": "tests/run.sh",
-    ".venv/bin/python -m pip install -c constraints.txt .": "tests/tools/test_cli.py",
-    "pip install -c constraints.txt '.[huggingface,preprocess,report]'": "tests/run.sh",
+    ".venv/bin/python -m pip install -c constraints.txt -e "
+    "'.[huggingface,preprocess,report]'": "tests/run.sh",
+    "pip install -c constraints.txt -e '.[huggingface,preprocess,report]'": "tests/run.sh",
     "bash examples/quickstart.sh": "tests/docs/test_documents.py",
     "sbatch examples/slurm/student_7b.sbatch": "tests/operations/test_slurm_cluster.py",
     "bash examples/slurm/student_7b.sbatch --dry-run": "tests/operations/test_slurm_cluster.py",
@@ -50,7 +51,7 @@ TOY_RUN_FILE = {
     "global_batch_size = 512": "global_batch_size = 4",
     "micro_batch_size = 4": "micro_batch_size = 1",
     "sequence_length = 4096": "sequence_length = 32",
-    "warmup_steps = 500": "warmup_steps = 1",
+    "interval = 500": "interval = 2",
     "steps = 50000": 'steps = 4\ndevice = "cpu"\nprecision = "fp32"',
 }
 

@@ -1,4 +1,4 @@
 """Hold one module per kind of tokenizer file.
 
-A new kind is one module with one subclass of `base.Vocabulary`. `data.tokenizer` finds it here.
+A new kind is one module with one subclass of `vocabulary.Vocabulary`. `data.tokenizer` finds it here.
 """
