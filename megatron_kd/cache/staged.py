@@ -1,6 +1,6 @@
 """Write shards of a teacher that is still training, and publish them with its checkpoints.
 
-What a shard holds counts once the training that made it is in a checkpoint. So a shard is finished
+A shard becomes valid when a checkpoint contains the steps that produced it. So a shard is finished
 under a hidden name (`stage`), the checkpoint is written, and then the shard gets its name
 (`publish`). The next start reconciles what a kill has left between the two: shards of steps before
 the checkpoint are published, later ones are dropped, because these steps will run again. A visible

@@ -158,7 +158,7 @@ class BatchLayout:
 class BatchSource:
     """Cut global batches out of a data set for one data-parallel rank.
 
-    What it returns depends on its arguments alone. While a step runs, a thread reads the samples of
+    The result depends only on the arguments. While a step runs, a thread reads the samples of
     the step after it; asking for another position drops that work.
 
     Args:

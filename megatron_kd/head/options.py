@@ -35,7 +35,7 @@ MEMORY_STRATEGIES = ("auto", "save", "chunk", "direct", "recompute")
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """Describe how hidden states and weight are laid out and how the head walks over them.
+    """Describe how hidden states and weight are laid out and how the head iterates over them.
 
     Attributes:
         vocab_size: true vocabulary size; None: every row of the weight is real.

@@ -40,8 +40,8 @@ class TileSums:
 
     Attributes:
         temperature: of `mass_t`.
-        entropy: whether `weighted` was summed.
-        has_total: whether `total` was summed.
+        entropy: True if `weighted` was summed.
+        has_total: True if `total` was summed.
         largest: the tile's largest logit m.
         mass: sum of exp(z - m).
         mass_t: sum of exp((z - m) / temperature).
@@ -59,7 +59,7 @@ class TileSums:
     total: Tensor
 
     def include(self, temperature: float | Tensor, *, entropy: bool, total: bool) -> bool:
-        """Return whether these sums answer a request for the given ones."""
+        """Return True if these sums include the requested ones."""
         if isinstance(temperature, Tensor) or isinstance(self.temperature, Tensor):
             same = temperature is self.temperature or not is_tempered(temperature)
         else:

@@ -83,7 +83,7 @@ class _Model:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Hold student and teacher of a chunk, and what one all-gather told about them.
+    """Hold both models' logits of a chunk and the merged results of one all-gather.
 
     Attributes:
         student: the student's logits.
@@ -105,8 +105,9 @@ class DenseLoss(ChunkLoss[LossMix]):
 
     `measure` forms the logit gradient at once, because the teacher's logits exist only then.
 
-    Collectives: per chunk all-gathers of [C, 7] (9 with token metrics or a divergence that needs
-    the top id) and of [C, 2] (5), and one of [C] between them for a centred divergence.
+    Collectives:
+        Per chunk all-gathers of [C, 7] (9 with token metrics or a divergence that needs the top id)
+        and of [C, 2] (5), and one of [C] between them for a centred divergence.
     """
 
     recomputable = False

@@ -56,7 +56,7 @@ class Divergence:
 
     @property
     def declaration(self) -> DivergenceDeclaration:
-        """Return what is declared of this divergence."""
+        """Return this divergence's entry of DIVERGENCES."""
         return DIVERGENCES[self.name]
 
     def terms(self, log_q: Tensor, log_p: Tensor, vocab_size: int) -> Tensor:

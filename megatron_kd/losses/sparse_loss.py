@@ -73,7 +73,8 @@ class SparseState:
 class SparseLoss(ChunkLoss[SparseState]):
     """Mix cross-entropy with a divergence from a sparse target, or with nothing.
 
-    Collectives: one all-gather of [C, K + 6] per chunk.
+    Collectives:
+        One all-gather of [C, K + 6] per chunk.
     """
 
     def __init__(
@@ -204,7 +205,10 @@ class SparseLoss(ChunkLoss[SparseState]):
 def _token_statistics(
     ce: Tensor, statistics: RowStatistics, target: SparseTarget | None, teacher: TeacherEntries
 ) -> TokenStatistics:
-    """Return the statistics for token metrics; samples tell nothing exact of the teacher."""
+    """Return the statistics for token metrics.
+
+    A sampled target yields those of the student only.
+    """
     if target is None or target.sampled:
         return TokenStatistics(ce, statistics.entropy)
     used = teacher.indices >= 0

@@ -48,7 +48,7 @@ from megatron_kd.targets.sparse import SparseTarget
 
 @dataclass(frozen=True)
 class TokenContext:
-    """Hold what rules decide by.
+    """Hold the inputs of a token rule.
 
     Attributes:
         target: [S, B, K].
@@ -304,8 +304,8 @@ def teacher_entropy(target: SparseTarget) -> Tensor:
     """Return the teacher's entropy [S, B]; ValueError if the target does not hold it."""
     if target.entropy is None:
         raise ValueError(
-            "these targets do not hold the teacher's entropy, by which tokens are to be told "
-            "apart: make them anew"
+            "these targets do not hold the teacher's entropy, which routing and entropy weights "
+            "need: extract them again with tools/cache_teacher.py"
         )
     return target.entropy
 

@@ -121,7 +121,8 @@ def build_extraction(
         groups: of the run.
         value_encoding: how the cache stores log-probabilities.
 
-    Collectives: over the world.
+    Collectives:
+        Over the world.
     """
     source = teacher_source(config)
     digest = source.weights_digest(inputs)
@@ -174,7 +175,7 @@ def _is_complete(shard: Shard, plan: ShardPlan, number: int) -> bool:
 
 @contextmanager
 def sole_writer(directory: Path, worker: int, *, writes: bool) -> Iterator[None]:
-    """Lock the place of writer `worker` in `directory` inside `with`, on ranks that write.
+    """Lock the file of writer `worker` in `directory` inside `with`, on ranks that write.
 
     Args:
         directory: the cache.
@@ -182,9 +183,10 @@ def sole_writer(directory: Path, worker: int, *, writes: bool) -> Iterator[None]
         writes: this rank writes.
 
     Raises:
-        CacheInUse: on every rank, naming its process, if another job has the place.
+        CacheInUse: on every rank, naming its process, if another job holds it.
 
-    Collectives: over the world.
+    Collectives:
+        Over the world.
     """
     lock, problem = None, None
     if writes:
@@ -203,7 +205,8 @@ def sole_writer(directory: Path, worker: int, *, writes: bool) -> Iterator[None]
 def agree_on_finished(directory: Path, plan: ShardPlan, identity: CacheIdentity) -> set[int]:
     """Return `finished_shards` as rank 0 sees them, or raise its error on every rank.
 
-    Collectives: one broadcast over the world.
+    Collectives:
+        One broadcast over the world.
     """
     return from_rank_zero(lambda: finished_shards(directory, plan, identity))
 

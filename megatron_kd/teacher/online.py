@@ -110,14 +110,14 @@ def _student_work(config: RunConfig, vocab_size: int, world_size: int) -> Pipeli
     length, parallel = config.batch.sequence_length, config.parallel
     flops = flops_per_token(config.model, vocab_size, length, forward_only=True)
     forward = flops * length * config.batch.micro_batch_size / (parallel.tensor * parallel.pipeline)
-    recomputed = 3 if config.model.recompute == "full" else 2
+    backward_ratio = 3 if config.model.recompute == "full" else 2
     return PipelineWork(
         world_size,
         parallel.tensor,
         parallel.pipeline,
         config.num_microbatches(world_size),
         forward,
-        recomputed * forward,
+        backward_ratio * forward,
         parallel.virtual_pipeline,
     )
 

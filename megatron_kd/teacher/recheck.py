@@ -64,7 +64,8 @@ def recheck(
     Returns:
         The comparison; None on ranks off the teacher's last stage.
 
-    Collectives: over the teacher's model-parallel ranks.
+    Collectives:
+        Over the teacher's model-parallel ranks.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(plan.num_samples, generator=generator)[:samples].sort().values.tolist()

@@ -3,8 +3,8 @@
 A source is everything about a teacher that a run needs before and besides its targets: the checks
 of its inputs, its part of the fingerprints, the model that the planner counts, and the building of
 the object that gives targets. The module `megatron_kd.teacher.<name>` holds the class `Source` of
-the source that is declared as <name> in config/sections/teacher_section.py. Neither it nor this module
-imports torch, so that bad input is found before the seconds which that takes.
+the source that is declared as <name> in config/sections/teacher_section.py. Neither it nor this
+module imports torch, so that bad input is reported without waiting for torch to import.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class TeacherSource:
     def weights_digest(self, inputs: TeacherInputs) -> str | None:
         """Return the digest of the teacher's files, from rank 0; None without files.
 
-        Collectives: one broadcast over the world.
+        Collectives:
+            One broadcast over the world.
         """
         return None
 

@@ -36,7 +36,7 @@ class TeacherLayers:
 
 
 class Teacher:
-    """Base class of running teachers. The student never learns where targets come from."""
+    """Base class of running teachers."""
 
     # Set by teachers that show the outputs of their layers.
     layers: TeacherLayers | None = None
@@ -53,7 +53,8 @@ class Teacher:
             step: number of the training step that reads the microbatches, which finds what
                 `prefetch` prepared; None for held-out data, of which a cache may lack samples.
 
-        Collectives: may be collective over the teacher's groups; every rank calls it once per step.
+        Collectives:
+            May be collective over the teacher's groups; every rank calls it once per step.
         """
         raise NotImplementedError
 
@@ -82,6 +83,7 @@ class Teacher:
     def local_work(self, microbatches: Sequence[Microbatch]) -> tuple[Teacher, list[Microbatch]]:
         """Return the model that runs on this rank, and its share of the microbatches.
 
-        Collectives: may be collective over the world.
+        Collectives:
+            May be collective over the world.
         """
         return self, list(microbatches)

@@ -77,7 +77,8 @@ class Run:
             microbatches: of the step.
             targets: of the microbatches.
 
-        Collectives: over the data-parallel group, if routing is by the batch.
+        Collectives:
+            Over the data-parallel group, if routing is by the batch.
         """
         return replace(
             self.objective,
@@ -118,7 +119,8 @@ def build_run(config: RunConfig, *, rendezvous: str | None = None) -> Run:
         config: the run.
         rendezvous: how ranks meet, as in `start_groups`; None: as torchrun says.
 
-    Collectives: over the world, after the checks.
+    Collectives:
+        Over the world, after the checks.
     """
     inputs, groups = _join_world(config, rendezvous)
     student, optimizer, progress = _build_student(config, inputs, groups)

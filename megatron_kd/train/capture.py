@@ -33,7 +33,7 @@ class CaptureError(RuntimeError):
 
 
 class Capture:
-    """Base class of what a run does with its forward passes besides training.
+    """Base class of observers of a run's forward passes.
 
     Every method is called on every rank alike, but `add` on the last stage only.
     """
@@ -50,7 +50,8 @@ class Capture:
             weight: [V/tp, H], the output weight.
             microbatch: its data.
 
-        Collectives: may be collective over the tensor-parallel group.
+        Collectives:
+            May be collective over the tensor-parallel group.
         """
         raise NotImplementedError
 
@@ -60,7 +61,8 @@ class Capture:
         Raises:
             CaptureError: on every rank, if any rank cannot write.
 
-        Collectives: one small all-reduce, in steps that are captured.
+        Collectives:
+            One small all-reduce, in steps that are captured.
         """
         raise NotImplementedError
 
@@ -175,7 +177,7 @@ class LiveCapture(Capture):
 
 
 def build_capture(config: RunConfig, inputs: Inputs, groups: Groups, *, step: int) -> Capture:
-    """Build what [capture] asks for.
+    """Build the capture that [capture] configures.
 
     Args:
         config: the run.
@@ -187,7 +189,8 @@ def build_capture(config: RunConfig, inputs: Inputs, groups: Groups, *, step: in
         ConfigError: on every rank, if the directory holds something else, is in use or not
             writable, or has no room.
 
-    Collectives: over the world.
+    Collectives:
+        Over the world.
     """
     section, directory = config.capture, config.capture.directory
     if directory is None:
@@ -261,7 +264,8 @@ def _begin_in_order(begin: Callable[[], StagedWriter], groups: Groups) -> Staged
     Raises:
         ConfigError: on every rank, if any cannot begin.
 
-    Collectives: two over the world.
+    Collectives:
+        Two over the world.
     """
     writer, problem = None, None
     for first in (True, False):

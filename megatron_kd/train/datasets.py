@@ -44,7 +44,8 @@ def token_dataset(
         num_samples: samples that the complete run reads.
         repeat: pass over the data as often as needed; else at most once.
 
-    Collectives: over the world.
+    Collectives:
+        Over the world.
     """
     request = DatasetRequest(
         prefixes=files.prefixes,

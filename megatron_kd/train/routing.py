@@ -70,8 +70,9 @@ class RoutingThreshold:
             microbatches: of the step.
             targets: of the microbatches.
 
-        Collectives: under routing.scope = "batch" one all-gather of the teacher's entropies over
-        the data-parallel group of the last stage, 4 bytes per token of the step.
+        Collectives:
+            Under routing.scope = "batch" one all-gather of the teacher's entropies over the
+            data-parallel group of the last stage, 4 bytes per token of the step.
         """
         if not self._of_batch or not self._groups.is_last_stage:
             return self._fixed

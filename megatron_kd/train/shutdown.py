@@ -90,9 +90,13 @@ class NoShutdown(ShutdownRequest):
     def __init__(self) -> None:
         self.reason = ""
 
+    def poll(self) -> Action:
+        """Return CONTINUE: nothing can request a shutdown."""
+        return Action.CONTINUE
+
     def agree(self, device: torch.device) -> Action:
         """Return CONTINUE, without a collective."""
-        return Action.CONTINUE
+        return self.poll()
 
     def acknowledge(self) -> None:
         """Do nothing."""

@@ -83,14 +83,15 @@ def train_step(run: Run) -> StepReport:
 def student_inputs(
     run: Run, microbatches: Sequence[Microbatch], targets: Sequence[Target | None]
 ) -> list[StudentInput]:
-    """Join microbatches, just seen by the teacher, with what the teacher says of them.
+    """Combine microbatches with their targets and the teacher's layer outputs.
 
     Args:
         run: the run.
         microbatches: of one step.
         targets: of each microbatch.
 
-    Collectives: over the pipeline group, if hidden states are compared across stages.
+    Collectives:
+        Over the pipeline group, if hidden states are compared across stages.
     """
     layers = run.hidden_states.teacher_layers(microbatches)
     return [StudentInput(*parts) for parts in zip(microbatches, targets, layers, strict=True)]
@@ -139,7 +140,8 @@ def _loss(
 def reduce_step(run: Run, reports: list[dict[str, Tensor]]) -> dict[str, float | None]:
     """Return the metrics of a step: sums and counts of every rank, divided once.
 
-    Collectives: one all-reduce over the world.
+    Collectives:
+        One all-reduce over the world.
     """
     groups = run.groups
     world = dist.group.WORLD if groups.world_size > 1 else None

@@ -18,7 +18,7 @@ class ParallelSection(Section):
     pipeline: int = Field(default=1, gt=0)
     """Pipeline-parallel size: number of stages."""
     virtual_pipeline: int = Field(default=1, gt=0)
-    """Model chunks per pipeline stage; above 1 selects the interleaved pipeline schedule and needs
+    """Virtual stages per pipeline stage; above 1 selects the interleaved pipeline schedule and needs
     pipeline > 1.
     """
     sequence_parallel: bool = False

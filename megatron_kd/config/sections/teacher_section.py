@@ -100,7 +100,7 @@ class TeacherSection(Section):
     teacher.checkpoint for it.
     """
     parallel: TeacherParallelSection = TeacherParallelSection()
-    """online: a layout of the teacher's own, over the same ranks."""
+    """online: separate parallel layout of the teacher, over the same ranks."""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """online: sequences in one forward pass of the teacher. Unset: batch.micro_batch_size."""
     overlap: Literal["auto", "none", "drain"] = "auto"

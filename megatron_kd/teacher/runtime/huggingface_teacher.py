@@ -94,8 +94,9 @@ class HuggingFaceTeacher(Teacher):
     ) -> list[Target | None]:
         """See Teacher.
 
-        Collectives: one all-gather of hidden states over the replica's ranks for as many
-        microbatches as it has ranks.
+        Collectives:
+            One all-gather of hidden states over the replica's ranks for as many microbatches as it
+            has ranks.
         """
         size, rank = group_size(self._replica), group_rank(self._replica)
         targets: list[Target | None] = []
@@ -148,7 +149,7 @@ class HuggingFaceTeacher(Teacher):
         return local
 
     def _replace_head(self, rows: Tensor, start: int) -> None:
-        """Make the model return hidden states, and check that times the head they are its logits.
+        """Make the model return hidden states, and check that hidden @ head^T equals its logits.
 
         Args:
             rows: [n, H], this rank's valid rows of the head.
@@ -205,8 +206,7 @@ def _load_spread(
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    # On a CPU its faster messages between processes of one machine would first be compiled, which
-    # takes minutes on every machine.
+    # Disable DeepSpeed's shared-memory collectives: compiling them takes minutes on every machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend=groups.platform.backend, dist_init_required=False, verbose=False
@@ -253,7 +253,8 @@ def build_huggingface_teacher(
     Raises:
         ConfigError: on every rank, if the model cannot serve as a teacher.
 
-    Collectives: over the world.
+    Collectives:
+        Over the world.
     """
     assert inputs.folder is not None
     padded = padded_vocab_size(inputs.vocab_size, config.model.vocab_size_multiple)

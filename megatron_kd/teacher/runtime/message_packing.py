@@ -34,7 +34,8 @@ class TargetLayout(NamedTuple):
 def agree_on_layout(targets: Sequence[Target | None], groups: Groups) -> TargetLayout:
     """Return on every rank the layout of what the teacher's last stage made.
 
-    Collectives: one all-reduce over the world.
+    Collectives:
+        One all-reduce over the world.
     """
     description = [0.0] * 5
     for target in targets:

@@ -1,8 +1,8 @@
 """Run a frozen teacher of this program in its own forward-only pipeline, before the student.
 
-Only sparse targets (or, where whole distributions are compared, final hidden states) survive it, so
-nothing of megatron-core is patched, the student may use any pipeline schedule, and the teacher
-never meets gradients, the optimizer or the student's checkpoint.
+Only sparse targets, or final hidden states for dense targets, are kept. Nothing of megatron-core is
+patched, and the teacher is independent of gradients, the optimizer, the student's checkpoint and its
+pipeline schedule.
 """
 
 from __future__ import annotations
@@ -200,7 +200,8 @@ def build_online_teacher(
     Raises:
         ConfigError: on every rank, if it needs a GPU and there is none.
 
-    Collectives: over the world.
+    Collectives:
+        Over the world.
     """
     assert inputs.folder is not None
     _check_device(config, groups)

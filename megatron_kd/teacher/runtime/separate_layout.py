@@ -2,9 +2,9 @@
 
 A student of a billion weights runs best without tensor parallelism; its teacher of seventy billion
 may need eight ranks per layer. Samples travel to the teacher and sparse targets back, which is
-little: 4 bytes per token one way, and 8 bytes per entry and 8 per token the other. (Tokens could be
-read from the data set a second time instead. Sent, they are certainly those that the student trains
-on, whether they are training data, validation data, or samples that a cache does not hold.)
+little: 4 bytes per token one way, and 8 bytes per entry and 8 per token the other. Sending the
+tokens, instead of reading them twice, guarantees that both models see the same samples, whether they
+are training data, validation data, or samples that a cache does not hold.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ class SeparateLayoutTeacher(Teacher):
             layout: what a target consists of.
             microbatches: the student's.
 
-        Collectives: one all-to-all over the world, one all-gather over the student's tensor group.
+        Collectives:
+            One all-to-all over the world, one all-gather over the student's tensor group.
         """
         student = self.student
         bounds = self._slice_bounds()
@@ -222,7 +223,8 @@ def _gather_positions(
 ) -> Tensor:
     """Return [n, S, W] from this rank's slice of the positions, [n, s * W].
 
-    Collectives: one all-gather over the student's tensor group.
+    Collectives:
+        One all-gather over the student's tensor group.
     """
     if student.tensor_size == 1:
         return slices.reshape(len(slices), -1, layout.width)
@@ -268,7 +270,8 @@ def build_in_layout(
         reverse: put the teacher's first pipeline stage on the last ranks.
         equal_counts: see SeparateLayoutTeacher.
 
-    Collectives: over the world.
+    Collectives:
+        Over the world.
     """
     if not config.teacher.has_separate_layout and not reverse:
         layers = {pair.teacher_layer for pair in config.distill.hidden_states}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class TargetMaker:
-    """Base class of what becomes of a teacher's final hidden states of one microbatch."""
+    """Base class for turning final hidden states of a microbatch into a target."""
 
     def __call__(self, hidden: Tensor, weight: Tensor, token_keys: Tensor) -> Target:
         """Return the target of one microbatch.
@@ -81,14 +81,14 @@ def configured_selection(config: RunConfig) -> Selection:
             distill.draws,
             distill.draw_power,
         )
-    # Where no part of a target depends on the temperature, 1 stands for all: one cache serves all.
+    # If no part of a target depends on the temperature, use 1: one cache then serves every one.
     depends = distill.top_p < 1.0 or distill.loss_tail != "renormalize"
     temperature = distill.temperature if depends and distill.truncate == "tempered" else 1.0
     return TopSelection(distill.top_k, distill.top_p, distill.min_k, temperature)
 
 
 def configured_maker(config: RunConfig, inputs: TeacherInputs, groups: Groups) -> TargetMaker:
-    """Return what makes the targets of [distill] from a teacher on `groups`."""
+    """Return the TargetMaker that [distill] configures, for a teacher on `groups`."""
     if config.distill.dense:
         return KeepHidden()
     return SelectTargets(

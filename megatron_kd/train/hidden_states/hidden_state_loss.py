@@ -42,7 +42,7 @@ from megatron_kd.train.hidden_states.layer_exchange import LayerExchange, LayerP
 
 
 class HiddenStates:
-    """Base class of what a run does with hidden states.
+    """Base class of the hidden-state part of a run.
 
     Every method is called on every rank alike.
     """
@@ -220,7 +220,8 @@ def build_hidden_states(
     Raises:
         ConfigError: on every rank, if layers are placed unevenly.
 
-    Collectives: over the world, if it asks for anything.
+    Collectives:
+        Over the world, if it asks for anything.
     """
     if not config.distill.hidden_states:
         return NoHiddenStates()

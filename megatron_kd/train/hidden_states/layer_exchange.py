@@ -45,8 +45,8 @@ class LayerPair:
 class LayerExchange:
     """Exchange layer outputs between pipeline stages.
 
-    One all-to-all over each pipeline group per step, between ranks of the same tensor- and
-    data-parallel place; none where no pair crosses stages.
+    One all-to-all over each pipeline group per step, between ranks with equal tensor- and
+    data-parallel rank; none if no pair crosses stages.
     """
 
     def __init__(
@@ -66,7 +66,8 @@ class LayerExchange:
 
         Each dict is of one microbatch and maps a teacher layer to its output [S, B, Ht].
 
-        Collectives: one all-to-all over the pipeline group, if a pair crosses stages.
+        Collectives:
+            One all-to-all over the pipeline group, if a pair crosses stages.
         """
         outputs, stage = self._teacher_layers.take_outputs(), self._groups.pipeline_rank
         local = self._routes.get((stage, stage), [])

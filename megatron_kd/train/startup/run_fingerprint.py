@@ -1,8 +1,8 @@
 """Define the settings that decide a run's weights, by content and not by path.
 
 Two places keep them: each checkpoint (compared when the run is resumed) and the description beside
-captured targets (weights_fingerprint.py). A run that is resumed with another top_k, temperature,
-sequence length or seed looks like the same run in every plot, and is not.
+captured targets (weights_fingerprint.py). Resuming with another top_k, temperature, sequence length
+or seed would train a different model without a visible sign.
 
 Only values that differ from the default are kept. So a key that a later version adds leaves the
 fingerprint of a run without it unchanged.
@@ -19,8 +19,8 @@ from megatron_kd.data.token_digests import token_digest
 from megatron_kd.teacher.source import teacher_source
 from megatron_kd.train.startup.input_checks import Inputs
 
-# Parallel layout and memory strategy change rounding only, never what is computed.
-_DISTILL_LAYOUT = {"head_schedule", "chunk_tokens"}
+# The memory strategy of the head changes rounding only, never what is computed.
+_DISTILL_MEMORY_KEYS = {"head_schedule", "chunk_tokens"}
 # A run that is extended has the same weights up to here.
 MAY_CHANGE_ON_RESUME = frozenset({"train.steps"})
 
@@ -91,7 +91,7 @@ def _student_settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         **_changed("data", config.data, except_keys={"tokenizer", "train", "valid", "index_cache"}),
     }
     if config.teacher.enabled:
-        return settings | _changed("distill", distill, except_keys=_DISTILL_LAYOUT)
+        return settings | _changed("distill", distill, except_keys=_DISTILL_MEMORY_KEYS)
     return settings | ({"distill.z_loss": distill.z_loss} if distill.z_loss else {})
 
 

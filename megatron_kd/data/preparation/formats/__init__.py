@@ -1,4 +1,5 @@
 """Hold one module per format of input files.
 
-A new format is one module with one subclass of `document_format.DocumentFormat`. `documents` finds it here.
+A new format is one module with one subclass of `document_format.DocumentFormat`, which `documents`
+finds here.
 """
