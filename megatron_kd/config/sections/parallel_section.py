@@ -18,8 +18,8 @@ class ParallelSection(Section):
     pipeline: int = Field(default=1, gt=0)
     """Pipeline-parallel size: number of stages."""
     virtual_pipeline: int = Field(default=1, gt=0)
-    """Virtual stages per pipeline stage; above 1 selects the interleaved pipeline schedule and needs
-    pipeline > 1.
+    """Virtual stages per pipeline stage; above 1 selects the interleaved pipeline schedule and
+    needs pipeline > 1.
     """
     sequence_parallel: bool = False
     """Split activations outside tensor-parallel regions along the sequence over the tensor-parallel

@@ -1,8 +1,8 @@
 """Run a frozen teacher of this program in its own forward-only pipeline, before the student.
 
 Only sparse targets, or final hidden states for dense targets, are kept. Nothing of megatron-core is
-patched, and the teacher is independent of gradients, the optimizer, the student's checkpoint and its
-pipeline schedule.
+patched, and the teacher is independent of gradients, the optimizer, the student's checkpoint and
+its pipeline schedule.
 """
 
 from __future__ import annotations

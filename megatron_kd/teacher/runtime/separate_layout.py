@@ -3,8 +3,8 @@
 A student of a billion weights runs best without tensor parallelism; its teacher of seventy billion
 may need eight ranks per layer. Samples travel to the teacher and sparse targets back, which is
 little: 4 bytes per token one way, and 8 bytes per entry and 8 per token the other. Sending the
-tokens, instead of reading them twice, guarantees that both models see the same samples, whether they
-are training data, validation data, or samples that a cache does not hold.
+tokens, instead of reading them twice, guarantees that both models see the same samples, whether
+they are training data, validation data, or samples that a cache does not hold.
 """
 
 from __future__ import annotations
