@@ -114,7 +114,7 @@ def as_text(report: PlanReport, num_layouts: int) -> str:
     lines = [report.title, *(f"  {note}" for note in report.notes), ""]
     lines.append(
         f"fastest of {report.result.considered} layouts of student and teacher; seconds of a step, "
-        "GiB of the fullest rank"
+        "peak GiB of any rank"
     )
     names = ("tokens/s", "step", "student", "teacher", "messages", "bubble", "optim.", "GiB")
     lines.append("    " + "".join(f"{name:>10}" for name in names) + "  student; teacher")
@@ -144,14 +144,14 @@ def _table_line(plan: LayoutPlan, ranks: int) -> str:
 
 def _detail_lines(plan: LayoutPlan, cluster: Cluster) -> list[str]:
     stages = plan.memory[:8]
-    lines = ["the first of them: GiB on each stage's ranks at their fullest moment"]
+    lines = ["fastest layout: peak GiB of each stage's ranks"]
     for name in PARTS:
         if any(rank.parts[name] for rank in plan.memory):
             values = "".join(f"{rank.parts[name] / GIB:>9.2f}" for rank in stages)
             lines.append(f"  {name:20}{values}")
     totals = "".join(f"{rank.total / GIB:>9.2f}" for rank in stages)
     lines.append(f"  {'total':20}{totals}")
-    lines.append(f"  fullest: {plan.peak.moment}, stage {plan.peak.stage}")
+    lines.append(f"  peak: {plan.peak.moment}, stage {plan.peak.stage}")
     share = f", {plan.time.achieved / cluster.peak:.0%} of the peak" if cluster.peak > 1 else ""
     lines.append(
         f"  student {plan.time.achieved / 1e12:.3g} TFLOP/s a rank{share}, the teacher's time "

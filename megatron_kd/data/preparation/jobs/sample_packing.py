@@ -52,7 +52,7 @@ class Packer:
             roles: uint8 [N].
 
         Returns:
-            The fullest sample if it had to be closed to make room, else None.
+            The sample with the most tokens, if it had to be closed to make room, else None.
         """
         closed = None
         candidates = [index for index, free in enumerate(self._free) if free >= len(ids)]
