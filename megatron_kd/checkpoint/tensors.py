@@ -209,7 +209,8 @@ class TensorReader:
                 f"{self._what}: {self.folder} does not hold the whole of {name}: use another copy"
             )
         try:
-            self._reader.read_data(LoadPlan(items), _TargetPlanner(target))  # type: ignore[arg-type]
+            planner: Any = _TargetPlanner(target)
+            self._reader.read_data(LoadPlan(items), planner)
         except (
             OSError,
             RuntimeError,

@@ -4,52 +4,40 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from megatron_kd.config import sections
 from megatron_kd.config.errors import ConfigError
-from megatron_kd.config.sections import (
-    BatchSection,
-    CaptureSection,
-    CheckpointSection,
-    DataSection,
-    DistillSection,
-    ModelSection,
-    OptimizerSection,
-    ParallelSection,
-    RunSection,
-    Section,
-    TeacherSection,
-    TelemetrySection,
-    TrainSection,
-)
 
 
-class RunSections(Section):
+class RunSections(sections.Section):
     """Hold one section per table of a run file, each checked by itself."""
 
-    model: ModelSection = Field(description="Shape of the student.")
-    teacher: TeacherSection = Field(
-        default_factory=TeacherSection, description="Source of the distillation targets."
+    model: sections.ModelSection = Field(description="Shape of the student.")
+    teacher: sections.TeacherSection = Field(
+        default_factory=sections.TeacherSection, description="Source of the distillation targets."
     )
-    distill: DistillSection = Field(
-        default_factory=DistillSection, description="The distillation loss."
+    distill: sections.DistillSection = Field(
+        default_factory=sections.DistillSection, description="The distillation loss."
     )
-    capture: CaptureSection = Field(
-        default_factory=CaptureSection,
+    capture: sections.CaptureSection = Field(
+        default_factory=sections.CaptureSection,
         description="Storing this run's own targets while it trains, for other students.",
     )
-    data: DataSection = Field(description="Token datasets and tokenizer.")
-    batch: BatchSection = Field(description="Sizes of one step.")
-    optimizer: OptimizerSection = Field(description="Adam and the learning-rate schedule.")
-    parallel: ParallelSection = Field(
-        default_factory=ParallelSection, description="Layout of the student over the ranks."
+    data: sections.DataSection = Field(description="Token datasets and tokenizer.")
+    batch: sections.BatchSection = Field(description="Sizes of one step.")
+    optimizer: sections.OptimizerSection = Field(description="Adam and the learning-rate schedule.")
+    parallel: sections.ParallelSection = Field(
+        default_factory=sections.ParallelSection,
+        description="Layout of the student over the ranks.",
     )
-    train: TrainSection = Field(description="The training loop.")
-    checkpoint: CheckpointSection = Field(
-        default_factory=CheckpointSection, description="Saving, resuming and initialization."
+    train: sections.TrainSection = Field(description="The training loop.")
+    checkpoint: sections.CheckpointSection = Field(
+        default_factory=sections.CheckpointSection,
+        description="Saving, resuming and initialization.",
     )
-    telemetry: TelemetrySection = Field(
-        default_factory=TelemetrySection, description="Measurements and their output."
+    telemetry: sections.TelemetrySection = Field(
+        default_factory=sections.TelemetrySection, description="Measurements and their output."
     )
-    run: RunSection = Field(description="Directory of the run.")
+    run: sections.RunSection = Field(description="Directory of the run.")
 
     @property
     def target_bytes_per_token(self) -> int:
@@ -120,7 +108,7 @@ class RunSections(Section):
             )
         return tensor, pipeline, micro_batch_size
 
-    def teacher_problem(self, teacher: ModelSection, world_size: int) -> str | None:
+    def teacher_problem(self, teacher: sections.ModelSection, world_size: int) -> str | None:
         """Return which size of the teacher its layout cannot split, as a clause, else None.
 
         Raises:
