@@ -88,7 +88,7 @@ def _overrides(arguments: argparse.Namespace, overrides: list[str]) -> list[str]
     source it has in training.
     """
     directory = ["--run.directory", str(arguments.output / ".work")]
-    if any(word.partition("=")[0] == "--teacher.source" for word in overrides):
+    if any(word.startswith("--teacher.source") for word in overrides):
         return directory
     try:
         source = (
