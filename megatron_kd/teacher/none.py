@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_kd.teacher.source import TeacherInputs, TeacherSource
 from megatron_kd.teacher.teacher import Teacher
@@ -26,6 +26,14 @@ class NoTeacher(Teacher):
 
 class Source(TeacherSource):
     """Source of plain pretraining."""
+
+    def run_fingerprint(self, inputs: TeacherInputs) -> dict[str, Any]:
+        """Return nothing: there is no teacher."""
+        return {}
+
+    def weights_fingerprint(self, inputs: TeacherInputs) -> dict[str, Any]:
+        """Return nothing: there is no teacher."""
+        return {}
 
     def build(self, inputs: TeacherInputs, groups: Groups) -> Teacher:
         """Return a teacher without targets. No collective."""

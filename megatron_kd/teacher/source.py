@@ -81,14 +81,14 @@ class TeacherSource:
         Raises:
             ConfigError: the content cannot be read.
         """
-        return {}
+        return {"teacher.source": self.config.teacher.source}
 
     def weights_fingerprint(self, inputs: TeacherInputs) -> dict[str, Any]:
         """Return setting -> JSON value of the teacher's content, which names a captured cache.
 
         Called on one rank. It reads files in full.
         """
-        return {}
+        return {"teacher.source": self.config.teacher.source}
 
     def weights_digest(self, inputs: TeacherInputs) -> str | None:
         """Return the digest of the teacher's files, from rank 0; None without files.

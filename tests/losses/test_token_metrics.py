@@ -37,10 +37,10 @@ CHUNK = 17  # does not divide the 40 tokens
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_new_entry_is_reported(monkeypatch: pytest.MonkeyPatch, dense: bool) -> None:
-    label_probability = TokenMetric(
-        "label_probability", "in [0, 1]", "of the student", lambda tokens: (-tokens.ce).exp()
+    toy_metric = TokenMetric(
+        "toy_metric", "in [0, 1]", "of the student", lambda tokens: (-tokens.ce).exp()
     )
-    monkeypatch.setattr(token_metrics, "TOKEN_METRICS", (*TOKEN_METRICS, label_probability))
+    monkeypatch.setattr(token_metrics, "TOKEN_METRICS", (*TOKEN_METRICS, toy_metric))
     problem = make_problem(fresh_seed())
     objective = Objective(LossSpec(0.5), HeadOptions(problem.vocab_size), token_metrics=True)
     target = hand_target(problem.teacher, top_k=8).map(lambda t: t.unsqueeze(1))
@@ -56,7 +56,7 @@ def test_a_new_entry_is_reported(monkeypatch: pytest.MonkeyPatch, dense: bool) -
     log_p = problem.logits().log_softmax(1)
     p = log_p.gather(1, problem.labels.clamp(min=0).unsqueeze(1)).squeeze(1).exp()
     expected = torch.stack([(p * mask[0]).sum(), mask.sum()]).float()
-    torch.testing.assert_close(report["label_probability"], expected)
+    torch.testing.assert_close(report["toy_metric"], expected)
 
 
 def test_without_a_target_only_the_student_is_measured() -> None:

@@ -68,10 +68,10 @@ def test_a_new_source_passes_the_input_checks(constant: RunConfig) -> None:
     assert constant.teacher.runs_in_job
 
 
-def test_a_new_source_has_default_fingerprints(constant: RunConfig) -> None:
+def test_a_new_source_is_named_in_fingerprints(constant: RunConfig) -> None:
     source = teacher_source(constant)
-    assert source.run_fingerprint(TeacherInputs(VOCAB)) == {}
-    assert source.weights_fingerprint(TeacherInputs(VOCAB)) == {}
+    assert source.run_fingerprint(TeacherInputs(VOCAB)) == {"teacher.source": "constant"}
+    assert source.weights_fingerprint(TeacherInputs(VOCAB)) == {"teacher.source": "constant"}
     assert source.read_model() is None
 
 
