@@ -19,7 +19,7 @@ from megatron_kd.data.preparation.jobs.conversations import (
 from megatron_kd.data.preparation.jobs.sample_packing import Packer
 from megatron_kd.data.token_files import COUNTS_FOR_LOSS, STARTS_DOCUMENT
 from megatron_kd.data.tokenizer import load_tokenizer
-from tests.helpers.text import ROOT, load_tool, make_tokenizers
+from tests.helpers.text import ROOT, load_tool
 from tests.losses.cases import fresh_seed
 
 tool = load_tool("preprocess_instructions")
@@ -29,11 +29,6 @@ CHATML = (
     "{% if add_generation_prompt %}[assistant]\n{% endif %}"
 )
 PLAIN = (ROOT / "examples/instructions/plain.jinja").read_text()
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_tokenizers(tmp_path_factory.mktemp("tokenizers"))
 
 
 def chat(*contents: str) -> list[dict[str, str]]:

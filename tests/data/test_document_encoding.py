@@ -12,26 +12,11 @@ from megatron_kd.data.preparation.jobs.encoding import DocumentEncoder
 from megatron_kd.data.tokenizer import load_tokenizer
 from tests.helpers.text import (
     awkward_text,
-    make_tokenizers,
     plain_encoder,
-    source_texts,
 )
 from tests.losses.cases import fresh_seed
 
 KINDS = ("sentencepiece", "unigram", "huggingface", "tiktoken")
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_tokenizers(tmp_path_factory.mktemp("tokenizers"))
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    rng = random.Random(fresh_seed())
-    texts = [awkward_text(rng, rng.randint(0, 60)) for _ in range(300)] + source_texts(100_000)
-    rng.shuffle(texts)
-    return [*texts, "", " ", "\n"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -20,29 +19,13 @@ from megatron_kd.data.token_file_checks import check_token_file
 from megatron_kd.data.tokenizer import load_tokenizer
 from tests.data.preprocessing import command, cut_pieces, environment, run_tool, write_lines
 from tests.helpers.text import (
-    awkward_text,
-    make_tokenizers,
     plain_encoder,
     same_tokens,
     source_texts,
     write_as_megatron,
 )
-from tests.losses.cases import fresh_seed
 
 KINDS = ("sentencepiece", "unigram", "huggingface", "tiktoken")
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_tokenizers(tmp_path_factory.mktemp("tokenizers"))
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    rng = random.Random(fresh_seed())
-    texts = [awkward_text(rng, rng.randint(0, 60)) for _ in range(300)] + source_texts(100_000)
-    rng.shuffle(texts)
-    return [*texts, "", " ", "\n"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

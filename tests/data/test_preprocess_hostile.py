@@ -18,12 +18,7 @@ from megatron_kd.data.preparation.jobs import execution
 from megatron_kd.data.preparation.jobs.encoding import DocumentEncoder
 from megatron_kd.data.tokenizer import load_tokenizer
 from tests.data.preprocessing import run_tool, write_lines
-from tests.helpers.text import make_tokenizers, same_tokens
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_tokenizers(tmp_path_factory.mktemp("tokenizers"))
+from tests.helpers.text import same_tokens
 
 
 @pytest.mark.parametrize("dies_at", range(8))

@@ -18,7 +18,7 @@ from megatron_kd.data.token_files import COUNTS_FOR_LOSS, read_index, read_roles
 from megatron_kd.data.tokenizer import load_tokenizer
 from megatron_kd.train.startup.input_checks import check_inputs
 from tests.data.preprocessing import cut_pieces
-from tests.helpers.text import END, ROOT, load_tool, make_tokenizers
+from tests.helpers.text import END, ROOT, load_tool
 from tests.losses.cases import fresh_seed
 
 tool = load_tool("preprocess_instructions")
@@ -29,11 +29,6 @@ SUMS = [
     for a in range(12)
     for b in range(12)
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_tokenizers(tmp_path_factory.mktemp("tokenizers"))
 
 
 def sums_command(folder: Path, tokenizer: Path) -> list[str]:

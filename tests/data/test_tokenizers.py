@@ -18,7 +18,6 @@ from tests.helpers.text import (
     END,
     awkward_text,
     load_tool,
-    make_tokenizers,
     plain_encoder,
     same_tokens,
     write_as_megatron,
@@ -27,11 +26,6 @@ from tests.losses.cases import fresh_seed
 
 inspect_data = load_tool("inspect_data")
 merge_data = load_tool("merge_data")
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_tokenizers(tmp_path_factory.mktemp("tokenizers"))
 
 
 def test_the_digest_is_of_ids_and_bytes_not_of_the_file(
